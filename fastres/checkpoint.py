@@ -1,0 +1,121 @@
+"""Checkpoints: written whole or not at all, verified when read, never executed.
+
+A file is a torch.save of plain tensors, numbers, strings and containers with a SHA-256 over all of them. It is
+read with weights_only, so that nothing in it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.errors import Failed, Refused
+
+State = dict[str, Any]
+
+
+def save(folder: Path, step: int, state: State, keep: int) -> Path:
+    """Writes the state of step `step` into the folder and removes all but the newest `keep`. Returns its path."""
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        folder.mkdir(exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"state": state, "sha256": digest(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Failed(
+            f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"
+        ) from None
+    for old in found(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def load(path: Path) -> State:
+    """The state in a file, on the CPU. Refused where it is missing, truncated, altered or not a checkpoint."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Refused(f"there is no checkpoint {path}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise Refused(f"checkpoint {path} is truncated or not one ({_first_line(error)})") from None
+    if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
+        raise Refused(f"{path} is not a checkpoint of fastres")
+    if digest(content["state"]) != content["sha256"]:
+        raise Refused(
+            f"checkpoint {path} is corrupt: its content does not have the checksum it was written with"
+        )
+    return content["state"]
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first."""
+    return sorted(folder.glob("step-????????.pt"), reverse=True)
+
+
+def latest(folder: Path) -> State | None:
+    """The newest checkpoint that can be read, or None where there is none at all."""
+    broken = []
+    for path in found(folder):
+        try:
+            return load(path)
+        except Refused as error:
+            broken.append(str(error))
+            print(f"fastres: {error}; going back to the one before it", flush=True)
+    if broken:
+        raise Refused(f"no checkpoint in {folder} can be read: remove the folder to start anew")
+    return None
+
+
+def digest(state: Any) -> str:
+    """SHA-256 over names, numbers and tensors, in order; equal for equal content whatever the device or strides."""
+    sha = hashlib.sha256()
+    for name, value in _leaves(state, ""):
+        sha.update(f"{name}:".encode())
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(_bytes(value))
+        else:
+            sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power cut, where the system can do so."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key in value:
+            yield from _leaves(value[key], f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

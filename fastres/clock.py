@@ -1,0 +1,50 @@
+"""Time: of the process from its start, and of training with everything else left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+STARTED = time.perf_counter()  # fastres imports this first, before torch is imported
+
+
+class Clock:
+    """Seconds of training and of the whole run, over restarts. The device is waited for where it stops."""
+
+    def __init__(self, device_type: str, train_time_s: float = 0.0, wall_time_s: float = 0.0) -> None:
+        self.device_type = device_type
+        self._train, self._wall = train_time_s, wall_time_s
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._wait()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._train, self._since = self.train_time_s, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what happens inside: evaluation, checkpoints."""
+        self.stop()
+        yield
+        self.start()
+
+    @property
+    def train_time_s(self) -> float:
+        if self._since is None:
+            return self._train
+        self._wait()
+        return self._train + time.perf_counter() - self._since
+
+    @property
+    def wall_time_s(self) -> float:
+        return self._wall + time.perf_counter() - STARTED
+
+    def _wait(self) -> None:
+        if self.device_type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()

@@ -1,0 +1,546 @@
+"""What a run is: frozen dataclasses, recipes by name, and the command line that comes from the fields.
+
+Precedence: defaults < recipe < `--config` files in their order < flags. The defaults are He et al.'s CIFAR-10
+schedule (2015, section 4.2), so a recipe states only what differs from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fastres.errors import Refused
+
+DEFAULT_RECIPE = "cifar10-resnet20"
+TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")
+LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "resnet20"
+    """Network: resnetN or plainN (N = 6n+2, CIFAR family), resnet18 to resnet152, resnext50_32x4d,
+    resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2 (ImageNet family), cifar_resnet
+    (with options.blocks_per_stage), mini_resnet."""
+
+    shortcut: Literal["pad", "maxpool_pad", "conv1x1"] | None = None
+    """Shortcut of the CIFAR family where the shape changes (null: the paper's, pad)."""
+
+    norm: Literal["auto", "torch", "fused", "apex"] = "auto"
+    """BatchNorm implementation; the state_dict's keys are the same under each."""
+
+    sync_norm: bool = False
+    """Share BatchNorm statistics between processes (SyncBatchNorm)."""
+
+    num_classes: PositiveInt | None = None
+    """Outputs of the head (null: as many as the data has classes)."""
+
+    weights: str | None = None
+    """File to start from: .safetensors or a torchvision state_dict; a head of another size is replaced."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of build_model, such as {stem: small, zero_init_residual: true}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The samples and how they reach the device."""
+
+    source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = (
+        "cifar10"
+    )
+    """Data set. digits is built in: scikit-learn's 1,797 handwritten digits, 8x8."""
+
+    root: str = "data"
+    """Folder of the data set: torchvision's layout, or train/CLASS/* and test/CLASS/* for imagefolder."""
+
+    mirror: str | None = None
+    """Base URL (http, https or file) to download from, in place of the data set's own server."""
+
+    download: bool = True
+    """Download what is not under root; checksummed."""
+
+    validation: NonNegativeInt = 0
+    """Training samples held out for the evaluation curve by a fixed seed (0: the curve uses the test set)."""
+
+    loader: Literal["resident", "dali", "dataloader"] = "resident"
+    """resident: the data set lives on the device, augmentation runs there; dataloader: torch's, the baseline."""
+
+    augment: Literal["crop", "resized_crop", "none"] = "crop"
+    """crop: zero-pad by data.pad, then a random crop; resized_crop: random area and aspect (ImageNet)."""
+
+    pad: NonNegativeInt = 4
+    """Zero pixels added to each side before the random crop."""
+
+    flip: bool = True
+    """Horizontal flip with probability one half."""
+
+    image_size: PositiveInt | None = None
+    """Side in pixels that the network sees (null: the data's own; needed for resized_crop and synthetic)."""
+
+    synthetic_samples: PositiveInt = 2048
+    """Training samples of the synthetic source (a quarter as many for test)."""
+
+    workers: NonNegativeInt = 2
+    """Worker processes per rank of the dataloader, and decoding threads of image folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in optimizer steps, never in epochs."""
+
+    steps: NonNegativeInt = 64_000
+    """Optimizer steps of the run."""
+
+    batch_size: PositiveInt = 128
+    """Samples of one step over all processes."""
+
+    eval_every: PositiveInt = 1_000
+    """Steps between evaluations; the last step is always evaluated."""
+
+    eval_batch_size: PositiveInt = 1_000
+    """Samples of one evaluation batch over all processes; it changes the speed, not the figures."""
+
+    log_every: PositiveInt = 100
+    """Steps between lines of metrics; the device is synchronised only there."""
+
+    label_smoothing: NonNegativeFloat = 0.0
+    """Label smoothing of the training loss, in [0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer; learning rates are those of the global batch."""
+
+    name: Literal["sgd", "apex_sgd"] = "sgd"
+    """sgd is torch's, fused; apex_sgd is apex's FusedSGD, where a genuine apex is installed."""
+
+    lr: PositiveFloat = 0.1
+    """Peak learning rate."""
+
+    momentum: NonNegativeFloat = 0.9
+    """Momentum, in [0, 1)."""
+
+    nesterov: bool = False
+    """Nesterov's momentum."""
+
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 penalty added to the gradient."""
+
+    decay_norm_and_bias: bool = True
+    """Decay BatchNorm parameters and biases too, as He et al. do."""
+
+    scale_lr: bool = False
+    """Multiply lr by the number of processes (for a batch size that was scaled likewise)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["multistep", "cosine", "triangular", "constant"] = "multistep"
+    """multistep: lr times factor at each milestone; cosine and triangular: to final_scale at the last step."""
+
+    milestones: tuple[int, ...] = (32_000, 48_000)
+    """Steps at which multistep multiplies the learning rate by factor."""
+
+    factor: PositiveFloat = 0.1
+    """What multistep multiplies by."""
+
+    warmup: Literal["linear", "constant"] = "linear"
+    """Shape of the first warmup_steps: linear from warmup_scale to 1, or constant at warmup_scale."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of warm-up; triangular peaks here."""
+
+    warmup_scale: NonNegativeFloat = 0.0
+    """Share of lr at which the warm-up starts."""
+
+    final_scale: NonNegativeFloat = 0.0
+    """Share of lr that cosine and triangular reach at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the step runs. auto falls back with a printed reason; an explicit value that cannot be had is refused."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto is bf16 where the device computes in it, else fp32; fp16 scales the loss."""
+
+    channels_last: bool = True
+    """Keep activations and weights in channels-last order, checked forward and backward."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of forward and loss without graph breaks; auto needs a compiler."""
+
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Replay the whole step as one CUDA graph."""
+
+    deterministic: bool = False
+    """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run is kept and how it goes on."""
+
+    dir: str | None = None
+    """Folder of the run (null: runs/RECIPE)."""
+
+    seed: NonNegativeInt = 0
+    """Seed of weights, order and augmentation."""
+
+    resume: str = "auto"
+    """auto: continue a run of the same config; never: refuse a folder that holds a run; or a checkpoint's path."""
+
+    checkpoint_every: PositiveInt = 2_000
+    """Steps between checkpoints; the last step is always kept."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra: tensorboard)."""
+
+    wandb: bool = False
+    """Log to Weights & Biases too (extra: wandb)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. `recipe` names the file that the rest started from."""
+
+    recipe: str = DEFAULT_RECIPE
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def parse(argv: list[str], prog: str = "fastres.train") -> Config:
+    """The configuration that a command line asks for. Refuses, in one line, what it cannot mean."""
+    files, flags = _split_files_from_flags(argv, prog)
+    parser = _parser(prog)
+    layers = [(name, load_file(Path(name))) for name in files.config]
+    recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
+    layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
+    merged: dict[str, Any] = {}
+    for name, layer in layers:
+        _refuse_errors(lambda layer=layer: parser.parse_object(layer), parser, where=f"{name}: ", given=layer)
+        merged = _merge(merged, layer)
+    merged["recipe"] = recipe
+    base = parser.parse_object(merged)
+    namespace = _refuse_errors(lambda: parser.parse_args(flags, namespace=base), parser, given=flags)
+    config = Config(**{f.name: parser.instantiate(namespace)[f.name] for f in dataclasses.fields(Config)})
+    check(config)
+    if files.print_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A configuration file (YAML or JSON) as a nested dict; the tutorial's flat config.json is translated."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise Refused(f"cannot read configuration file {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise Refused(f"{path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}")
+    if set(content) & set(TUTORIAL_KEYS):
+        return translate_tutorial(content, path)
+    for section, fields in content.items():
+        if section != "recipe" and section in _sections() and not isinstance(fields, dict):
+            raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
+    return content
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    folder = resources.files("fastres.recipes")
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """A packaged recipe as a nested dict."""
+    if name not in recipe_names():
+        raise Refused(
+            f"unknown recipe {name!r}{_nearest(name, recipe_names())}; there are: {', '.join(recipe_names())}"
+        )
+    with resources.as_file(resources.files("fastres.recipes") / f"{name}.yaml") as path:
+        return load_file(path)
+
+
+def translate_tutorial(flat: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tutorial's config.json (height, width, label, num_layer, model_mode, zero_padding) in our sections."""
+    if unknown := sorted(set(flat) - set(TUTORIAL_KEYS)):
+        raise Refused(f"{path}: unknown key {unknown[0]!r}; the tutorial's are {', '.join(TUTORIAL_KEYS)}")
+    mode, n = flat.get("model_mode", "resnet"), flat.get("num_layer", 3)
+    if mode not in ("resnet", "cnn"):
+        raise Refused(f"{path}: model_mode is {mode!r}; it is resnet or cnn")
+    for key in ("num_layer", "height", "width", "label"):
+        if key in flat and (type(flat[key]) is not int or flat[key] < 1):
+            raise Refused(f"{path}: {key} is {flat[key]!r}; it is a whole number above 0")
+    if type(flat.get("zero_padding", True)) is not bool:
+        raise Refused(f"{path}: zero_padding is {flat['zero_padding']!r}; it is true or false")
+    if flat.get("height") != flat.get("width"):
+        raise Refused(f"{path}: height {flat.get('height')} and width {flat.get('width')} must be equal")
+    # By name where there is one; resnet50 and resnet152 are ImageNet's, so n says the depth always.
+    model: dict[str, Any] = {"name": "cifar_resnet", "options": {"blocks_per_stage": n}}
+    if mode == "cnn":
+        model["options"]["plain"] = True
+    else:
+        model["shortcut"] = "maxpool_pad" if flat.get("zero_padding", True) else "conv1x1"
+    if "label" in flat:
+        model["num_classes"] = flat["label"]
+    return {"model": model} | ({"data": {"image_size": flat["height"]}} if "height" in flat else {})
+
+
+# ------------------------------------------------------------------------------------------- checking
+
+
+def check(config: Config) -> None:
+    """Refuses values that are each of the right type and cannot be together; loads and writes nothing."""
+    import torch
+
+    from fastres.models import build_model
+
+    def refuse_if(wrong: bool, line: str) -> None:
+        if wrong:
+            raise Refused(line)
+
+    for section in _sections():
+        for name, value in vars(getattr(config, section)).items():
+            refuse_if(
+                isinstance(value, float) and not math.isfinite(value),
+                f"{section}.{name}: {value} is not finite",
+            )
+    data, train, optim, schedule = config.data, config.train, config.optim, config.schedule
+    refuse_if(train.label_smoothing >= 1, f"train.label_smoothing: {train.label_smoothing} is not below 1")
+    refuse_if(optim.momentum >= 1, f"optim.momentum: {optim.momentum} is not below 1")
+    refuse_if(optim.nesterov and optim.momentum == 0, "optim.nesterov: needs optim.momentum above 0")
+    refuse_if(
+        list(schedule.milestones) != sorted(set(schedule.milestones))
+        or min(schedule.milestones, default=1) < 1,
+        f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
+    )
+    refuse_if(
+        schedule.warmup_steps > train.steps,
+        f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({train.steps})",
+    )
+    refuse_if(
+        not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.engine.device),
+        f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
+    )
+    needs_size = data.augment == "resized_crop" or data.source == "synthetic"
+    refuse_if(
+        data.augment == "resized_crop" and data.image_size is None,
+        "data.augment resized_crop needs data.image_size, such as --data.image_size 224",
+    )
+    refuse_if(
+        data.augment == "resized_crop" and data.loader == "resident",
+        "data.augment resized_crop works from files as they are: use --data.loader dataloader",
+    )
+    refuse_if(
+        data.image_size is not None and needs_size and data.image_size < 8,
+        f"data.image_size: {data.image_size} is below 8",
+    )
+    for extra in ("tensorboard", "wandb"):
+        refuse_if(
+            getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
+            f"run.{extra}: {extra} is not installed: pip install 'fastres[{extra}]'",
+        )
+    try:
+        with torch.device("meta"):
+            build_model(config.model.name, **model_options(config.model))
+    except (ValueError, TypeError) as error:
+        raise Refused(f"model: {error}") from None
+
+
+def model_options(model: ModelConfig) -> dict[str, Any]:
+    """What build_model takes beside the name and the sizes that come from the data."""
+    return model.options | ({} if model.shortcut is None else {"shortcut": model.shortcut})
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, without the fields that say where the run is kept."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in LOCAL_FIELDS:
+        del plain["run"][name]
+    return plain
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; fed back with --config it repeats the run."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two to_dict(), one `section.field: old -> new` each; the recipe's name does not count."""
+    lines = []
+    for section in _sections():
+        a, b = old.get(section, {}), new.get(section, {})
+        for name in sorted(set(a) | set(b)):
+            if a.get(name) != b.get(name):
+                lines.append(f"{section}.{name}: {a.get(name)} -> {b.get(name)}")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- details
+
+
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config) if f.name != "recipe"]
+
+
+def _parser(prog: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Trains a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
+        epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input.",
+    )
+    _add_file_arguments(parser)
+    parser.add_class_arguments(Config, None, skip={"recipe"})
+    return parser
+
+
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from (default: {DEFAULT_RECIPE})")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="configuration file, YAML or JSON, the tutorial's config.json too; may be repeated",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved configuration and leave"
+    )
+
+
+def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_file_arguments(first)
+    try:
+        return first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise Refused(str(error)) from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections of `over` field by field over `base`; a field's value is replaced whole."""
+    merged = dict(base)
+    for section, fields in over.items():
+        merged[section] = {**merged.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    return merged
+
+
+def _refuse_errors(read: Any, parser: ArgumentParser, *, where: str = "", given: Any) -> Any:
+    """Runs `read`; jsonargparse's several lines of what was wrong become one that names field and remedy."""
+    try:
+        return read()
+    except (ArgumentError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+    fields = {f"{s}.{f.name}": f.type for s in _sections() for f in _fields_of(s)}
+    if match := re.match(r'Parser key "([\w.]+)"', text):
+        key = match[1]
+        raise Refused(f"{where}{key}: {_given(given, key)!r} is not {_describe(key)}") from None
+    if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
+        raise Refused(
+            f"unknown flag --{match[2]}{_nearest(match[2], fields)}; --help lists them all"
+        ) from None
+    if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
+        key = f"{match[1]}.{match[2]}"
+        raise Refused(f"{where}unknown field {key}{_nearest(key, fields)}; --help lists them all") from None
+    if match := re.match(r"Option '(\w+)' is not accepted", text):
+        raise Refused(f"{where}unknown section {match[1]!r}; there are: {', '.join(_sections())}") from None
+    raise Refused(f"{where}{text}") from None
+
+
+def _fields_of(section: str) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(typing.get_type_hints(Config)[section])
+
+
+def _given(given: Any, key: str) -> Any:
+    """The value that was given for a field, from a nested dict or from a list of flags."""
+    if isinstance(given, dict):
+        section, _, name = key.partition(".")
+        return given[section][name.split(".")[0]]
+    for flag, value in itertools.pairwise([*given, ""]):
+        name, equals, attached = flag.partition("=")
+        if name.startswith(f"--{key}"):
+            return attached if equals else value
+    return None
+
+
+def _describe(key: str) -> str:
+    """What a field takes, in words: from its type."""
+    section, _, name = key.partition(".")
+    kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name.split(".")[0]]
+    return " or ".join(
+        _describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,))
+    )
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _describe_type(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list of whole numbers such as [32000, 48000]"
+    if typing.get_origin(kind) is dict:
+        return "a mapping such as {stem: small}"
+    return {
+        bool: "true or false",
+        str: "text",
+        PositiveInt: "a whole number above 0",
+        NonNegativeInt: "a whole number, 0 or above",
+        PositiveFloat: "a number above 0",
+        NonNegativeFloat: "a number, 0 or above",
+        type(None): "null",
+    }[kind]
+
+
+def _nearest(word: str, choices: Any) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,90 @@
+"""From a source to batches on the device. Every loader keeps one contract; the suite of tests/ holds them to it.
+
+To add a loader: a class with `train` and `evaluate`, and a line in LOADERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastres.config import Config
+from fastres.data.dataloader import HostLoader
+from fastres.data.resident import ResidentLoader
+from fastres.data.sources import Source, Split
+from fastres.data.spec import IGNORED, BatchSpec
+from fastres.errors import Refused
+
+__all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader"]
+
+
+class Loader(Protocol):
+    """Batches of one split: images (b, C, S, S) channels-last, normalised, in the engine's dtype on its device,
+    and labels (b,) int64. b is this process's share of the global batch."""
+
+    def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One augmented batch for each step of [first_step, last_step), in the order of SPEC section 4."""
+
+    def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once over all processes, not augmented. Batches are of one size and equal in number on
+        every process: a short one is filled up with samples whose label is IGNORED."""
+
+
+LOADERS: dict[str, Callable[[Split, BatchSpec], Loader]] = {
+    "resident": ResidentLoader,
+    "dataloader": HostLoader,
+}
+
+
+def build_loader(
+    config: Config,
+    source: Source,
+    split: Split,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    world: int,
+) -> Loader:
+    """The configured loader over a split of `source`, for one of `world` processes."""
+    data = config.data
+    if data.loader not in LOADERS:
+        raise Refused(f"data.loader {data.loader} is not in this version; there are: {', '.join(LOADERS)}")
+    spec = BatchSpec(
+        batch_size=config.train.batch_size,
+        eval_batch_size=min(config.train.eval_batch_size, len(split)),
+        seed=config.run.seed,
+        mean=source.mean,
+        std=source.std,
+        image_size=image_size(config, source),
+        augment=data.augment,
+        pad=data.pad,
+        flip=data.flip,
+        workers=data.workers,
+        device=device,
+        dtype=dtype,
+        rank=rank,
+        world=world,
+    )
+    return LOADERS[data.loader](split, spec)
+
+
+def image_size(config: Config, source: Source) -> int:
+    """Side in pixels of what the network sees. Refused where the data has another and nothing resizes it."""
+    if config.data.augment == "resized_crop" and config.data.image_size is not None:
+        return config.data.image_size
+    height, width = source.train.image(0).shape[:2]
+    if height != width:
+        raise Refused(
+            f"{source.name} has images of {width}x{height} pixels; for others than square ones use "
+            "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
+        )
+    if config.data.image_size not in (None, height):
+        raise Refused(
+            f"data.image_size is {config.data.image_size}, but {source.name} has images of {width}x{height} pixels; "
+            "leave it out, or let --data.augment resized_crop resize them"
+        )
+    return height

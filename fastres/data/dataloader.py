@@ -1,0 +1,95 @@
+"""torch's DataLoader as the baseline: worker processes decode and augment one sample at a time on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastres.data.augment import crop_and_flip_one, normalize, resize_and_center_crop, resized_crop
+from fastres.data.permutation import Order, Samples, sample_generator
+from fastres.data.sources import Split
+from fastres.data.spec import IGNORED, BatchSpec
+
+
+class HostLoader:
+    """See Loader."""
+
+    def __init__(self, split: Split, spec: BatchSpec) -> None:
+        self.split, self.spec = split, spec
+        self.mean = torch.tensor(spec.mean, device=spec.device)
+        self.std = torch.tensor(spec.std, device=spec.device)
+
+    def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.spec.order(len(self.split))
+        return self._batches(
+            _TrainSamples(self.split, self.spec, order, first_step, last_step), order.local_batch
+        )
+
+    def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_share)
+
+    def _batches(
+        self, samples: Dataset[tuple[np.ndarray, int]], batch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        cuda = self.spec.device.type == "cuda"
+        for images, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
+            images, labels = (t.to(self.spec.device, non_blocking=True) for t in (images, labels))
+            yield normalize(images, self.mean, self.std, self.spec.dtype), labels
+
+
+class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
+    """This process's samples of the steps [first, last), one after the other."""
+
+    def __init__(self, split: Split, spec: BatchSpec, order: Order, first: int, last: int) -> None:
+        self.split, self.spec, self.order, self.first, self.last = split, spec, order, first, last
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.order.local_batch
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        step, row = divmod(i, self.order.local_batch)
+        samples = _samples_of_step(self.order, self.first + step)
+        index, flip = int(samples.index[row]), bool(samples.flip[row])
+        image = self.split.image(index)
+        if self.spec.augment == "resized_crop":
+            generator = sample_generator(self.order.seed, int(samples.epoch[row]), index)
+            image = resized_crop(image, self.spec.image_size, generator)
+            image = crop_and_flip_one(image, self.spec.image_size, 0, 0, 0, flip)
+        else:
+            dy, dx = int(samples.dy[row]), int(samples.dx[row])
+            image = crop_and_flip_one(image, self.spec.image_size, self.order.pad, dy, dx, flip)
+        return image, int(self.split.labels[index])
+
+
+class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
+    """This process's share of every evaluation batch, filled up to equal sizes."""
+
+    def __init__(self, split: Split, spec: BatchSpec) -> None:
+        self.split, self.spec = split, spec
+        self.batches = spec.eval_indices(len(split))
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.spec.eval_share
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        batch, row = divmod(i, self.spec.eval_share)
+        indices = self.batches[batch]
+        if row >= len(indices):
+            return self._view(0), IGNORED
+        return self._view(int(indices[row])), int(self.split.labels[indices[row]])
+
+    def _view(self, index: int) -> np.ndarray:
+        image = self.split.image(index)
+        if self.spec.augment == "resized_crop":
+            return resize_and_center_crop(image, self.spec.image_size)
+        return image
+
+
+@lru_cache(maxsize=4)
+def _samples_of_step(order: Order, step: int) -> Samples:
+    return order.samples(step, step + 1)

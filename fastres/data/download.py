@@ -1,0 +1,94 @@
+"""Files from elsewhere: streamed beside their place, checksummed, and only then moved into it."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+from fastres.config import DataConfig
+from fastres.errors import Refused
+
+CONNECT_TIMEOUT_S = 10
+CHUNK_BYTES = 1 << 20
+REMEDIES = (
+    "Point --data.root at a folder that has it or --data.mirror at a server that does, "
+    "or use --recipe digits, which needs no download"
+)
+
+
+def fetch(url: str, path: Path, md5: str) -> None:
+    """Brings `url` to `path`, which appears whole and with the right checksum or not at all.
+
+    Raises Refused where the checksum differs, OSError where the file cannot be had or written.
+    """
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        request = Request(url, headers={"User-Agent": "fastres"})
+        with urlopen(request, timeout=CONNECT_TIMEOUT_S) as response:
+            print(f"fastres: downloading {url} to {path}", file=sys.stderr, flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("xb") as file:
+                while chunk := response.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    file.write(chunk)
+        if digest.hexdigest() != md5:
+            raise Refused(
+                f"{url} has the wrong checksum: {part.stat().st_size:,} bytes of md5 {digest.hexdigest()}, "
+                f"expected {md5}; nothing was kept. Try again, or name another --data.mirror"
+            )
+        part.replace(path)
+    except (HTTPException, ValueError) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataConfig) -> None:
+    """Fetches `path` from the first of `urls` that answers, or from the mirror alone, under the same name.
+
+    Raises Refused: `what` is missing, why each download failed, and what to do.
+    """
+    if not config.download:
+        raise Refused(f"{what}, and --data.download is false. {REMEDIES}")
+    if config.mirror is not None:
+        if urlsplit(config.mirror).scheme not in ("http", "https", "file"):
+            raise Refused(f"--data.mirror {config.mirror} is not a URL that begins with http, https or file")
+        urls = [f"{config.mirror.rstrip('/')}/{path.name}"]
+    failures = []
+    for url in urls:
+        try:
+            return fetch(url, path, md5)
+        except OSError as error:
+            reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+            failures.append(f"{url} ({reason})")
+    raise Refused(f"{what}, and cannot be downloaded from {' or '.join(failures)}. {REMEDIES}")
+
+
+def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None:
+    """Brings the members `folder.name`/NAME of a tar archive into `folder`, each one whole or not at all.
+
+    Raises Refused where the archive's checksum differs, or it cannot be read or lacks a file.
+    """
+    try:
+        with archive.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found != md5:
+            raise Refused(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same file system: moves are atomic
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            for name in names:
+                Path(scratch, folder.name, name).replace(folder / name)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise Refused(f"cannot unpack {archive} into {folder}: {error}") from error

@@ -1,0 +1,148 @@
+"""What bytes on a disk mean: image files, CIFAR's pickles, MNIST's IDX. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import re
+import zlib
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from fastres.errors import Refused
+
+# What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+
+
+def damaged(path: Path, reason: object) -> NoReturn:
+    """Refuses a file of a published data set."""
+    raise Refused(
+        f"{path} is damaged or of another format: {reason}. "
+        "Delete it to download it again (from --data.mirror, if need be), point --data.root at a good copy, "
+        "or use --recipe digits, which needs no file"
+    )
+
+
+def decode(path: Path) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB: grey is repeated, alpha dropped, 16 bits cut to the upper 8.
+
+    As torchvision does, it leaves EXIF's orientation alone. Raises Refused where the file cannot be decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode == "RGB":
+                return np.array(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() clips at 255 or not, by its version
+                return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if "transparency" in image.info:  # a palette's alpha: convert() warns unless asked for it
+                return np.array(image.convert("RGBA").convert("RGB"))
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # whatever a decoder trips over in a damaged file; PIL raises a dozen kinds
+        reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else error
+        raise Refused(f"cannot read the image {path}: {reason}; replace or delete it") from error
+
+
+class _Dtype:
+    """Stands in for numpy.dtype in a pickle: whole numbers only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch(r"[<>|=]?[iu][1248]", code):
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}, not of whole numbers")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.value = self.value.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for numpy.ndarray, so that numpy's own code is never handed a state that a file made up."""
+
+    value = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, raw = state
+        buffer = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2's bytes are text here
+        self.value = np.frombuffer(buffer, dtype.value).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+def _scalar(dtype: _Dtype, raw: bytes) -> int:
+    return int(np.frombuffer(raw, dtype.value)[0])
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")  # the one encoding that pickle writes bytes for Python 2 in
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads containers, text, numbers and arrays of them. It imports nothing, so nothing else can run."""
+
+    KNOWN = MappingProxyType(
+        {
+            "numpy.ndarray": _Array,
+            "numpy.dtype": _Dtype,
+            "numpy.core.multiarray._reconstruct": _reconstruct,  # numpy 1, then numpy 2
+            "numpy._core.multiarray._reconstruct": _reconstruct,
+            "numpy.core.multiarray.scalar": _scalar,
+            "numpy._core.multiarray.scalar": _scalar,
+            "numpy.core.numeric._frombuffer": _frombuffer,
+            "numpy._core.numeric._frombuffer": _frombuffer,
+            "_codecs.encode": _encode,
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return self.KNOWN[f"{module}.{name}"]
+
+
+def read_pickle(path: Path) -> dict[Any, Any]:
+    """A pickled dict of plain values and arrays of whole numbers. Raises Refused where it is not one."""
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # bytes from anywhere may raise anything
+        damaged(path, "it ends too early" if isinstance(error, EOFError) else error)
+    if not isinstance(content, dict):
+        damaged(path, f"it holds a {type(content).__name__}, not a dict")
+    return {key: value.value if isinstance(value, _Array) else value for key, value in content.items()}
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An IDX file of bytes, gzipped if named .gz, as (N, *shape) uint8.
+
+    Raises Refused where its header is not of that shape, or announces more or less than follows.
+    """
+    try:
+        packed = path.read_bytes()
+        content = bytearray(gzip.decompress(packed) if path.suffix == ".gz" else packed)  # a writable buffer
+    except (OSError, EOFError, zlib.error) as error:
+        damaged(path, error)
+    dims = 1 + len(shape)
+    start = 4 + 4 * dims
+    if len(content) < start:
+        damaged(path, f"its header takes {start} bytes and it has {len(content)}")
+    magic, count, *sides = np.frombuffer(content, ">u4", count=1 + dims).tolist()
+    if magic != 0x0800 + dims or tuple(sides) != shape:
+        kind = f"{'x'.join(map(str, shape))} images" if shape else "labels"
+        damaged(path, f"its header is not that of {kind}")
+    values = np.frombuffer(content, np.uint8, offset=start)
+    if len(values) != count * math.prod(shape):
+        damaged(path, f"its header announces {count * math.prod(shape):,} bytes and {len(values):,} follow")
+    return values.reshape(-1, *shape)

@@ -1,0 +1,150 @@
+"""What the hardware allows: every `auto` of the engine resolved, with the reason; what cannot be had is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastres.config import Config
+from fastres.errors import Refused
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the step runs on this device; `reasons` has a line for each choice that `auto` made."""
+
+    device: torch.device
+    precision: str  # fp32, tf32, bf16, fp16
+    channels_last: bool
+    compile: bool
+    compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
+    norm: str  # torch
+    deterministic: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the batches."""
+        return DTYPES[self.precision]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def resolve(config: Config, local_rank: int = 0) -> Engine:
+    """The engine for this configuration on this machine, process-wide switches of torch set."""
+    wanted, reasons = config.engine, list[str]()
+
+    def choose(field: str, value: Any, choice: Any, reason: str) -> Any:
+        if value != "auto":
+            return value
+        reasons.append(f"{field}: {str(choice).lower()} ({reason})")
+        return choice
+
+    on_gpu = torch.cuda.is_available()
+    why = "torch sees a GPU" if on_gpu else "torch sees no GPU"
+    device = torch.device(choose("device", wanted.device, "cuda" if on_gpu else "cpu", why))
+    if device.type == "cuda":
+        if not on_gpu:
+            raise Refused(f"engine.device {wanted.device}: torch sees no GPU here; use --engine.device cpu")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise Refused(f"engine.device {device}: this machine has {torch.cuda.device_count()} GPU(s)")
+        torch.cuda.set_device(device)
+
+    bf16, why = computes_in_bf16(device)
+    precision = choose("precision", wanted.precision, "bf16" if bf16 else "fp32", why)
+    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise Refused(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
+    if precision == "bf16" and device.type == "cuda" and not bf16:
+        raise Refused(f"engine.precision bf16: {why}; use fp16 or fp32")
+
+    compiles, why = can_compile(device)
+    compile_ = choose("compile", wanted.compile, compiles, why)
+    if compile_ and not compiles:
+        raise Refused(f"engine.compile true: {why}")
+    if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):
+        raise Refused("engine.cuda_graph true: whole-step graphs are not in this version; leave it at auto")
+    norm = choose("norm", config.model.norm, "torch", "nothing faster was measured on this device")
+    if norm == "fused":
+        raise Refused("model.norm fused: the fused kernels are not in this version; use torch")
+    if norm == "apex":
+        apex, why = find_apex()
+        raise Refused(f"model.norm apex: {why if apex is None else 'not in this version'}; use torch")
+
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not wanted.deterministic
+    if wanted.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS asks for it before its first call
+        torch.use_deterministic_algorithms(True)
+    return Engine(
+        device=device,
+        precision=precision,
+        channels_last=wanted.channels_last,
+        compile=bool(compile_),
+        compile_may_fall_back=wanted.compile == "auto",
+        norm=norm,
+        deterministic=wanted.deterministic,
+        reasons=tuple(reasons),
+    )
+
+
+def computes_in_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether the device computes in bf16 rather than emulating it, and the reason in words."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"compute capability {major}.{minor}"
+        return (True, name) if major >= 8 else (False, f"{name} has no bf16, 8.0 has")
+    if torch.cpu._is_amx_tile_supported():
+        return True, "the CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "the CPU has avx512_bf16"
+    return False, "the CPU has neither avx512_bf16 nor AMX"
+
+
+def can_compile(device: torch.device) -> tuple[bool, str]:
+    """Whether torch.compile has what it needs here, and the reason with the remedy in words."""
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") is not None
+        return found, "Triton is there" if found else "Triton is not installed: pip install triton"
+    if sys.platform == "win32":
+        found = shutil.which("cl") is not None
+        return (
+            found,
+            "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt",
+        )
+    compiler = os.environ.get(
+        "CXX", "g++" if sys.platform == "linux" else "clang++"
+    )  # as inductor looks for it
+    if shutil.which(compiler) is None:
+        remedy = "apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
+        return False, f"no C++ compiler {compiler} on the PATH: {remedy}"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return False, "no Python headers: apt-get install python3-dev"
+    return True, f"the C++ compiler {compiler} is there"
+
+
+def find_apex() -> tuple[ModuleType | None, str]:
+    """NVIDIA's apex, or None and the reason. PyPI's package of that name is another project."""
+    try:
+        return importlib.import_module("apex.optimizers") and importlib.import_module("apex"), "apex is there"
+    except ImportError:
+        if importlib.util.find_spec("apex") is not None:
+            return None, "the apex installed here is not NVIDIA's: pip uninstall apex, then build NVIDIA's"
+        return None, "NVIDIA's apex is not installed"

@@ -1,0 +1,308 @@
+"""What a run leaves behind: its folder, its lock, configuration, environment, metrics, summary; and what it prints."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastres import checkpoint
+from fastres.config import Config, differences, dump, to_dict
+from fastres.engine import Engine
+from fastres.errors import Refused
+from fastres.plot import plot_curves, read_history
+
+HISTORY = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "eval_split",
+    "eval_loss",
+    "eval_accuracy",
+    "lr",
+    "train_time_s",
+)
+PLAIN_EVERY_S = 10.0  # between progress lines where the output is not a terminal
+
+
+class Run:
+    """The folder of a run. Only rank 0 has one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir or f"runs/{config.recipe}")
+        self.checkpoints = self.folder / "checkpoints"
+        self._lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        self._trackers: list[Any] = []
+
+    # -------------------------------------------------------------------------------- before it starts
+
+    def examine(self) -> dict[str, Any] | None:
+        """Whether this folder may be used, writing nothing: the summary of the same run where it is finished,
+        None where there is something to do. Refused where it holds another run."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Refused(f"run.dir {self.folder} is a file; choose a folder")
+        known = self.folder / "config.yaml"
+        if not known.exists():
+            if checkpoint.found(self.checkpoints):
+                raise Refused(
+                    f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
+                )
+            return None
+        if self.config.run.resume == "never":
+            raise Refused(f"run.dir {self.folder} already holds a run; choose another --run.dir or remove it")
+        try:
+            old = yaml.safe_load(known.read_text(encoding="utf-8"))
+            changed = differences(old, to_dict(self.config))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            raise Refused(f"{known} cannot be read; choose another --run.dir") from None
+        if changed:
+            raise Refused(
+                f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: choose another --run.dir, "
+                "or give the values it was started with"
+            )
+        summary = self.folder / "summary.json"
+        return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+
+    def claim(self) -> None:
+        """Takes the folder: nobody else may write here until this process ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise Refused(
+                f"run.dir {self.folder} is being written by another process; choose another"
+            ) from None
+        except OSError as error:
+            raise Refused(
+                f"cannot write to run.dir {self.folder}: {error.strerror}; choose another"
+            ) from None
+        self.examine()  # again: another process may have been here since
+
+    def begin(self, engine: Engine, step: int) -> None:
+        """Writes what is known before the first step, and drops the metrics of steps that will be taken again."""
+        if not (self.folder / "config.yaml").exists():
+            write_text(self.folder / "config.yaml", dump(self.config))
+        write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
+        rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._trackers = [TRACKERS[name](self) for name in TRACKERS if getattr(self.config.run, name)]
+
+    def release(self) -> None:
+        """Lets others write here."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._lock.release()
+
+    # -------------------------------------------------------------------------------- while it runs
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl and passes it to the trackers."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for tracker in self._trackers:
+            tracker.log(row)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are evaluations."""
+        return [row for row in read_metrics(self.folder / "metrics.jsonl") if row["split"] != "train"]
+
+    def write_history(self) -> None:
+        """history.csv and history.png from the evaluations so far."""
+        rows = [
+            {name: row[name] for name in HISTORY if name in row}
+            | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
+            for row in self.evaluations()
+        ]
+        with (self.folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, HISTORY)
+            writer.writeheader()
+            writer.writerows(rows)
+        if rows:
+            plot_curves({self.folder.name: read_history(self.folder)}, self.folder / "history.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------------- trackers
+
+
+class TensorBoardTracker:
+    """Scalars for TensorBoard, in the run's folder."""
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in _scalars(row):
+            self.writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """Scalars for Weights & Biases."""
+
+    def __init__(self, run: Run) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project="fastres", name=run.folder.name, dir=str(run.folder), config=to_dict(run.config)
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.run.log(dict(_scalars(row)), step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}  # by their fields in RunConfig
+
+
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(f"{row['split']}/{name}", value) for name, value in row.items() if name not in ("step", "split")]
+
+
+# ------------------------------------------------------------------------------------------- printing
+
+
+class ProgressLine:
+    """One line that moves in a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, steps: int, start: int, enabled: bool) -> None:
+        self.enabled, self.steps = enabled, steps
+        self.console = Console(soft_wrap=True)
+        self.live = enabled and self.console.is_terminal
+        self._printed_at = time.monotonic()
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            disable=not self.live,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start, figures="")
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, accuracy: float, lr: float, images_per_s: float) -> None:
+        figures = f"loss {loss:.4f}  accuracy {accuracy:.2%}  lr {lr:.4g}  {images_per_s:,.0f} images/s"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if self.enabled and not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
+            self._printed_at = time.monotonic()
+            self.say(f"step {step:,}/{self.steps:,}  {figures}")
+
+    def say(self, line: str) -> None:
+        if self.enabled:
+            self._bar.console.print(line, highlight=False, markup=False)
+
+
+# ------------------------------------------------------------------------------------------- environment
+
+
+def environment(engine: Engine) -> dict[str, Any]:
+    """Where and with what this ran: versions, device, commit, command."""
+    device = engine.device
+    return {
+        "fastres": _version("fastres"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "dali": _version("nvidia-dali-cuda130"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "precision": engine.precision,
+        "compile": engine.compile,
+        "norm": engine.norm,
+        "auto": list(engine.reasons),
+        "command": sys.orig_argv,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with -dirty where it has changes; None where this is an installed package."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name, with the number of threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        name = names[0] if names else name
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,88 @@
+"""The networks by name. To add one: a function with keyword-only options, and a line in MODELS."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, unknown
+from fastres.models.cifar import cifar_resnet
+from fastres.models.imagenet import ResNet
+from fastres.models.mini import mini_resnet
+
+# Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet": cifar_resnet,  # by its depth, 6n+2: resnetN and plainN
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": partial(ResNet, Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+    "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": partial(ResNet, Bottleneck, (3, 4, 23, 3), width_per_group=128),
+    "mini_resnet": mini_resnet,
+}
+
+
+def build_model(
+    name: str, *, num_classes: int = 10, in_channels: int = 3, norm: str = "torch", **options: Any
+) -> nn.Module:
+    """Builds a network: (N, in_channels, H, W) -> (N, num_classes) logits.
+
+    `name`: one of MODELS, else `resnetN` or `plainN` with N = 6n+2 (CIFAR family). `norm`: one of NORMS; the
+    option `norm_layer`, a callable as torchvision's, overrides it. Anything unknown or impossible is a
+    ValueError of one line.
+    """
+    build = _find(name)
+    norm_layer = options.pop("norm_layer", None) or NORMS.get(norm)
+    if norm_layer is None:
+        raise unknown("norm", norm, NORMS)
+    if not callable(norm_layer):
+        raise ValueError(f"norm_layer should be a callable, channels -> nn.Module, not {norm_layer!r}")
+    arguments = {"num_classes": num_classes, "in_channels": in_channels, **options}
+    _check(name, build, arguments)
+    return build(norm=norm_layer, **arguments)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    if name in MODELS:
+        return MODELS[name]
+    near = None
+    if family := re.fullmatch(r"(resnet|plain)([1-9]\d{0,5})", name):
+        blocks, rest = divmod(int(family[2]) - 2, 6)
+        if blocks >= 1 and rest == 0:
+            if family[1] == "plain":
+                return partial(cifar_resnet, blocks, plain=True, shortcut=None)
+            return partial(cifar_resnet, blocks, plain=False)
+        near = f"{family[1]}{6 * max(1, blocks + (rest > 3)) + 2}"
+    raise unknown("model", name, ["resnet20", "plain20", "… (resnetN, plainN: N = 6n+2)", *MODELS], near)
+
+
+def _check(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
+    """Refuses arguments that the builder lacks or has fixed, and values of another type."""
+    parameters = inspect.signature(build, eval_str=True).parameters
+    fixed = getattr(build, "keywords", {})
+    options = parameters.keys() - fixed.keys() - {"num_classes", "in_channels", "norm"} | {"norm_layer"}
+    for key, value in arguments.items():
+        if key in fixed:
+            if value != fixed[key]:
+                raise ValueError(f"{name} has {key}={fixed[key]!r} by its name: leave out {key}={value!r}")
+            continue
+        if key not in parameters:
+            raise unknown(f"option of {name}:", key, sorted(options))
+        kind = parameters[key].annotation
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name}: {key} should be true or false, not {value!r}")
+        if kind is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}: {key} should be a whole number of at least 1, not {value!r}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ValueError(f"{name} needs the option {key}")

@@ -1,0 +1,97 @@
+"""Weights in and out: safetensors, and torchvision's .pth files to start from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastres.errors import Refused
+
+HEAD = ("fc.weight", "fc.bias")
+PICKLED = (".pth", ".pt")
+SHOWN = 3  # keys named in a message
+
+
+def load_weights(model: nn.Module, path: str | Path) -> list[str]:
+    """Copies the file's tensors into the model; returns the keys left as they were initialised.
+
+    `path`: a .safetensors file, or a .pth or .pt state_dict, bare or under "model" or "state_dict". A head
+    for another number of classes is not copied, and its keys are returned. Anything else that is missing,
+    unexpected or of another shape is Refused before the model is touched; only num_batches_tracked, which
+    files older than PyTorch 0.4.1 lack, may be missing.
+    """
+    path = Path(path)
+    state, wanted = _read(path), model.state_dict()
+    common = state.keys() & wanted.keys()
+    reshaped = [key for key in common if state[key].shape != wanted[key].shape]
+    replaced = [key for key in HEAD if key in reshaped and state[key].shape[1:] == wanted[key].shape[1:]]
+    faults = {
+        "lacks": [key for key in wanted.keys() - common if not key.endswith(".num_batches_tracked")],
+        "has unknown": state.keys() - common,
+        "has of another shape": [
+            f"{key} {_shape(state[key])} for {_shape(wanted[key])}" for key in reshaped if key not in replaced
+        ],
+    }
+    if found := [f"{fault} {_few(keys)}" for fault, keys in faults.items() if keys]:
+        raise Refused(
+            f"{path} does not fit the model: it {'; it '.join(found)}; name the model it was saved from"
+        )
+    model.load_state_dict({key: state[key] for key in common if key not in replaced}, strict=False)
+    return replaced
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Writes the state_dict as safetensors, whole or not at all; equal weights give equal bytes."""
+    path = Path(path)
+    # contiguous(): the bytes must not tell whether the model was channels-last.
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(model.state_dict().items())}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(safetensors.torch.save(state))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    suffix = path.suffix.lower()
+    if suffix != ".safetensors" and suffix not in PICKLED:
+        raise Refused(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
+    if not path.is_file():
+        raise Refused(f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file")
+    state: Any
+    try:
+        if suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file provokes; torch's own words mislead here
+        raise Refused(
+            f"weights file {path} cannot be read ({type(error).__name__}): it is damaged, or holds something "
+            "other than tensors; fetch it again, or save model.state_dict() into it"
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise Refused(f"weights file {path} holds no state_dict; save model.state_dict() into it")
+    return dict(state)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "scalar"
+
+
+def _few(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

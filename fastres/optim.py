@@ -1,0 +1,55 @@
+"""Optimizers: parameter groups, a learning rate that lives on the device, and momentum that starts from zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.config import OptimConfig
+from fastres.engine import find_apex
+from fastres.errors import Refused
+
+
+def sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
+    """torch's SGD, fused: one kernel for all parameters."""
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                # Where fp16's first step overflows, the fused kernel skips the update but marks the momentum as
+                # begun, in memory that nobody has written. Zeros make the first step the same as without them.
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def apex_sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
+    """apex's FusedSGD, where a genuine apex is installed. It reads lr on the host at every step."""
+    apex, reason = find_apex()
+    if apex is None:
+        raise Refused(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
+    return apex.optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Tensor, OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "apex_sgd": apex_sgd,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.optim.Optimizer:
+    """The configured optimizer over the model's parameters.
+
+    lr: () float32 on the model's device; filling it in place changes the learning rate without recompiling.
+    """
+    parameters = list(model.parameters())
+    if config.decay_norm_and_bias:
+        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    else:  # BatchNorm's parameters and all biases are the ones of one dimension
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ]
+    return OPTIMIZERS[config.name](groups, lr, config)

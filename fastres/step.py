@@ -1,0 +1,245 @@
+"""One training step and one evaluation. The only autocast and the only compile are here.
+
+Forward and loss are one graph, compiled without breaks; the backward pass comes from AOTAutograd; the optimizer
+is one fused kernel. Nothing here waits for the device: metrics stay on it until somebody reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres import distributed
+from fastres.data import IGNORED, Loader
+from fastres.engine import Engine
+
+Batch = tuple[Tensor, Tensor]  # images (b, C, S, S) in the engine's dtype, labels (b,) int64
+
+
+class ForwardLoss(nn.Module):
+    """(images, labels) -> (loss, number of right answers), both () and on the device."""
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, reduction: str, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.engine, self.reduction, self.label_smoothing = engine, reduction, label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = self.engine.precision in ("bf16", "fp16")
+        with torch.autocast(self.engine.device.type, self.engine.dtype if mixed else None, enabled=mixed):
+            logits = self.model(images)
+        loss = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            labels,
+            ignore_index=IGNORED,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss, (logits.argmax(1) == labels).sum()
+
+
+@dataclass
+class Totals:
+    """Sums of a window of steps, on the host."""
+
+    loss: float = 0.0  # summed over samples
+    correct: int = 0
+    samples: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.loss + other.loss, self.correct + other.correct, self.samples + other.samples)
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(1, self.samples)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(1, self.samples)
+
+
+class DeviceTotals:
+    """Totals that grow on the device; reading them is the only synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # right answers, samples
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # the first of non-finite loss
+
+    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor, step: int = -1) -> None:
+        """loss: () summed over the samples. The first step of non-finite loss is remembered."""
+        self.loss += loss
+        self.counts[0] += correct
+        self.counts[1] += samples
+        self.bad_step.copy_(torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step))
+
+    def read(self) -> tuple[Totals, int]:
+        """The sums over all processes since the last reset, and the first bad step (-1: none)."""
+        loss, counts, bad = self.loss.clone(), self.counts.clone(), self.bad_step.clone()
+        distributed.all_sum(loss, counts)
+        distributed.all_max(bad)
+        return Totals(loss.item(), *counts.tolist()), int(bad.item())
+
+    def reset(self) -> None:
+        for tensor, value in ((self.loss, 0), (self.counts, 0), (self.bad_step, -1)):
+            tensor.fill_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums over all processes. Collective."""
+        loss, counts = self.loss.clone(), self.counts.clone()
+        distributed.all_sum(loss, counts)
+        return {"loss": loss, "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Rank 0 takes the sums, the others start from nothing: together they are what was saved."""
+        self.reset()
+        if distributed.rank() == 0:
+            self.loss.copy_(state["loss"])
+            self.counts.copy_(state["counts"])
+
+
+class TrainStep:
+    """Forward, loss, backward, update. `totals` gathers what the steps did."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        build_optimizer: Callable[[nn.Module, Tensor], torch.optim.Optimizer],
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self.lr = torch.zeros((), device=engine.device)
+        self.optimizer = build_optimizer(model, self.lr)
+        self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
+        self.totals = DeviceTotals(engine.device)
+        self.forward_loss: nn.Module = ForwardLoss(model, engine, "mean", label_smoothing)
+        if engine.compile:
+            self.forward_loss.compile(fullgraph=True, dynamic=False)
+        # DDP goes around what is compiled: inside, its hooks would break the graph.
+        self.forward_loss = distributed.wrap(self.forward_loss, engine.device)
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
+        """Takes step `step` on this process's share of the batch."""
+        self.lr.fill_(lr)
+        self.model.train()
+        loss, correct = self.forward_loss(images, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.totals.add(loss.detach() * len(labels), correct, len(labels), step)
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """Compiles everything by running forward and backward, and leaves no trace in the model's state."""
+        with _restored(self.model):
+            self.model.train()
+            loss, _ = self.forward_loss(images, labels)
+            self.scaler.scale(loss).backward()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on. Collective."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "totals": self.totals.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # load_state_dict put a copy there that nobody fills
+        self.scaler.load_state_dict(state["scaler"])
+        self.totals.load_state_dict(state["totals"])
+
+
+class Evaluator:
+    """Loss and accuracy over all samples of a loader, on all processes."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.model = model
+        self.totals = DeviceTotals(engine.device)
+        self.forward_loss = ForwardLoss(model, engine, "sum")
+        if engine.compile:
+            self.forward_loss.compile(fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[Batch]) -> Totals:
+        self.model.eval()
+        distributed.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
+        self.totals.reset()
+        for images, labels in batches:
+            loss, correct = self.forward_loss(images, labels)
+            self.totals.add(loss, correct, (labels != IGNORED).sum())
+        return self.totals.read()[0]
+
+
+def warm_up(
+    train_step: TrainStep, evaluate: Evaluator, batch: Batch, evaluation: Loader, say: Callable[[str], None]
+) -> None:
+    """Compiles training and evaluation before the clock starts, leaving no trace in the model's state. Where
+    compiling was auto's choice and the compiler turns out broken, everything runs eager instead, and `say`
+    is told so."""
+    try:
+        train_step.warm_up(*batch)
+        evaluate(itertools.islice(evaluation.evaluate(), 1))
+    except Exception as error:
+        if not (train_step.engine.compile and train_step.engine.compile_may_fall_back):
+            raise
+        say(f"compile: false (the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
+        torch.compiler.set_stance("force_eager")
+        train_step.warm_up(*batch)
+
+
+def check_channels_last(model: nn.Module, batch: Batch) -> None:
+    """Runs one eager forward and backward and raises AssertionError at the first convolution or normalisation whose
+    activations or gradients are not channels-last; leaves no trace in the model's state."""
+    wrong: list[str] = []
+
+    def check(what: str, tensor: Tensor) -> None:
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            wrong.append(f"{what} has strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}")
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, inputs: object, out: Tensor) -> None:
+            check(f"the output of {name}", out)
+            out.register_hook(lambda gradient: check(f"the gradient of {name}", gradient))
+
+        return hook
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in layers]
+    try:
+        with _restored(model):
+            model.train()
+            F.cross_entropy(model(batch[0].to(next(model.parameters()).dtype)), batch[1]).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong:
+        raise AssertionError(wrong[0])
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers back afterwards and drops its gradients."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        model.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

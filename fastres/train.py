@@ -1,0 +1,289 @@
+"""`torchrun -m fastres.train`: one run, from top to bottom.
+
+config -> data -> model -> step -> schedule -> log, checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastres import checkpoint, distributed
+from fastres.clock import Clock
+from fastres.config import Config, model_options, parse
+from fastres.data import build_loader, image_size
+from fastres.data.sources import hold_out, load_source
+from fastres.engine import Engine, resolve
+from fastres.errors import Failed, Refused, run_command
+from fastres.log import ProgressLine, Run, device_name, write_text
+from fastres.models import build_model
+from fastres.models.weights import load_weights, save_weights
+from fastres.optim import build_optimizer
+from fastres.schedule import lr_scale
+from fastres.step import Evaluator, Totals, TrainStep, check_channels_last, warm_up
+
+SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what the command line asks for. Returns the exit status."""
+    config = parse(sys.argv[1:] if argv is None else argv)
+    engine = resolve(config, distributed.local_rank())
+    distributed.check_batch(config.train.batch_size)
+    with distributed.group(engine.device), stop_on_signal() as stop:
+        return train(config, engine, stop)
+
+
+def train(config: Config, engine: Engine, stop: list[int]) -> int:
+    """The run. `stop` holds the number of a signal once one has come."""
+    is_main = distributed.rank() == 0
+    steps, batch_size = config.train.steps, config.train.batch_size
+
+    # ------------------------------------------------------------------------------------- folder
+    run = Run(config)
+    if (summary := distributed.from_rank0(run.examine)) is not None:
+        if is_main:
+            print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
+        return 0
+
+    # ------------------------------------------------------------------------------------- data
+    source = distributed.rank0_first(lambda: load_source(config.data))
+    training, held_out, curve_split = source.train, source.test, "test"
+    if config.data.validation:
+        training, held_out = hold_out(source.train, config.data.validation)
+        curve_split = "validation"
+
+    def loader_of(split: Any) -> Any:
+        place = {"rank": distributed.rank(), "world": distributed.world()}
+        return build_loader(config, source, split, device=engine.device, dtype=engine.dtype, **place)
+
+    train_loader, curve_loader = loader_of(training), loader_of(held_out)
+    test_loader = loader_of(source.test) if config.data.validation else curve_loader
+
+    # ------------------------------------------------------------------------------------- model
+    torch.manual_seed(config.run.seed)
+    model = build_model(
+        config.model.name,
+        num_classes=classes_of(config, len(source.classes)),
+        in_channels=source.channels,
+        norm=engine.norm,
+        **model_options(config.model),
+    )
+    replaced = load_weights(model, config.model.weights) if config.model.weights else []
+    model = model.to(engine.device).to(memory_format=engine.memory_format)
+
+    # ------------------------------------------------------------------------------------- step
+    peak_lr = config.optim.lr * (distributed.world() if config.optim.scale_lr else 1)
+    step = TrainStep(
+        model, engine, lambda m, lr: build_optimizer(m, config.optim, lr), config.train.label_smoothing
+    )
+    evaluate = Evaluator(model, engine)
+
+    # ------------------------------------------------------------------------------------- resume
+    state = distributed.from_rank0(lambda: find_state(config, run))
+    start, window, clock = 0, Totals(), Clock(engine.device.type)
+    if state is not None:
+        start, window = state["step"], Totals(**state["window"])
+        clock = Clock(engine.device.type, **state["clock"])
+        try:
+            step.load_state_dict(state["trainer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise Refused(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from None
+        if start > steps:
+            raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
+
+    with ExitStack() as closing:
+        progress = closing.enter_context(ProgressLine(steps, start, enabled=is_main))
+        if is_main:
+            run.begin(engine, start)
+            closing.callback(run.release)
+        for line in (*engine.reasons, *source.notes):
+            progress.say(line)
+        if replaced:
+            progress.say(f"weights: head replaced ({', '.join(replaced)})")
+        parameters = sum(p.numel() for p in model.parameters())
+        progress.say(
+            f"{config.model.name}, {parameters:,} parameters, {source.name}: {len(training):,} training images, "
+            f"{steps:,} steps of {batch_size} on {device_name(engine.device)} in {engine.precision}, {run.folder}"
+            + (f", continued at step {start:,}" if start else "")
+        )
+
+        # --------------------------------------------------------------------------------- warm-up
+        shape = (batch_size // distributed.world(), source.channels, *[image_size(config, source)] * 2)
+        blank = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
+        blank = blank.to(memory_format=engine.memory_format)
+        labels = torch.zeros(len(blank), dtype=torch.int64, device=engine.device)
+        if engine.channels_last:
+            check_channels_last(model, (blank[:2], labels[:2]))
+        warm_up(step, evaluate, (blank, labels), curve_loader, say=progress.say)
+
+        # --------------------------------------------------------------------------------- training
+        def save(done: int) -> None:
+            """Collective: the state of `done` steps to disk."""
+            trainer = step.state_dict()
+            if is_main:
+                time = {"train_time_s": clock.train_time_s, "wall_time_s": clock.wall_time_s}
+                content = {"step": done, "trainer": trainer, "window": asdict(window), "clock": time}
+                checkpoint.save(run.checkpoints, done, content, config.run.keep_checkpoints)
+
+        def due(done: int, every: int) -> bool:
+            return done % every == 0 or done == steps
+
+        held = None  # the last evaluation
+        clock.start()
+        for i, (images, labels) in enumerate(failing_late(train_loader.train(start, steps)), start):
+            lr = peak_lr * lr_scale(config.schedule, i, steps)
+            step(images, labels, lr, i)
+            done = i + 1
+
+            evaluates, saves = due(done, config.train.eval_every), due(done, config.run.checkpoint_every)
+            logs = evaluates or due(done, config.train.log_every)
+            stopping = distributed.any_rank(stop[0], engine.device) if agrees(done) else 0
+            if not (logs or saves or stopping):
+                continue
+            with clock.paused():
+                totals, bad_step = step.totals.read()
+                if bad_step >= 0:
+                    raise Failed(
+                        f"the loss became non-finite at step {bad_step:,}; {kept(run)}; "
+                        "try a smaller --optim.lr or --engine.precision fp32"
+                    )
+                if logs:
+                    step.totals.reset()
+                    window += totals
+                    speed = done * batch_size / max(clock.train_time_s, 1e-9)
+                    progress.update(done, totals.mean_loss, totals.accuracy, lr, speed)
+                    if is_main:
+                        run.log(
+                            {"step": done, "split": "train", "loss": totals.mean_loss, "accuracy": totals.accuracy,
+                             "lr": lr, "images_per_s": speed, "train_time_s": clock.train_time_s}
+                        )  # fmt: skip
+                if evaluates:
+                    held = evaluate(curve_loader.evaluate())
+                    progress.say(
+                        f"step {done:,}: {curve_split} loss {held.mean_loss:.4f}, accuracy {held.accuracy:.2%}"
+                    )
+                    if is_main:
+                        run.log(
+                            {"step": done, "split": curve_split, "loss": held.mean_loss, "accuracy": held.accuracy,
+                             "train_loss": window.mean_loss, "train_accuracy": window.accuracy,
+                             "lr": lr, "train_time_s": clock.train_time_s}
+                        )  # fmt: skip
+                    window = Totals()
+                if saves or stopping:
+                    save(done)
+            if stopping and done < steps:
+                if is_main:
+                    run.write_history()
+                    progress.say(f"stopped by {signal.Signals(stopping).name} at step {done:,}; {kept(run)}")
+                return 128 + stopping
+        clock.stop()
+
+        # --------------------------------------------------------------------------------- results
+        final = held if held is not None and curve_split == "test" else evaluate(test_loader.evaluate())
+        if is_main:
+            save_weights(model, run.folder / "model.safetensors")
+            run.write_history()
+            curve = run.evaluations()
+            at_90 = next((row for row in curve if row["accuracy"] >= 0.9), None)
+            summary = {
+                "recipe": config.recipe,
+                "model": config.model.name,
+                "data": source.name,
+                "test_accuracy": final.accuracy,
+                "test_loss": final.mean_loss,
+                "test_samples": final.samples,
+                "steps": steps,
+                "parameters": parameters,
+                "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
+                "train_time_s": clock.train_time_s,
+                "wall_time_s": clock.wall_time_s,
+                "first_step_at_90": at_90 and at_90["step"],
+                "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
+                "curve": curve_split,
+                "device": device_name(engine.device),
+                "precision": engine.precision,
+                "seed": config.run.seed,
+            }
+            write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            progress.say(
+                f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {steps:,} steps in "
+                f"{clock.train_time_s:.1f} s of training; curves: {run.folder / 'history.png'}"
+            )
+        return 0
+
+
+# --------------------------------------------------------------------------------------------- details
+
+
+def find_state(config: Config, run: Run) -> checkpoint.State | None:
+    """Takes the folder and returns the state to continue from, if there is one. On rank 0."""
+    run.claim()
+    try:
+        if config.run.resume not in ("auto", "never"):
+            return checkpoint.load(Path(config.run.resume))
+        return checkpoint.latest(run.checkpoints)
+    except BaseException:
+        run.release()
+        raise
+
+
+def classes_of(config: Config, found: int) -> int:
+    """Outputs of the head: as many as the data has classes, or more where the configuration says so."""
+    wanted = config.model.num_classes or found
+    if wanted < found:
+        raise Refused(
+            f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out"
+        )
+    return wanted
+
+
+def failing_late(batches: Iterator[Any]) -> Iterator[Any]:
+    """Data that turns out bad once training has begun ends the run as failed, not as refused."""
+    try:
+        yield from batches
+    except Refused as error:
+        raise Failed(str(error)) from None
+
+
+def kept(run: Run) -> str:
+    """Where the newest checkpoint is, in words."""
+    newest = checkpoint.found(run.checkpoints)
+    return f"the state is in {newest[0]}" if newest else "there is no checkpoint yet"
+
+
+def agrees(done: int) -> bool:
+    """Whether the processes compare their signals after this step: always where there is one process."""
+    return distributed.world() == 1 or done % SIGNAL_EVERY == 0
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A box that holds 0, and the signal's number after SIGTERM or SIGINT; a second one ends the process at once."""
+    stop = [0]
+
+    def remember(number: int, _: FrameType | None) -> None:
+        if stop[0]:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop[0] = number
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_command(main)

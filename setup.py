@@ -1,0 +1,47 @@
+"""Packages and dependencies of fastres. Build system and tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+EXTRAS = {
+    "dali": ["nvidia-dali-cuda130>=1.50; sys_platform == 'linux'"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "wandb": ["wandb>=0.17"],
+    "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5.2"],
+    "peers": ["airbench>=0.1.8", "timm>=1.0"],
+}
+EXTRAS["dev"] = sorted(
+    {package for name in ("bench", "dali", "export", "tensorboard") for package in EXTRAS[name]}
+    | {"hypothesis>=6.100", "mypy>=1.15", "ruff>=0.11", "types-PyYAML"}
+)
+
+setup(
+    name="fastres",
+    version="0.1.0",
+    description="Trains residual networks as fast as the hardware allows, and proves it.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.11",
+    # kernels/ is a package of its own that knows nothing of fastres. Its import name is
+    # fastres_kernels, because `kernels` on PyPI is somebody else's.
+    package_dir={"fastres": "fastres", "fastres_kernels": "kernels"},
+    packages=["fastres", "fastres.data", "fastres.models", "fastres.recipes", "fastres_kernels"],
+    package_data={"fastres": ["py.typed"], "fastres.recipes": ["*.yaml"], "fastres_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "filelock>=3.12",
+        "jsonargparse[signatures]>=4.40",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.4",
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,100 @@
+"""Small data sets in the published formats, written to a folder of the test's. Few samples, but learnable."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def coloured_noise(labels: np.ndarray, size: int, classes: int, seed: int) -> np.ndarray:
+    """Images (N, size, size, 3) uint8 of noise around a colour of each class's own."""
+    colours = np.random.default_rng(classes).integers(0, 192, (classes, 1, 1, 3))
+    noise = np.random.default_rng(seed).integers(0, 64, (len(labels), size, size, 3))
+    return (colours[labels] + noise).astype(np.uint8)
+
+
+def write_pickle(path: Path, content: Any, protocol: int = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol))
+
+
+def write_cifar10(root: Path, *, train: int = 500, test: int = 100, protocol: int = 2) -> Path:
+    """cifar-10-batches-py under `root`: five batches of train/5 images, one of `test`. Returns its folder."""
+    folder = root / "cifar-10-batches-py"
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for seed, (name, count) in enumerate(zip(names, [train // 5] * 5 + [test], strict=True)):
+        write_pickle(folder / name, cifar_batch(count, 10, "labels", seed), protocol)
+    write_pickle(folder / "batches.meta", {"label_names": list(CIFAR10_CLASSES)}, protocol)
+    return folder
+
+
+def write_cifar100(root: Path, *, train: int = 500, test: int = 100, protocol: int = 2) -> Path:
+    """cifar-100-python under `root`: train, test and meta. Returns its folder."""
+    folder = root / "cifar-100-python"
+    write_pickle(folder / "train", cifar_batch(train, 100, "fine_labels", 0), protocol)
+    write_pickle(folder / "test", cifar_batch(test, 100, "fine_labels", 1), protocol)
+    write_pickle(folder / "meta", {"fine_label_names": [f"class{i:02}" for i in range(100)]}, protocol)
+    return folder
+
+
+def cifar_batch(count: int, classes: int, label_key: str, seed: int) -> dict[str, Any]:
+    """One CIFAR batch: "data", (count, 3072) uint8 in channel planes, and a list of labels."""
+    labels = np.arange(count) % classes
+    images = coloured_noise(labels, 32, classes, seed)
+    return {"data": images.transpose(0, 3, 1, 2).reshape(count, -1), label_key: labels.tolist()}
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """An IDX file of bytes, gzipped if `path` ends in .gz."""
+    header = np.array([0x0800 + values.ndim, *values.shape], ">u4").tobytes()
+    content = header + values.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def write_mnist_idx(
+    root: Path, *, name: str = "MNIST", train: int = 512, test: int = 128, packed: bool = False
+) -> Path:
+    """NAME/raw under `root`: scikit-learn's digits, trebled to 24x24 and framed to 28x28. Returns its folder.
+
+    `train` + `test` is at most 1,797; no digit is in both.
+    """
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))[: train + test]
+    bright = np.rint(digits.images[order] * (255 / 16))
+    images = np.pad(bright.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    labels = digits.target[order]
+    folder, suffix = root / name / "raw", ".gz" if packed else ""
+    for part, rows in (("train", slice(train)), ("t10k", slice(train, None))):
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", images[rows])
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", labels[rows])
+    return folder
+
+
+def write_image_folder(
+    root: Path,
+    *,
+    classes: Sequence[str] = ("cat", "dog"),
+    train: int = 4,
+    test: int = 2,
+    size: int = 32,
+    held: str = "test",
+    suffix: str = ".jpg",
+) -> Path:
+    """root/train/CLASS/* and root/`held`/CLASS/*: `train` and `test` images of each class. Returns `root`."""
+    for seed, (part, count) in enumerate((("train", train), (held, test))):
+        labels = np.repeat(np.arange(len(classes)), count)
+        for index, image in enumerate(coloured_noise(labels, size, len(classes), seed)):
+            path = root / part / classes[labels[index]] / f"{index:05}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root

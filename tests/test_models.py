@@ -1,0 +1,451 @@
+"""The networks of the specification: their sizes, their equality with torchvision's, what they refuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from fastres.models import MODELS, build_model
+from fastres.models.blocks import SHORTCUTS, BasicBlock, Bottleneck, global_pool, norm_act
+from fastres.models.mini import IdentityBlock
+
+TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
+SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # px; 33, odd at every stage, for the big ones
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these images are so small that threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def on_meta(name: str, **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(name, **options)
+
+
+def shapes(model: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(key, tensor.shape) for key, tensor in model.state_dict().items()]
+
+
+def output_sizes(model: nn.Module, x: Tensor, *names: str) -> list[tuple[int, ...]]:
+    """(C, H, W) of what the named modules of the model make of x."""
+    sizes: list[tuple[int, ...]] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out: sizes.append(tuple(out.shape[1:]))
+        )
+    model(x)
+    return sizes
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Relative to the largest element: max|a - b| / max|b|."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+# ---- the CIFAR family (section 1) --------------------------------------------------------------------------
+
+PARAMETERS = {  # depth: (pad, maxpool_pad and plain; conv1x1)
+    20: (269_722, 272_474),
+    32: (464_154, 466_906),
+    44: (658_586, 661_338),
+    56: (853_018, 855_770),
+    110: (1_727_962, 1_730_714),
+    1202: (19_421_274, 19_424_026),
+}
+
+
+@pytest.mark.parametrize("depth", PARAMETERS)
+def test_parameters_of_the_cifar_family(depth: int) -> None:
+    parameterless, conv1x1 = PARAMETERS[depth]
+    assert parameters(on_meta(f"resnet{depth}")) == parameterless
+    assert parameters(on_meta(f"resnet{depth}", shortcut="pad")) == parameterless
+    assert parameters(on_meta(f"resnet{depth}", shortcut="maxpool_pad")) == parameterless
+    assert parameters(on_meta(f"plain{depth}")) == parameterless
+    assert parameters(on_meta(f"resnet{depth}", shortcut="conv1x1")) == conv1x1
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 25])
+@pytest.mark.parametrize("plain", [False, True])
+def test_depth_is_6n_plus_2(n: int, plain: bool) -> None:
+    model = on_meta("cifar_resnet", blocks_per_stage=n, plain=plain)
+    weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(weighted) == 6 * n + 2
+    if plain or n not in (8, 25):  # resnet50 and resnet152 are ImageNet's; plain50 is not
+        assert shapes(model) == shapes(on_meta(f"{'plain' if plain else 'resnet'}{6 * n + 2}"))
+
+
+def test_stages_halve_the_image_and_double_the_width() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    sizes = output_sizes(build_model("resnet20"), x, "bn1", "layer1", "layer2", "layer3")
+    assert sizes == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet"])
+def test_channels_classes_and_image_size_are_free(name: str) -> None:
+    model = build_model(name, in_channels=1, num_classes=7)
+    assert model(torch.randn(2, 1, 40, 36)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet"])
+def test_initialisation_is_kaiming_normal_fan_out(name: str) -> None:
+    model = build_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            scale = module.weight.std().item() / math.sqrt(2 / fan_out)
+            assert scale == pytest.approx(1, abs=5 / math.sqrt(2 * module.weight.numel()))  # 5 sigma
+            assert module.bias is None or not module.bias.any()
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert not module.bias.any()
+
+
+# ---- shortcuts ---------------------------------------------------------------------------------------------
+
+
+def test_pad_takes_every_second_row_and_column_and_appends_zero_channels() -> None:
+    x = torch.arange(9.0).reshape(1, 1, 3, 3) + 1
+    assert SHORTCUTS["pad"](1, 2, 2, nn.BatchNorm2d)(x).tolist() == [[[[1, 3], [7, 9]], [[0, 0], [0, 0]]]]
+
+
+def test_maxpool_pad_takes_the_maximum_of_each_window_and_appends_zero_channels() -> None:
+    x = -torch.arange(9.0).reshape(1, 1, 3, 3) - 1  # negative: a window must not see zeros beyond the edge
+    assert SHORTCUTS["maxpool_pad"](1, 2, 2, nn.BatchNorm2d)(x).tolist() == [
+        [[[-1, -3], [-7, -9]], [[0, 0], [0, 0]]]
+    ]
+
+
+DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 5)),
+    "maxpool_pad": lambda x: F.max_pool2d(F.pad(x, (0, 0, 0, 0, 0, 5)), 2, 2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (7, 8), (8, 1), (1, 1)])
+@pytest.mark.parametrize("kind", DEFINITIONS)
+def test_parameterless_shortcuts_equal_their_definitions(kind: str, size: tuple[int, int]) -> None:
+    shortcut = SHORTCUTS[kind](3, 8, 2, nn.BatchNorm2d)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    ours, expected = shortcut(x), DEFINITIONS[kind](x)
+    assert torch.equal(ours, expected)
+    probe = torch.randn_like(expected)
+    assert torch.equal(*(torch.autograd.grad(y, x, probe)[0] for y in (ours, expected)))
+    assert not shortcut.state_dict()
+
+
+@pytest.mark.parametrize("kind", SHORTCUTS)
+@pytest.mark.parametrize("side", [15, 16])
+def test_every_shortcut_fits_its_block_at_odd_sizes(kind: str, side: int) -> None:
+    block = BasicBlock(4, 8, 2, shortcut=kind)
+    assert block(torch.randn(2, 4, side, side)).shape == (2, 8, 8, 8)
+
+
+def test_conv1x1_has_torchvisions_keys() -> None:
+    ours, theirs = BasicBlock(16, 32, 2), torchvision.models.resnet18().layer2[0]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [m.stride for m in ours.modules() if isinstance(m, nn.Conv2d)] == [(2, 2), (1, 1), (2, 2)]
+
+
+def test_plain_nets_have_no_shortcut_in_any_block() -> None:
+    blocks = [m for m in build_model("plain20").modules() if isinstance(m, BasicBlock)]
+    assert len(blocks) == 9
+    assert all(block.downsample is None for block in blocks)
+    block = blocks[0].eval()
+    x = torch.randn(2, 16, 8, 8)
+    expected = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
+    assert torch.equal(block(x), expected)
+
+
+def test_a_residual_block_adds_its_input() -> None:
+    block = BasicBlock(16, 16).eval()
+    x = torch.randn(2, 16, 8, 8)
+    expected = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))) + x)
+    assert torch.equal(block(x), expected)
+
+
+# ---- the seam ----------------------------------------------------------------------------------------------
+
+
+class FusingNorm(nn.BatchNorm2d):
+    """A norm that keeps the seam's contract: relu(norm(x) + residual) while `fuses_act`, else norm(x)."""
+
+    fuses_act = True
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return F.relu(y if residual is None else y + residual) if self.fuses_act else y
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FusingNorm])
+def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> None:
+    x, residual = torch.randn(2, 2, 4, 8, 6, dtype=torch.float64)
+    y = F.batch_norm(x, None, None, training=True)
+    module = norm(4).double()
+    assert error(norm_act(module, x.clone()), F.relu(y)) < 1e-12
+    kept = residual.clone()
+    assert error(norm_act(module, x.clone(), residual), F.relu(y + residual)) < 1e-12
+    assert torch.equal(residual, kept)  # what is done in place is never done to the input
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("resnet8", {"shortcut": kind}) for kind in SHORTCUTS),
+        ("plain8", {}),
+        ("resnet18", {"stem": "small"}),
+        ("resnet50", {"stem": "small"}),
+        ("mini_resnet", {}),
+    ],
+)
+def test_a_norm_that_fuses_the_activation_changes_nothing_else(name: str, options: dict[str, Any]) -> None:
+    plain = build_model(name, **options).double()
+    fusing = build_model(name, norm_layer=FusingNorm, **options).double()
+    fusing.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert error(fusing(x), plain(x)) < 1e-10
+
+
+def test_global_pool_is_the_mean_over_the_image() -> None:
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert error(global_pool(x), F.adaptive_avg_pool2d(x, 1).flatten(1)) < 1e-14
+
+
+# ---- the ImageNet family (section 2) -----------------------------------------------------------------------
+
+
+def test_every_imagenet_net_has_a_torchvision_original() -> None:
+    assert set(MODELS) - {"cifar_resnet", "mini_resnet"} == set(TORCHVISION)
+    assert len(TORCHVISION) == 10
+
+
+def assert_equal_nets(ours: nn.Module, theirs: nn.Module, side: int) -> None:
+    """Logits and all gradients, first as in training, then with the statistics that it left, in float64.
+
+    `ours` is built on the meta device and takes a copy of `theirs`, which spares its initialisation.
+    """
+    assert shapes(ours) == shapes(theirs)
+    state = {key: tensor.clone() for key, tensor in theirs.double().state_dict().items()}
+    ours.load_state_dict(state, strict=True, assign=True)
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    for training in (True, False):
+        gradients = []
+        logits = []
+        for model in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            logits.append(model.train(training)(leaf))
+            loss = F.cross_entropy(logits[-1], torch.tensor([1, 3]))
+            gradients.append(torch.autograd.grad(loss, [leaf, *model.parameters()]))
+        assert error(*logits) < 1e-8
+        for (name, _), a, b in zip([("x", x), *ours.named_parameters()], *gradients, strict=True):
+            assert error(a, b) < 1e-8, name
+    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert error(a.double(), b.double()) < 1e-8, key  # running statistics too
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_equals_torchvision(name: str) -> None:
+    theirs = torchvision.models.get_model(name, num_classes=5)
+    assert_equal_nets(on_meta(name, num_classes=5), theirs, SIDE.get(name, 33))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+        ("resnet50", {"replace_stride_with_dilation": [True, False, True]}),
+        ("resnet50", {"groups": 2, "width_per_group": 32}),
+        ("resnet18", {"norm_layer": partial(nn.GroupNorm, 8)}),
+        ("resnet18", {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.3)}),
+    ],
+)
+def test_torchvisions_options_mean_the_same(name: str, options: dict[str, Any]) -> None:
+    theirs = torchvision.models.get_model(name, num_classes=5, **options)
+    assert_equal_nets(on_meta(name, num_classes=5, **options), theirs, 33)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_zero_init_residual_starts_every_block_as_its_shortcut(name: str) -> None:
+    ours = build_model(name, zero_init_residual=True)
+    theirs = torchvision.models.get_model(name, zero_init_residual=True)
+
+    def zeroed(model: nn.Module) -> list[str]:
+        return [key for key, p in model.named_parameters() if key.endswith("weight") and not p.any()]
+
+    assert zeroed(ours) == zeroed(theirs) != []
+    assert not zeroed(build_model(name))
+
+
+def test_v1_puts_the_stride_on_the_first_1x1() -> None:
+    ours = on_meta("resnet50", num_classes=5, v1=True)
+    theirs = torchvision.models.resnet50(num_classes=5)
+    for block in theirs.modules():
+        if isinstance(block, torchvision.models.resnet.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    assert_equal_nets(ours, theirs, 33)
+
+
+def test_v1_is_the_same_net_without_bottlenecks() -> None:
+    strides = [
+        [m.stride for m in on_meta("resnet18", v1=v1).modules() if isinstance(m, nn.Conv2d)]
+        for v1 in (False, True)
+    ]
+    assert strides[0] == strides[1]
+
+
+def test_small_stem_keeps_the_resolution_of_32x32() -> None:
+    model = build_model("resnet18", stem="small").eval()
+    assert [key for key, _ in shapes(model)] == [key for key, _ in shapes(build_model("resnet18"))]
+    assert model.get_parameter("conv1.weight").shape == (64, 3, 3, 3)
+    sizes = output_sizes(model, torch.randn(1, 3, 32, 32), "layer1", "layer2", "layer3", "layer4")
+    assert sizes == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+
+
+def test_resnet50_and_152_always_mean_imagenets() -> None:
+    assert parameters(on_meta("resnet50", num_classes=1000)) == 25_557_032
+    assert parameters(on_meta("resnet152", num_classes=1000)) == 60_192_808
+
+
+# ---- the mini ResNet (section 3) ---------------------------------------------------------------------------
+
+
+def test_mini_resnet_has_152202_parameters_and_pools_28_to_9() -> None:
+    model = build_model("mini_resnet", in_channels=1, num_classes=10)
+    assert parameters(model) == 152_202
+    sizes = output_sizes(model, torch.randn(2, 1, 28, 28), "bn1", "maxpool", "layer1")
+    assert sizes == [(64, 28, 28), (64, 9, 9), (64, 9, 9)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5])
+def test_identity_block_adds_its_input_at_any_kernel_size(kernel_size: int) -> None:
+    block = IdentityBlock(6, kernel_size).eval()
+    assert block.conv1.bias is not None
+    x = torch.randn(2, 6, 9, 8)
+    expected = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))) + x)
+    assert block(x).shape == x.shape
+    assert torch.equal(block(x), expected)
+
+
+# ---- memory format and compilation -------------------------------------------------------------------------
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    *(("resnet8", {"shortcut": kind}) for kind in SHORTCUTS),
+    ("plain8", {}),
+    ("resnet18", {}),
+    ("resnet50", {}),
+    ("resnet50", {"stem": "small", "v1": True}),
+    ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+    ("resnext50_32x4d", {}),
+    ("mini_resnet", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES)
+def test_channels_last_forward_and_backward(name: str, options: dict[str, Any]) -> None:
+    model = build_model(name, **options).to(memory_format=torch.channels_last)
+    wrong: list[str] = []
+    checked = 0
+
+    def check(what: str, tensor: Tensor) -> None:
+        nonlocal checked
+        checked += 1
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            wrong.append(f"{what} {tuple(tensor.shape)} {tensor.stride()}")
+
+    def hook(name: str, module: nn.Module, args: object, out: Tensor) -> None:
+        check(f"{name} output", out)
+        out.register_hook(partial(check, f"{name} gradient"))
+
+    kinds = (nn.Conv2d, nn.BatchNorm2d, BasicBlock, Bottleneck, IdentityBlock)
+    watched = {key: module for key, module in model.named_modules() if isinstance(module, kinds)}
+    for key, module in watched.items():
+        module.register_forward_hook(partial(hook, key))
+    x = torch.randn(2, 3, 65, 65).to(memory_format=torch.channels_last)  # odd; 3 px remain at the end
+    model(x).square().sum().backward()
+    assert wrong == []
+    assert checked == 2 * len(watched)
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES)
+def test_compiles_without_graph_breaks(name: str, options: dict[str, Any]) -> None:
+    model = build_model(name, **options)
+    x, y = torch.randn(2, 3, 33, 33), torch.tensor([1, 3])
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    torch._dynamo.reset()
+    eager, compiled = loss(x, y), torch.compile(loss, backend="eager", fullgraph=True)(x, y)
+    assert torch.equal(eager, compiled)
+    compiled.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("resnet21", {}, ["'resnet21'", "did you mean 'resnet20'", "6n+2"]),
+        ("resnet2", {}, ["'resnet2'", "'resnet8'"]),
+        ("plain55", {}, ["'plain55'", "'plain56'"]),
+        ("resnet020", {}, ["'resnet020'", "'resnet20'"]),
+        ("ResNet-18", {}, ["'ResNet-18'", "'resnet18'"]),
+        ("wide_resnet50", {}, ["'wide_resnet50'", "'wide_resnet50_2'"]),
+        ("vgg16", {}, ["'vgg16'", "choose from", "resnext50_32x4d", "mini_resnet"]),
+        ("resnet20", {"shortcut": "padd"}, ["'padd'", "did you mean 'pad'", "maxpool_pad", "conv1x1"]),
+        ("plain20", {"shortcut": "pad"}, ["plain20", "shortcut", "leave out"]),
+        ("cifar_resnet", {"blocks_per_stage": 3, "plain": True, "shortcut": "pad"}, ["plain", "shortcut"]),
+        ("cifar_resnet", {}, ["cifar_resnet", "blocks_per_stage"]),
+        ("cifar_resnet", {"blocks_per_stage": 0}, ["blocks_per_stage", "at least 1", "0"]),
+        ("cifar_resnet", {"blocks_per_stage": 3, "plain": "no"}, ["plain", "true or false", "'no'"]),
+        ("resnet20", {"blocks_per_stage": 5}, ["resnet20", "'blocks_per_stage'", "shortcut"]),
+        ("resnet20", {"plain": True}, ["resnet20", "plain=True"]),
+        ("resnet20", {"stem": "small"}, ["resnet20", "'stem'"]),
+        ("resnet50", {"shortcut": "pad"}, ["resnet50", "'shortcut'", "stem"]),
+        ("resnet50", {"zero_init": True}, ["'zero_init'", "'zero_init_residual'"]),
+        ("resnet50", {"stem": "smal"}, ["'smal'", "'small'", "imagenet"]),
+        ("resnet50", {"groups": 3, "width_per_group": 0}, ["width_per_group", "at least 1"]),
+        ("resnet50", {"replace_stride_with_dilation": [True]}, ["three booleans", "[True]"]),
+        ("resnet18", {"groups": 2}, ["BasicBlock", "groups", "2"]),
+        ("resnet18", {"width_per_group": 128}, ["BasicBlock", "base width", "128"]),
+        ("resnet34", {"replace_stride_with_dilation": [False, False, True]}, ["BasicBlock", "dilation"]),
+        ("resnext50_32x4d", {"groups": 16}, ["resnext50_32x4d", "groups=32", "groups=16"]),
+        ("mini_resnet", {"shortcut": "pad"}, ["mini_resnet", "'shortcut'"]),
+        ("resnet20", {"norm": "batch"}, ["norm", "'batch'", "torch"]),
+        ("resnet20", {"norm_layer": 3}, ["norm_layer", "3"]),
+        ("resnet20", {"num_classes": 0}, ["num_classes", "at least 1", "0"]),
+        ("resnet20", {"in_channels": "3"}, ["in_channels", "'3'"]),
+    ],
+)
+def test_refuses_in_one_line(name: str, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refused:
+        on_meta(name, **options)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_what_a_name_says_may_be_said_again() -> None:
+    assert parameters(on_meta("resnext50_32x4d", groups=32, width_per_group=4)) == parameters(
+        on_meta("resnet50", groups=32, width_per_group=4)
+    )
