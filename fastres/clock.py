@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 STARTED = time.perf_counter()  # fastres imports this first, before torch is imported
 
 

@@ -79,9 +79,9 @@ def from_rank0(work: Callable[[], T]) -> T:
         except Exception as error:
             box[0] = (None, error)
     dist.broadcast_object_list(box)
-    result, error = box[0]
-    if error is not None:
-        raise error
+    result, failure = box[0]
+    if failure is not None:
+        raise failure
     return result
 
 

@@ -59,9 +59,9 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     if device.type == "cuda":
         if not on_gpu:
             raise Refused(f"engine.device {wanted.device}: torch sees no GPU here; use --engine.device cpu")
-        if device.index is None:
+        if ":" not in str(device):
             device = torch.device("cuda", local_rank)
-        if device.index is not None and device.index >= torch.cuda.device_count():
+        if device.index >= torch.cuda.device_count():
             raise Refused(f"engine.device {device}: this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
 

@@ -10,6 +10,6 @@ if __name__ != "fastres_kernels":
         f"this package is imported as fastres_kernels, not {__name__}: pip install -e . in the checkout"
     )
 
-from fastres_kernels.reference import batch_norm_act
+from .reference import batch_norm_act
 
 __all__ = ["batch_norm_act"]

@@ -70,7 +70,8 @@ class Order:
         steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
         share = np.arange(self.rank * self.local_batch, (self.rank + 1) * self.local_batch, dtype=np.int64)
         epoch, position = np.divmod((steps * self.batch + share).ravel(), self.n)
-        out = Samples(epoch, *(np.zeros_like(epoch) for _ in range(3)), np.zeros(len(epoch), dtype=bool))
+        zeros = np.zeros_like(epoch)
+        out = Samples(epoch, zeros, zeros.copy(), zeros.copy(), zeros.astype(bool))
         for e in np.unique(epoch):
             here = epoch == e
             index = permutation(self.seed, e, self.n)[position[here]]

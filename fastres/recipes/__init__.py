@@ -1,0 +1,1 @@
+"""Named runs, a YAML file each; fastres.config finds them by name."""

@@ -1,0 +1,130 @@
+"""`python -m fastres.evaluate RUN`: the test set once through a run's weights, and whether its summary agrees."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from fastres import checkpoint
+from fastres.config import Config, DataConfig, EngineConfig, model_options, parse
+from fastres.data import build_loader
+from fastres.data.sources import load_source
+from fastres.engine import Engine, resolve
+from fastres.errors import Refused, run_command
+from fastres.log import device_name
+from fastres.models import build_model
+from fastres.step import Evaluator, Totals
+
+ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how
+
+
+def load_run(
+    folder: Path, file: Path | None = None, flags: Sequence[str] = ()
+) -> tuple[Config, dict[str, Tensor]]:
+    """A run's configuration with `flags` over it, and its weights: the final ones, or those of a checkpoint."""
+    written = folder / "config.yaml"
+    if not written.is_file():
+        raise Refused(
+            f"{folder} is not the folder of a run, it holds no config.yaml: give one that fastres.train has written"
+        )
+    # Trackers off: what they need is not needed to read the run.
+    config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
+    if file is not None:
+        return config, checkpoint.load(file)["trainer"]["model"]
+    final = folder / "model.safetensors"
+    if not final.is_file():
+        newest = next(iter(checkpoint.found(folder / "checkpoints")), "FILE")
+        raise Refused(
+            f"{folder} is a run that is not finished, it holds no model.safetensors: finish it with fastres.train, "
+            f"or give --checkpoint {newest}"
+        )
+    try:
+        return config, safetensors.torch.load_file(final)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Refused(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
+
+
+def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
+    """The run's network holding `weights`, whose shapes tell how many channels and classes it has."""
+    try:
+        model = build_model(
+            config.model.name,
+            num_classes=weights["fc.weight"].shape[0],
+            in_channels=weights["conv1.weight"].shape[1],
+            norm=norm,
+            **model_options(config.model),
+        )
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise Refused(
+            f"the weights are not those of the run's {config.model.name} ({reason}): give files of one run"
+        ) from None
+    return model
+
+
+def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Totals:
+    """Loss and right answers over the whole test set, every sample once."""
+    model = rebuild(config, weights, engine.norm)
+    model = model.to(engine.device).to(memory_format=engine.memory_format)
+    source = load_source(config.data)
+    classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
+    if len(source.classes) > classes or source.channels != channels:
+        raise Refused(
+            f"{source.name} has {len(source.classes)} classes and {source.channels} channels, the run's network "
+            f"{classes} and {channels}: point --data.root and --data.source at the run's data"
+        )
+    place = {"device": engine.device, "dtype": engine.dtype}
+    test = build_loader(config, source, source.test, **place, rank=0, world=1)
+    return Evaluator(model, engine)(test.evaluate())
+
+
+def agreement(totals: Totals, path: Path) -> str:
+    """Whether the summary at `path` has the accuracy of `totals`, in words."""
+    if not path.exists():
+        return f"there is no {path} to compare with"
+    try:
+        accuracy = float(json.loads(path.read_text(encoding="utf-8"))["test_accuracy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Refused(f"{path} is not a summary of fastres: remove it, and evaluate again") from None
+    if totals.accuracy == accuracy:
+        return f"equals the accuracy in {path}"
+    return (
+        f"differs from the accuracy in {path}, {accuracy:.4f} (other weights, data, device, --engine.precision or "
+        "--engine.compile than the run's)"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fastres.evaluate", description=__doc__.partition(": ")[2], allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to take (default: the final ones)")  # fmt: skip
+    group = parser.add_argument_group("in place of the run's own (fastres.train --help describes them)")
+    for section, fields in ADJUSTABLE.items():
+        for field in dataclasses.fields(fields):
+            group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    # Eager unless asked otherwise: one pass does not earn back what compiling takes.
+    flags = {"engine.compile": "false"} | {k: v for k, v in vars(arguments).items() if "." in k}
+    config, weights = load_run(
+        arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
+    )
+    engine = resolve(config)
+    totals = evaluate_run(config, engine, weights)
+    print(
+        f"{arguments.checkpoint or arguments.run}: test accuracy {totals.accuracy:.4f}, loss {totals.mean_loss:.4f}, "
+        f"{totals.samples:,} images, on {device_name(engine.device)} in {engine.precision}; "
+        + agreement(totals, arguments.run / "summary.json")
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

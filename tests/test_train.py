@@ -1,0 +1,408 @@
+"""The command itself: real runs on real data, real signals, real processes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastres import checkpoint
+from fastres.errors import run_command
+from fastres.train import main
+from tests.fixtures import write_image_folder, write_mnist_idx
+
+SUMMARY = {
+    "test_accuracy", "test_loss", "steps", "parameters", "images_per_s", "train_time_s", "wall_time_s",
+    "first_step_at_90", "device", "precision", "seed",
+}  # fmt: skip
+# 40 steps of the digits recipe; checkpoints every 8 steps fall in the middle of its epochs of 11.2.
+SHORT = ("--recipe digits --train.steps 40 --train.eval_every 20 --train.log_every 4 --engine.precision fp32 "
+         "--schedule.warmup_steps 10 --run.checkpoint_every 8 --run.keep_checkpoints 3").split()  # fmt: skip
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Train:
+    """Runs the command in this process; returns its exit status, its output for capsys."""
+
+    def run(*flags: object) -> int:
+        with pytest.raises(SystemExit) as exit_:
+            run_command(lambda: main([str(flag) for flag in flags]))
+        return exit_.value.code
+
+    return run
+
+
+def start(*flags: object, torchrun: int = 0, **env: str) -> subprocess.Popen[str]:
+    """Starts the command in a process of its own, or under torchrun in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env,
+    )  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr: one line that begins as every refusal does."""
+    err = capsys.readouterr().err
+    assert err.startswith("fastres: error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a SHORT run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main([*SHORT, "--run.dir", str(folder)]) == 0
+    return folder
+
+
+# ---- what a run is ------------------------------------------------------------------------------------------
+
+
+def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> None:
+    assert train("--recipe", "digits", "--run.dir", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["first_step_at_90"] <= 300
+    assert summary["parameters"] == 269_434  # ResNet-20 with one input channel
+
+
+def test_a_run_leaves_behind_what_it_says(undisturbed: Path) -> None:
+    left = {path.name for path in undisturbed.iterdir()} - {".lock"}
+    assert left == {
+        "config.yaml", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json", "checkpoints",
+        "model.safetensors",
+    }  # fmt: skip
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert summary["steps"] == 40 and summary["seed"] == 0 and summary["test_samples"] == 360
+    assert 0 < summary["train_time_s"] < summary["wall_time_s"]
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(4, 41, 4))
+    evaluations = [row for row in rows if row["split"] == "test"]
+    assert [row["step"] for row in evaluations] == [20, 40]
+    assert evaluations[-1]["accuracy"] == summary["test_accuracy"]
+    with (undisturbed / "history.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [20, 40]
+    assert (undisturbed / "history.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in checkpoint.found(undisturbed / "checkpoints")] == [
+        "step-00000040.pt", "step-00000032.pt", "step-00000024.pt",
+    ]  # fmt: skip
+    assert {"torch", "device", "commit", "command"} <= json.loads((undisturbed / "env.json").read_text()).keys()
+
+
+def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    for evaluation in (row for row in rows if row["split"] == "test"):
+        since = [row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20]
+        assert evaluation["train_loss"] == pytest.approx(sum(row["loss"] for row in since) / len(since))
+
+
+def test_its_config_fed_back_repeats_the_run(train: Train, undisturbed: Path, tmp_path: Path) -> None:
+    assert train("--config", undisturbed / "config.yaml", "--run.dir", tmp_path / "again") == 0
+    assert sha256(tmp_path / "again/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_another_seed_is_another_run(train: Train, undisturbed: Path, tmp_path: Path) -> None:
+    assert train(*SHORT, "--run.seed", 1, "--run.dir", tmp_path / "run") == 0
+    assert sha256(tmp_path / "run/model.safetensors") != sha256(undisturbed / "model.safetensors")
+
+
+def test_a_finished_run_is_reported_and_left_alone(
+    train: Train, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
+    assert train(*SHORT, "--run.dir", undisturbed) == 0
+    assert "is finished: test accuracy" in capsys.readouterr().out
+    assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_held_out_samples_make_the_curve_and_the_test_set_the_result(train: Train, tmp_path: Path) -> None:
+    assert train(*SHORT, "--data.validation", 237, "--run.dir", tmp_path / "run") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"train", "validation"}
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["curve"] == "validation" and summary["test_samples"] == 360
+
+
+def test_the_dataloader_trains_the_same_weights_as_the_resident_loader(
+    train: Train, undisturbed: Path, tmp_path: Path
+) -> None:
+    assert train(*SHORT, "--data.loader", "dataloader", "--run.dir", tmp_path / "run") == 0
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_mini_resnet_learns_from_mnist_files(train: Train, tmp_path: Path) -> None:
+    write_mnist_idx(tmp_path / "data", train=1024, test=256)
+    flags = "--recipe mnist-mini --train.steps 40 --train.eval_every 40 --schedule.warmup_steps 10 --train.batch_size 32"
+    assert train(*flags.split(), "--data.root", tmp_path / "data", "--engine.compile", "false",
+                 "--run.dir", tmp_path / "run") == 0  # fmt: skip
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["parameters"] == 152_202
+    assert summary["test_accuracy"] > 0.5  # chance is 0.1
+
+
+def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(train: Train, tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "data", size=(48, 40))
+    flags = ("--recipe imagenet-resnet50 --data.image_size 32 --data.workers 1 --engine.compile false "
+             "--train.steps 2 --train.batch_size 4 --schedule.warmup_steps 1")  # fmt: skip
+    assert train(*flags.split(), "--data.root", tmp_path / "data", "--run.dir", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["model"] == "resnet50"
+
+
+def test_the_tutorials_config_file_is_a_run(train: Train, tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples/config.json"
+    flags = "--data.source synthetic --train.steps 2 --engine.compile false --data.synthetic_samples 256"
+    assert train("--config", example, *flags.split(), "--run.dir", tmp_path / "run") == 0
+    model = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]
+    assert model["shortcut"] == "maxpool_pad"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["parameters"] == 269_722
+
+
+def test_weights_of_one_run_start_another_with_a_new_head(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = undisturbed / "model.safetensors"
+    start_from = ["--model.weights", weights, "--model.num_classes", 12, "--train.steps", 0, "--schedule.warmup_steps", 0]
+    assert train(*SHORT, *start_from, "--run.dir", tmp_path / "run") == 0
+    assert "head replaced (fc.bias, fc.weight)" in capsys.readouterr().out.replace("fc.weight, fc.bias", "fc.bias, fc.weight")
+    old, new = load_file(weights), load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(old["conv1.weight"], new["conv1.weight"]) and new["fc.weight"].shape == (12, 64)
+
+
+def test_tensorboard_events_are_written_where_asked_for(train: Train, tmp_path: Path) -> None:
+    assert train(*SHORT, "--run.tensorboard", "true", "--run.dir", tmp_path / "run") == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test/accuracy")] == [20, 40]
+
+
+# ---- interruptions ------------------------------------------------------------------------------------------
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Returns when the run has logged that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        log = folder / "metrics.jsonl"
+        if log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, 41)):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.mark.parametrize("step", [9, 22, 31])
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
+    train: Train, undisturbed: Path, tmp_path: Path, step: int
+) -> None:
+    flags = [*SHORT, "--run.dir", tmp_path / "run"]
+    process = start(*flags)
+    wait_for_step(tmp_path / "run", step, process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "run/summary.json").exists(), "killed too late to show anything"
+    assert train(*flags) == 0
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+    for name, columns in (("history.csv", ("step", "train_loss", "eval_loss", "train_accuracy", "eval_accuracy")),):
+        with (tmp_path / "run" / name).open() as a, (undisturbed / name).open() as b:
+            rows, expected = list(csv.DictReader(a)), list(csv.DictReader(b))
+        assert [[row[c] for c in columns] for row in rows] == [[row[c] for c in columns] for row in expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_where_and_exits_128_plus_its_number(
+    train: Train, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    flags = [*SHORT, "--run.dir", tmp_path / "run"]
+    process = start(*flags)
+    wait_for_step(tmp_path / "run", 12, process)
+    process.send_signal(number)
+    out = process.communicate()[0]
+    assert process.returncode == 128 + number, out
+    newest = checkpoint.found(tmp_path / "run/checkpoints")[0]
+    assert f"stopped by {number.name} at step {int(newest.stem[5:])}" in out and str(newest) in out
+    assert train(*flags) == 0
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SHORT, "--run.dir", tmp_path / "run"]
+    process = start(*flags)
+    wait_for_step(tmp_path / "run", 28, process)
+    process.kill()
+    process.wait()
+    newest = checkpoint.found(tmp_path / "run/checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert train(*flags) == 0
+    assert "going back to the one before it" in capsys.readouterr().out
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_a_non_finite_loss_ends_the_run_with_its_step_and_the_checkpoint_kept(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The learning rate jumps at step 20, far past what fp32 holds.
+    jump = "--schedule.name multistep --schedule.milestones [20] --schedule.factor 1e30 --schedule.warmup_steps 0"
+    assert train(*SHORT, *jump.split(), "--run.dir", tmp_path / "run") == 1
+    message = refusal(capsys)
+    assert "non-finite at step 2" in message and "step-00000016.pt" in message
+    state = checkpoint.load(tmp_path / "run/checkpoints/step-00000016.pt")
+    assert all(tensor.isfinite().all() for tensor in state["trainer"]["model"].values())
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+# ---- processes ----------------------------------------------------------------------------------------------
+
+
+def test_torchrun_alone_is_the_plain_command(undisturbed: Path, tmp_path: Path) -> None:
+    process = start(*SHORT, "--run.dir", tmp_path / "run", torchrun=1)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_two_processes_share_the_batch_and_count_every_sample_once(train: Train, tmp_path: Path) -> None:
+    process = start(*SHORT, "--run.dir", tmp_path / "run", "--run.checkpoint_every", 30, torchrun=2)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert out.count("step 40: test loss") == 1  # rank 0 speaks alone
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test_samples"] == 360 and summary["test_accuracy"] > 0.15
+    assert json.loads((tmp_path / "run/env.json").read_text())["processes"] == 2
+    # What two processes wrote, one continues: take the last 10 steps again from the state of step 30.
+    state = tmp_path / "run/checkpoints/step-00000030.pt"
+    assert train(*SHORT, "--run.resume", state, "--run.dir", tmp_path / "one") == 0
+    assert json.loads((tmp_path / "one/summary.json").read_text())["steps"] == 40
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    process = start(*SHORT, "--train.batch_size", 127, "--run.dir", tmp_path / "run", torchrun=2)
+    out = process.communicate()[0]
+    assert process.returncode != 0
+    assert "train.batch_size 127 is the batch of all processes and 2 cannot share it equally; use --train" in out
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--recipe digitz", "did you mean digits?"),
+        ("--recipe digits --optim.lrr 1", "did you mean optim.lr?"),
+        ("--recipe digits --model.name resnet21", "resnet20"),
+        ("--recipe digits --model.name plain20 --model.shortcut pad", "plain"),
+        ("--recipe digits --train.steps ten", "train.steps: 'ten' is not a whole number, 0 or above"),
+        ("--recipe digits --engine.precision tf32", "tf32"),
+        ("--recipe digits --engine.device cuda", "--engine.device cpu"),
+        ("--recipe digits --engine.cuda_graph true", "cuda_graph"),
+        ("--recipe digits --model.num_classes 3", "10 classes"),
+        ("--recipe digits --data.validation 1437", "nothing to train on"),
+        ("--recipe digits --data.image_size 32", "8x8"),
+        ("--recipe digits --model.weights nowhere.safetensors", "nowhere.safetensors"),
+        ("--data.root nothing --data.download false", "--recipe digits"),
+        ("--data.source imagefolder --data.root nothing", "nothing"),
+        ("--recipe digits --run.resume nowhere.pt", "there is no checkpoint nowhere.pt"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_is_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: str, named: str,
+) -> None:  # fmt: skip
+    if torch.cuda.is_available() and ("tf32" in flags or "cuda" in flags):
+        pytest.skip("this machine has what the flag asks for")
+    monkeypatch.chdir(tmp_path)
+    assert train(*flags.split()) == 2
+    assert named in refusal(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_kept(
+    train: Train, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
+    assert train(*SHORT, "--optim.lr", 0.2, "--run.dir", undisturbed) == 2
+    assert "optim.lr: 0.1 -> 0.2" in refusal(capsys)
+    assert train(*SHORT, "--run.resume", "never", "--run.dir", undisturbed) == 2
+    assert "already holds a run" in refusal(capsys)
+    assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_a_second_writer_is_kept_out(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run/.lock"):
+        process = start(*SHORT, "--run.dir", tmp_path / "run")
+        out = process.communicate()[0]
+    assert process.returncode == 2 and "is being written by another process" in out and out.count("\n") == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert train(*SHORT, "--run.dir", tmp_path / "file/run") == 2
+    assert "cannot write to run.dir" in refusal(capsys)
+    assert train(*SHORT, "--run.dir", tmp_path / "file") == 2
+    assert "is a file" in refusal(capsys)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.found(undisturbed / "checkpoints")[0]
+    assert train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
+    assert "of another model" in refusal(capsys)
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(state.read_bytes()[:5000])
+    assert train(*SHORT, "--run.resume", broken, "--run.dir", tmp_path / "run") == 2
+    assert "broken.pt is truncated" in refusal(capsys)
+
+
+def test_an_unreadable_image_is_refused_by_name(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image_folder(tmp_path / "data", size=(32, 32))
+    victim = sorted((tmp_path / "data/train").rglob("*.*"))[3]
+    victim.write_bytes(b"not an image")
+    flags = ["--data.source", "imagefolder", "--data.root", tmp_path / "data", "--run.dir", tmp_path / "run"]
+    assert train(*flags) == 2
+    assert victim.name in refusal(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_auto_runs_eager_and_says_so(tmp_path: Path) -> None:
+    bare = {"PATH": str(tmp_path), "CXX": ""}
+    environment = {name: value for name, value in (os.environ | bare).items() if name != "CXX"}
+    synthetic = ("--data.source synthetic --data.synthetic_samples 128 --train.batch_size 8 --train.steps 2 "
+                 "--model.name cifar_resnet --model.options.blocks_per_stage 1").split()  # fmt: skip
+    command = [sys.executable, "-m", "fastres.train", *synthetic, "--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "compile: false (no C++ compiler" in done.stdout
+    done = subprocess.run([*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "engine.compile true: no C++ compiler" in done.stderr
