@@ -258,7 +258,8 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     merged["recipe"] = recipe
     base = parser.parse_object(merged)
     namespace = _refuse_errors(lambda: parser.parse_args(flags, namespace=base), parser, given=flags)
-    config = Config(**{f.name: parser.instantiate(namespace)[f.name] for f in dataclasses.fields(Config)})
+    sections = parser.instantiate(namespace)
+    config = Config(**{f.name: _plain(sections[f.name]) for f in dataclasses.fields(Config)})
     check(config)
     if files.print_config:
         print(dump(config), end="")
@@ -517,6 +518,19 @@ def _describe(key: str) -> str:
     return " or ".join(
         _describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,))
     )
+
+
+def _plain(section: Any) -> Any:
+    """A section whose numbers are int and float: jsonargparse's are classes of its own, which no file should hold."""
+    if isinstance(section, str):
+        return section
+    values = {
+        name: int(value) if isinstance(value, int) and not isinstance(value, bool)
+        else float(value) if isinstance(value, float)
+        else value
+        for name, value in vars(section).items()
+    }  # fmt: skip
+    return dataclasses.replace(section, **values)
 
 
 def _is_union(kind: Any) -> bool:

@@ -71,8 +71,8 @@ class Run:
             raise Refused(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
             raise Refused(
-                f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: choose another --run.dir, "
-                "or give the values it was started with"
+                f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: "
+                "choose another --run.dir, or give the values it was started with"
             )
         summary = self.folder / "summary.json"
         return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None

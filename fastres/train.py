@@ -89,23 +89,32 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
     evaluate = Evaluator(model, engine)
 
     # ------------------------------------------------------------------------------------- resume
-    state = distributed.from_rank0(lambda: find_state(config, run))
     start, window, clock = 0, Totals(), Clock(engine.device.type)
-    if state is not None:
-        start, window = state["step"], Totals(**state["window"])
-        clock = Clock(engine.device.type, **state["clock"])
+
+    def restore(state: checkpoint.State | None) -> None:
+        nonlocal start, window, clock
+        if state is None:
+            return
         try:
             step.load_state_dict(state["trainer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            start, window = state["step"], Totals(**state["window"])
+            clock = Clock(engine.device.type, **state["clock"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise Refused(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from None
         if start > steps:
             raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
 
+    named = config.run.resume not in ("auto", "never")
+    if named:  # before the folder is taken: what does not fit leaves nothing behind
+        restore(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
+
     with ExitStack() as closing:
+        distributed.from_rank0(run.claim)
+        closing.callback(run.release)
+        if not named:
+            restore(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
         progress = closing.enter_context(ProgressLine(steps, start, enabled=is_main))
-        if is_main:
-            run.begin(engine, start)
-            closing.callback(run.release)
+        distributed.from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes):
             progress.say(line)
         if replaced:
@@ -223,18 +232,6 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
 
 
 # --------------------------------------------------------------------------------------------- details
-
-
-def find_state(config: Config, run: Run) -> checkpoint.State | None:
-    """Takes the folder and returns the state to continue from, if there is one. On rank 0."""
-    run.claim()
-    try:
-        if config.run.resume not in ("auto", "never"):
-            return checkpoint.load(Path(config.run.resume))
-        return checkpoint.latest(run.checkpoints)
-    except BaseException:
-        run.release()
-        raise
 
 
 def classes_of(config: Config, found: int) -> int:

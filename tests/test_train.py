@@ -162,7 +162,7 @@ def test_mini_resnet_learns_from_mnist_files(train: Train, tmp_path: Path) -> No
 
 
 def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(train: Train, tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "data", size=(48, 40))
+    write_image_folder(tmp_path / "data", size=48)
     flags = ("--recipe imagenet-resnet50 --data.image_size 32 --data.workers 1 --engine.compile false "
              "--train.steps 2 --train.batch_size 4 --schedule.warmup_steps 1")  # fmt: skip
     assert train(*flags.split(), "--data.root", tmp_path / "data", "--run.dir", tmp_path / "run") == 0
@@ -321,7 +321,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> N
         ("--recipe digits --engine.device cuda", "--engine.device cpu"),
         ("--recipe digits --engine.cuda_graph true", "cuda_graph"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
-        ("--recipe digits --data.validation 1437", "nothing to train on"),
+        ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),
         ("--recipe digits --model.weights nowhere.safetensors", "nowhere.safetensors"),
         ("--data.root nothing --data.download false", "--recipe digits"),
@@ -386,7 +386,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_an_unreadable_image_is_refused_by_name(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_image_folder(tmp_path / "data", size=(32, 32))
+    write_image_folder(tmp_path / "data", size=32)
     victim = sorted((tmp_path / "data/train").rglob("*.*"))[3]
     victim.write_bytes(b"not an image")
     flags = ["--data.source", "imagefolder", "--data.root", tmp_path / "data", "--run.dir", tmp_path / "run"]
