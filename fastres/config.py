@@ -381,7 +381,7 @@ def check(config: Config) -> None:
     for extra in ("tensorboard", "wandb"):
         refuse_if(
             getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
-            f"run.{extra}: {extra} is not installed: pip install 'fastres[{extra}]'",
+            f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
         )
     try:
         with torch.device("meta"):

@@ -80,8 +80,9 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
             f"{source.name} has {len(source.classes)} classes and {source.channels} channels, the run's network "
             f"{classes} and {channels}: point --data.root and --data.source at the run's data"
         )
-    place = {"device": engine.device, "dtype": engine.dtype}
-    test = build_loader(config, source, source.test, **place, rank=0, world=1)
+    test = build_loader(
+        config, source, source.test, device=engine.device, dtype=engine.dtype, rank=0, world=1
+    )
     return Evaluator(model, engine)(test.evaluate())
 
 
@@ -106,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="fastres.evaluate", description=__doc__.partition(": ")[2], allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to take (default: the final ones)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones"
+    )
     group = parser.add_argument_group("in place of the run's own (fastres.train --help describes them)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):

@@ -380,7 +380,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     broken = tmp_path / "broken.pt"
     broken.write_bytes(state.read_bytes()[:5000])
     assert train(*SHORT, "--run.resume", broken, "--run.dir", tmp_path / "run") == 2
-    assert "broken.pt is truncated" in refusal(capsys)
+    assert "broken.pt cannot be read" in refusal(capsys)
 
 
 def test_an_unreadable_image_is_refused_by_name(

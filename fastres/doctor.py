@@ -1,0 +1,242 @@
+"""`python -m fastres.doctor`: what this machine has for training, what is missing, and the remedy for each.
+
+Exit status 0 where the engine can train, whatever is optional and missing; 1 where something essential is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastres.config import Config, EngineConfig, OptimConfig
+from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
+from fastres.errors import Refused, run_command
+
+# What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
+
+OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
+STYLES = {OK: "green", NOTE: "dim", WARNING: "yellow", BROKEN: "bold red"}
+Findings = Iterator[tuple[str, str]]  # mark, text
+
+EXTRAS = {  # what it is for: (packages, the extra that installs them); one of DALI's builds is enough
+    "TensorBoard": (("tensorboard",), "tensorboard"),
+    "Weights & Biases": (("wandb",), "wandb"),
+    "ONNX export": (("onnx", "onnxscript", "onnxruntime"), "export"),
+}
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+LAYOUTS = {  # where each data set lies under its root
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "imagefolder": "train",
+}
+LEAST_FREE_GB = 1.0  # a CIFAR archive unpacked, and checkpoints
+
+
+def versions() -> Findings:
+    """Python, torch, and every other package that fastres requires."""
+    yield OK, f"Python {platform.python_version()}, torch {torch.__version__}"
+    try:
+        required = [
+            re.split(r"[^\w.-]", r)[0] for r in metadata.requires("fastres") or () if "extra ==" not in r
+        ]
+    except metadata.PackageNotFoundError:
+        yield WARNING, "fastres is not installed: pip install -e . in the checkout"
+        return
+    found = {name: version(name) for name in required}
+    missing = [name for name in required if found[name] is None]
+    yield OK, ", ".join(f"{name} {found[name]}" for name in required if found[name] and name != "torch")
+    if missing:
+        yield BROKEN, f"not installed: pip install {' '.join(missing)}"
+
+
+def torchvision() -> Findings:
+    """A torchvision built for another torch cannot be imported."""
+    try:
+        yield (
+            OK,
+            f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}",
+        )
+    except Exception as error:  # ImportError, OSError or RuntimeError, by what does not fit
+        remedy = "pip install --force-reinstall torch torchvision"
+        if torch.version.cuda is None:
+            remedy += ", or take torchvision from where the CPU-only torch came from"
+        yield BROKEN, f"torchvision does not fit torch {torch.__version__} ({first_line(error)}): {remedy}"
+
+
+def gpu() -> Findings:
+    """Every GPU that torch sees."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        size = f"{gpu.total_memory / 2**30:.0f} GiB"
+        yield OK, f"cuda:{index} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {size}"
+    if not torch.cuda.is_available():
+        build = (
+            "is a build for CPUs only" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}"
+        )
+        has_driver = shutil.which("nvidia-smi") is not None
+        yield (
+            WARNING if has_driver else NOTE,
+            f"none that torch sees (torch {build})"
+            + (": nvidia-smi is there, compare the driver's CUDA version with torch's" if has_driver else ""),
+        )
+
+
+def engine() -> Findings:
+    """What each `auto` resolves to."""
+    for reason in resolve(Config()).reasons:
+        yield OK, reason
+
+
+def compiler() -> Findings:
+    """What torch.compile needs on a CPU."""
+    found, why = can_compile(torch.device("cpu"))
+    yield (
+        OK if found else WARNING,
+        why + ("" if found else " (until then a CPU trains without torch.compile)"),
+    )
+
+
+def training_step() -> Findings:
+    """One real step of ResNet-20 in each precision, not compiled."""
+    for precision in DTYPES if torch.cuda.is_available() else ("fp32", "bf16"):
+        settings: dict[str, Any] = {"precision": precision, "compile": False}
+        try:
+            loss = loss_of_step(resolve(Config(engine=EngineConfig(**settings))))
+        except Refused as error:
+            yield NOTE, str(error)
+        except Exception as error:
+            yield BROKEN, f"{precision}: {type(error).__name__}: {first_line(error)}"
+        else:
+            yield (
+                OK if math.isfinite(loss) else BROKEN,
+                f"{precision}: a step of resnet20 has loss {loss:.4f}",
+            )
+
+
+def loss_of_step(engine: Engine) -> float:
+    """Loss after forward, backward and update of two random images."""
+    from fastres.models import build_model
+    from fastres.optim import build_optimizer
+    from fastres.step import TrainStep
+
+    torch.manual_seed(0)
+    model = build_model("resnet20").to(engine.device).to(memory_format=engine.memory_format)
+    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, OptimConfig(), lr))
+    images = torch.randn(2, 3, 32, 32, device=engine.device, dtype=engine.dtype)
+    images = images.to(memory_format=engine.memory_format)
+    step(images, torch.tensor([0, 1], device=engine.device), lr=0.1, step=0)
+    return step.totals.read()[0].mean_loss
+
+
+def optional() -> Findings:
+    """Triton, DALI, apex and the extras."""
+    triton = version("triton")
+    yield (
+        (OK, f"Triton {triton}")
+        if triton
+        else (NOTE, "Triton is not installed: on a GPU, pip install triton")
+    )
+    dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
+    yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
+    apex, why = find_apex()
+    yield (NOTE if apex is None else OK), why
+    for purpose, (packages, extra) in EXTRAS.items():
+        if missing := [name for name in packages if version(name) is None]:
+            yield NOTE, f"{purpose}: {', '.join(missing)} not installed: pip install '.[{extra}]'"
+        else:
+            yield OK, f"{purpose}: {', '.join(f'{name} {version(name)}' for name in packages)}"
+
+
+def disk() -> Findings:
+    """Room for runs in the current directory."""
+    here = Path.cwd()
+    try:
+        with tempfile.TemporaryFile(dir=here):
+            yield OK, f"{here} is writable"
+    except OSError as error:
+        yield (
+            WARNING,
+            f"{here} is not writable ({error.strerror}): go elsewhere, or give --run.dir and --data.root",
+        )
+    free_gb = shutil.disk_usage(here).free / 1e9
+    enough = free_gb >= LEAST_FREE_GB
+    yield (
+        OK if enough else WARNING,
+        f"{free_gb:,.1f} GB free" + ("" if enough else ": make room for data and runs"),
+    )
+
+
+def data(root: Path) -> Findings:
+    """Which data sets lie under `root`; nothing is read or downloaded."""
+    found = [name for name, folder in LAYOUTS.items() if (root.expanduser() / folder).is_dir()]
+    yield (
+        (OK if found else NOTE),
+        f"under {root}: {', '.join(found) or 'nothing'}; digits and synthetic need no files",
+    )
+
+
+def version(package: str) -> str | None:
+    """The version that is installed, if any."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fastres.doctor", description=__doc__.partition(": ")[2])
+    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), metavar="DIR",
+                        help="folder of data sets to look into (default: %(default)s)")  # fmt: skip
+    root: Path = parser.parse_args(argv).root
+    checks: dict[str, Callable[[], Findings]] = {
+        "versions": versions,
+        "torchvision": torchvision,
+        "GPU": gpu,
+        "auto": engine,
+        "compiler": compiler,
+        "training": training_step,
+        "optional": optional,
+        "disk": disk,
+        "data": lambda: data(root),
+    }
+    console, marks = Console(soft_wrap=True), []
+    for name, check in checks.items():
+        for mark, text in survived(check):
+            console.print(f"[{STYLES[mark]}]{mark:<8}[/] {name:<12}", end="")
+            console.print(text, markup=False, highlight=False)
+            marks.append(mark)
+    broken, warnings = marks.count(BROKEN), marks.count(WARNING)
+    print(
+        f"fastres {'cannot train here' if broken else 'can train here'}: {broken} broken, {warnings} warning(s)"
+    )
+    return 1 if broken else 0
+
+
+def survived(check: Callable[[], Findings]) -> Findings:
+    """The check's findings; one that fails is itself a finding."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield BROKEN, f"{type(error).__name__}: {first_line(error)}"
+
+
+if __name__ == "__main__":
+    run_command(main)

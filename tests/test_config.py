@@ -1,0 +1,384 @@
+"""The command line and its files (SPEC section 5): precedence, recipes, the tutorial's config.json, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastres.config import Config, differences, dump, model_options, parse, recipe_names, to_dict
+from fastres.errors import Refused
+from fastres.models import build_model
+
+RECIPES = {
+    "digits",
+    "mnist-mini",
+    *(f"cifar10-resnet{depth}" for depth in (20, 32, 44, 56, 110)),
+    "cifar100-resnet56",
+    "cifar10-speedrun",
+    "imagenet-resnet50",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Whatever a test parses, nothing is written."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    yield here
+    assert list(here.iterdir()) == []
+
+
+@contextmanager
+def refused(*names: object) -> Iterator[None]:
+    """The block is refused in one readable line that has each of `names`."""
+    with pytest.raises(Refused) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line and "Traceback" not in line
+    assert not [name for name in names if str(name) not in line], line
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Any:
+    """Writes a configuration file and returns the flags that name it."""
+    numbers = iter(range(99))
+
+    def write(content: str | dict[str, Any]) -> list[str]:
+        path = tmp_path / f"config{next(numbers)}.yaml"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+# ---- precedence ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_then_recipe_then_files_in_order_then_flags(file: Any) -> None:
+    first = file("optim: {lr: 0.3, momentum: 0.5}\nrun: {seed: 3}\ntrain: {log_every: 7}")
+    second = file("optim: {lr: 0.4}\nrun: {seed: 4}")
+    config = parse(["--optim.lr", "0.5", *first, "--recipe", "digits", *second])
+    assert config.recipe == "digits"
+    assert config.data.workers == 2  # default
+    assert config.train.steps == 600  # recipe over default
+    assert config.train.log_every == 7  # file over recipe
+    assert config.optim.momentum == 0.5  # the first file's, which the second leaves alone
+    assert config.run.seed == 4  # the second file over the first
+    assert config.optim.lr == 0.5  # flag over files, wherever it stands
+    assert parse([*second, *first]).run.seed == 3
+
+
+def test_a_file_may_name_the_recipe_and_the_flag_wins(file: Any) -> None:
+    names_digits, names_speedrun = file("recipe: digits"), file("recipe: cifar10-speedrun")
+    assert parse(names_digits).train.steps == 600
+    assert parse([*names_digits, *names_speedrun]).recipe == "cifar10-speedrun"
+    assert parse([*names_speedrun, "--recipe", "digits"]).recipe == "digits"
+
+
+def test_a_flag_sets_one_option_of_the_model_and_null_unsets_a_field() -> None:
+    config = parse(["--model.name", "resnet18", "--model.options.stem", "small", "--model.options.v1", "true"])
+    assert config.model.options == {"stem": "small", "v1": True}
+    assert parse(["--model.shortcut", "conv1x1", "--model.shortcut", "null"]).model.shortcut is None
+
+
+# ---- recipes ------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_of_the_specification_are_there() -> None:
+    assert set(recipe_names()) >= RECIPES
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_keeps_its_name(name: str) -> None:
+    assert parse(["--recipe", name]).recipe == name
+
+
+def test_without_arguments_it_is_the_schedule_of_he_et_al() -> None:
+    config = parse([])
+    assert config == parse(["--recipe", "cifar10-resnet20"])
+    assert (config.model.name, config.model.shortcut, config.data.source) == ("resnet20", None, "cifar10")
+    optim, schedule, data = config.optim, config.schedule, config.data
+    assert (optim.name, optim.lr, optim.momentum, optim.weight_decay) == ("sgd", 0.1, 0.9, 1e-4)
+    assert not optim.nesterov and optim.decay_norm_and_bias and not optim.scale_lr
+    assert (config.train.batch_size, config.train.steps, config.train.label_smoothing) == (128, 64_000, 0)
+    assert (schedule.name, schedule.milestones, schedule.factor) == ("multistep", (32_000, 48_000), 0.1)
+    assert schedule.warmup_steps == 0
+    assert (data.augment, data.pad, data.flip, data.validation) == ("crop", 4, True, 0)
+
+
+def test_the_depths_differ_in_nothing_but_the_model_and_110_warms_up() -> None:
+    base = to_dict(parse([]))
+    for depth in (32, 44, 56):
+        deeper = to_dict(parse(["--recipe", f"cifar10-resnet{depth}"]))
+        assert differences(base, deeper) == [f"model.name: resnet20 -> resnet{depth}"]
+    deepest = parse(["--recipe", "cifar10-resnet110"])
+    assert {line.split(":")[0] for line in differences(base, to_dict(deepest))} == {
+        "model.name", "schedule.warmup", "schedule.warmup_steps", "schedule.warmup_scale",
+    }  # fmt: skip
+    schedule = deepest.schedule
+    assert (schedule.warmup, schedule.warmup_steps) == ("constant", 400)
+    assert deepest.optim.lr * schedule.warmup_scale == pytest.approx(0.01)
+
+
+# ---- config.yaml --------------------------------------------------------------------------------------------
+
+
+def test_the_resolved_configuration_fed_back_is_the_same_run(file: Any) -> None:
+    config = parse([
+        "--recipe", "digits", "--model.name", "cifar_resnet", "--model.shortcut", "conv1x1",
+        "--model.options.blocks_per_stage", "1", "--schedule.milestones", "[3, 5]", "--optim.lr", "1e-3",
+        "--engine.compile", "false", "--run.dir", "somewhere", "--run.resume", "never", "--run.seed", "7",
+    ])  # fmt: skip
+    text = dump(config)
+    assert "dir" not in yaml.safe_load(text)["run"] and "resume" not in yaml.safe_load(text)["run"]
+    again = parse(file(text))
+    assert again.recipe == "digits"
+    assert again == dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=None, resume="auto")
+    )
+    assert dump(again) == text
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_survives_the_round_trip(name: str, file: Any) -> None:
+    config = parse(["--recipe", name])
+    assert parse(file(dump(config))) == config
+
+
+def test_print_config_prints_what_would_run_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(["--print_config", "--optim.lr", "0.3"])
+    assert left.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.3
+
+
+def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
+    old = to_dict(parse([]))
+    assert differences(old, to_dict(parse(["--run.dir", "x", "--run.resume", "never"]))) == []
+    assert differences(old, {**old, "recipe": "another name"}) == []
+    changed = to_dict(parse(["--optim.lr", "0.2", "--schedule.milestones", "[1]", "--run.seed", "1"]))
+    assert differences(old, changed) == [
+        "optim.lr: 0.1 -> 0.2",
+        "schedule.milestones: [32000, 48000] -> [1]",
+        "run.seed: 0 -> 1",
+    ]
+    older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
+    assert differences(older, old) == ["optim.nesterov: None -> False"]  # written before there was such a field
+
+
+# ---- the tutorial's config.json -----------------------------------------------------------------------------
+
+TUTORIAL = {"height": 32, "width": 32, "label": 10, "num_layer": 3, "model_mode": "resnet", "zero_padding": True}
+
+
+def parameters(config: Config) -> int:
+    net = build_model(config.model.name, num_classes=config.model.num_classes, **model_options(config.model))
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changed", "count"),
+    [
+        ({}, 269_722),  # maxpool_pad
+        ({"zero_padding": False}, 272_474),  # conv1x1
+        ({"model_mode": "cnn"}, 269_722),
+        ({"model_mode": "cnn", "zero_padding": False}, 269_722),  # a plain net has no shortcut to choose
+        ({"num_layer": 18}, 1_727_962),
+    ],
+)
+def test_the_tutorials_nets_are_the_specifications(changed: dict[str, Any], count: int, file: Any) -> None:
+    assert parameters(parse(file({**TUTORIAL, **changed}))) == count
+
+
+def test_the_tutorials_keys_land_where_they_belong(file: Any) -> None:
+    config = parse(file({**TUTORIAL, "label": 100}))
+    assert config.model.num_classes == 100 and config.data.image_size == 32
+    assert config.model.shortcut == "maxpool_pad"
+    assert parse(file({**TUTORIAL, "zero_padding": False})).model.shortcut == "conv1x1"
+    cnn = parse(file({**TUTORIAL, "model_mode": "cnn"}))
+    assert cnn.model.shortcut is None and cnn.model.options["plain"] is True
+    assert config.optim == parse([]).optim and config.train == parse([]).train  # the rest is the recipe's
+    assert parse([*file(TUTORIAL), "--optim.lr", "0.2"]).optim.lr == 0.2
+
+
+@pytest.mark.parametrize(("n", "depth"), [(8, 50), (25, 152)])
+def test_where_imagenet_has_the_name_the_tutorial_still_means_cifar(n: int, depth: int, file: Any) -> None:
+    model = parse(file({**TUTORIAL, "num_layer": n})).model
+    net = build_model(model.name, num_classes=model.num_classes, **model_options(model))
+    convolutions = [m for m in net.modules() if type(m).__name__ == "Conv2d"]
+    assert len(convolutions) + 1 == depth  # and the linear layer
+    assert convolutions[-1].out_channels == 64
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"width": 28}, ("height", "width", 28)),
+        ({"learning_rate": 0.1}, ("learning_rate", "num_layer")),
+        ({"optim": {"lr": 0.1}}, ("optim", "num_layer")),
+        ({"model_mode": "vgg"}, ("model_mode", "vgg", "resnet or cnn")),
+        ({"num_layer": 0}, ("num_layer", 0)),
+        ({"num_layer": "3"}, ("num_layer", "'3'")),
+        ({"num_layer": True}, ("num_layer", True)),
+        ({"label": 2.5}, ("label", 2.5)),
+        ({"zero_padding": "yes"}, ("zero_padding", "yes", "true or false")),
+    ],
+)
+def test_a_wrong_tutorial_file_is_refused(changed: dict[str, Any], said: tuple[object, ...], file: Any) -> None:
+    flags = file({**TUTORIAL, **changed})
+    with refused(flags[1], *said):
+        parse(flags)
+
+
+# ---- refusals: names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--recipe", "cifar10-resnet21"], ("cifar10-resnet21", "did you mean cifar10-resnet", "digits")),
+        (["--recipe", "../recipes/digits"], ("../recipes/digits", "there are:")),
+        (["--optim.lrr", "1"], ("--optim.lrr", "did you mean optim.lr?")),
+        (["--nosuch.thing", "1"], ("--nosuch.thing",)),
+        (["--train.step", "3"], ("--train.step", "train.steps")),  # no abbreviations: a script would rot
+        (["digits"], ("digits",)),
+        (["--optim.lr"], ("--optim.lr", "argument")),
+        (["--optim", "3"], ("optim",)),
+        (["--model.name", "resnet21"], ("resnet21", "resnet20")),
+        (["--model.options.stemm", "small"], ("stemm",)),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(argv: list[str], said: tuple[str, ...]) -> None:
+    with refused(*said):
+        parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("optim: {lrr: 1}", ("optim.lrr", "did you mean optim.lr?")),
+        ("optimm: {lr: 1}", ("optimm",)),
+        ("optimm: 1", ("optimm", "optim,")),  # with the sections that there are
+        ("optim: 3", ("optim", "3")),
+        ("optim:", ("optim",)),
+        ("1: 2", ("1",)),
+        ("recipe: nosuch", ("nosuch", "digits")),
+        ("recipe: 3", ("recipe", "3")),
+        ("recipe:", ("recipe",)),
+        ("config: other.yaml", ("config",)),  # a flag, not a section
+        ("print_config: true", ("print_config",)),
+    ],
+)
+def test_an_unknown_name_in_a_file_is_refused(content: str, said: tuple[str, ...], file: Any) -> None:
+    with refused(*said):
+        parse(file(content))
+
+
+# ---- refusals: values ---------------------------------------------------------------------------------------
+
+WRONG_TYPES = [  # field, values of another type or range, what it takes
+    ("train.steps", ["x", 1.5, True, -1, [1]], "a whole number, 0 or above"),
+    ("train.batch_size", ["x", 1.5, True, 0, -128], "a whole number above 0"),
+    ("optim.lr", ["x", True, 0, -0.1, [0.1], "nan"], "a number above 0"),
+    ("optim.momentum", ["x", True, -0.9], "a number, 0 or above"),
+    ("optim.nesterov", ["maybe", 1, 0.5], "true or false"),
+    ("data.source", ["cifar11", 10, True], "one of cifar10, cifar100, mnist"),
+    ("model.norm", ["batch", True], "one of auto, torch, fused, apex"),
+    ("model.shortcut", ["padd", 3], "one of pad, maxpool_pad, conv1x1 or null"),
+    ("engine.compile", ["maybe", 3], "true or false or one of auto"),
+    ("schedule.milestones", [5, ["a"], [1.5], [True], "5,6"], "a list of whole numbers"),
+    ("model.options", [3, [1]], "a mapping"),
+    ("model.num_classes", ["x", 0, True], "a whole number above 0 or null"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "takes"),
+    [(field, value, takes) for field, values, takes in WRONG_TYPES for value in values],
+)
+def test_a_value_of_another_type_is_refused_wherever_it_stands(
+    field: str, value: Any, takes: str, file: Any
+) -> None:
+    section, name = field.split(".")
+    flags = file({section: {name: value}})
+    with refused(flags[1], field, takes):
+        parse(flags)
+    text = value if isinstance(value, str) else json.dumps(value)
+    with refused(field, takes):
+        parse([f"--{field}={text}"])
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model.name", "model.norm", "data.source", "data.pad", "train.steps", "optim.lr", "optim.nesterov",
+     "schedule.milestones", "engine.device", "engine.compile", "run.seed"],
+)  # fmt: skip
+def test_null_is_refused_where_a_value_is_needed(field: str, file: Any) -> None:
+    section, name = field.split(".")
+    with refused(field):
+        parse(file({section: {name: None}}))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+def test_a_number_that_is_not_finite_is_refused(value: str, file: Any) -> None:
+    with refused("optim.weight_decay"):
+        parse([f"--optim.weight_decay={value}"])
+    literal = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf", "1e400": "1.0e+400"}[value]
+    with refused("optim.weight_decay"):
+        parse(file(f"optim: {{weight_decay: {literal}}}"))
+
+
+IMPOSSIBLE = {
+    "--train.label_smoothing 1": ("train.label_smoothing", "below 1"),
+    "--optim.momentum 1": ("optim.momentum", "below 1"),
+    "--optim.nesterov true --optim.momentum 0": ("optim.nesterov", "optim.momentum"),
+    "--schedule.milestones [5,3]": ("schedule.milestones", "ascending"),
+    "--schedule.milestones [3,3]": ("schedule.milestones", "ascending"),
+    "--schedule.milestones [0,3]": ("schedule.milestones", "above 0"),
+    "--schedule.warmup_steps 11 --train.steps 10": ("schedule.warmup_steps", "train.steps"),
+    "--engine.device tpu": ("engine.device", "tpu", "cuda:N"),
+    "--engine.device cuda:-1": ("engine.device", "cuda:N"),
+    "--data.augment resized_crop --data.loader dataloader": ("resized_crop", "data.image_size"),
+    "--data.augment resized_crop --data.image_size 32": ("resized_crop", "--data.loader dataloader"),
+    "--data.source synthetic --data.image_size 4": ("data.image_size", "4"),
+    "--model.name plain20 --model.shortcut pad": ("plain20", "shortcut"),
+    "--model.name cifar_resnet": ("cifar_resnet", "blocks_per_stage"),
+    "--model.name resnet18 --model.options.groups 2": ("model", "groups"),
+    "--run.seed 18446744073709551616": ("run.seed",),  # 2^64: neither torch nor Philox takes it
+    "--data.root=": ("data.root",),
+}
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE)
+def test_an_impossible_value_is_refused_before_anything_is_loaded(flags: str) -> None:
+    with refused(*IMPOSSIBLE[flags]):
+        parse(flags.split())
+
+
+# ---- refusals: files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> None:
+    with refused("nowhere.yaml", "No such file"):
+        parse(["--config", "nowhere.yaml"])
+    with refused(tmp_path, "directory"):
+        parse(["--config", str(tmp_path)])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    with refused(tmp_path / "binary", "not a text file"):
+        parse(["--config", str(tmp_path / "binary")])
+    for content in ("{", "a: b: c", "optim: [", "!!python/object/apply:os.getcwd []"):
+        flags = file(content)
+        with refused(flags[1], "YAML"):
+            parse(flags)
+    for content in ("- 1", "3", "", "just words"):
+        flags = file(content)
+        with refused(flags[1], "sections"):
+            parse(flags)

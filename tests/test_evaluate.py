@@ -1,0 +1,142 @@
+"""What fastres/evaluate.py promises: the figures of the run again, to the last digit, or one line that says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastres import evaluate, train
+from fastres.engine import resolve
+from fastres.errors import Refused, run_command
+from fastres.evaluate import evaluate_run, load_run
+from tests.commands import run_fastres
+
+TINY = (
+    "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of steps 20 and 40."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train.main([*TINY.split(), "--run.checkpoint_every", "20", "--run.dir", str(folder)]) == 0
+    return folder
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    capsys.readouterr()
+    evaluate.main([str(arg) for arg in args])
+    (line,) = capsys.readouterr().out.splitlines()
+    return line
+
+
+def test_evaluation_is_the_summary_to_the_last_digit(run: Path) -> None:
+    config, weights = load_run(run)
+    totals, summary = evaluate_run(config, resolve(config), weights), summary_of(run)
+    assert totals.accuracy == summary["test_accuracy"] > 0.15  # and not the 10 % of untrained weights
+    assert totals.mean_loss == summary["test_loss"]
+    assert totals.samples == summary["test_samples"] == 360
+
+
+def test_command_prints_the_figures_and_that_they_agree(run: Path, tmp_path: Path) -> None:
+    done = run_fastres("evaluate", run, cwd=tmp_path)
+    summary = summary_of(run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        f"test accuracy {summary['test_accuracy']:.4f}, loss {summary['test_loss']:.4f}, 360 images"
+        in done.stdout
+    )
+    assert "equals the accuracy in" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_says_where_the_summary_differs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "summary.json").write_text(json.dumps(summary_of(run) | {"test_accuracy": 0.5}))
+    assert "differs from the accuracy in" in said(capsys, copy)
+    (copy / "summary.json").unlink()
+    assert "there is no" in said(capsys, copy)
+
+
+def test_a_checkpoint_in_place_of_the_final_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "equals the accuracy" in said(capsys, run, "--checkpoint", run / "checkpoints/step-00000040.pt")
+    assert "differs from" in said(capsys, run, "--checkpoint", run / "checkpoints/step-00000020.pt")
+    unfinished = Path(shutil.copytree(run, tmp_path / "unfinished"))
+    (unfinished / "model.safetensors").unlink()
+    with pytest.raises(Refused, match=r"not finished.* --checkpoint \S*step-00000040\.pt"):
+        evaluate.main([str(unfinished)])
+
+
+def test_flags_go_over_the_configuration_in_any_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "in fp32" in said(capsys, "--engine.precision", "fp32", "--data.root", "elsewhere", run)
+    with pytest.raises(Refused, match=r"^engine\.precision: 'fp8' is not one of"):
+        evaluate.main([str(run), "--engine.precision", "fp8"])
+
+
+def test_a_run_is_read_without_its_trackers(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(
+        text.replace("wandb: false", "wandb: true").replace("tensorboard: false", "tensorboard: true")
+    )
+    assert "equals the accuracy" in said(capsys, copy)
+
+
+def test_refuses_what_is_not_a_run_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: evaluate.main([str(tmp_path)]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastres: error: {tmp_path} is not the folder of a run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--data.source mnist --data.download false", "mnist is not there"),
+        ("--data.source synthetic --data.image_size 8", "3 channels, the run's network 10 and 1"),
+        ("--checkpoint nothing.pt", "there is no checkpoint nothing.pt"),
+    ],
+)
+def test_refuses_data_and_weights_that_do_not_fit(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=reason):
+        evaluate.main([str(run), *flags.split()])
+
+
+def test_refuses_weights_of_another_network_or_damaged(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("name: resnet20", "name: resnet32"))
+    with pytest.raises(Refused, match="the weights are not those of the run's resnet32"):
+        evaluate.main([str(copy)])
+    (copy / "config.yaml").write_text(text)
+    (copy / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(Refused, match=r"model\.safetensors cannot be read"):
+        evaluate.main([str(copy)])

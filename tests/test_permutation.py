@@ -1,0 +1,146 @@
+"""The order of samples and the draws of their augmentation (SPEC section 4): pure, equal for every loader."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastres.data.permutation import Order, Samples, permutation, sample_generator, words
+
+FIELDS = ("epoch", "index", "dy", "dx", "flip")
+
+
+def rows(samples: Samples) -> list[tuple[int, ...]]:
+    """One (epoch, index, dy, dx, flip) per sample."""
+    return [tuple(map(int, row)) for row in zip(*(getattr(samples, f) for f in FIELDS), strict=True)]
+
+
+def by_the_specification(order: Order, step: int) -> list[tuple[int, ...]]:
+    """Step `step` of all processes, sample by sample, from raw Philox words."""
+
+    def word(epoch: int, stream: int, position: int) -> int:
+        generator = np.random.Philox(key=[order.seed, epoch], counter=[0, 0, 0, stream])
+        return int(generator.random_raw(position + 1)[-1])
+
+    batch = []
+    for j in range(step * order.batch, (step + 1) * order.batch):
+        epoch, position = j // order.n, j % order.n
+        ranked = sorted(range(order.n), key=lambda i: word(epoch, 0, i))  # noqa: B023
+        i = ranked[position]
+        dy, dx = (word(epoch, stream, i) % (2 * order.pad + 1) for stream in (1, 2))
+        flip = word(epoch, 3, i) >= 2**63
+        batch.append((epoch, i, dy if order.pad else 0, dx if order.pad else 0, int(flip and order.flip)))
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "pad", "flip"),
+    [
+        (10, 4, 4, True),  # step 2 spans two epochs
+        (10, 5, 0, True),  # epochs end with a step
+        (3, 7, 1, False),  # a step of more than two epochs
+        (1, 2, 2, True),  # a set of one
+        (8, 8, 0, False),
+    ],
+)
+def test_sample_j_is_perm_of_seed_and_j_div_n_at_j_mod_n(n: int, batch: int, pad: int, flip: bool) -> None:
+    order = Order(n=n, batch=batch, seed=11, pad=pad, flip=flip)
+    for step in range(6):
+        assert rows(order.samples(step, step + 1)) == by_the_specification(order, step)
+
+
+small = st.integers(1, 40)
+orders = st.builds(
+    Order, n=small, batch=st.sampled_from([4, 8, 12]), seed=st.integers(0, 2**64 - 1), pad=st.integers(0, 4),
+    flip=st.booleans(),
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(order=orders, a=st.integers(0, 30), length=st.integers(0, 9), cut=st.integers(0, 9))
+def test_blocks_join_and_batches_are_full(order: Order, a: int, length: int, cut: int) -> None:
+    b, c = a + min(cut, length), a + length
+    assert rows(order.samples(a, b)) + rows(order.samples(b, c)) == rows(order.samples(a, c))
+    assert len(rows(order.samples(a, c))) == length * order.batch
+
+
+@settings(max_examples=50, deadline=None)
+@given(order=orders, step=st.integers(0, 30), world=st.sampled_from([1, 2, 4]))
+def test_the_shares_of_the_processes_make_up_the_global_batch(order: Order, step: int, world: int) -> None:
+    shares = [
+        Order(**{**vars(order), "rank": rank, "world": world}).samples(step, step + 1) for rank in range(world)
+    ]
+    assert {len(share.index) for share in shares} == {order.batch // world}
+    assert [row for share in shares for row in rows(share)] == rows(order.samples(step, step + 1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000), n=st.integers(1, 300))
+def test_a_permutation_has_every_sample_once(seed: int, epoch: int, n: int) -> None:
+    assert sorted(permutation(seed, epoch, n).tolist()) == list(range(n))
+
+
+def test_other_seeds_and_epochs_have_other_orders() -> None:
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    epochs = [int(e) for e in Order(n=100, batch=100, seed=0).samples(0, 3).epoch[::100]]
+    assert epochs == [0, 1, 2]
+    orders = {
+        tuple(Order(n=100, batch=100, seed=seed).samples(epoch, epoch + 1).index.tolist())
+        for seed in seeds
+        for epoch in epochs
+    }
+    assert len(orders) == len(seeds) * len(epochs)
+
+
+def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
+    n = 60
+    drawn = [
+        {row[:2]: row[2:] for row in rows(Order(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))}
+        for batch, steps in ((60, 3), (12, 15), (45, 4), (180, 1))
+    ]
+    assert set(drawn[0]) == {(epoch, index) for epoch in range(3) for index in range(n)}
+    for one, other in pairwise(drawn):
+        assert one == other
+    epochs = [[drawn[0][epoch, index] for index in range(n)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    flips = {row[:2]: row[4] for row in rows(Order(n=n, batch=60, seed=3, flip=True).samples(0, 3))}
+    assert flips == {key: draw[2] for key, draw in drawn[0].items()}  # whether there is a crop or not
+
+
+def test_crops_and_flips_are_uniform_and_independent() -> None:
+    n, sides = 90_000, 9
+    samples = Order(n=n, batch=n, seed=0, pad=4, flip=True).samples(0, 1)
+    cells = (samples.dy * sides + samples.dx) * 2 + samples.flip
+    observed = np.bincount(cells, minlength=sides * sides * 2)
+    assert len(observed) == sides * sides * 2
+    expected = n / len(observed)
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    assert 110 < chi_square < 225  # 161 degrees of freedom: one in a thousand is beyond each end
+    correlation = np.corrcoef(np.arange(n), samples.index)[0, 1]
+    assert abs(correlation) < 4 / n**0.5
+
+
+def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
+    # Whoever changes these changes every run: resumed ones go wrong, and recorded results cannot be repeated.
+    assert words(0, 0, 0, 2).tolist() == [213000021201967259, 4455796210202625458]
+    assert words(1, 2, 3, 2).tolist() == [1170280437898119671, 13051159143091778299]
+    assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(1, 0, 10).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    assert permutation(7, 3, 50_000)[:5].tolist() == [38556, 22299, 8306, 33912, 39504]
+    assert rows(Order(n=10, batch=4, seed=5, pad=4, flip=True).samples(2, 3)) == [
+        (0, 7, 2, 2, 0),
+        (0, 8, 8, 1, 0),
+        (1, 7, 3, 5, 0),
+        (1, 4, 4, 1, 0),
+    ]
+    assert sample_generator(3, 1, 4).integers(0, 1000, 5).tolist() == [921, 625, 920, 751, 467]
+
+
+def test_what_is_cached_cannot_be_written() -> None:
+    for cached in (words(0, 0, 0, 4), permutation(0, 0, 4)):
+        with pytest.raises(ValueError, match="read-only"):
+            cached[0] = 0
