@@ -192,7 +192,7 @@ class EngineConfig:
     """Keep activations and weights in channels-last order, checked forward and backward."""
 
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile of forward and loss without graph breaks; auto needs a compiler."""
+    """torch.compile of forward and loss without graph breaks; auto does so on a GPU where Triton is there."""
 
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole step as one CUDA graph."""

@@ -73,7 +73,10 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         raise Refused(f"engine.precision bf16: {why}; use fp16 or fp32")
 
     compiles, why = can_compile(device)
-    compile_ = choose("compile", wanted.compile, compiles, why)
+    if compiles and device.type == "cpu":
+        compile_ = choose("compile", wanted.compile, False, "eager was measured faster on a CPU: docs/EXPERIMENTS.md")
+    else:
+        compile_ = choose("compile", wanted.compile, compiles, why)
     if compile_ and not compiles:
         raise Refused(f"engine.compile true: {why}")
     if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):

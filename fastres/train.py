@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from fastres.schedule import lr_scale
 from fastres.step import Evaluator, Totals, TrainStep, check_channels_last, warm_up
 
 SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
+GRACE_S = 10.0  # after a signal: time to finish the step and save
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +142,8 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
             """Collective: the state of `done` steps to disk."""
             trainer = step.state_dict()
             if is_main:
-                time = {"train_time_s": clock.train_time_s, "wall_time_s": clock.wall_time_s}
-                content = {"step": done, "trainer": trainer, "window": asdict(window), "clock": time}
+                times = {"train_time_s": clock.train_time_s, "wall_time_s": clock.wall_time_s}
+                content = {"step": done, "trainer": trainer, "window": asdict(window), "clock": times}
                 checkpoint.save(run.checkpoints, done, content, config.run.keep_checkpoints)
 
         def due(done: int, every: int) -> bool:
@@ -265,14 +267,19 @@ def agrees(done: int) -> bool:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """A box that holds 0, and the signal's number after SIGTERM or SIGINT; a second one ends the process at once."""
-    stop = [0]
+    """A box that holds 0, and the signal's number once SIGTERM or SIGINT has come.
+
+    One more within GRACE_S changes nothing: at Ctrl-C the terminal and torchrun both send theirs. Later it ends the
+    process at once.
+    """
+    stop, since = [0], [0.0]
 
     def remember(number: int, _: FrameType | None) -> None:
-        if stop[0]:
+        if stop[0] and time.monotonic() - since[0] > GRACE_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        stop[0] = number
+        elif not stop[0]:
+            stop[0], since[0] = number, time.monotonic()
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

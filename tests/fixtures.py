@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from fastres.engine import Engine
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -98,3 +101,18 @@ def write_image_folder(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     return root
+
+
+def engine(**overrides: Any) -> Engine:
+    """An engine on the CPU: eager, fp32, channels-last, unless told otherwise."""
+    fields: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "precision": "fp32",
+        "channels_last": True,
+        "compile": False,
+        "compile_may_fall_back": False,
+        "norm": "torch",
+        "deterministic": False,
+        "reasons": (),
+    }
+    return Engine(**{**fields, **overrides})

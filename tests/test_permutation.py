@@ -72,7 +72,8 @@ def test_blocks_join_and_batches_are_full(order: Order, a: int, length: int, cut
 @given(order=orders, step=st.integers(0, 30), world=st.sampled_from([1, 2, 4]))
 def test_the_shares_of_the_processes_make_up_the_global_batch(order: Order, step: int, world: int) -> None:
     shares = [
-        Order(**{**vars(order), "rank": rank, "world": world}).samples(step, step + 1) for rank in range(world)
+        Order(**{**vars(order), "rank": rank, "world": world}).samples(step, step + 1)
+        for rank in range(world)
     ]
     assert {len(share.index) for share in shares} == {order.batch // world}
     assert [row for share in shares for row in rows(share)] == rows(order.samples(step, step + 1))
@@ -99,7 +100,10 @@ def test_other_seeds_and_epochs_have_other_orders() -> None:
 def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
     n = 60
     drawn = [
-        {row[:2]: row[2:] for row in rows(Order(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))}
+        {
+            row[:2]: row[2:]
+            for row in rows(Order(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))
+        }
         for batch, steps in ((60, 3), (12, 15), (45, 4), (180, 1))
     ]
     assert set(drawn[0]) == {(epoch, index) for epoch in range(3) for index in range(n)}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastres.config import ScheduleConfig, parse
+from fastres.config import Config, ScheduleConfig, parse
 from fastres.schedule import SCHEDULES, lr_scale
+
+
+@cache
+def recipe(name: str) -> Config:
+    return parse(["--recipe", name])
 
 
 def test_every_schedule_of_the_config_is_there() -> None:
@@ -30,7 +36,7 @@ def test_every_schedule_of_the_config_is_there() -> None:
     ],
 )
 def test_the_64k_step_schedule_of_he_et_al(step: int, lr: float) -> None:
-    config = parse([])
+    config = recipe("cifar10-resnet20")
     assert config.optim.lr * lr_scale(config.schedule, step, config.train.steps) == pytest.approx(lr)
 
 
@@ -46,7 +52,7 @@ def test_the_64k_step_schedule_of_he_et_al(step: int, lr: float) -> None:
     ],
 )
 def test_resnet_110_warms_up(step: int, lr: float) -> None:
-    config = parse(["--recipe", "cifar10-resnet110"])
+    config = recipe("cifar10-resnet110")
     assert config.optim.lr * lr_scale(config.schedule, step, config.train.steps) == pytest.approx(lr)
 
 

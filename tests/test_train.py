@@ -47,12 +47,12 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
     return run
 
 
-def start(*flags: object, torchrun: int = 0, **env: str) -> subprocess.Popen[str]:
+def start(*flags: object, torchrun: int = 0, start_new_session: bool = False) -> subprocess.Popen[str]:
     """Starts the command in a process of its own, or under torchrun in several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
     )  # fmt: skip
 
 
@@ -296,6 +296,17 @@ def test_two_processes_share_the_batch_and_count_every_sample_once(train: Train,
     state = tmp_path / "run/checkpoints/step-00000030.pt"
     assert train(*SHORT, "--run.resume", state, "--run.dir", tmp_path / "one") == 0
     assert json.loads((tmp_path / "one/summary.json").read_text())["steps"] == 40
+
+
+def test_ctrl_c_at_torchrun_saves_one_step_of_all_processes(train: Train, tmp_path: Path) -> None:
+    process = start(*SHORT, "--run.dir", tmp_path / "run", torchrun=2, start_new_session=True)
+    wait_for_step(tmp_path / "run", 12, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and its workers at once
+    out = process.communicate()[0]
+    assert process.returncode != 0 and "stopped by SIGINT at step" in out, out
+    step = int(checkpoint.found(tmp_path / "run/checkpoints")[0].stem[5:])
+    assert step % 10 == 0 and f"at step {step}; the state is in" in out
+    assert train(*SHORT, "--run.dir", tmp_path / "run") == 0  # continued by one process
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,237 @@
+"""Checkpoints: whole or not at all, verified when read, never executed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastres import checkpoint
+from fastres.errors import Failed, Refused
+
+
+@contextmanager
+def refused(*names: object) -> Iterator[None]:
+    """The block is refused in one line that has each of `names`."""
+    with pytest.raises(Refused) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line
+    assert not [name for name in names if str(name) not in line], line
+
+
+def a_state(step: int = 3) -> dict[str, Any]:
+    """Nested, with every kind of leaf that a trainer's state has."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "step": step,
+        "trainer": {
+            "model": {
+                "weight": torch.randn(4, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last),
+                "half": torch.randn(5, generator=generator).to(torch.bfloat16),
+                "counter": torch.tensor(7),
+            },
+            "optimizer": {
+                "state": {0: {"momentum_buffer": None}, 1: {}},
+                "groups": [{"lr": 0.1, "on": True}],
+            },
+            "rng": torch.get_rng_state(),
+        },
+        "window": (1.5, -0.0, float("inf"), "text"),
+    }
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """The same containers, types and bits."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        assert one.stride() == other.stride()
+    else:
+        assert repr(one) == repr(other)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "checkpoints", 3, a_state(), keep=2)
+    assert path == tmp_path / "checkpoints" / "step-00000003.pt"
+    assert_same(checkpoint.load(path), a_state())
+
+
+def test_the_newest_k_are_kept(tmp_path: Path) -> None:
+    for step in (5, 1_000, 20, 3):
+        checkpoint.save(tmp_path, step, a_state(step), keep=2)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00001000.pt", "step-00000020.pt"]
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and latest["step"] == 1_000
+
+
+def test_nothing_is_latest_where_nothing_was_saved(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    with refused(tmp_path / "step-00000001.pt"):
+        checkpoint.load(tmp_path / "step-00000001.pt")
+
+
+def test_what_a_kill_left_behind_is_ignored(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, a_state(1), keep=2)
+    (tmp_path / "step-00000002.tmp").write_bytes(b"cut sho")
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and latest["step"] == 1
+    checkpoint.save(tmp_path, 2, a_state(2), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001.pt", "step-00000002.pt"]  # noqa: PTH208
+
+
+# ---- damage -------------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, a_state(), keep=1)
+    whole = path.read_bytes()
+    for length in {0, 1, 3, 4, 100, *range(0, len(whole), len(whole) // 40), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        with refused(path):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None:
+    path = checkpoint.save(tmp_path, 1, a_state(), keep=1)
+    whole, random_ = path.read_bytes(), random.Random(seed)
+    pickled = (whole.index(b"state"), whole.index(b"sha256") + 80)  # where a flip may change the structure
+    for place in random_.choices(range(len(whole)), k=60) + random_.choices(range(*pickled), k=60):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random_.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            state = checkpoint.load(path)
+        except Refused as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert_same(state, a_state())
+
+
+def test_the_last_good_one_is_gone_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, a_state(step), keep=3)
+    newest, middle, oldest = checkpoint.found(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-50])
+    middle.write_bytes(b"")
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and latest["step"] == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and str(newest) in said[0] and str(middle) in said[1]
+
+    oldest.unlink()
+    with refused(tmp_path):  # never a silent start from step 0
+        checkpoint.latest(tmp_path)
+
+
+class Creates:
+    """Unpickled by Python itself, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
+    path, witness = tmp_path / "step-00000001.pt", tmp_path / "witness"
+    torch.save({"state": Creates(witness), "sha256": ""}, path)
+    torch.load(path, weights_only=False)["state"].close()
+    assert witness.exists()  # the test has teeth
+    witness.unlink()
+    with refused(path):
+        checkpoint.load(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [1], torch.zeros(1), {"state": {}}])
+def test_a_file_of_somebody_elses_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with refused(tmp_path / "model.pt", "not a checkpoint"):
+        checkpoint.load(tmp_path / "model.pt")
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(Failed) as caught:
+        checkpoint.save(tmp_path / "checkpoints", 1, a_state(), keep=1)
+    assert str(tmp_path / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, a_state(1), keep=1)
+    (tmp_path / "step-00000002.tmp").symlink_to("/dev/full")
+    with pytest.raises(Failed) as caught:
+        checkpoint.save(tmp_path, 2, a_state(2), keep=1)
+    assert "\n" not in str(caught.value) and "step-00000002.pt" in str(caught.value)
+    assert os.listdir(tmp_path) == ["step-00000001.pt"]  # noqa: PTH208
+
+
+# ---- the digest ---------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_of_the_content_alone() -> None:
+    tensor = torch.arange(24.0).reshape(2, 3, 2, 2)
+    same = [
+        tensor.clone(),
+        tensor.to(memory_format=torch.channels_last),
+        torch.arange(48.0)[::2].div(2).reshape(2, 3, 2, 2),
+        torch.nn.Parameter(tensor),
+    ]
+    if torch.cuda.is_available():
+        same.append(tensor.cuda())
+    assert {checkpoint.digest({"a": [one, 1]}) for one in same} == {checkpoint.digest({"a": [tensor, 1]})}
+    assert checkpoint.digest(torch.tensor(float("nan"))) == checkpoint.digest(torch.tensor(float("nan")))
+
+
+def test_the_digest_tells_different_contents_apart() -> None:
+    tensor = torch.arange(4.0)
+    one_ulp = tensor.clone()
+    one_ulp[3] = one_ulp[3].nextafter(torch.tensor(9.0))
+    contents = [
+        {"a": tensor},
+        {"a": one_ulp},
+        {"a": tensor.reshape(2, 2)},
+        {"a": tensor.to(torch.float64)},
+        {"a": tensor.view(torch.int32)},
+        {"b": tensor},
+        {"a": [0.0, 1.0, 2.0, 3.0]},
+        {"a": -tensor},
+        {},
+        {"a": None},
+        {"a": {}},
+        {"a": []},
+        {"a": ()},
+        {"a": 0},
+        {"a": False},
+        {"a": 0.0},
+        {"a": -0.0},
+        {"a": "0"},
+        {0: 0},
+        {"0": 0},
+        {"a": {"b": 0}},
+        {"a.b": 0},
+    ]
+    digests = [checkpoint.digest(content) for content in contents]
+    clashes = [
+        (contents[i], contents[j]) for j in range(len(digests)) for i in range(j) if digests[i] == digests[j]
+    ]
+    assert clashes == []

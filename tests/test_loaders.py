@@ -1,0 +1,338 @@
+"""Every loader keeps one contract (fastres/data/__init__.py): the same batches, whoever makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastres.config import DataConfig, parse
+from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, resident
+from fastres.data.permutation import Order
+from fastres.data.sources import Source, Split, imagefolder
+from fastres.errors import Refused
+from tests.fixtures import write_image_folder
+
+MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)
+Batches = list[tuple[Tensor, Tensor]]
+
+every_loader = pytest.mark.parametrize("loader", LOADERS)
+resizing_loader = pytest.mark.parametrize("loader", [name for name in LOADERS if name != "resident"])
+
+
+@contextmanager
+def refused(*names: object) -> Iterator[None]:
+    """The block is refused in one line that has each of `names`."""
+    with pytest.raises(Refused) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line, line
+    assert not [name for name in names if str(name) not in line], line
+
+
+def noise(n: int = 21, size: int = 8, channels: int = 3) -> Split:
+    """Images of noise, so that no two crops are alike."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, size, size, channels), np.uint8)
+    return Split(images=images, labels=rng.integers(0, 10, n))
+
+
+def spec(channels: int = 3, **fields: Any) -> BatchSpec:
+    defaults: dict[str, Any] = {
+        "batch_size": 6,
+        "eval_batch_size": 8,
+        "seed": 3,
+        "mean": MEAN[:channels],
+        "std": STD[:channels],
+        "image_size": 8,
+        "augment": "crop",
+        "pad": 2,
+        "flip": True,
+        "workers": 0,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
+    return BatchSpec(**{**defaults, **fields})
+
+
+def make(loader: str, split: Split, **fields: Any) -> Loader:
+    return LOADERS[loader](split, spec(split.channels, **fields))
+
+
+def normalized(images: np.ndarray, channels: int) -> Tensor:
+    """(n, H, W, C) uint8 -> (n, C, H, W) float32, pixel by pixel."""
+    f = np.float32
+    mean, std = (np.array(v[:channels], f) * f(255) for v in (MEAN, STD))
+    return torch.from_numpy((images.astype(f) - mean) / std).permute(0, 3, 1, 2)
+
+
+def expected(split: Split, first: int, last: int, **fields: Any) -> Batches:
+    """The batches of steps [first, last) by the plainest means: numpy, one sample at a time."""
+    s = spec(split.channels, **fields)
+    pad, size = s.pad if s.augment == "crop" else 0, s.image_size
+    order = Order(
+        n=len(split), batch=s.batch_size, seed=s.seed, rank=s.rank, world=s.world, pad=pad,
+        flip=s.flip and s.augment != "none",
+    )  # fmt: skip
+    batches = []
+    for step in range(first, last):
+        samples, images = order.samples(step, step + 1), []
+        for index, dy, dx, flip in zip(samples.index, samples.dy, samples.dx, samples.flip, strict=True):
+            canvas = np.zeros((size + 2 * pad, size + 2 * pad, split.channels), np.uint8)
+            canvas[pad : pad + size, pad : pad + size] = split.image(int(index))
+            crop = canvas[dy : dy + size, dx : dx + size]
+            images.append(crop[:, ::-1] if flip else crop)
+        labels = torch.from_numpy(split.labels[samples.index])
+        batches.append((normalized(np.stack(images), split.channels), labels))
+    return batches
+
+
+def assert_equal(batches: Batches, reference: Batches) -> None:
+    assert len(batches) == len(reference)
+    for (images, labels), (images_, labels_) in zip(batches, reference, strict=True):
+        assert torch.equal(images, images_) and torch.equal(labels, labels_)
+
+
+# ---- training -----------------------------------------------------------------------------------------------
+
+
+@every_loader
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"flip": False},
+        {"pad": 0},
+        {"augment": "none"},  # neither, whatever pad and flip say
+        {"batch_size": 50},  # a step of more than two epochs
+        {"rank": 1, "world": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_batches_are_cropped_flipped_and_normalised(
+    loader: str, fields: dict[str, Any], channels: int
+) -> None:
+    split = noise(channels=channels)
+    batches = list(make(loader, split, **fields).train(0, 9))  # epochs end within steps 3 and 6
+    assert_equal(batches, expected(split, 0, 9, **fields))
+    for images, labels in batches:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+@every_loader
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_rounded_once(loader: str, dtype: torch.dtype) -> None:
+    split = noise()
+    reference = [(images.to(dtype), labels) for images, labels in expected(split, 0, 4)]
+    assert_equal(list(make(loader, split, dtype=dtype).train(0, 4)), reference)
+
+
+@every_loader
+def test_an_epoch_has_every_sample_once_with_its_label(loader: str) -> None:
+    n = 24
+    pixels = np.arange(n, dtype=np.uint8)[:, None, None, None] * 10 + 10  # the sample's number; padding is 0
+    split = Split(images=np.tile(pixels, (1, 8, 8, 3)), labels=(np.arange(n) * 7) % 10)
+    for epoch in range(2):
+        seen: list[int] = []
+        for images, labels in make(loader, split).train(epoch * 4, epoch * 4 + 4):
+            bytes_ = images[:, 0].amax(dim=(1, 2)) * STD[0] * 255 + MEAN[0] * 255
+            numbers = ((bytes_ - 10) / 10).round().long()
+            assert torch.equal(labels, numbers * 7 % 10)
+            seen += numbers.tolist()
+        assert sorted(seen) == list(range(n))
+        assert seen != sorted(seen)
+
+
+@every_loader
+def test_the_seed_and_nothing_else_decides(loader: str) -> None:
+    split = noise()
+    once = list(make(loader, split).train(0, 5))
+    torch.manual_seed(1)
+    np.random.default_rng(1)
+    assert_equal(list(make(loader, split).train(0, 5)), once)
+    other = list(make(loader, split, seed=4).train(0, 5))
+    assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(once, other, strict=True))
+
+
+@every_loader
+def test_a_run_that_starts_at_step_k_goes_on_as_the_first_would(loader: str) -> None:
+    split = noise()
+    whole, made = list(make(loader, split).train(0, 11)), make(loader, split)
+    assert_equal(list(made.train(5, 11)), whole[5:])  # in the middle of an epoch
+    assert_equal(list(made.train(0, 5)), whole[:5])  # and a loader may be asked again
+    assert list(made.train(4, 4)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(workers: int) -> None:
+    split = noise()
+    made = make("dataloader", split, workers=workers)
+    assert_equal(list(made.train(2, 9)), expected(split, 2, 9))
+    assert_equal(list(made.evaluate()), list(make("dataloader", split).evaluate()))
+
+
+def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = noise()
+    monkeypatch.setattr(resident, "CHUNK", 5)
+    monkeypatch.setattr(resident, "BLOCK_BYTES", 2 * 6 * 3 * 8 * 8 * 4)  # two steps
+    assert_equal(list(make("resident", split).train(1, 8)), expected(split, 1, 8))
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------
+
+
+@every_loader
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("n", "eval_batch_size"), [(21, 8), (16, 8), (2, 2), (5, 100), (7, 1)])
+def test_evaluation_has_every_sample_exactly_once(
+    loader: str, world: int, n: int, eval_batch_size: int
+) -> None:
+    split = noise(n)
+    of_ranks = [
+        list(make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world=world).evaluate())
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in of_ranks}) == 1  # a process with one more would wait for ever
+    assert {len(labels) for batches in of_ranks for _, labels in batches} == {-(-eval_batch_size // world)}
+    whole = normalized(split.array(1), 3)
+    found = []
+    for images, labels in (batch for batches in of_ranks for batch in batches):
+        assert images.shape == (len(labels), 3, 8, 8) and images.isfinite().all()
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            if label != IGNORED:
+                (index,) = (i for i in range(n) if torch.equal(whole[i], image))  # as it is: no crop, no flip
+                assert label == split.labels[index]
+                found.append(index)
+    assert sorted(found) == list(range(n))
+
+
+# ---- folders of images --------------------------------------------------------------------------------------
+
+
+def folder(root: Path, **fields: Any) -> Source:
+    return imagefolder(DataConfig(source="imagefolder", root=str(root), **fields))
+
+
+@every_loader
+def test_folders_of_images_are_read_alike(loader: str, tmp_path: Path) -> None:
+    split = folder(write_image_folder(tmp_path, train=5, size=8)).train
+    assert split.images is None
+    in_memory = Split(images=split.array(1), labels=split.labels)
+    assert_equal(list(make(loader, split).train(0, 4)), expected(in_memory, 0, 4))
+    assert_equal(list(make(loader, split).evaluate()), list(make(loader, in_memory).evaluate()))
+
+
+def consume(loader: str, split: Split, **fields: Any) -> None:
+    """Two epochs and an evaluation."""
+    made = make(loader, split, **fields)
+    for _ in made.train(0, 2 * len(split)):
+        pass
+    for _ in made.evaluate():
+        pass
+
+
+@every_loader
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_unequal_size_are_refused_by_name(loader: str, workers: int, tmp_path: Path) -> None:
+    odd = write_image_folder(tmp_path, size=8) / "train" / "dog" / "00005.jpg"
+    Image.new("RGB", (12, 9)).save(odd)
+    split = folder(tmp_path).train
+    assert odd in split.paths[1:]
+    with refused(odd, "12x9", "8x8", "resized_crop"):
+        consume(loader, split, workers=workers)
+
+
+@every_loader
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_refused_by_name(
+    loader: str, workers: int, tmp_path: Path
+) -> None:
+    bad = write_image_folder(tmp_path, size=8) / "train" / "dog" / "00005.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    with refused(bad, "cannot read the image"):
+        consume(loader, folder(tmp_path).train, workers=workers)
+
+
+@resizing_loader
+def test_resized_crop_takes_images_of_any_size(loader: str, tmp_path: Path) -> None:
+    colours = {"cat": (250, 0, 0), "dog": (0, 0, 250)}
+    for part in ("train", "test"):
+        for kind, colour in colours.items():
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number, size in enumerate(((40, 20), (9, 33), (16, 16))):
+                Image.new("RGB", size, colour).save(tmp_path / part / kind / f"{number}.png")
+    split = folder(tmp_path).train
+    fields = {"augment": "resized_crop", "image_size": 16}
+    made = make(loader, split, **fields)
+    for batches in (list(made.train(0, 3)), list(made.evaluate())):
+        for images, labels in batches:
+            assert images.shape == (len(labels), 3, 16, 16)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            for image, label in zip(images, labels.tolist(), strict=True):
+                if label != IGNORED:  # an image of one colour is that colour, however cut: nothing is black
+                    colour = np.array(list(colours.values())[label], np.uint8)
+                    whole = normalized(np.tile(colour, (1, 16, 16, 1)), 3)[0]
+                    assert torch.allclose(image, whole)
+    assert sum(int((labels != IGNORED).sum()) for _, labels in made.evaluate()) == len(split)
+
+
+@resizing_loader
+def test_resized_crop_is_drawn_per_sample_and_epoch_and_repeats(loader: str) -> None:  # of six equal images
+    split = Split(images=np.repeat(noise(1, size=64).array(1), 6, axis=0), labels=np.zeros(6, np.int64))
+    fields = {"augment": "resized_crop", "image_size": 16}
+    batches = list(make(loader, split, **fields).train(0, 2))
+    crops = torch.cat([images for images, _ in batches])
+    assert (
+        len({crop.numpy().tobytes() for crop in crops}) == 12
+    )  # no draw for a whole batch, nor for all epochs
+    assert_equal(list(make(loader, split, **fields).train(1, 2)), batches[1:])
+
+
+@resizing_loader
+def test_evaluation_sees_the_centre(loader: str) -> None:
+    rng = np.random.default_rng(0)
+    half = rng.integers(0, 256, (64, 24, 3), np.uint8)
+    image = np.concatenate([half, half[:, ::-1]], axis=1)  # symmetric, 64 high and 48 wide
+    split = Split(images=image[None], labels=np.zeros(1, np.int64))
+    made = make(loader, split, augment="resized_crop", image_size=42, eval_batch_size=1)
+    ((view, _),) = made.evaluate()  # 48 is 42·256/224: nothing is resized
+    assert torch.allclose(view, normalized(image[None, 11:53, 3:45], 3), atol=0.05)
+    assert torch.allclose(view, view.flip(3), atol=0.05)
+
+
+# ---- build_loader -------------------------------------------------------------------------------------------
+
+
+def build(source: Source, *flags: str) -> Loader:
+    place = {"device": torch.device("cpu"), "dtype": torch.float32, "rank": 0, "world": 1}
+    return build_loader(parse(["--data.workers", "0", *flags]), source, source.train, **place)
+
+
+def a_source(height: int, width: int) -> Source:
+    images = np.zeros((4, height, width, 3), np.uint8)
+    split = Split(images=images, labels=np.zeros(4, np.int64))
+    return Source(name="somewhere", train=split, test=split, classes=("a",), mean=MEAN, std=STD)
+
+
+@every_loader
+def test_a_loader_is_built_as_configured(loader: str) -> None:
+    flags = ["--data.loader", loader, "--train.batch_size", "2", "--data.pad", "1"]
+    made = build(a_source(8, 8), *flags)
+    ((images, labels),) = made.train(0, 1)
+    assert images.shape == (2, 3, 8, 8) and labels.shape == (2,)
+    ((images, labels),) = made.evaluate()  # one batch of what there is, not of eval_batch_size
+    assert len(labels) == 4
+    with refused("data.image_size", "16", "8x8"):
+        build(a_source(8, 8), *flags, "--data.image_size", "16")
+    with refused("9x8", "resized_crop"):
+        build(a_source(8, 9), *flags)

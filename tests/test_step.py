@@ -1,0 +1,399 @@
+"""A training step and an evaluation: equal to the plain PyTorch they stand for, in every precision, and no more."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres import checkpoint
+from fastres.config import OptimConfig
+from fastres.data import IGNORED
+from fastres.models import build_model
+from fastres.optim import build_optimizer
+from fastres.step import DeviceTotals, Evaluator, TrainStep, check_channels_last, warm_up
+from tests.fixtures import engine
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def a_batch(n: int = 8, size: int = 8, channels: int = 3, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, channels, size, size, generator=generator)
+    labels = torch.randint(10, (n,), generator=generator)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def a_net(name: str = "cifar_resnet", **options: Any) -> nn.Module:
+    """The CIFAR family's smallest, depth 8, where no other is named."""
+    options = options or ({"blocks_per_stage": 1} if name == "cifar_resnet" else {})
+    return build_model(name, **options).to(memory_format=torch.channels_last)
+
+
+def a_step(model: nn.Module, precision: str = "fp32", smoothing: float = 0.0, **optim: Any) -> TrainStep:
+    config = OptimConfig(**optim)
+    how = engine(precision=precision)
+    return TrainStep(model, how, lambda m, lr: build_optimizer(m, config, lr), smoothing)
+
+
+def take(step: TrainStep, steps: int, first: int = 0, lr: float = 0.1) -> None:
+    """Steps [first, first + steps), each on a batch of its own."""
+    for i in range(first, first + steps):
+        images, labels = a_batch(seed=i)
+        step(images.to(step.engine.dtype), labels, lr, i)
+
+
+def momentum(step: TrainStep) -> list[Tensor]:
+    return [state["momentum_buffer"] for state in step.optimizer.state.values()]
+
+
+def assert_equal_weights(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ---- training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_loss_falls_and_the_weights_stay_in_fp32(precision: str) -> None:
+    step = a_step(a_net("resnet20"), precision)
+    images, labels = a_batch(16)
+    losses = []
+    for i in range(12):
+        step(images.to(step.engine.dtype), labels, 0.05, i)
+        totals, bad_step = step.totals.read()
+        losses.append(totals.loss)
+        step.totals.reset()
+        assert bad_step == -1 and totals.samples == 16
+    assert losses[-1] < losses[0] / 2
+    assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_is_forward_loss_backward_and_sgd_and_nothing_else(nesterov: bool) -> None:
+    model = a_net()
+    oracle = copy.deepcopy(model)
+    step = a_step(model, smoothing=0.1, nesterov=nesterov, weight_decay=1e-2)
+    # torch's own first step sets the momentum to the gradient; ours starts it from zero
+    sgd = torch.optim.SGD(
+        oracle.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, fused=True
+    )
+    loss_sum, correct = 0.0, 0
+    for i, lr in enumerate([0.1, 0.05, 0.2]):
+        images, labels = a_batch(seed=i)
+        step(images, labels, lr, i)
+
+        sgd.param_groups[0]["lr"] = lr
+        oracle.train()
+        logits = oracle(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss.backward()
+        sgd.step()
+        sgd.zero_grad()
+        loss_sum += loss.item() * len(labels)
+        correct += int((logits.argmax(1) == labels).sum())
+    assert_equal_weights(model, oracle)
+    totals, _ = step.totals.read()
+    assert totals.mean_loss == pytest.approx(loss_sum / 24) and totals.accuracy == correct / 24
+
+
+def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
+    # torch's fused SGD skips the update then, but takes its uninitialised momentum for begun
+    # (weights reached 3.9e28).
+    model = a_net()
+    before, untouched = copy.deepcopy(model), a_step(copy.deepcopy(model), "fp16")
+    step = a_step(model, "fp16")
+    scale = 2.0**40
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    take(step, 1)
+    assert step.scaler.get_scale() == scale / 2  # it did overflow
+    assert_equal_weights(model, before)
+    assert len(momentum(step)) == len(list(model.parameters()))
+    assert all(not buffer.any() for buffer in momentum(step))
+
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    untouched.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    take(step, 2)
+    take(untouched, 2)
+    assert not torch.equal(model.conv1.weight, before.conv1.weight)
+    assert_equal_weights(model, untouched.model)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "mini_resnet", "resnet18"])
+@pytest.mark.parametrize("everything", [True, False])
+def test_what_is_decayed(name: str, everything: bool) -> None:
+    model = a_net(name)
+    lr = torch.tensor(0.5)
+    config = OptimConfig(weight_decay=0.1, momentum=0.0, decay_norm_and_bias=everything)
+    optimizer = build_optimizer(model, config, lr)
+    norms = (nn.BatchNorm2d,)
+    exempt = {
+        f"{prefix}.{key}"
+        for prefix, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if isinstance(module, norms) or key == "bias"
+    }
+    assert exempt and len(exempt) < len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.data.fill_(1)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        kept = 1.0 if key in exempt and not everything else 0.95
+        assert torch.allclose(parameter, torch.tensor(kept)), key
+
+
+def test_momentum_can_be_left_out() -> None:
+    model = a_net()
+    oracle = copy.deepcopy(model)
+    take(a_step(model, momentum=0.0, weight_decay=0.0), 1)
+    images, labels = a_batch(seed=0)
+    F.cross_entropy(oracle(images), labels).backward()
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(p, q - 0.1 * q.grad)
+
+
+# ---- what is compiled ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[tuple[TrainStep, Evaluator]]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model, config, how = a_net(), OptimConfig(), engine(compile=True)
+    step = TrainStep(model, how, lambda m, lr: build_optimizer(m, config, lr))
+    yield step, Evaluator(model, how)
+    torch._dynamo.reset()
+
+
+def test_nothing_recompiles_and_evaluation_sees_the_weights_of_now(compiled: Any) -> None:
+    step, evaluate = compiled
+    counters = torch._dynamo.utils.counters
+    held = [a_batch(seed=100), a_batch(seed=101)]
+    eager = Evaluator(step.model, engine())
+
+    def assert_up_to_date() -> float:
+        seen, truth = evaluate(held), eager(held)
+        assert seen.mean_loss == pytest.approx(truth.mean_loss, rel=1e-4) and seen.correct == truth.correct
+        return seen.mean_loss
+
+    take(step, 1)
+    losses = [assert_up_to_date()]
+    assert counters["stats"]["unique_graphs"] == 2  # forward and loss: one to train, one to evaluate
+    assert not counters["graph_break"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i, lr in enumerate([0.1, 0.01, 0.0, 0.3], start=1):
+            take(step, 1, first=i, lr=lr)
+            losses.append(assert_up_to_date())  # pytorch#108863: stale weights
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert len(set(losses)) == len(losses)
+
+
+def test_compiled_and_eager_steps_agree(compiled: Any) -> None:
+    step, _ = compiled
+    eager = a_step(copy.deepcopy(step.model))
+    eager.load_state_dict(copy.deepcopy(step.state_dict()))
+    take(step, 2)
+    take(eager, 2)
+    for a, b in zip(step.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Held:
+    """A loader of one batch."""
+
+    def evaluate(self) -> Iterator[Batch]:
+        yield a_batch()
+
+
+@pytest.fixture
+def broken_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
+        yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(
+    asked_for: bool, broken_compiler: None
+) -> None:
+    model, how = a_net(), engine(compile=True, compile_may_fall_back=not asked_for)
+    oracle = copy.deepcopy(model)
+    step = TrainStep(model, how, lambda m, lr: build_optimizer(m, OptimConfig(), lr))
+    evaluate, said = Evaluator(model, how), list[str]()
+    if asked_for:
+        with pytest.raises(Exception, match="nowhere"):
+            warm_up(step, evaluate, a_batch(), Held(), said.append)
+        assert said == []
+        return
+    warm_up(step, evaluate, a_batch(), Held(), said.append)
+    assert len(said) == 1 and said[0].startswith("compile: false") and "\n" not in said[0]
+    take(step, 2)
+    take(eager := a_step(oracle), 2)
+    assert_equal_weights(model, oracle)
+    assert evaluate([a_batch()]) == Evaluator(eager.model, engine())([a_batch()])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_warming_up_leaves_no_trace(precision: str) -> None:
+    step = a_step(a_net(), precision)
+    take(step, 2)
+    before = checkpoint.digest(step.state_dict())
+    images, labels = a_batch(seed=9)
+    warm_up(step, Evaluator(step.model, step.engine), (images.to(step.engine.dtype), labels), Held(), print)
+    assert checkpoint.digest(step.state_dict()) == before
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+# ---- channels-last ------------------------------------------------------------------------------------------
+
+
+class ToNCHW(nn.Module):
+    """Undoes channels-last in the forward pass or, with the same values, in the backward pass."""
+
+    def __init__(self, backward: bool) -> None:
+        super().__init__()
+        self.backward = backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.backward:
+            return x.contiguous()
+        x = x.clone(memory_format=torch.preserve_format)
+        x.register_hook(lambda gradient: gradient.contiguous())
+        return x
+
+
+def a_net_with_a_copy(place: str, backward: bool) -> nn.Module:
+    def copy_at(here: str) -> list[nn.Module]:
+        return [ToNCHW(backward)] if here == place else []
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), *copy_at("before the norm"), nn.BatchNorm2d(8), nn.ReLU(),
+        *copy_at("before a convolution"), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(2), nn.AvgPool1d(16),
+        nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+    return net.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels"),
+    [
+        ("resnet20", 16, 3),
+        ("cifar_resnet", 8, 1),
+        ("resnet18", 33, 3),
+        ("resnet50", 33, 3),
+        ("mini_resnet", 28, 1),
+    ],
+)
+def test_every_family_is_channels_last_throughout(name: str, size: int, channels: int) -> None:
+    options = {"blocks_per_stage": 1} if name == "cifar_resnet" else {}
+    model = a_net(name, in_channels=channels, **options)
+    before = checkpoint.digest(model.state_dict())
+    check_channels_last(model, a_batch(2, size, channels))
+    assert checkpoint.digest(model.state_dict()) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("place", ["before the norm", "before a convolution"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_copy_to_another_order_is_found(place: str, backward: bool) -> None:
+    batch = a_batch(2, 8)
+    check_channels_last(a_net_with_a_copy("nowhere", backward), batch)
+    with pytest.raises(AssertionError, match="strides"):
+        check_channels_last(a_net_with_a_copy(place, backward), batch)
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
+    model = a_net()
+    take(a_step(model), 3)
+    images, labels = a_batch(21, seed=7)
+    model.eval()
+    losses, right = [], 0
+    with torch.no_grad():
+        for image, label in zip(images, labels, strict=True):
+            logits = model(image[None])
+            losses.append(F.cross_entropy(logits, label[None]).item())
+            right += int(logits.argmax() == label)
+    model.train()
+    before = checkpoint.digest(model.state_dict())
+
+    filled_images = torch.cat([images, torch.full_like(images[:3], 9)])
+    filled_labels = torch.cat([labels, torch.full_like(labels[:3], IGNORED)])
+    nothing = (filled_images[:8], torch.full_like(labels[:8], IGNORED))
+    evaluate = Evaluator(model, engine())
+    for batches in (
+        [(images, labels)],
+        list(zip(filled_images.split(8), filled_labels.split(8), strict=True)),
+        [nothing, (images, labels)],  # another process has the rest of such a batch
+    ):
+        totals = evaluate(batches)
+        assert (totals.correct, totals.samples) == (right, 21)
+        assert totals.accuracy == right / 21
+        assert totals.mean_loss == pytest.approx(math.fsum(losses) / 21, rel=1e-5)
+    assert checkpoint.digest(model.state_dict()) == before
+
+
+def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
+    totals = DeviceTotals(torch.device("cpu"))
+    for step, loss in enumerate([1.0, 2.0]):
+        totals.add(torch.tensor(loss), torch.tensor(3), 4, step)
+    sums, bad_step = totals.read()
+    assert (sums.loss, sums.correct, sums.samples, bad_step) == (3.0, 6, 8, -1)
+    assert (sums + sums).samples == 16 and sums.mean_loss == 3 / 8 and sums.accuracy == 6 / 8
+    for step, loss in ((7, math.nan), (8, 1.0), (9, math.inf)):
+        totals.add(torch.tensor(loss), torch.tensor(0), 4, step)
+    assert totals.read()[1] == 7
+    totals.reset()
+    assert totals.read()[1] == -1 and totals.read()[0].samples == 0
+    totals.add(torch.tensor(math.inf), torch.tensor(0), 4, 0)
+    assert totals.read()[1] == 0
+
+
+# ---- state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_restored_step_goes_on_as_the_first_would(precision: str, tmp_path: Path) -> None:
+    uninterrupted = a_step(a_net(), precision, nesterov=True)
+    take(uninterrupted, 3)
+    path = checkpoint.save(tmp_path, 3, uninterrupted.state_dict(), keep=1)
+    take(uninterrupted, 3, first=3, lr=0.05)
+
+    torch.manual_seed(1)
+    restored = a_step(a_net(), precision, nesterov=True)
+    restored.load_state_dict(checkpoint.load(path))
+    take(restored, 3, first=3, lr=0.05)
+    assert checkpoint.digest(restored.state_dict()) == checkpoint.digest(uninterrupted.state_dict())
+    assert restored.totals.read() == uninterrupted.totals.read()
+
+    before = copy.deepcopy(restored.model)
+    take(restored, 1, first=6, lr=0.0)  # the learning rate is still the one that a step is given
+    assert_equal_weights(restored.model, before)
+    take(restored, 1, first=7, lr=0.1)
+    assert not torch.equal(restored.model.conv1.weight, before.conv1.weight)
+
+
+def test_the_state_of_another_model_is_not_loaded() -> None:
+    state = a_step(a_net()).state_dict()
+    with pytest.raises((RuntimeError, ValueError, KeyError)):
+        a_step(a_net("cifar_resnet", blocks_per_stage=2)).load_state_dict(state)
