@@ -6,10 +6,9 @@ read with weights_only, so that nothing in it runs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
         temporary.replace(path)
         sync_folder(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise Failed(
             f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"
         ) from None
@@ -49,10 +49,12 @@ def load(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Refused(f"there is no checkpoint {path}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except Exception as error:  # bytes from anywhere may make the unpickler raise anything
         # The kind of error alone: torch's own words advise to execute what is in the file.
         kind = type(error).__name__
-        raise Refused(f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint") from None
+        raise Refused(
+            f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint"
+        ) from None
     if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
         raise Refused(f"{path} is not a checkpoint of fastres")
     if digest(content["state"]) != content["sha256"]:
@@ -81,16 +83,22 @@ def latest(folder: Path) -> State | None:
     return None
 
 
-def digest(state: Any) -> str:
-    """SHA-256 over names, numbers and tensors, in order; equal for equal content whatever the device or strides."""
+def digest(state: State) -> str:
+    """SHA-256 over structure, names, numbers and tensors; equal for equal content whatever the device or strides."""
     sha = hashlib.sha256()
-    for name, value in _leaves(state, ""):
-        sha.update(f"{name}:".encode())
+
+    def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(_bytes(value))
+            sha.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict | list | tuple):
+            sha.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
         else:
-            sha.update(repr(value).encode())
+            sha.update(f"{value!r}\n".encode())
+
+    add(state)
     return sha.hexdigest()
 
 
@@ -102,19 +110,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key in value:
-            yield from _leaves(value[key], f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _leaves(item, f"{name}.{i}")
-    else:
-        yield name, value
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-

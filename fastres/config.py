@@ -17,6 +17,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -271,18 +272,17 @@ def load_file(path: Path) -> dict[str, Any]:
     """A configuration file (YAML or JSON) as a nested dict; the tutorial's flat config.json is translated."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(content, default=str)  # a file that refers to itself would never end
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise Refused(f"cannot read configuration file {path}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise Refused(f"{path} is neither YAML nor JSON: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise Refused(f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}")
     if set(content) & set(TUTORIAL_KEYS):
         return translate_tutorial(content, path)
-    for section, fields in content.items():
-        if section != "recipe" and section in _sections() and not isinstance(fields, dict):
-            raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
+    _check_fields(content, path)
     return content
 
 
@@ -365,6 +365,10 @@ def check(config: Config) -> None:
         not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.engine.device),
         f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
     )
+    for name in ("warmup_scale", "final_scale"):
+        share = getattr(schedule, name)
+        refuse_if(share > 1, f"schedule.{name}: {share} is more than 1; it is a share of optim.lr")
+    refuse_if(config.run.seed >= 2**64, f"run.seed: {config.run.seed} does not fit into 64 bits")
     needs_size = data.augment == "resized_crop" or data.source == "synthetic"
     refuse_if(
         data.augment == "resized_crop" and data.image_size is None,
@@ -425,20 +429,43 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------- details
 
 
+def _check_fields(content: dict[str, Any], path: Path) -> None:
+    """What jsonargparse lets pass in a file: flags of the command line, a section that is none, null anywhere."""
+    for section, fields in content.items():
+        if section == "recipe":
+            if not isinstance(fields, str):
+                raise Refused(f"{path}: recipe: {fields!r} is not the name of a recipe")
+            continue
+        if section not in _sections():
+            near = _nearest(str(section), _sections())
+            raise Refused(f"{path}: unknown section {section!r}{near}; there are: {', '.join(_sections())}")
+        if not isinstance(fields, dict):
+            raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
+        for name, value in fields.items():
+            key = f"{section}.{name}"
+            if value is None and key in _fields() and "null" not in _describe(key):
+                raise Refused(f"{path}: {key}: null is not {_describe(key)}")
+
+
 def _sections() -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if f.name != "recipe"]
 
 
+@lru_cache
 def _parser(prog: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Trains a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input.",
     )
     _add_file_arguments(parser)
     parser.add_class_arguments(Config, None, skip={"recipe"})
+    for action in parser._actions:
+        if action.dest in _sections():  # jsonargparse's --SECTION FILE, a second way to say --config FILE
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -460,9 +487,15 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_file_arguments(first)
     try:
-        return first.parse_known_args(argv)
+        files, flags = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise Refused(str(error)) from None
+    for flag in flags:
+        if (section := flag.partition("=")[0].removeprefix("--")) in _sections():
+            raise Refused(
+                f"--{section} is a section; give its fields, such as --{_example_of(section)}, or --config FILE"
+            )
+    return files, flags
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -479,7 +512,7 @@ def _refuse_errors(read: Any, parser: ArgumentParser, *, where: str = "", given:
         return read()
     except (ArgumentError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
-    fields = {f"{s}.{f.name}": f.type for s in _sections() for f in _fields_of(s)}
+    fields = _fields()
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]
         raise Refused(f"{where}{key}: {_given(given, key)!r} is not {_describe(key)}") from None
@@ -490,13 +523,17 @@ def _refuse_errors(read: Any, parser: ArgumentParser, *, where: str = "", given:
     if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
         key = f"{match[1]}.{match[2]}"
         raise Refused(f"{where}unknown field {key}{_nearest(key, fields)}; --help lists them all") from None
-    if match := re.match(r"Option '(\w+)' is not accepted", text):
-        raise Refused(f"{where}unknown section {match[1]!r}; there are: {', '.join(_sections())}") from None
     raise Refused(f"{where}{text}") from None
 
 
-def _fields_of(section: str) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(typing.get_type_hints(Config)[section])
+def _fields() -> list[str]:
+    """Every `section.field`."""
+    hints = typing.get_type_hints(Config)
+    return [f"{section}.{f.name}" for section in _sections() for f in dataclasses.fields(hints[section])]
+
+
+def _example_of(section: str) -> str:
+    return next(field for field in _fields() if field.startswith(f"{section}."))
 
 
 def _given(given: Any, key: str) -> Any:

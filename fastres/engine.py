@@ -74,7 +74,9 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
 
     compiles, why = can_compile(device)
     if compiles and device.type == "cpu":
-        compile_ = choose("compile", wanted.compile, False, "eager was measured faster on a CPU: docs/EXPERIMENTS.md")
+        compile_ = choose(
+            "compile", wanted.compile, False, "eager was measured faster on a CPU: docs/EXPERIMENTS.md"
+        )
     else:
         compile_ = choose("compile", wanted.compile, compiles, why)
     if compile_ and not compiles:

@@ -146,9 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
-        raise Refused(
-            f"--format {arguments.format}: {missing[0]} is not installed: pip install '.[export]'"
-        )
+        raise Refused(f"--format {arguments.format}: {missing[0]} is not installed: pip install '.[export]'")
     flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = load_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"

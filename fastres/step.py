@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,10 +213,13 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
         if not tensor.is_contiguous(memory_format=torch.channels_last):
             wrong.append(f"{what} has strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}")
 
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, inputs: object, out: Tensor) -> None:
-            check(f"the output of {name}", out)
-            out.register_hook(lambda gradient: check(f"the gradient of {name}", gradient))
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            # The input too: a convolution with channels-last weights gives channels-last whatever it is given.
+            for what, tensor in (("input", inputs[0]), ("output", out)):
+                check(f"the {what} of {name}", tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(check, f"the gradient of the {what} of {name}"))
 
         return hook
 

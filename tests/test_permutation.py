@@ -29,7 +29,7 @@ def by_the_specification(order: Order, step: int) -> list[tuple[int, ...]]:
     batch = []
     for j in range(step * order.batch, (step + 1) * order.batch):
         epoch, position = j // order.n, j % order.n
-        ranked = sorted(range(order.n), key=lambda i: word(epoch, 0, i))  # noqa: B023
+        ranked = sorted(range(order.n), key=lambda i: word(epoch, 0, i))
         i = ranked[position]
         dy, dx = (word(epoch, stream, i) % (2 * order.pad + 1) for stream in (1, 2))
         flip = word(epoch, 3, i) >= 2**63

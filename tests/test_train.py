@@ -49,7 +49,9 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
 
 def start(*flags: object, torchrun: int = 0, start_new_session: bool = False) -> subprocess.Popen[str]:
     """Starts the command in a process of its own, or under torchrun in several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    )
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
@@ -107,13 +109,17 @@ def test_a_run_leaves_behind_what_it_says(undisturbed: Path) -> None:
     assert [path.name for path in checkpoint.found(undisturbed / "checkpoints")] == [
         "step-00000040.pt", "step-00000032.pt", "step-00000024.pt",
     ]  # fmt: skip
-    assert {"torch", "device", "commit", "command"} <= json.loads((undisturbed / "env.json").read_text()).keys()
+    assert {"torch", "device", "commit", "command"} <= json.loads(
+        (undisturbed / "env.json").read_text()
+    ).keys()
 
 
 def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(undisturbed: Path) -> None:
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     for evaluation in (row for row in rows if row["split"] == "test"):
-        since = [row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20]
+        since = [
+            row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20
+        ]
         assert evaluation["train_loss"] == pytest.approx(sum(row["loss"] for row in since) / len(since))
 
 
@@ -153,9 +159,9 @@ def test_the_dataloader_trains_the_same_weights_as_the_resident_loader(
 
 def test_mini_resnet_learns_from_mnist_files(train: Train, tmp_path: Path) -> None:
     write_mnist_idx(tmp_path / "data", train=1024, test=256)
-    flags = "--recipe mnist-mini --train.steps 40 --train.eval_every 40 --schedule.warmup_steps 10 --train.batch_size 32"
-    assert train(*flags.split(), "--data.root", tmp_path / "data", "--engine.compile", "false",
-                 "--run.dir", tmp_path / "run") == 0  # fmt: skip
+    flags = "--recipe mnist-mini --train.steps 40 --schedule.warmup_steps 10 --train.batch_size 32"
+    flags += " --engine.compile false"
+    assert train(*flags.split(), "--data.root", tmp_path / "data", "--run.dir", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["parameters"] == 152_202
     assert summary["test_accuracy"] > 0.5  # chance is 0.1
@@ -182,9 +188,20 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = undisturbed / "model.safetensors"
-    start_from = ["--model.weights", weights, "--model.num_classes", 12, "--train.steps", 0, "--schedule.warmup_steps", 0]
+    start_from = [
+        "--model.weights",
+        weights,
+        "--model.num_classes",
+        12,
+        "--train.steps",
+        0,
+        "--schedule.warmup_steps",
+        0,
+    ]
     assert train(*SHORT, *start_from, "--run.dir", tmp_path / "run") == 0
-    assert "head replaced (fc.bias, fc.weight)" in capsys.readouterr().out.replace("fc.weight, fc.bias", "fc.bias, fc.weight")
+    assert "head replaced (fc.bias, fc.weight)" in capsys.readouterr().out.replace(
+        "fc.weight, fc.bias", "fc.bias, fc.weight"
+    )
     old, new = load_file(weights), load_file(tmp_path / "run/model.safetensors")
     assert torch.equal(old["conv1.weight"], new["conv1.weight"]) and new["fc.weight"].shape == (12, 64)
 
@@ -224,7 +241,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert not (tmp_path / "run/summary.json").exists(), "killed too late to show anything"
     assert train(*flags) == 0
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
-    for name, columns in (("history.csv", ("step", "train_loss", "eval_loss", "train_accuracy", "eval_accuracy")),):
+    for name, columns in (
+        ("history.csv", ("step", "train_loss", "eval_loss", "train_accuracy", "eval_accuracy")),
+    ):
         with (tmp_path / "run" / name).open() as a, (undisturbed / name).open() as b:
             rows, expected = list(csv.DictReader(a)), list(csv.DictReader(b))
         assert [[row[c] for c in columns] for row in rows] == [[row[c] for c in columns] for row in expected]
@@ -313,7 +332,9 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> N
     process = start(*SHORT, "--train.batch_size", 127, "--run.dir", tmp_path / "run", torchrun=2)
     out = process.communicate()[0]
     assert process.returncode != 0
-    assert "train.batch_size 127 is the batch of all processes and 2 cannot share it equally; use --train" in out
+    assert (
+        "train.batch_size 127 is the batch of all processes and 2 cannot share it equally; use --train" in out
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -363,7 +384,9 @@ def test_a_folder_that_holds_another_run_is_refused_and_kept(
     assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
 
 
-def test_a_second_writer_is_kept_out(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_writer_is_kept_out(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run/.lock"):
         process = start(*SHORT, "--run.dir", tmp_path / "run")
@@ -386,7 +409,9 @@ def test_a_checkpoint_of_another_model_is_refused(
     train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = checkpoint.found(undisturbed / "checkpoints")[0]
-    assert train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
+    assert (
+        train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
+    )
     assert "of another model" in refusal(capsys)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(state.read_bytes()[:5000])
@@ -415,5 +440,7 @@ def test_without_a_compiler_auto_runs_eager_and_says_so(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "compile: false (no C++ compiler" in done.stdout
-    done = subprocess.run([*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 2 and "engine.compile true: no C++ compiler" in done.stderr

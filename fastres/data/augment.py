@@ -82,5 +82,5 @@ def _resize(
 ) -> np.ndarray:
     gray = image.shape[2] == 1
     picture = Image.fromarray(image[:, :, 0] if gray else image)
-    resized = np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=box))
+    resized = np.array(picture.resize(size, Image.Resampling.BILINEAR, box=box))
     return resized[:, :, None] if gray else resized

@@ -14,6 +14,7 @@ from fastres.data.augment import crop_and_flip_one, normalize, resize_and_center
 from fastres.data.permutation import Order, Samples, sample_generator
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
+from fastres.errors import Refused
 
 
 class HostLoader:
@@ -37,9 +38,16 @@ class HostLoader:
         self, samples: Dataset[tuple[np.ndarray, int]], batch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         cuda = self.spec.device.type == "cuda"
-        for images, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
-            images, labels = (t.to(self.spec.device, non_blocking=True) for t in (images, labels))
-            yield normalize(images, self.mean, self.std, self.spec.dtype), labels
+        try:
+            for images, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
+                images, labels = (t.to(self.spec.device, non_blocking=True) for t in (images, labels))
+                yield normalize(images, self.mean, self.std, self.spec.dtype), labels
+        except (
+            Refused
+        ) as error:  # from a worker it comes wrapped in the worker's traceback, itself the last line
+            raise Refused(
+                str(error).strip().splitlines()[-1].removeprefix("fastres.errors.Refused: ")
+            ) from None
 
 
 class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
@@ -55,15 +63,14 @@ class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
         step, row = divmod(i, self.order.local_batch)
         samples = _samples_of_step(self.order, self.first + step)
         index, flip = int(samples.index[row]), bool(samples.flip[row])
-        image = self.split.image(index)
+        size, pad = self.spec.image_size, self.order.pad
+        dy, dx = int(samples.dy[row]), int(samples.dx[row])
         if self.spec.augment == "resized_crop":
             generator = sample_generator(self.order.seed, int(samples.epoch[row]), index)
-            image = resized_crop(image, self.spec.image_size, generator)
-            image = crop_and_flip_one(image, self.spec.image_size, 0, 0, 0, flip)
+            image = resized_crop(self.split.image(index), size, generator)
         else:
-            dy, dx = int(samples.dy[row]), int(samples.dx[row])
-            image = crop_and_flip_one(image, self.spec.image_size, self.order.pad, dy, dx, flip)
-        return image, int(self.split.labels[index])
+            image = self.split.sized_image(index, size, size)
+        return crop_and_flip_one(image, size, pad, dy, dx, flip), int(self.split.labels[index])
 
 
 class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
@@ -84,10 +91,9 @@ class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
         return self._view(int(indices[row])), int(self.split.labels[indices[row]])
 
     def _view(self, index: int) -> np.ndarray:
-        image = self.split.image(index)
         if self.spec.augment == "resized_crop":
-            return resize_and_center_crop(image, self.spec.image_size)
-        return image
+            return resize_and_center_crop(self.split.image(index), self.spec.image_size)
+        return self.split.sized_image(index, self.spec.image_size, self.spec.image_size)
 
 
 @lru_cache(maxsize=4)

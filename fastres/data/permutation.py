@@ -20,7 +20,7 @@ PERMUTATION, CROP_Y, CROP_X, FLIP, RESIZED_CROP = range(5)  # streams: disjoint 
 @lru_cache(maxsize=8)
 def words(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:
     """n raw words of a stream: (n,) uint64, read-only."""
-    raw = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]).random_raw(n)
+    raw = _philox(seed, epoch, counter=(0, 0, 0, stream)).random_raw(n)
     raw.setflags(write=False)
     return raw
 
@@ -35,7 +35,12 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """A generator of one sample's own, for draws whose number is not known beforehand (resized crops)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, index, RESIZED_CROP]))
+    return np.random.Generator(_philox(seed, epoch, counter=(0, 0, index, RESIZED_CROP)))
+
+
+def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
+    # As uint64: numpy would take a list of both kinds of integers through float64, where large seeds are one.
+    return np.random.Philox(key=np.array([seed, int(epoch)], np.uint64), counter=np.array(counter, np.uint64))
 
 
 @dataclass(frozen=True)

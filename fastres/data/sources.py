@@ -59,6 +59,18 @@ class Split:
         """Sample `index` as (H, W, C) uint8. Refused where its file cannot be decoded."""
         return decode(self.paths[index]) if self.images is None else self.images[index]
 
+    def sized_image(self, index: int, height: int, width: int) -> np.ndarray:
+        """Sample `index` as (height, width, C) uint8. Refused where it is of another size."""
+        image = self.image(index)
+        if image.shape[:2] != (height, width):
+            what = self.paths[index] if self.paths else f"image {index}"
+            raise Refused(
+                f"{what} has {image.shape[1]}x{image.shape[0]} pixels, "
+                f"others {width}x{height}: images of unequal size need "
+                "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
+            )
+        return image
+
     def array(self, workers: int) -> np.ndarray:
         """All samples as (N, H, W, C) uint8, decoded by that many threads.
 
@@ -67,18 +79,10 @@ class Split:
         if self.images is not None:
             return self.images
         images = np.empty((len(self), *self.image(0).shape), np.uint8)
-        height, width = images.shape[1:3]
 
         def fill(start: int) -> None:
-            for index, path in enumerate(self.paths[start : start + DECODE_BLOCK], start):
-                image = decode(path)
-                if image.shape != images.shape[1:]:
-                    raise Refused(
-                        f"{path} has {image.shape[1]}x{image.shape[0]} pixels, {self.paths[0]} has "
-                        f"{width}x{height}: images of unequal size need "
-                        "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
-                    )
-                images[index] = image
+            for index in range(start, min(start + DECODE_BLOCK, len(self))):
+                images[index] = self.sized_image(index, *images.shape[1:3])
 
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             for _ in pool.map(fill, range(0, len(self), DECODE_BLOCK)):
