@@ -59,6 +59,8 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if "loss" in column and all(row[column] > 0 for rows in runs.values() for row in rows):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         if len(runs) > 1:
             axes.legend()
     figure.savefig(path, dpi=130)
