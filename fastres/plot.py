@@ -40,6 +40,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draws train and validation loss and accuracy over the steps, 2 x 2, a line for each named history."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,6 +60,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if "loss" in column and all(row[column] > 0 for rows in runs.values() for row in rows):
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         if len(runs) > 1:
