@@ -336,6 +336,7 @@ def check(config: Config) -> None:
     """Refuses values that are each of the right type and cannot be together; loads and writes nothing."""
     import torch
 
+    from fastres.data import LOADERS
     from fastres.models import build_model
 
     def refuse_if(wrong: bool, line: str) -> None:
@@ -370,6 +371,10 @@ def check(config: Config) -> None:
         refuse_if(share > 1, f"schedule.{name}: {share} is more than 1; it is a share of optim.lr")
     refuse_if(config.run.seed >= 2**64, f"run.seed: {config.run.seed} does not fit into 64 bits")
     needs_size = data.augment == "resized_crop" or data.source == "synthetic"
+    refuse_if(
+        data.loader not in LOADERS,
+        f"data.loader {data.loader} is not in this version; there are: {', '.join(LOADERS)}",
+    )
     refuse_if(
         data.augment == "resized_crop" and data.image_size is None,
         "data.augment resized_crop needs data.image_size, such as --data.image_size 224",

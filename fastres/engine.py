@@ -83,6 +83,10 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         raise Refused(f"engine.compile true: {why}")
     if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):
         raise Refused("engine.cuda_graph true: whole-step graphs are not in this version; leave it at auto")
+    if config.model.sync_norm:
+        raise Refused(
+            "model.sync_norm true: shared BatchNorm statistics are not in this version; leave it out"
+        )
     norm = choose("norm", config.model.norm, "torch", "nothing faster was measured on this device")
     if norm == "fused":
         raise Refused("model.norm fused: the fused kernels are not in this version; use torch")

@@ -62,8 +62,11 @@ class Run:
                     f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
                 )
             return None
-        if self.config.run.resume == "never":
-            raise Refused(f"run.dir {self.folder} already holds a run; choose another --run.dir or remove it")
+        if self.config.run.resume != "auto":
+            raise Refused(
+                f"run.dir {self.folder} already holds a run; leave out --run.resume to continue it, "
+                "or choose another --run.dir"
+            )
         try:
             old = yaml.safe_load(known.read_text(encoding="utf-8"))
             changed = differences(old, to_dict(self.config))

@@ -352,6 +352,10 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> N
         ("--recipe digits --engine.precision tf32", "tf32"),
         ("--recipe digits --engine.device cuda", "--engine.device cpu"),
         ("--recipe digits --engine.cuda_graph true", "cuda_graph"),
+        ("--recipe digits --model.norm fused", "model.norm fused"),
+        ("--recipe digits --model.norm apex", "model.norm apex"),
+        ("--recipe digits --model.sync_norm true", "model.sync_norm"),
+        ("--recipe digits --data.loader dali", "there are: resident, dataloader"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
         ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),
@@ -380,7 +384,10 @@ def test_a_folder_that_holds_another_run_is_refused_and_kept(
     assert train(*SHORT, "--optim.lr", 0.2, "--run.dir", undisturbed) == 2
     assert "optim.lr: 0.1 -> 0.2" in refusal(capsys)
     assert train(*SHORT, "--run.resume", "never", "--run.dir", undisturbed) == 2
-    assert "already holds a run" in refusal(capsys)
+    assert "already holds a run; leave out --run.resume" in refusal(capsys)
+    state = checkpoint.found(undisturbed / "checkpoints")[-1]
+    assert train(*SHORT, "--run.resume", state, "--run.dir", undisturbed) == 2
+    assert "already holds a run; leave out --run.resume" in refusal(capsys)
     assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
 
 

@@ -51,8 +51,6 @@ def build_loader(
 ) -> Loader:
     """The configured loader over a split of `source`, for one of `world` processes."""
     data = config.data
-    if data.loader not in LOADERS:
-        raise Refused(f"data.loader {data.loader} is not in this version; there are: {', '.join(LOADERS)}")
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
