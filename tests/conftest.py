@@ -1,5 +1,15 @@
-"""One thread, here and in every process that a test starts: bitwise equal sums need an equal number of threads."""
+"""One thread, here and in every process that a test starts, and one seed for every test."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+# Before torch is imported. Bitwise equal sums need an equal number of threads, and nets as small as these gain nothing
+# from more of them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,19 +1,22 @@
-"""Small data sets in the published formats, written to a folder of the test's. Few samples, but learnable."""
+"""What several tests need: small data sets in the published formats, few samples but learnable; refusals."""
 
 from __future__ import annotations
 
 import gzip
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastres.engine import Engine
+from fastres.errors import Refused
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -116,3 +119,23 @@ def engine(**overrides: Any) -> Engine:
         "reasons": (),
     }
     return Engine(**{**fields, **overrides})
+
+
+@contextmanager
+def refused(*names: object) -> Iterator[None]:
+    """The block is refused in one readable line that has each of `names`."""
+    with pytest.raises(Refused) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line and "Traceback" not in line, line
+    assert not [name for name in names if str(name) not in line], line
+
+
+class Creates:
+    """Unpickled by Python itself, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")

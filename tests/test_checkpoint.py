@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,7 @@ import torch
 
 from fastres import checkpoint
 from fastres.errors import Failed, Refused
-
-
-@contextmanager
-def refused(*names: object) -> Iterator[None]:
-    """The block is refused in one line that has each of `names`."""
-    with pytest.raises(Refused) as caught:
-        yield
-    line = str(caught.value)
-    assert "\n" not in line
-    assert not [name for name in names if str(name) not in line], line
+from tests.fixtures import Creates, refused
 
 
 def a_state(step: int = 3) -> dict[str, Any]:
@@ -138,16 +127,6 @@ def test_the_last_good_one_is_gone_back_to(tmp_path: Path, capsys: pytest.Captur
     oldest.unlink()
     with refused(tmp_path):  # never a silent start from step 0
         checkpoint.latest(tmp_path)
-
-
-class Creates:
-    """Unpickled by Python itself, it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:

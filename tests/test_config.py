@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pytest
 import yaml
 
 from fastres.config import Config, differences, dump, model_options, parse, recipe_names, to_dict
-from fastres.errors import Refused
 from fastres.models import build_model
+from tests.fixtures import refused
 
 RECIPES = {
     "digits",
@@ -34,16 +33,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.chdir(here)
     yield here
     assert list(here.iterdir()) == []
-
-
-@contextmanager
-def refused(*names: object) -> Iterator[None]:
-    """The block is refused in one readable line that has each of `names`."""
-    with pytest.raises(Refused) as caught:
-        yield
-    line = str(caught.value)
-    assert "\n" not in line and "Traceback" not in line
-    assert not [name for name in names if str(name) not in line], line
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastres import evaluate, train
 from fastres.engine import resolve
@@ -20,14 +18,6 @@ from tests.commands import run_fastres
 TINY = (
     "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

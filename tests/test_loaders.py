@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,13 @@ from fastres.config import DataConfig, parse
 from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, resident
 from fastres.data.permutation import Order
 from fastres.data.sources import Source, Split, imagefolder
-from fastres.errors import Refused
-from tests.fixtures import write_image_folder
+from tests.fixtures import refused, write_image_folder
 
 MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)
 Batches = list[tuple[Tensor, Tensor]]
 
 every_loader = pytest.mark.parametrize("loader", LOADERS)
 resizing_loader = pytest.mark.parametrize("loader", [name for name in LOADERS if name != "resident"])
-
-
-@contextmanager
-def refused(*names: object) -> Iterator[None]:
-    """The block is refused in one line that has each of `names`."""
-    with pytest.raises(Refused) as caught:
-        yield
-    line = str(caught.value)
-    assert "\n" not in line, line
-    assert not [name for name in names if str(name) not in line], line
 
 
 def noise(n: int = 21, size: int = 8, channels: int = 3) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,6 @@ from fastres.models.mini import IdentityBlock
 
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
 SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # px; 33, odd at every stage, for the big ones
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these images are so small that threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameters(model: nn.Module) -> int:

@@ -26,10 +26,11 @@ from fastres.data import sources
 from fastres.data.download import extract, fetch
 from fastres.data.formats import decode, read_pickle
 from fastres.data.sources import SOURCES, Source, Split, hold_out, load_source, normalization
-from fastres.errors import Refused
 from tests.fixtures import (
     CIFAR10_CLASSES,
+    Creates,
     cifar_batch,
+    refused,
     write_cifar10,
     write_cifar100,
     write_idx,
@@ -37,17 +38,6 @@ from tests.fixtures import (
     write_mnist_idx,
     write_pickle,
 )
-
-
-@contextmanager
-def refused(*names: object) -> Iterator[None]:
-    """The block is refused in one line that has each of `names`."""
-    with pytest.raises(Refused) as caught:
-        yield
-    line = str(caught.value)
-    assert "\n" not in line
-    for name in names:
-        assert str(name) in line
 
 
 def load(source: Any, root: Path, **fields: Any) -> Source:
@@ -140,16 +130,6 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
     assert_sound(source.train, 200, (32, 32, 3), 100)
     assert len(source.classes) == 100 and set(source.test.labels) == set(range(100))
     assert source.mean == sources.NORMALIZATION["cifar100"][0]
-
-
-class Creates:
-    """Unpickled by Python itself, it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
 
 
 def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:

@@ -25,11 +25,6 @@ from tests.fixtures import engine
 Batch = tuple[Tensor, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def a_batch(n: int = 8, size: int = 8, channels: int = 3, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, channels, size, size, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,6 @@ from torch import Tensor, nn
 from fastres.errors import Refused
 from fastres.models import build_model
 from fastres.models.weights import load_weights, save_weights
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these images are so small that threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(model: nn.Module) -> nn.Module:
