@@ -463,6 +463,7 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
+        usage="torchrun -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Trains a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input.",
     )
@@ -475,7 +476,7 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named")
     parser.add_argument(
         "--config",
         metavar="FILE",
