@@ -476,7 +476,9 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named"
+    )
     parser.add_argument(
         "--config",
         metavar="FILE",
