@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastres import distributed
 from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
+from fastres.errors import Refused
 
 Batch = tuple[Tensor, Tensor]  # images (b, C, S, S) in the engine's dtype, labels (b,) int64
 
@@ -133,7 +134,8 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
         """Takes step `step` on this process's share of the batch."""
         self.lr.fill_(lr)
-        self.model.train()
+        if not self.model.training:  # train() walks through all modules
+            self.model.train()
         loss, correct = self.forward_loss(images, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -196,6 +198,8 @@ def warm_up(
     try:
         train_step.warm_up(*batch)
         evaluate(itertools.islice(evaluation.evaluate(), 1))
+    except Refused:  # the data's fault, not the compiler's
+        raise
     except Exception as error:
         if not (train_step.engine.compile and train_step.engine.compile_may_fall_back):
             raise

@@ -134,7 +134,10 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
         blank = blank.to(memory_format=engine.memory_format)
         labels = torch.zeros(len(blank), dtype=torch.int64, device=engine.device)
         if engine.channels_last:
-            check_channels_last(model, (blank[:2], labels[:2]))
+            try:
+                check_channels_last(model, (blank[:2], labels[:2]))
+            except AssertionError as error:  # slower, not wrong: said, not fatal
+                progress.say(f"channels_last is lost: {error}")
         warm_up(step, evaluate, (blank, labels), curve_loader, say=progress.say)
 
         # --------------------------------------------------------------------------------- training
