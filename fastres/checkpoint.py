@@ -6,9 +6,7 @@ read with weights_only, so that nothing in it runs.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastres.errors import Failed, Refused
+from fastres.files import whole_file
 
 State = dict[str, Any]
 
@@ -23,18 +22,11 @@ State = dict[str, Any]
 def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """Writes the state of step `step` into the folder and removes all but the newest `keep`. Returns its path."""
     path = folder / f"step-{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
     try:
         folder.mkdir(exist_ok=True)
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             torch.save({"state": state, "sha256": digest(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise Failed(
             f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"
         ) from None
@@ -100,13 +92,3 @@ def digest(state: State) -> str:
 
     add(state)
     return sha.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut, where the system can do so."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

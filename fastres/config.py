@@ -16,8 +16,9 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -254,11 +255,11 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
     merged: dict[str, Any] = {}
     for name, layer in layers:
-        _refuse_errors(lambda layer=layer: parser.parse_object(layer), parser, where=f"{name}: ", given=layer)
+        _refuse_errors(partial(parser.parse_object, layer), where=f"{name}: ", given=layer)
         merged = _merge(merged, layer)
     merged["recipe"] = recipe
     base = parser.parse_object(merged)
-    namespace = _refuse_errors(lambda: parser.parse_args(flags, namespace=base), parser, given=flags)
+    namespace = _refuse_errors(lambda: parser.parse_args(flags, namespace=base), given=flags)
     sections = parser.instantiate(namespace)
     config = Config(**{f.name: _plain(sections[f.name]) for f in dataclasses.fields(Config)})
     check(config)
@@ -514,16 +515,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _refuse_errors(read: Any, parser: ArgumentParser, *, where: str = "", given: Any) -> Any:
+def _refuse_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> Any:
     """Runs `read`; jsonargparse's several lines of what was wrong become one that names field and remedy."""
     try:
         return read()
     except (ArgumentError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
-    fields = _fields()
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]
         raise Refused(f"{where}{key}: {_given(given, key)!r} is not {_describe(key)}") from None
+    fields = _fields()
     if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
         raise Refused(
             f"unknown flag --{match[2]}{_nearest(match[2], fields)}; --help lists them all"

@@ -98,9 +98,8 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not wanted.deterministic
     if wanted.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS asks for it before its first call
+        # cuBLAS asks for it before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return Engine(
         device=device,
@@ -138,9 +137,8 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
             found,
             "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt",
         )
-    compiler = os.environ.get(
-        "CXX", "g++" if sys.platform == "linux" else "clang++"
-    )  # as inductor looks for it
+    # As inductor looks for it.
+    compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "clang++")
     if shutil.which(compiler) is None:
         remedy = "apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
         return False, f"no C++ compiler {compiler} on the PATH: {remedy}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,10 +18,11 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastres import checkpoint
+from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
 from fastres.errors import Refused
+from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
 
 HISTORY = (
@@ -39,7 +39,7 @@ PLAIN_EVERY_S = 10.0  # between progress lines where the output is not a termina
 
 
 class Run:
-    """The folder of a run. Only rank 0 has one."""
+    """The folder of a run. Every process has one of these; only rank 0 takes the folder and writes."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -151,12 +151,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 # ------------------------------------------------------------------------------------------- trackers
@@ -263,7 +259,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "device": device_name(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": distributed.world(),
         "precision": engine.precision,
         "compile": engine.compile,
         "norm": engine.norm,

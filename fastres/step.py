@@ -86,10 +86,9 @@ class DeviceTotals:
 
     def read(self) -> tuple[Totals, int]:
         """The sums over all processes since the last reset, and the first bad step (-1: none)."""
-        loss, counts, bad = self.loss.clone(), self.counts.clone(), self.bad_step.clone()
-        distributed.all_sum(loss, counts)
+        sums, bad = self.state_dict(), self.bad_step.clone()
         distributed.all_max(bad)
-        return Totals(loss.item(), *counts.tolist()), int(bad.item())
+        return Totals(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
 
     def reset(self) -> None:
         for tensor, value in ((self.loss, 0), (self.counts, 0), (self.bad_step, -1)):

@@ -42,12 +42,10 @@ class HostLoader:
             for images, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
                 images, labels = (t.to(self.spec.device, non_blocking=True) for t in (images, labels))
                 yield normalize(images, self.mean, self.std, self.spec.dtype), labels
-        except (
-            Refused
-        ) as error:  # from a worker it comes wrapped in the worker's traceback, itself the last line
-            raise Refused(
-                str(error).strip().splitlines()[-1].removeprefix("fastres.errors.Refused: ")
-            ) from None
+        except Refused as error:
+            # From a worker it comes wrapped in the worker's traceback, itself the last line.
+            last = str(error).strip().splitlines()[-1]
+            raise Refused(last.removeprefix("fastres.errors.Refused: ")) from None
 
 
 class _TrainSamples(Dataset[tuple[np.ndarray, int]]):

@@ -45,10 +45,8 @@ class BatchSpec:
 
     def eval_indices(self, n: int) -> list[np.ndarray]:
         """This process's samples of each evaluation batch; some of the last may be short or empty."""
-        share = -(-self.eval_batch_size // self.world)
-        starts = range(
-            self.rank * share, -(-n // (share * self.world)) * share * self.world, share * self.world
-        )
+        share, whole = self.eval_share, self.eval_share * self.world
+        starts = range(self.rank * share, -(-n // whole) * whole, whole)
         return [np.arange(min(start, n), min(start + share, n)) for start in starts]
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.errors import Refused
+from fastres.files import whole_file
 
 HEAD = ("fc.weight", "fc.bias")
 PICKLED = (".pth", ".pt")
@@ -51,15 +51,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     # contiguous(): the bytes must not tell whether the model was channels-last.
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(model.state_dict().items())}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(safetensors.torch.save(state))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(safetensors.torch.save(state))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
