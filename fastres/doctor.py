@@ -152,7 +152,7 @@ def optional() -> Findings:
     )
     dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
     yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
-    apex, why = find_apex()
+    apex, why = find_apex("optimizers")
     yield (NOTE if apex is None else OK), why
     for purpose, (packages, extra) in EXTRAS.items():
         if missing := [name for name in packages if version(name) is None]:

@@ -16,6 +16,7 @@ import torch
 
 from fastres.config import Config
 from fastres.errors import Refused
+from fastres_kernels import tables
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +30,7 @@ class Engine:
     channels_last: bool
     compile: bool
     compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
-    norm: str  # torch
+    norm: str  # a name in models.blocks.NORMS
     deterministic: bool
     reasons: tuple[str, ...]
 
@@ -83,16 +84,23 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         raise Refused(f"engine.compile true: {why}")
     if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):
         raise Refused("engine.cuda_graph true: whole-step graphs are not in this version; leave it at auto")
-    if config.model.sync_norm:
-        raise Refused(
-            "model.sync_norm true: shared BatchNorm statistics are not in this version; leave it out"
-        )
-    norm = choose("norm", config.model.norm, "torch", "nothing faster was measured on this device")
-    if norm == "fused":
-        raise Refused("model.norm fused: the fused kernels are not in this version; use torch")
+    norm = choose("norm", config.model.norm, *_faster_norm(device, config.model.sync_norm))
+    if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
-        apex, why = find_apex()
-        raise Refused(f"model.norm apex: {why if apex is None else 'not in this version'}; use torch")
+        apex, why = find_apex("contrib.groupbn.batch_norm")
+        if apex is None:
+            raise Refused(f"model.norm apex: {why}; use torch or fused")
+        if precision != "fp16" or not wanted.channels_last:
+            raise Refused(
+                "model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16"
+            )
+    if norm == "fused" and not wanted.channels_last:
+        raise Refused(
+            "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
+        )
+    if config.model.sync_norm and norm != "fused":
+        raise Refused(f"model.sync_norm true: norm {norm} shares no statistics in this version; use fused")
 
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -147,11 +155,25 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     return True, f"the C++ compiler {compiler} is there"
 
 
-def find_apex() -> tuple[ModuleType | None, str]:
-    """NVIDIA's apex, or None and the reason. PyPI's package of that name is another project."""
+def _faster_norm(device: torch.device, sync: bool) -> tuple[str, str]:
+    """auto's choice of the norm, and the reason in words."""
+    if sync:
+        return "fused", "it shares statistics between processes"
+    if device.type != "cuda":
+        return "torch", "the fused kernels are for GPUs"
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    if tables.table_of(device) is None:
+        return "torch", f"the fused kernels were not measured at compute capability {capability}"
+    return "measured", f"per shape, as measured at compute capability {capability}"
+
+
+def find_apex(part: str) -> tuple[ModuleType | None, str]:
+    """That part of NVIDIA's apex, or None and the reason. PyPI's package of that name is another project."""
     try:
-        return importlib.import_module("apex.optimizers") and importlib.import_module("apex"), "apex is there"
-    except ImportError:
-        if importlib.util.find_spec("apex") is not None:
+        return importlib.import_module(f"apex.{part}"), "apex is there"
+    except ImportError as error:
+        if importlib.util.find_spec("apex") is None:
+            return None, "NVIDIA's apex is not installed"
+        if importlib.util.find_spec("apex.optimizers") is None:
             return None, "the apex installed here is not NVIDIA's: pip uninstall apex, then build NVIDIA's"
-        return None, "NVIDIA's apex is not installed"
+        return None, f"NVIDIA's apex was built without apex.{part}: {error}"

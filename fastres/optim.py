@@ -27,10 +27,10 @@ def sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.
 
 def apex_sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
     """apex's FusedSGD, where a genuine apex is installed. It reads lr on the host at every step."""
-    apex, reason = find_apex()
-    if apex is None:
+    optimizers, reason = find_apex("optimizers")
+    if optimizers is None:
         raise Refused(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
-    return apex.optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    return optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Tensor, OptimConfig], torch.optim.Optimizer]] = {

@@ -217,7 +217,8 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
             wrong.append(f"{what} has strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}")
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else out  # of a norm that forks
             # The input too: a convolution with channels-last weights gives channels-last whatever it is given.
             for what, tensor in (("input", inputs[0]), ("output", out)):
                 check(f"the {what} of {name}", tensor)

@@ -31,6 +31,7 @@ from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale
 from fastres.step import Evaluator, Totals, TrainStep, check_channels_last, warm_up
+from fastres_kernels import synchronise
 
 SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
 GRACE_S = 10.0  # after a signal: time to finish the step and save
@@ -82,6 +83,8 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
     )
     replaced = load_weights(model, config.model.weights) if config.model.weights else []
     model = model.to(engine.device).to(memory_format=engine.memory_format)
+    if config.model.sync_norm and distributed.world() > 1:
+        synchronise(model)
 
     # ------------------------------------------------------------------------------------- step
     peak_lr = config.optim.lr * (distributed.world() if config.optim.scale_lr else 1)

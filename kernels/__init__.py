@@ -1,7 +1,7 @@
 """Fused BatchNorm + ReLU (+ residual add) for channels-last training. Imported as `fastres_kernels`.
 
-This package knows nothing of fastres. It holds the eager reference so far; the Triton kernels that will be
-tested against it come next.
+This package knows nothing of fastres. Start reading at modules.py; ops.py picks between the Triton kernels (bn_*.py)
+and the reference. `python -m fastres_kernels.report` prints what the kernels cost.
 """
 
 if __name__ != "fastres_kernels":
@@ -10,6 +10,7 @@ if __name__ != "fastres_kernels":
         f"this package is imported as fastres_kernels, not {__name__}: pip install -e . in the checkout"
     )
 
-from .reference import batch_norm_act
 
-__all__ = ["batch_norm_act"]
+from .modules import BatchNormAct2d, Skip, synchronise
+
+__all__ = ["BatchNormAct2d", "Skip", "synchronise"]

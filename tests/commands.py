@@ -12,8 +12,10 @@ from pathlib import Path
 def run_fastres(
     module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m fastres.MODULE ARGS` with one thread. `env` goes over this process's environment; None removes."""
-    changed = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **(env or {})}
+    """`python -m fastres.MODULE ARGS` with one thread, and kernels not interpreted. `env` goes over this process's
+    environment; None removes."""
+    ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": None}
+    changed = {**os.environ, **ours, **(env or {})}
     return subprocess.run(
         [sys.executable, "-m", f"fastres.{module}", *map(str, args)],
         cwd=cwd,

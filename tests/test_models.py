@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastres.models import MODELS, build_model
 from fastres.models.blocks import SHORTCUTS, BasicBlock, Bottleneck, global_pool, norm_act
 from fastres.models.mini import IdentityBlock
+from fastres_kernels import BatchNormAct2d
 
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
 SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # px; 33, odd at every stage, for the big ones
@@ -175,16 +176,16 @@ def test_a_residual_block_adds_its_input() -> None:
 
 
 class FusingNorm(nn.BatchNorm2d):
-    """A norm that keeps the seam's contract: relu(norm(x) + residual) while `fuses_act`, else norm(x)."""
+    """A norm that keeps the seam's contract: relu(norm(x) + residual) while `act` is "relu", else norm(x)."""
 
-    fuses_act = True
+    act = "relu"
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
-        return F.relu(y if residual is None else y + residual) if self.fuses_act else y
+        return F.relu(y if residual is None else y + residual) if self.act == "relu" else y
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FusingNorm])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FusingNorm, BatchNormAct2d])
 def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> None:
     x, residual = torch.randn(2, 2, 4, 8, 6, dtype=torch.float64)
     y = F.batch_norm(x, None, None, training=True)
@@ -205,12 +206,28 @@ def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> N
         ("mini_resnet", {}),
     ],
 )
-def test_a_norm_that_fuses_the_activation_changes_nothing_else(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("norm", [FusingNorm, BatchNormAct2d])
+def test_a_norm_that_fuses_the_activation_changes_nothing_else(
+    name: str, options: dict[str, Any], norm: type[nn.BatchNorm2d]
+) -> None:
+    """Logits, gradients and running statistics; where the norm forks, the skip connections' gradients arrive apart."""
     plain = build_model(name, **options).double()
-    fusing = build_model(name, norm_layer=FusingNorm, **options).double()
+    fusing = build_model(name, norm_layer=norm, **options).double()
     fusing.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert error(fusing(x), plain(x)) < 1e-10
+    weights = torch.randn(2, 10, dtype=torch.float64)
+    for training in (True, False):
+        logits = [net.train(training)(x) for net in (fusing, plain)]
+        assert error(*logits) < 1e-10
+        gradients = [
+            torch.autograd.grad((y * weights).sum(), [*net.parameters()])
+            for y, net in zip(logits, (fusing, plain), strict=True)
+        ]
+        for (key, _), a, b in zip(plain.named_parameters(), *gradients, strict=True):
+            # The second: a bias in front of BatchNorm has gradient zero but for rounding.
+            assert error(a, b) < 1e-8 or max(a.abs().max(), b.abs().max()) < 1e-12, key
+    for (key, a), b in zip(fusing.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert error(a.double(), b.double()) < 1e-10, key
 
 
 def test_global_pool_is_the_mean_over_the_image() -> None:
@@ -349,9 +366,10 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("norm", ["torch", "fused"])
 @pytest.mark.parametrize(("name", "options"), FAMILIES)
-def test_channels_last_forward_and_backward(name: str, options: dict[str, Any]) -> None:
-    model = build_model(name, **options).to(memory_format=torch.channels_last)
+def test_channels_last_forward_and_backward(name: str, options: dict[str, Any], norm: str) -> None:
+    model = build_model(name, norm=norm, **options).to(memory_format=torch.channels_last)
     wrong: list[str] = []
     checked = 0
 
@@ -361,7 +379,8 @@ def test_channels_last_forward_and_backward(name: str, options: dict[str, Any]) 
         if not tensor.is_contiguous(memory_format=torch.channels_last):
             wrong.append(f"{what} {tuple(tensor.shape)} {tensor.stride()}")
 
-    def hook(name: str, module: nn.Module, args: object, out: Tensor) -> None:
+    def hook(name: str, module: nn.Module, args: object, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else out
         check(f"{name} output", out)
         out.register_hook(partial(check, f"{name} gradient"))
 

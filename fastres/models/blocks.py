@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.models.apex_norm import ApexBatchNormAct2d
+from fastres_kernels import BatchNormAct2d
+
 Norm = Callable[[int], nn.Module]  # channels -> the module that normalises them
 
-NORMS: dict[str, Norm] = {"torch": nn.BatchNorm2d}
+NORMS: dict[str, Norm] = {
+    "torch": nn.BatchNorm2d,
+    "fused": BatchNormAct2d,
+    "measured": partial(BatchNormAct2d, algorithm="measured"),  # auto's choice on a device that was measured
+    "apex": ApexBatchNormAct2d,
+}
 
 
 def unknown(what: str, value: object, choices: Iterable[str], near: str | None = None) -> ValueError:
@@ -29,12 +39,12 @@ def unknown(what: str, value: object, choices: Iterable[str], near: str | None =
 # ---- the seam ----------------------------------------------------------------------------------------------
 
 
-def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def norm_act(norm: nn.Module, x: Tensor, residual: Any = None) -> Tensor:
     """relu(norm(x) + residual); x, residual and the result: (N, C, H, W).
 
-    A norm whose attribute `fuses_act` is true does all of it, called as norm(x, residual).
+    A norm whose attribute `act` is "relu" does all of it, called as norm(x, residual).
     """
-    if getattr(norm, "fuses_act", False):
+    if getattr(norm, "act", None) == "relu":
         return norm(x, residual)
     y = norm(x)
     if residual is not None:
@@ -42,10 +52,21 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
     return F.relu(y, inplace=True)
 
 
+def norm_act_fork(norm: nn.Module, x: Tensor, residual: Any = None) -> tuple[Tensor, Any]:
+    """norm_act's result, and the same for a skip connection: the `residual` of another norm_act.
+
+    A norm with the attribute `forks` may give the second in a form of its own, to receive its gradient apart.
+    """
+    if getattr(norm, "act", None) == "relu" and getattr(norm, "forks", False):
+        return norm(x, residual, fork=True)
+    y = norm_act(norm, x, residual)
+    return y, y
+
+
 def norm_only(norm: nn.Module) -> nn.Module:
     """The same norm for where no activation follows: one that would fuse it is told not to."""
-    if getattr(norm, "fuses_act", False):
-        vars(norm)["fuses_act"] = False
+    if getattr(norm, "act", None) == "relu":
+        norm.act = "none"  # type: ignore[assignment]
     return norm
 
 
@@ -98,6 +119,15 @@ SHORTCUTS: dict[str, Callable[[int, int, int, Norm], nn.Module]] = {
 }
 
 
+def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
+    """What a block adds at its end: x, or rather `skip`, which is x from norm_act_fork; or x in its new shape."""
+    if downsample is None:
+        return None
+    if isinstance(downsample, nn.Identity) and skip is not None:
+        return skip
+    return downsample(x)
+
+
 def make_shortcut(
     kind: str | None, in_channels: int, out_channels: int, stride: int, norm: Norm
 ) -> nn.Module | None:
@@ -112,10 +142,25 @@ def make_shortcut(
 # ---- residual blocks ---------------------------------------------------------------------------------------
 
 
+class Stage(nn.Sequential):
+    """Blocks in a row, each handing its output to the next one twice: for its convolutions, and for its skip
+    connection.
+
+    (N, C, H, W), and optionally the same from norm_act_fork -> (N, C', H', W').
+    """
+
+    def forward(self, x: Tensor, skip: Any = None) -> Tensor:
+        *blocks, last = self
+        for block in blocks:
+            x, skip = block(x, skip, fork=True)
+        return last(x, skip)  # what follows changes the shape: there is no skip connection to fork for
+
+
 class BasicBlock(nn.Module):
     """conv 3×3 – BN – ReLU – conv 3×3 – BN – (+ shortcut) – ReLU.
 
-    (N, in_channels, H, W) -> (N, channels, ⌈H/stride⌉, ⌈W/stride⌉). `shortcut`: a name in SHORTCUTS, for
+    (N, in_channels, H, W) -> (N, channels, ⌈H/stride⌉, ⌈W/stride⌉), with `fork` as norm_act_fork gives it; `skip`: the
+    input from norm_act_fork. `shortcut`: a name in SHORTCUTS, for
     where the shape changes, or None for a plain net. `v1` makes no difference: the stride has one place only.
     """
 
@@ -151,17 +196,17 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(channels)
         self.downsample = make_shortcut(shortcut, in_channels, channels, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = None if self.downsample is None else self.downsample(x)
+    def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
+        residual = shortcut_of(self.downsample, x, skip)
         y = norm_act(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(y), residual)
+        return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), residual)
 
 
 class Bottleneck(nn.Module):
     """conv 1×1 – BN – ReLU – conv 3×3 – BN – ReLU – conv 1×1 – BN – (+ shortcut) – ReLU.
 
-    (N, in_channels, H, W) -> (N, 4·channels, ⌈H/stride⌉, ⌈W/stride⌉). The stride sits on the 3×3 convolution
-    ("v1.5"), or with `v1` on the first 1×1, as in the paper.
+    (N, in_channels, H, W) -> (N, 4·channels, ⌈H/stride⌉, ⌈W/stride⌉); `skip` and `fork` as in BasicBlock. The stride
+    sits on the 3×3 convolution ("v1.5"), or with `v1` on the first 1×1, as in the paper.
     """
 
     expansion = 4  # output channels per channel of the 3×3 convolution, at base width 64
@@ -193,11 +238,11 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = None if self.downsample is None else self.downsample(x)
+    def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
+        residual = shortcut_of(self.downsample, x, skip)
         y = norm_act(self.bn1, self.conv1(x))
         y = norm_act(self.bn2, self.conv2(y))
-        return norm_act(self.bn3, self.conv3(y), residual)
+        return (norm_act_fork if fork else norm_act)(self.bn3, self.conv3(y), residual)
 
 
 def init_weights(module: nn.Module, zero_init_residual: bool = False) -> None:

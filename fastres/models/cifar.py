@@ -10,9 +10,10 @@ from fastres.models.blocks import (
     SHORTCUTS,
     BasicBlock,
     Norm,
+    Stage,
     global_pool,
     init_weights,
-    norm_act,
+    norm_act_fork,
     unknown,
 )
 
@@ -29,9 +30,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         block = partial(BasicBlock, norm=norm, shortcut=shortcut)
 
-        def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        def stage(in_channels: int, channels: int, stride: int) -> Stage:
             rest = (block(channels, channels) for _ in range(blocks_per_stage - 1))
-            return nn.Sequential(block(in_channels, channels, stride), *rest)
+            return Stage(block(in_channels, channels, stride), *rest)
 
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = norm(16)
@@ -42,8 +43,8 @@ class CifarResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, self.conv1(x))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x, skip = norm_act_fork(self.bn1, self.conv1(x))
+        x = self.layer3(self.layer2(self.layer1(x, skip)))
         return self.fc(global_pool(x))
 
 

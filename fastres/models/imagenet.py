@@ -14,6 +14,7 @@ from fastres.models.blocks import (
     BasicBlock,
     Bottleneck,
     Norm,
+    Stage,
     global_pool,
     init_weights,
     norm_act,
@@ -57,7 +58,7 @@ class ResNet(nn.Module):
             )
         channels, dilation = 64, 1  # of what the next stage receives
 
-        def stage(width: int, count: int, stride: int, replace: bool = False) -> nn.Sequential:
+        def stage(width: int, count: int, stride: int, replace: bool = False) -> Stage:
             nonlocal channels, dilation
 
             def make(stride: int = 1) -> nn.Module:
@@ -76,7 +77,7 @@ class ResNet(nn.Module):
             first = make(1 if replace else stride)
             channels = width * block.expansion
             dilation *= stride if replace else 1
-            return nn.Sequential(first, *(make() for _ in range(count - 1)))
+            return Stage(first, *(make() for _ in range(count - 1)))
 
         small = stem == "small"
         self.conv1 = nn.Conv2d(

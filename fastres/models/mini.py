@@ -5,13 +5,18 @@ Its convolutions have biases, as Keras's do: 152,202 parameters at 1 channel and
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from fastres.models.blocks import Norm, global_pool, init_weights, norm_act
+from fastres.models.blocks import Norm, Stage, global_pool, init_weights, norm_act, norm_act_fork
 
 
 class IdentityBlock(nn.Module):
-    """conv – BN – ReLU – conv – BN – add input – ReLU, "same" padding: (N, filters, H, W) -> the same."""
+    """conv – BN – ReLU – conv – BN – add input – ReLU, "same" padding: (N, filters, H, W) -> the same.
+
+    `skip` and `fork` as in BasicBlock.
+    """
 
     def __init__(self, filters: int, kernel_size: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -21,9 +26,9 @@ class IdentityBlock(nn.Module):
         self.bn2 = norm(filters)
         init_weights(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
         y = norm_act(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(y), x)
+        return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), x if skip is None else skip)
 
 
 class MiniResNet(nn.Module):
@@ -37,7 +42,7 @@ class MiniResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 64, 7, padding="same")
         self.bn1 = norm(64)
         self.maxpool = nn.MaxPool2d(3)
-        self.layer1 = nn.Sequential(IdentityBlock(64, 3, norm), IdentityBlock(64, 3, norm))
+        self.layer1 = Stage(IdentityBlock(64, 3, norm), IdentityBlock(64, 3, norm))
         self.fc = nn.Linear(64, num_classes)
         init_weights(self)
 

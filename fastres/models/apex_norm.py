@@ -1,0 +1,36 @@
+"""NVIDIA apex's BatchNorm + ReLU (+ add) for channels-last fp16, behind the seam of blocks.py.
+
+Not yet run on a GPU. apex is found at run time: it is built from source, and PyPI's package of that name is another
+project.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def ApexBatchNormAct2d(num_features: int) -> nn.Module:
+    """relu(BatchNorm(x) + residual) through apex.contrib.groupbn, as a module with BatchNorm2d's state_dict.
+
+    (N, C, H, W) channels-last fp16 -> the same. ImportError without apex's groupbn.
+    """
+    return _module_class()(num_features, fuse_relu=True)
+
+
+@cache
+def _module_class() -> Any:
+    from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
+
+    class ApexBatchNormAct2d(BatchNorm2d_NHWC):
+        act = "relu"
+
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            """x, residual: (N, C, H, W) channels-last, which is apex's contiguous (N, H, W, C)."""
+            self.fuse_relu = self.act == "relu"
+            residual = None if residual is None else residual.permute(0, 2, 3, 1)
+            return super().forward(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+
+    return ApexBatchNormAct2d

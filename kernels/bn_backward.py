@@ -1,0 +1,278 @@
+"""The training backward in two kernels: channel sums; the gradient of x.
+
+The maths is reference.channel_sums and reference.input_gradient. The tensors are matrices [M, C].
+
+    channel_sums    reads dy, (dskip), x, 1 bit of mask → partial sums, dz where it is needed
+    input_gradient  reads dz or dy, x                   → dx, dweight, dbias
+
+`dskip` is the gradient that arrives over the skip connection: summed here, it costs no pass of its own. dz = (dy +
+dskip) where ReLU let through is the gradient of the residual too; it is written where there is a residual or a second
+gradient. Without a residual the mask is recomputed from x. Bytes per element in bf16: BN + ReLU 4 + 6; BN + add +
+ReLU with two gradients 8⅛ + 6. No atomics: every sum has one fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bn_forward import load_bits, per_channel, through
+from .launch import launchable
+from .tiles import WARPS, Tiles
+
+
+@triton.jit
+def gate_from_input(x, mean, scale, shift, dtype: tl.constexpr):
+    """Where ReLU let through, recomputed from x exactly as normalise_kernel computed it, rounding included."""
+    return through(((x - mean[None, :]) * scale[None, :] + shift[None, :]).to(dtype))
+
+
+@triton.jit
+def gated_gradient(
+    dy, dskip, mask, dz_out, value, dtype: tl.constexpr, mean, scale, shift, start, rows, cols, inside, M, C,
+    HAS_SKIP: tl.constexpr, GATE: tl.constexpr, STORE_DZ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dz of a tile, (BLOCK_M, BLOCK_C) float32 of rows from `start`, 0 outside; stored with STORE_DZ. `value`: x there.
+
+    GATE: "none", the "bits" of the mask, or recomputed from the "input".
+    """
+    valid = (rows < M - start)[:, None] & inside[None, :]
+    corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+    dz = tl.load(dy + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if HAS_SKIP:
+        dz += tl.load(dskip + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if GATE == "bits":
+        dz = tl.where(load_bits(mask, start, cols, inside, M, C, BLOCK_M, BLOCK_C), dz, 0.0)
+    elif GATE == "input":
+        dz = tl.where(gate_from_input(value, mean, scale, shift, dtype), dz, 0.0)
+    if STORE_DZ:
+        rounded = dz.to(dz_out.dtype.element_ty)
+        tl.store(dz_out + corner + at, rounded, valid)
+        dz = rounded.to(tl.float32)  # sums and dx are of the values that the residual receives
+    return dz
+
+
+@triton.jit
+def channel_sums_kernel(
+    dy,  # [M, C]
+    dskip,  # [M, C]
+    x,  # [M, C]
+    mask,  # (⌈M/8⌉, C) uint8
+    weight,  # (C,)
+    bias,  # (C,)
+    mean,  # (C,) float32
+    var,  # (C,) float32
+    dz_out,  # [M, C], with STORE_DZ
+    dx,  # [M, C], with STORE_DX: where the statistics were given, it depends on no sum
+    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
+    M,
+    C,
+    ROWS,
+    HAS_SKIP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    STORE_DZ: tl.constexpr,
+    STORE_DX: tl.constexpr,
+    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Reads the gradients and x once, sums per element of the tile, and over the tile's rows at the end."""
+    pid = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    centre = per_channel(mean, cols, inside, True, 0.0)
+    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
+    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
+    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+
+    rows = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    projected = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    first = pid * ROWS
+    for i in range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)):
+        start = first + i * BLOCK_M
+        valid = (rows < M - start)[:, None] & inside[None, :]
+        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dz = gated_gradient(
+            dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, rows, cols, inside, M, C,
+            HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        if STORE_DX:
+            tl.store(dx + corner + at, (dz * scale[None, :]).to(dx.dtype.element_ty), valid)
+        total += dz
+        projected += dz * ((value - centre[None, :]) * invstd[None, :])
+    to = partials + pid * (2 * C) + cols
+    tl.store(to, tl.sum(total, 0), inside)
+    tl.store(to + C, tl.sum(projected, 0), inside)
+
+
+@triton.jit
+def sum_partials(partials, cols, inside, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(P, 2, C) -> Σ over P of each, (BLOCK_C,) twice."""
+    total = tl.zeros([BLOCK_C], tl.float32)
+    projected = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        there = (p < P)[:, None] & inside[None, :]
+        at = partials + p[:, None] * (2 * C) + cols[None, :]
+        total += tl.sum(tl.load(at, there, other=0.0), 0)
+        projected += tl.sum(tl.load(at + C, there, other=0.0), 0)
+    return total, projected
+
+
+@triton.jit
+def input_gradient_kernel(
+    dz,  # [M, C]: gated already, or dy with RECOMPUTE_GATE
+    x,  # [M, C]
+    weight,  # (C,)
+    bias,  # (C,)
+    mean,  # (C,) float32
+    var,  # (C,) float32
+    partials,  # (P, 2, C) float32, of channel_sums_kernel
+    dx,  # [M, C]
+    dweight,  # (C,) float32
+    dbias,  # (C,) float32
+    count,  # how many values a channel's statistics are of
+    M,
+    C,
+    ROWS,
+    P,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RECOMPUTE_GATE: tl.constexpr,
+    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Reads dz and x, writes dx. Runs against the order of channel_sums_kernel."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    centre = per_channel(mean, cols, inside, True, 0.0)
+    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
+    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
+    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    total, projected = sum_partials(partials, cols, inside, C, P, BLOCK_C, BLOCK_P)
+    if pid == 0:
+        tl.store(dbias + cols, total, inside)
+        tl.store(dweight + cols, projected, inside)
+    mean_dz = total / count
+    slope = invstd * projected / count
+
+    rows = tl.arange(0, BLOCK_M)
+    first = pid * ROWS
+    tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
+    for i in range(0, tiles):
+        start = first + (tiles - 1 - i) * BLOCK_M
+        valid = (rows < M - start)[:, None] & inside[None, :]
+        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        grad = tl.load(dz + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if RECOMPUTE_GATE:
+            grad = tl.where(gate_from_input(value, centre, scale, shift, x.dtype.element_ty), grad, 0.0)
+        out = scale[None, :] * (grad - mean_dz[None, :] - (value - centre[None, :]) * slope[None, :])
+        tl.store(dx + corner + at, out.to(dx.dtype.element_ty), valid)
+
+
+def channel_sums(
+    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dz and dx
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,  # (⌈M/8⌉, C) uint8
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    mean: Tensor,  # (C,) float32
+    var: Tensor,  # (C,) float32
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+    store_dx: bool,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial sums (P, 2, C) float32: Σ dz and Σ dz·x̂; dz, and with given statistics dx, empty where not asked for."""
+    m, c = x.numel() // x.shape[1], x.shape[1]
+    partials = torch.empty((tiles.partials, 2, c), dtype=torch.float32, device=x.device)
+    dz = torch.empty_like(x) if store_dz else x.new_empty(0)
+    dx = torch.empty_like(x) if store_dx else x.new_empty(0)
+    unused: Any = x
+    launchable(channel_sums_kernel)[tiles.grid](
+        dy,
+        unused if dskip is None else dskip,
+        x,
+        unused if mask is None else mask,
+        unused if weight is None else weight,
+        unused if bias is None else bias,
+        mean,
+        var,
+        dz if store_dz else unused,
+        dx if store_dx else unused,
+        partials,
+        m,
+        c,
+        tiles.rows,
+        HAS_SKIP=dskip is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        GATE="none" if not relu else "input" if mask is None else "bits",
+        STORE_DZ=store_dz,
+        STORE_DX=store_dx,
+        EPS=eps,
+        BLOCK_M=tiles.block_m,
+        BLOCK_C=tiles.block_c,
+        num_warps=WARPS,
+    )
+    return partials, dz, dx
+
+
+def input_gradient(
+    dz: Tensor,  # (N, C, H, W) channels-last, and so are x and dx; dy with `recompute_gate`
+    x: Tensor,
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    mean: Tensor,  # (C,) float32
+    var: Tensor,  # (C,) float32
+    partials: Tensor,  # (P, 2, C) float32
+    eps: float,
+    count: int,  # how many values a channel's statistics are of
+    recompute_gate: bool,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and the totals of the partials: dbias and dweight, (C,) float32."""
+    m, c = x.numel() // x.shape[1], x.shape[1]
+    dx = torch.empty_like(x)
+    dweight, dbias = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    unused: Any = x
+    launchable(input_gradient_kernel)[tiles.grid](
+        dz,
+        x,
+        unused if weight is None else weight,
+        unused if bias is None else bias,
+        mean,
+        var,
+        partials,
+        dx,
+        dweight,
+        dbias,
+        count,
+        m,
+        c,
+        tiles.rows,
+        partials.shape[0],
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        RECOMPUTE_GATE=recompute_gate,
+        EPS=eps,
+        BLOCK_M=tiles.block_m,
+        BLOCK_C=tiles.block_c,
+        BLOCK_P=tiles.block_p,
+        num_warps=WARPS,
+    )
+    return dx, dbias, dweight

@@ -1,0 +1,282 @@
+"""Forward and backward in one kernel each, for tensors that fit in the GPU's registers.
+
+The programs of the grid hold one tile each, meet at a barrier between the two passes, and so read every tensor from
+global memory once: bytes per element in bf16 are 4 (BN + ReLU) and 6⅛ (BN + add + ReLU) forward, 6 and 10⅛ backward.
+All programs have to be on the GPU at once, which a cooperative launch guarantees or refuses. Not yet run on a GPU.
+
+The interpreter runs programs one after another, and a barrier would wait for ever: there each kernel is launched twice,
+for what is before the barrier and for what is after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bn_backward import gated_gradient, sum_partials
+from .bn_forward import merge_partials, merge_rows, origin, per_channel, write_tile
+from .launch import INTERPRETED
+from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, one_pass_tiles
+
+WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
+INTERPRETED_AS = 128  # multiprocessors
+
+
+@triton.jit
+def grid_barrier(arrived):
+    """Returns when every program of the grid has called it. arrived: () int32, 0 before."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    tl.debug_barrier()  # all threads' stores before the one thread's release
+    tl.atomic_add(arrived, 1, sem="release")
+    while tl.atomic_add(arrived, 0, sem="acquire") < programs:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def forward_kernel(
+    x,  # [M, C]
+    residual,  # [M, C]
+    weight,  # (C,)
+    bias,  # (C,)
+    partials,  # (P, 2, C) float32: mean about origin and M2 of each program's rows
+    arrived,  # () int32, 0
+    y,  # [M, C]
+    mask,  # (⌈M/8⌉, C) uint8
+    mean_out,  # (C,) float32
+    var_out,  # (C,) float32
+    skip,  # () of y's dtype, set to 0
+    M,
+    C,
+    P,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    SAVE_MASK: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    PART: tl.constexpr,
+    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """bn_forward's two kernels with the barrier between them. Reads x and residual, writes y and a bit of mask."""
+    pid = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    start = pid * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    valid = (rows < M - start)[:, None] & inside[None, :]
+    value = tl.load(x + start.to(tl.int64) * C + (rows[:, None] * C + cols[None, :]), valid, other=0.0).to(
+        tl.float32
+    )
+    about = origin(x, cols, inside)
+
+    if PART != AFTER:
+        _, mean, m2 = merge_rows(tl.where(valid, 1.0, 0.0), value - about[None, :], tl.zeros_like(value))
+        out = partials + pid * (2 * C) + cols
+        tl.store(out, mean, inside)
+        tl.store(out + C, m2, inside)
+    if PART == WHOLE:
+        grid_barrier(arrived)
+    if PART != BEFORE:
+        count, mean, m2 = merge_partials(partials, cols, inside, M, C, BLOCK_M, P, BLOCK_C, BLOCK_P)
+        mean += about
+        var = m2 / tl.maximum(count, 1)
+        if pid == 0:
+            tl.store(mean_out + cols, mean, inside)
+            tl.store(var_out + cols, var, inside)
+            if HAS_SKIP:
+                tl.store(skip, 0.0)
+        scale = tl.rsqrt(var + EPS) * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
+        shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+        write_tile(
+            value, residual, y, mask, mean, scale, shift, start, rows, cols, inside, M, C,
+            HAS_RESIDUAL, RELU, SAVE_MASK, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_kernel(
+    dy,  # [M, C]
+    dskip,  # [M, C]
+    x,  # [M, C]
+    mask,  # (⌈M/8⌉, C) uint8
+    weight,  # (C,)
+    bias,  # (C,)
+    mean,  # (C,) float32
+    var,  # (C,) float32
+    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
+    arrived,  # () int32, 0
+    dz_out,  # [M, C], with STORE_DZ
+    dx,  # [M, C]
+    dweight,  # (C,) float32
+    dbias,  # (C,) float32
+    M,
+    C,
+    P,
+    HAS_SKIP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    STORE_DZ: tl.constexpr,
+    PART: tl.constexpr,
+    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """bn_backward's two kernels with the barrier between them. Reads the gradients, x and a bit of mask, writes dx."""
+    pid = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    start = pid * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    valid = (rows < M - start)[:, None] & inside[None, :]
+    corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+    centre = per_channel(mean, cols, inside, True, 0.0)
+    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
+    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
+    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
+    dz = gated_gradient(
+        dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, rows, cols, inside, M, C,
+        HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
+    normalised = (value - centre[None, :]) * invstd[None, :]
+
+    if PART != AFTER:
+        out = partials + pid * (2 * C) + cols
+        tl.store(out, tl.sum(dz, 0), inside)
+        tl.store(out + C, tl.sum(dz * normalised, 0), inside)
+    if PART == WHOLE:
+        grid_barrier(arrived)
+    if PART != BEFORE:
+        total, projected = sum_partials(partials, cols, inside, C, P, BLOCK_C, BLOCK_P)
+        if pid == 0:
+            tl.store(dbias + cols, total, inside)
+            tl.store(dweight + cols, projected, inside)
+        gradient = dz - (total / M)[None, :] - normalised * (projected / M)[None, :]
+        tl.store(dx + corner + at, (scale[None, :] * gradient).to(dx.dtype.element_ty), valid)
+
+
+def tiles_for(x: Tensor, held: Held) -> Tiles | None:
+    """How a kernel that holds so much would take x, (N, C, H, W); None where it does not fit on its GPU."""
+    multiprocessors = (
+        torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
+    )
+    return one_pass_tiles(x.numel() // x.shape[1], x.shape[1], held, multiprocessors)
+
+
+def forward(
+    x: Tensor,  # (N, C, H, W) channels-last, and so are residual and y
+    residual: Tensor | None,
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+    fork: bool,
+    tiles: Tiles,  # of HELD_FORWARD
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As bn_forward.normalise with batch statistics."""
+    m, c = x.numel() // x.shape[1], x.shape[1]
+    y = torch.empty_like(x)
+    mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    mask = torch.empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
+    skip = torch.empty(() if fork else 0, dtype=x.dtype, device=x.device)
+    unused: Any = x
+    _launch(
+        forward_kernel,
+        HELD_FORWARD,
+        tiles,
+        x,
+        unused if residual is None else residual,
+        unused if weight is None else weight,
+        unused if bias is None else bias,
+        *_scratch(tiles, c, x.device),
+        y,
+        mask if save_mask else unused,
+        mean,
+        var,
+        skip if fork else unused,
+        m,
+        c,
+        tiles.partials,
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        SAVE_MASK=save_mask,
+        HAS_SKIP=fork,
+        EPS=eps,
+    )
+    return y, mean, var, mask, skip
+
+
+def backward(
+    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dz and dx
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,  # (⌈M/8⌉, C) uint8
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    mean: Tensor,  # (C,) float32
+    var: Tensor,  # (C,) float32
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+    tiles: Tiles,  # of HELD_BACKWARD
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx; dz, empty where not asked for; dbias and dweight, (C,) float32. For batch statistics."""
+    m, c = x.numel() // x.shape[1], x.shape[1]
+    dx = torch.empty_like(x)
+    dz = torch.empty_like(x) if store_dz else x.new_empty(0)
+    dweight, dbias = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    unused: Any = x
+    _launch(
+        backward_kernel,
+        HELD_BACKWARD,
+        tiles,
+        dy,
+        unused if dskip is None else dskip,
+        x,
+        unused if mask is None else mask,
+        unused if weight is None else weight,
+        unused if bias is None else bias,
+        mean,
+        var,
+        *_scratch(tiles, c, x.device),
+        dz if store_dz else unused,
+        dx,
+        dweight,
+        dbias,
+        m,
+        c,
+        tiles.partials,
+        HAS_SKIP=dskip is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        GATE="none" if not relu else "input" if mask is None else "bits",
+        STORE_DZ=store_dz,
+        EPS=eps,
+    )
+    return dx, dz, dbias, dweight
+
+
+def _scratch(tiles: Tiles, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Partials (P, 2, C) and the barrier's counter ()."""
+    partials = torch.empty((tiles.partials, 2, c), dtype=torch.float32, device=device)
+    return partials, torch.zeros((), dtype=torch.int32, device=device)
+
+
+def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p}
+    for part in (BEFORE, AFTER) if INTERPRETED else (WHOLE,):
+        options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": held.registers}
+        kernel[tiles.grid](*args, **flags, PART=part, **blocks, num_warps=HELD_WARPS, **options)

@@ -1,0 +1,79 @@
+"""How the kernels are registered and launched: on a GPU, in Triton's interpreter, or not at all.
+
+Everything that asks "is there Triton, and does it run this tensor" asks here, so that the package imports, and its
+modules train through the reference, where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# As Triton reads it: when a kernel is defined, so before the first import of this package.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "y",
+    "yes",
+)
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+)  # of activations; parameters and statistics are float32
+
+# torch.compile's caches know a triton_op by the kernels in it, not by the Python around them or by whether Triton
+# interprets: without this, a graph compiled by another version of this package is taken for this one's (it was: the
+# reference's graph, from a run before, answered a run of the interpreter).
+_sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+_digest = hashlib.sha256(_sources).hexdigest()[:16]
+torch.compiler.config.cache_key_tag += f"fastres_kernels {_digest}{' interpreted' if INTERPRETED else ''};"
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels take x, (N, C, H, W): on a GPU, or anywhere when interpreting; else the reference does."""
+    return HAS_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
+
+
+def functional_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function of tensors that mutates none as torch.ops.fastres_kernels.NAME.
+
+    torch.compile sees through a `triton_op` to the kernels in it. Under the interpreter a triton_op runs but does not
+    compile; there, and without Triton, the op is opaque.
+    """
+    if INTERPRETED or not HAS_TRITON:
+        return torch.library.custom_op(f"fastres_kernels::{name}", mutates_args=())
+    return torch.library.triton_op(f"fastres_kernels::{name}", mutates_args=())
+
+
+def launchable(kernel: Any) -> Any:
+    """The kernel as an op's body has to launch it: `launchable(kernel)[grid](...)`."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def channels_last(x: Tensor, *, warn: str = "") -> Tensor:
+    """x, (N, C, H, W), with channels-last strides: itself where it has them. `warn` names what is converted; it is
+    said once per name."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if warn and warn not in _warned:
+        _warned.add(warn)
+        warnings.warn(
+            f"fastres_kernels: {warn} is not channels-last and is copied at every step; "
+            "call .to(memory_format=torch.channels_last) on the model and its input",
+            stacklevel=2,
+        )
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+_warned: set[str] = set()

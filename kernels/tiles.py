@@ -1,0 +1,89 @@
+"""How a channels-last tensor, seen as a matrix [M = N·H·W, C], is cut into tiles and given to programs.
+
+None of it has been measured on a GPU yet. The sizes come from arithmetic: of a tile of 2,048 elements each thread of 4
+warps has 16, 32 bytes of bf16, in flight; four such programs on each of 132 multiprocessors keep 2 MB in flight,
+which is 3 TB/s at 700 ns of latency. Every second-pass program reads all partials of its channels from the L2: hence
+not more of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE = 2048  # elements of a tile
+WARPS = 4
+MAX_BLOCK_C = 64  # 64 channels of 2 bytes: whole cache lines of 128 bytes
+MAX_PARTIALS = 256  # programs along M
+PROGRAMS = 1024  # along M and C together, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the programs of a cooperative kernel keep in registers, with 8 warps each. Sizes found by compiling for
+    sm_80 and sm_90: with twice the tile, or one more program on a multiprocessor, registers spill.
+    """
+
+    tile: int  # elements
+    programs: int  # on one multiprocessor at once
+    registers: int  # of a thread at most, so that they fit there
+
+
+HELD_FORWARD = Held(tile=8192, programs=2, registers=128)
+HELD_BACKWARD = Held(tile=4096, programs=2, registers=128)  # of two tensors
+HELD_WARPS = 8
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """A grid of `partials` × `c_blocks` programs; each walks `rows` rows of `block_c` channels in tiles of
+    `block_m`."""
+
+    block_m: int
+    block_c: int
+    rows: int  # of one program; a multiple of block_m, which is a multiple of 8
+    partials: int
+    c_blocks: int
+    block_p: int  # partials that a second-pass program reads at a time
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.partials, self.c_blocks
+
+
+def two_pass_tiles(m: int, c: int) -> Tiles:
+    """For the kernels that walk. m rows, c channels, both ≥ 1."""
+    block_c = min(next_power_of_two(c), MAX_BLOCK_C)
+    c_blocks = ceil_div(c, block_c)
+    # A tile no taller than the tensor, and in whole bytes of mask bits.
+    block_m = max(8, min(TILE // block_c, next_power_of_two(m)))
+    wanted = max(1, min(MAX_PARTIALS, PROGRAMS // c_blocks, ceil_div(m, block_m)))
+    rows = ceil_div(ceil_div(m, wanted), block_m) * block_m
+    return _tiles(m, block_m, block_c, rows, c_blocks)
+
+
+def one_pass_tiles(m: int, c: int, held: Held, multiprocessors: int) -> Tiles | None:
+    """For the cooperative kernels, whose programs hold a tile each and are on the GPU all at once. None where the
+    tensor does not fit there.
+    """
+    block_c = min(next_power_of_two(c), MAX_BLOCK_C)
+    c_blocks = ceil_div(c, block_c)
+    block_m = max(8, min(held.tile // block_c, next_power_of_two(m)))
+    if ceil_div(m, block_m) * c_blocks > held.programs * multiprocessors:
+        return None
+    return _tiles(m, block_m, block_c, block_m, c_blocks)
+
+
+def _tiles(m: int, block_m: int, block_c: int, rows: int, c_blocks: int) -> Tiles:
+    partials = ceil_div(m, rows)
+    block_p = min(next_power_of_two(partials), max(1, TILE // block_c))
+    return Tiles(
+        block_m=block_m, block_c=block_c, rows=rows, partials=partials, c_blocks=c_blocks, block_p=block_p
+    )

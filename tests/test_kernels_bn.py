@@ -1,0 +1,604 @@
+"""The fused BatchNorm + ReLU (+ add): the reference against torch, the Triton kernels against the reference in float64.
+
+The kernels run in Triton's interpreter (conftest.py switches it on). What it cannot show, and only a GPU can: the
+barrier of the cooperative kernels, and speed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres_kernels import BatchNormAct2d, bn_cooperative, launch, ops, tables, tiles
+
+CHECKOUT = Path(__file__).parent.parent
+ALGORITHMS = ("two_pass", "cooperative")
+# Sums over thousands of values of magnitude 1 in float32; results rounded once to their own type.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def random(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1, shift: float = 0
+) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return channels_last((values * scale + shift).to(dtype))
+
+
+def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    error = (ours.double() - oracle.double()).abs().max().item()
+    assert error <= TOLERANCE[dtype] * (1 + oracle.abs().max().item()), f"{what}: {error:.2e}"
+
+
+def module(channels: int, dtype: torch.dtype = torch.float32, **options: Any) -> BatchNormAct2d:
+    """With a weight and bias of its own for every channel. Parameters are float32, or float64 for the oracle."""
+    norm = BatchNormAct2d(channels, **options)
+    if norm.affine:
+        generator = torch.Generator().manual_seed(1)
+        nn.init.uniform_(norm.weight, 0.5, 2, generator=generator)
+        nn.init.uniform_(norm.bias, -1, 1, generator=generator)
+    return norm.double() if dtype == torch.float64 else norm
+
+
+# ---- the reference is torch's BatchNorm --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1}])
+def test_in_float64_it_is_torch_batch_norm_forward_and_backward(
+    options: dict[str, Any], training: bool, with_residual: bool, act: str
+) -> None:
+    ours = module(5, torch.float64, act=act, **options).train(training)
+    theirs = nn.BatchNorm2d(5, **options).double().train(training)
+    theirs.load_state_dict(ours.state_dict())
+    inputs = [random((3, 5, 7, 2), torch.float64, seed).requires_grad_() for seed in (0, 1)]
+    residual = inputs[1] if with_residual else None
+    weights = random((3, 5, 7, 2), torch.float64, 2)
+    results = []
+    for norm in (ours, theirs):
+        if norm is ours:
+            y = norm(inputs[0], residual)
+        else:
+            y = norm(inputs[0]) if residual is None else norm(inputs[0]) + residual
+            y = F.relu(y) if act == "relu" else y
+        leaves = [inputs[0], *([residual] if with_residual else []), *norm.parameters()]
+        results.append([y, *torch.autograd.grad((y * weights).sum(), leaves), *norm.buffers()])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, torch.float64)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 0.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels, and the reference
+def test_running_statistics_are_torchs_over_ten_steps(momentum: float | None, dtype: torch.dtype) -> None:
+    ours = module(6, dtype, momentum=momentum)
+    theirs = nn.BatchNorm2d(6, momentum=momentum).double()
+    for step in range(10):
+        x = random((4, 6, 5, 3), dtype, step, scale=step + 1, shift=step)
+        ours(x)
+        theirs(x.double())
+    assert_close(ours.running_mean, theirs.running_mean, dtype)
+    assert_close(ours.running_var, theirs.running_var, dtype)
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 10
+    x = random((4, 6, 5, 3), dtype, 11)
+    assert_close(
+        ours.eval()(x),
+        F.relu(theirs.eval()(x.double()) * ours.weight[:, None, None] + ours.bias[:, None, None]),
+        dtype,
+    )
+
+
+def test_the_state_dict_is_that_of_batch_norm() -> None:
+    ours, theirs = BatchNormAct2d(4), nn.BatchNorm2d(4)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+# ---- the kernels are the reference -------------------------------------------------------------------------
+
+
+def strided(grad: Tensor, kind: str) -> Tensor:
+    """The same shape with the strides that layers hand back: pooling makes stride 0, a slice makes gaps."""
+    if kind == "expanded":
+        return grad[..., :1, :1].expand(grad.shape)
+    if kind == "sliced":
+        wide = torch.zeros(*grad.shape[:-1], 2 * grad.shape[-1], dtype=grad.dtype)
+        wide[..., ::2] = grad
+        return wide[..., ::2]
+    return grad.contiguous() if kind == "NCHW" else grad
+
+
+def run(
+    dtype: torch.dtype, algorithm: str, shape: tuple[int, ...], inputs: list[Tensor], grads: list[Tensor | None], *,
+    with_residual: bool, affine: bool, relu: bool, given: bool, fork: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All results of the op in that type: y, statistics, and the gradients of what has one."""
+    c = shape[1]
+    x, residual = (channels_last(t.to(dtype)).detach().requires_grad_() for t in inputs)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (torch.linspace(a, b, c, dtype=wide).requires_grad_() for a, b in ((0.5, 2), (-1, 1)))
+    mean, var = (torch.linspace(a, b, c, dtype=wide) for a, b in ((-0.5, 0.5), (0.5, 1.5)))
+    y, mean, var, _, _, skip = ops.batch_norm_act(
+        x, residual if with_residual else None, None, weight if affine else None, bias if affine else None,
+        mean if given else None, var if given else None, 1e-5, relu, fork, "", algorithm,
+    )  # fmt: skip
+    outputs = [(y, grads[0])] + ([(skip, grads[1])] if fork else [])
+    outputs = [(out, grad.to(dtype)) for out, grad in outputs if grad is not None]
+    torch.autograd.backward(*zip(*outputs, strict=True))
+    leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    results = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": y.detach(), "mean": mean, "var": var, **results}
+
+
+SHAPES = st.tuples(
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 3, 8, 16, 17, 64, 70, 129]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+).filter(lambda s: s[0] * s[2] * s[3] > 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    shape=SHAPES,
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    algorithm=st.sampled_from(ALGORITHMS),
+    with_residual=st.booleans(),
+    affine=st.booleans(),
+    relu=st.booleans(),
+    given_statistics=st.booleans(),
+    gradients=st.sampled_from(["y", "skip", "both"]),
+    strides=st.sampled_from(["channels-last", "expanded", "sliced", "NCHW"]),
+    tile=st.sampled_from([64, 2048]),
+)
+def test_values_and_gradients_are_the_float64_oracles(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    algorithm: str,
+    with_residual: bool,
+    affine: bool,
+    relu: bool,
+    given_statistics: bool,
+    gradients: str,
+    strides: str,
+    tile: int,
+) -> None:
+    inputs = [random(shape, dtype, 3, scale=2, shift=1), random(shape, dtype, 4)]
+    grads = [strided(random(shape, dtype, seed), strides) for seed in (5, 6)]
+    wanted = [grads[0] if gradients != "skip" else None, grads[1] if gradients != "y" else None]
+    options: Any = {
+        "with_residual": with_residual, "affine": affine, "relu": relu,
+        "given": given_statistics, "fork": gradients != "y",
+    }  # fmt: skip
+    with small_tiles(tile), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of gradients that are not channels-last
+        ours = run(dtype, algorithm, shape, inputs, wanted, **options)
+        oracle = run(torch.float64, algorithm, shape, inputs, wanted, **options)
+    assert ours.keys() == oracle.keys()
+    for name, value in oracle.items():
+        assert_close(ours[name], value, dtype, name)
+
+
+class small_tiles:
+    """Tiles of so many elements, so that small tensors take many programs and many tiles a program."""
+
+    def __init__(self, tile: int) -> None:
+        self.tile = tile
+
+    def __enter__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(tiles, "TILE", self.tile)
+        self.patch.setattr(tiles, "MAX_PARTIALS", 5)
+        for name in ("HELD_FORWARD", "HELD_BACKWARD"):
+            held = tiles.Held(tile=self.tile, programs=100, registers=128)
+            self.patch.setattr(bn_cooperative, name, held)
+            self.patch.setattr(ops, name, held)
+
+    def __exit__(self, *exception: object) -> None:
+        self.patch.undo()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("channels", [1, 2, 5, 16, 33, 64, 100, 128, 1000, 2048])
+def test_any_number_of_channels(channels: int, algorithm: str) -> None:
+    shape = (2, channels, 3, 3)
+    inputs = [random(shape, torch.float32, 3, scale=2, shift=1), random(shape, torch.float32, 4)]
+    grads: list[Tensor | None] = [random(shape, torch.float32, 5), None]
+    options: Any = {"with_residual": True, "affine": True, "relu": True, "given": False, "fork": False}
+    ours = run(torch.float32, algorithm, shape, inputs, grads, **options)
+    for name, value in run(torch.float64, algorithm, shape, inputs, grads, **options).items():
+        assert_close(ours[name], value, torch.float32, name)
+
+
+def test_the_tensors_above_went_through_the_kernels() -> None:
+    x = random((2, 4, 3, 3), torch.float16, 0)
+    assert launch.INTERPRETED and launch.runs_kernels(x)
+    assert not launch.runs_kernels(x.double())
+
+
+def test_what_does_not_fit_on_the_gpu_is_not_given_to_a_cooperative_kernel() -> None:
+    fits = {
+        c: tiles.one_pass_tiles(128 * h * h, c, tiles.HELD_FORWARD, 132)
+        for c, h in ((16, 32), (32, 16), (64, 8))
+    }
+    assert all(fits.values())  # ResNet-20 at batch 128 on an H100
+    assert tiles.one_pass_tiles(256 * 56 * 56, 256, tiles.HELD_FORWARD, 132) is None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_equal_inputs_give_equal_bits(algorithm: str) -> None:
+    shape = (5, 20, 9, 7)
+    inputs = [random(shape, torch.float16, seed) for seed in (0, 1)]
+    grads: list[Tensor | None] = [random(shape, torch.float16, seed) for seed in (2, 3)]
+    options: Any = {"with_residual": True, "affine": True, "relu": True, "given": False, "fork": True}
+    with small_tiles(256):
+        runs = [run(torch.float16, algorithm, shape, inputs, grads, **options) for _ in range(3)]
+    for name, first in runs[0].items():
+        assert all(torch.equal(first, other[name]) for other in runs[1:]), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 64, 4, 4), (1, 70, 3, 3)])
+def test_every_element_of_every_result_is_written(
+    shape: tuple[int, ...], algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernels write to is full of NaN before, so that what they leave out is seen."""
+
+    def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(0x5A)
+
+        return make
+
+    inputs = [random(shape, torch.float32, seed) for seed in (0, 1)]
+    grads: list[Tensor | None] = [random(shape, torch.float32, seed) for seed in (2, 3)]
+    options: Any = {"with_residual": True, "affine": True, "relu": True, "fork": True}
+    with small_tiles(128):
+        for given_statistics in (False, True):
+            expected = run(torch.float32, algorithm, shape, inputs, grads, given=given_statistics, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", poisoned(torch.empty))
+                patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+                ours = run(torch.float32, algorithm, shape, inputs, grads, given=given_statistics, **options)
+            for name, value in expected.items():
+                assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_variance_keeps_six_digits_where_the_mean_is_a_thousand_times_the_deviation(algorithm: str) -> None:
+    x = random((16, 8, 16, 16), torch.float32, 0, shift=1000)
+    with small_tiles(512):
+        _, mean, var, *_ = ops.batch_norm_act(
+            x, None, None, None, None, None, None, 1e-5, True, False, "", algorithm
+        )
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert ((var - exact[0]).abs() / exact[0]).max() < 1e-6
+    assert ((mean - exact[1]).abs() / exact[1]).max() < 1e-7
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_nan_is_seen_and_not_hidden_by_relu(algorithm: str) -> None:
+    x = random((2, 3, 4, 4), torch.float32, 0)
+    x[0, 1, 2, 2] = float("nan")
+    for residual in (None, torch.zeros_like(x)):
+        y = ops.batch_norm_act(x, residual, None, None, None, None, None, 1e-5, True, False, "", algorithm)[0]
+        assert y[:, 1].isnan().all() and not y[:, [0, 2]].isnan().any()
+
+
+def test_the_mask_is_one_bit_an_element() -> None:
+    x, residual = (random((3, 5, 3, 3), torch.float32, seed) for seed in (0, 1))
+    y, _, _, _, mask, _ = ops.batch_norm_act(x, residual, None, None, None, None, None, 1e-5, True, False, "")
+    assert mask.dtype == torch.uint8 and mask.shape == (4, 5)  # ⌈27/8⌉
+    assert torch.equal(mask, ops.pack_bits(y > 0)) and torch.equal(ops.unpack_bits(mask, y), y > 0)
+
+
+# ---- the module ---------------------------------------------------------------------------------------------
+
+
+def test_a_skip_connection_brings_its_gradient_apart() -> None:
+    """The backward of a chain of blocks adds no two gradients outside the op."""
+
+    class Additions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            size = max((a.numel() for a in args if isinstance(a, Tensor)), default=0)
+            self.count += func._schema.name in ("aten::add", "aten::add_") and size >= 2 * 4 * 9
+            return func(*args, **(kwargs or {}))
+
+    first, second = module(4), module(4)
+    x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
+    y, skip = first(x, fork=True)
+    z = second(2 * y, skip)
+    plain = second(2 * y, y)
+    weights = random((2, 4, 3, 3), torch.float32, 1)
+    with Additions() as additions:
+        (apart,) = torch.autograd.grad((z * weights).sum(), x, retain_graph=True)
+    assert additions.count == 0
+    with Additions() as additions:
+        (together,) = torch.autograd.grad((plain * weights).sum(), x)
+    assert additions.count == 1
+    assert torch.equal(z, plain)
+    assert_close(apart, together, torch.float32)
+
+
+def test_gradients_of_gradients_are_refused_by_name() -> None:
+    x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(4)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="batch_norm_act has no double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "residual", "message"),
+    [
+        ((1, 4, 1, 1), None, "Expected more than 1 value per channel"),
+        ((2, 3, 4, 4), None, r"BatchNormAct2d\(4\): the input has 3 channels"),
+        ((2, 4, 4, 4), (2, 4, 4, 1), r"the residual has shape \(2, 4, 4, 1\), the input \(2, 4, 4, 4\)"),
+        ((2, 4, 4), None, "expected 4D input"),
+    ],
+)
+def test_bad_input_is_refused(shape: tuple[int, ...], residual: tuple[int, ...] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(4)(torch.ones(shape), None if residual is None else torch.ones(residual))
+
+
+def test_bad_options_are_refused() -> None:
+    for options, message in (
+        ({"act": "gelu"}, "'relu' or 'none'"),
+        ({"algorithm": "fast"}, "'measured', not 'fast'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BatchNormAct2d(4, **options)
+
+
+def test_what_is_not_channels_last_is_converted_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_warned", set())
+    norm, x = module(4), torch.randn(2, 4, 3, 3)
+    with pytest.warns(UserWarning, match="the input of batch_norm_act is not channels-last"):
+        y = norm(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, module(4)(channels_last(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm(x)
+
+
+def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random((2, 4, 3, 3), torch.float32, 0)
+    used: list[str] = []
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            used.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    expected = module(4)(x, x)
+    with Named():
+        y, skip = module(4, algorithm="measured")(x, x, fork=True)
+    assert "fastres_kernels::batch_norm_act" not in used and "aten::relu_" in used
+    assert_close(y, expected, torch.float32)
+    assert_close(module(4)(x, skip), module(4)(x, y), torch.float32)
+    monkeypatch.setattr(tables, "table_of", lambda device: {(18, 4, True): "cooperative"})
+    launched: list[tuple[int, ...]] = []
+    forward = bn_cooperative.forward
+    monkeypatch.setattr(
+        bn_cooperative, "forward", lambda x, *args: launched.append(x.shape) or forward(x, *args)
+    )
+    assert_close(module(4, algorithm="measured")(x, x), expected, torch.float32)
+    assert launched == [x.shape]
+    module(4, algorithm="measured")(x)  # without a residual: not in the table
+    assert len(launched) == 1
+
+
+# ---- torch's machinery ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels, and the reference
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("given_statistics", [False, True])
+def test_opcheck(dtype: torch.dtype, with_residual: bool, given_statistics: bool) -> None:
+    x, residual = (random((2, 4, 3, 3), dtype, seed).requires_grad_() for seed in (0, 1))
+    norm = module(4, dtype)
+    statistics = (norm.running_mean, norm.running_var) if given_statistics else (None, None)
+    args = (
+        x,
+        residual if with_residual else None,
+        None,
+        norm.weight,
+        norm.bias,
+        *statistics,
+        1e-5,
+        True,
+        True,
+        "",
+    )
+    for algorithm in ALGORITHMS:
+        torch.library.opcheck(ops.batch_norm_act, (*args, algorithm))
+        plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        _, mean, var, _, mask, _ = ops.batch_norm_act(*plain, algorithm)
+        backward = (
+            random((2, 4, 3, 3), dtype, 2), random((2, 4, 3, 3), dtype, 3), plain[0], mask if with_residual else None,
+            plain[3], plain[4], mean, var, 1e-5, True, not given_statistics, with_residual, "", algorithm,
+        )  # fmt: skip
+        torch.library.opcheck(ops.batch_norm_act_backward, backward)
+
+
+def test_autocast_leaves_the_statistics_in_float32() -> None:
+    norm = module(4)
+    x = random((2, 4, 3, 3), torch.bfloat16, 0, shift=100)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+    assert norm.running_mean.dtype == torch.float32
+    assert_close(norm.running_mean, 0.1 * x.double().mean((0, 2, 3)), torch.float32)
+
+
+def in_a_process(script: str, **env: str | None) -> str:
+    """Runs the script with one thread in a process of its own; its standard output."""
+    changed = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in changed.items() if value is not None},
+        cwd=CHECKOUT / "tests",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TRAIN = """
+import torch
+from fastres import build_model
+from fastres.config import Config, EngineConfig
+from fastres.engine import resolve
+from fastres.step import ForwardLoss
+
+def losses(norm, backend):
+    torch.manual_seed(0)
+    model = build_model("resnet20", norm=norm).to(memory_format=torch.channels_last)
+    engine = resolve(Config(engine=EngineConfig(precision="fp32", device="cpu")))
+    forward_loss = ForwardLoss(model, engine, "mean")
+    if backend:
+        forward_loss.compile(fullgraph=True, dynamic=False, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(16, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (16,), generator=generator)
+    for _ in range(3):
+        loss, _ = forward_loss(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+"""
+
+
+@pytest.mark.parametrize("interpret", ["1", None])
+def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_same(
+    interpret: str | None,
+) -> None:
+    """fullgraph=True, backward through AOTAutograd and inductor; interpreted, the op is in both graphs as it is; not
+    interpreted, on a CPU, inductor sees through it to the reference's operations."""
+    script = f"""{TRAIN}
+from torch._inductor import compile_fx
+seen = []
+inner = compile_fx.compile_fx_inner
+def watched(graph, *args, **kwargs):
+    seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+    return inner(graph, *args, **kwargs)
+def backend(graph, inputs):
+    return compile_fx.compile_fx(graph, inputs, inner_compile=watched)
+torch._functorch.config.enable_autograd_cache = False
+plain, fused, compiled = list(losses("torch", None)), list(losses("fused", None)), list(losses("fused", backend))
+assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
+assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, compiled)), (plain, compiled)
+forward, backward = seen
+print(sum("fastres_kernels.batch_norm_act.default" in target for target in forward))
+print(sum("fastres_kernels.batch_norm_act_backward.default" in target for target in backward))
+"""
+    expected = ["19", "19"] if interpret else ["0", "0"]
+    assert in_a_process(script, TRITON_INTERPRET=interpret).split() == expected
+
+
+def test_without_triton_the_modules_run_through_the_reference() -> None:
+    script = f"""
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.startswith("triton") else find(name, *args)
+{TRAIN}
+plain, fused = list(losses("torch", None)), list(losses("fused", None))
+assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
+import fastres_kernels.launch
+assert not fastres_kernels.launch.HAS_TRITON and "fastres_kernels.bn_forward" not in sys.modules
+"""
+    in_a_process(script, TRITON_INTERPRET=None)
+
+
+def test_the_wrong_import_name_is_loud() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "is imported as fastres_kernels, not kernels" in done.stderr
+
+
+# ---- several processes ---------------------------------------------------------------------------------------
+
+SYNC = """
+import os, sys, torch, torch.distributed as dist
+from fastres_kernels import BatchNormAct2d, launch, synchronise
+dist.init_process_group("gloo")
+rank, kernels = dist.get_rank(), sys.argv[1] == "kernels"
+assert launch.INTERPRETED == kernels
+dtype = torch.float32 if kernels else torch.float64
+sizes = [3, 2]  # unequal shares
+generator = torch.Generator().manual_seed(0)
+x, residual, weights = (torch.randn(5, 4, 3, 3, generator=generator, dtype=torch.float64) + 2 for _ in range(3))
+
+def run(norm, part, compiled=False):
+    leaves = [t[part].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, residual)]
+    call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+    y = call(*leaves)
+    (y * weights[part].to(dtype)).sum().backward()
+    gradients = [norm.weight.grad, norm.bias.grad]
+    norm.zero_grad(set_to_none=True)
+    return [y, *(leaf.grad for leaf in leaves)], gradients, [norm.running_mean.clone(), norm.running_var.clone()]
+
+def make():
+    norm = BatchNormAct2d(4).to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2, generator=torch.Generator().manual_seed(1))
+    return norm
+
+part = slice(0, 3) if rank == 0 else slice(3, 5)
+tolerance = 1e-12 if not kernels else 1e-4
+whole = run(make(), slice(0, 5))
+for compiled in (False, True):
+    mine = run(synchronise(make()), part, compiled)
+    for a, b in zip(mine[0], whole[0]):
+        assert (a - b[part]).abs().max() < tolerance
+    for a, b in zip(mine[1], whole[1]):  # each process has its share of the sum, as DDP expects
+        dist.all_reduce(a)
+        assert (a - b).abs().max() < tolerance * 10
+    for a, b in zip(mine[2], whole[2]):
+        assert (a - b).abs().max() < tolerance
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("path", ["kernels", "reference"])
+def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(
+    path: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "sync.py"
+    script.write_text(SYNC)
+    env = {**os.environ, "TRITON_INTERPRET": "1" if path == "kernels" else "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path],
+        capture_output=True, text=True, env=env, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
