@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .bn_backward import gated_gradient, sum_partials
 from .bn_forward import merge_partials, merge_rows, origin, per_channel, write_tile
-from .launch import INTERPRETED
+from .launch import INTERPRETED, launchable
 from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, one_pass_tiles
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
@@ -49,7 +49,7 @@ def forward_kernel(
     mask,  # (⌈M/8⌉, C) uint8
     mean_out,  # (C,) float32
     var_out,  # (C,) float32
-    skip,  # () of y's dtype, set to 0
+    skip,  # (1,) of y's dtype, set to 0
     M,
     C,
     P,
@@ -189,7 +189,7 @@ def forward(
     y = torch.empty_like(x)
     mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
     mask = torch.empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
-    skip = torch.empty(() if fork else 0, dtype=x.dtype, device=x.device)
+    skip = torch.empty(1 if fork else 0, dtype=x.dtype, device=x.device)
     unused: Any = x
     _launch(
         forward_kernel,
@@ -279,4 +279,6 @@ def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | s
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p}
     for part in (BEFORE, AFTER) if INTERPRETED else (WHOLE,):
         options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": held.registers}
-        kernel[tiles.grid](*args, **flags, PART=part, **blocks, num_warps=HELD_WARPS, **options)
+        launchable(kernel, opaque=True)[tiles.grid](
+            *args, **flags, PART=part, **blocks, num_warps=HELD_WARPS, **options
+        )

@@ -149,7 +149,7 @@ def normalise_kernel(
     mask,  # (⌈M/8⌉, C) uint8, bit r of byte b: ReLU let row 8b + r through
     mean_out,  # (C,) float32
     var_out,  # (C,) float32
-    skip,  # () of y's dtype, set to 0
+    skip,  # (1,) of y's dtype, set to 0
     M,
     C,
     ROWS,
@@ -252,12 +252,12 @@ def normalise(
     fork: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; mean, var (C,) float32; mask ((⌈M/8⌉, C) uint8, or empty); skip: () if `fork`, else empty."""
+    """y; mean, var (C,) float32; mask ((⌈M/8⌉, C) uint8, or empty); skip: (1,) if `fork`, else empty."""
     m, c = x.numel() // x.shape[1], x.shape[1]
     y = torch.empty_like(x)
     mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
     mask = torch.empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
-    skip = torch.empty(() if fork else 0, dtype=x.dtype, device=x.device)
+    skip = torch.empty(1 if fork else 0, dtype=x.dtype, device=x.device)
     given = statistics if isinstance(statistics, tuple) else None
     unused: Any = x  # a pointer for what the flags switch off
     launchable(normalise_kernel)[tiles.grid](

@@ -10,7 +10,8 @@ import hashlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,47 @@ def runs_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
 
 
-def functional_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function of tensors that mutates none as torch.ops.fastres_kernels.NAME.
+def register(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function of tensors that mutates none but the named as torch.ops.fastres_kernels.NAME.
 
     torch.compile sees through a `triton_op` to the kernels in it. Under the interpreter a triton_op runs but does not
     compile; there, and without Triton, the op is opaque.
     """
     if INTERPRETED or not HAS_TRITON:
-        return torch.library.custom_op(f"fastres_kernels::{name}", mutates_args=())
-    return torch.library.triton_op(f"fastres_kernels::{name}", mutates_args=())
+        return torch.library.custom_op(f"fastres_kernels::{name}", mutates_args=mutates)
+    return torch.library.triton_op(f"fastres_kernels::{name}", mutates_args=mutates)
 
 
-def launchable(kernel: Any) -> Any:
-    """The kernel as an op's body has to launch it: `launchable(kernel)[grid](...)`."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+def launchable(kernel: Any, *, opaque: bool = False) -> Any:
+    """The kernel as an op's body has to launch it: `launchable(kernel)[grid](...)`. `opaque`: in an op that
+    torch.compile does not look into.
+    """
+    if _recorded is not None:
+        return _Recorder(kernel)
+    return kernel if INTERPRETED or opaque else torch.library.wrap_triton(kernel)
+
+
+_recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches are taken down as (kernel, arguments, keyword arguments) and nothing runs."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+class _Recorder:
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        assert _recorded is not None
+        return lambda *args, **kwargs: _recorded.append((self.kernel, args, kwargs))
 
 
 def channels_last(x: Tensor, *, warn: str = "") -> Tensor:

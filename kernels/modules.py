@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import batch_norm_act
+from .ops import batch_norm_act, update_running_statistics
 from .tables import fastest
 
 
@@ -107,7 +107,18 @@ class BatchNormAct2d(nn.BatchNorm2d):
             algorithm,
         )
         if self.training and self.track_running_stats:
-            self._track(used_mean, used_var, count if group else x.numel() // x.shape[1])
+            values = x.numel() // x.shape[1]
+            if group:
+                used_var, values = used_var * (count / (count - 1)), 1
+            update_running_statistics(
+                used_mean,
+                used_var,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                values,
+                self.momentum,
+            )
         return (y, Skip(y, gradient)) if fork else y
 
     def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
@@ -116,20 +127,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if residual is not None:
             y += residual.y if isinstance(residual, Skip) else residual
         return F.relu(y, inplace=True) if self.act == "relu" else y
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-        """Moves the running statistics towards those of a batch; the variance as the unbiased estimate."""
-        # As operations of torch, which inductor fuses into one kernel a module. Inside the normalising kernel they
-        # would make the op a mutating one, and autograd's registration refuses those.
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        rate: Any = self.momentum
-        if rate is None:  # the average over all batches so far, computed where the counter is
-            rate = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), rate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

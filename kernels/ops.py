@@ -3,7 +3,7 @@
     torch.ops.fastres_kernels.batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
     torch.ops.fastres_kernels.batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight)
 
-Neither mutates anything: register_autograd refuses ops that do, and running statistics are the module's business. Each
+Neither mutates anything: register_autograd refuses ops that do; running statistics have an op of their own. Each
 picks, by the tensor's device and dtype, the Triton kernels or the reference.
 
 `skip` is how the gradient of a skip connection arrives apart from that of the next layer, so that the backward adds
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import processes, reference
-from .launch import HAS_TRITON, channels_last, functional_op, runs_kernels
+from .launch import HAS_TRITON, channels_last, register, runs_kernels
 from .tiles import HELD_BACKWARD, HELD_FORWARD, Held, two_pass_tiles
 
 if HAS_TRITON:
-    from . import bn_backward, bn_cooperative, bn_forward
+    from . import bn_backward, bn_cooperative, bn_forward, running
 
 
-@functional_op("batch_norm_act")
+@register("batch_norm_act")
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W), of x's dtype
@@ -76,7 +76,7 @@ def batch_norm_act(
         if given:  # an op returns nothing that it was given
             mean, var = (s.to(_wide(x), copy=True) for s in given)
         mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
-        token = x.new_zeros(() if fork else 0)
+        token = x.new_zeros(1 if fork else 0)
     return y, mean, var, count, mask, token.expand(x.shape) if fork else token
 
 
@@ -101,10 +101,10 @@ def _(
     mean, var = (x.new_empty(c, dtype=_wide(x)) for _ in range(2))
     save_mask = relu and residual is not None
     mask = x.new_empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8)
-    return y, mean, var, count, mask, x.new_empty(()).expand(x.shape) if fork else x.new_empty(0)
+    return y, mean, var, count, mask, x.new_empty(1).expand(x.shape) if fork else x.new_empty(0)
 
 
-@functional_op("batch_norm_act_backward")
+@register("batch_norm_act_backward")
 def batch_norm_act_backward(
     dy: Tensor,  # (N, C, H, W), any strides
     dskip: Tensor | None,  # (N, C, H, W), the gradient that came to skip
@@ -262,6 +262,27 @@ batch_norm_act.register_autograd(_differentiate, setup_context=_save)
 batch_norm_act_backward.register_autograd(_no_double_backward)
 
 
+@register("update_running_statistics", mutates=("running_mean", "running_var", "batches"))
+def update_running_statistics(
+    mean: Tensor,  # (C,)
+    var: Tensor,  # (C,), biased
+    running_mean: Tensor,  # (C,)
+    running_var: Tensor,  # (C,)
+    batches: Tensor,  # () int64
+    count: int,  # how many values the statistics are of; 1: var is the unbiased estimate already
+    momentum: float | None,  # None: the average over all batches so far
+) -> None:
+    """Moves the running statistics towards a batch's, in place; the variance as the unbiased estimate."""
+    if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
+        running.update(mean, var, running_mean, running_var, batches, count, momentum)
+        return
+    batches.add_(1)
+    rate: Any = 1 / batches.to(running_mean.dtype) if momentum is None else momentum
+    unbias = count / (count - 1) if count > 1 else 1
+    running_mean.lerp_(mean.to(running_mean.dtype), rate)
+    running_var.lerp_((var * unbias).to(running_var.dtype), rate)
+
+
 # A cooperative launch is an option that torch.compile's tracing of kernels does not know: these two ops are opaque.
 
 
@@ -276,7 +297,7 @@ def cooperative_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """batch_norm_act's y, mean, var and mask, and skip as (), in one kernel; for channels-last tensors that fit."""
+    """batch_norm_act's y, mean, var and mask, and skip as (1,), in one kernel; for channels-last tensors that fit."""
     tiles = bn_cooperative.tiles_for(x, HELD_FORWARD)
     assert tiles is not None
     return bn_cooperative.forward(x, residual, weight, bias, eps, relu, save_mask, fork, tiles)
@@ -296,7 +317,7 @@ def _(
     m, c = _matrix(x)
     mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     mask = x.new_empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8)
-    return torch.empty_like(x), mean, var, mask, x.new_empty(() if fork else 0)
+    return torch.empty_like(x), mean, var, mask, x.new_empty(1 if fork else 0)
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_backward", mutates_args=())

@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """This process's environment as a user's is, but for one thread: kernels are not interpreted. `changes` go over it;
+    None removes."""
+    ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": None}
+    changed = {**os.environ, **ours, **(changes or {})}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
 def run_fastres(
     module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m fastres.MODULE ARGS` with one thread, and kernels not interpreted. `env` goes over this process's
-    environment; None removes."""
-    ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": None}
-    changed = {**os.environ, **ours, **(env or {})}
+    """`python -m fastres.MODULE ARGS` in a user's environment; `env` goes over it, None removes."""
     return subprocess.run(
         [sys.executable, "-m", f"fastres.{module}", *map(str, args)],
         cwd=cwd,
-        env={name: value for name, value in changed.items() if value is not None},
+        env=users_environment(env),
         capture_output=True,
         text=True,
         timeout=300,

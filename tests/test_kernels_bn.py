@@ -6,7 +6,6 @@ barrier of the cooperative kernels, and speed.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres_kernels import BatchNormAct2d, bn_cooperative, launch, ops, tables, tiles
+from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
 ALGORITHMS = ("two_pass", "cooperative")
@@ -454,12 +454,11 @@ def test_autocast_leaves_the_statistics_in_float32() -> None:
 
 def in_a_process(script: str, **env: str | None) -> str:
     """Runs the script with one thread in a process of its own; its standard output."""
-    changed = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env={name: value for name, value in changed.items() if value is not None},
+        env=users_environment(env),
         cwd=CHECKOUT / "tests",
         timeout=300,
     )
@@ -584,6 +583,7 @@ for compiled in (False, True):
         assert (a - b).abs().max() < tolerance * 10
     for a, b in zip(mine[2], whole[2]):
         assert (a - b).abs().max() < tolerance
+dist.barrier()
 dist.destroy_process_group()
 print("equal")
 """
@@ -595,7 +595,7 @@ def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(
 ) -> None:
     script = tmp_path / "sync.py"
     script.write_text(SYNC)
-    env = {**os.environ, "TRITON_INTERPRET": "1" if path == "kernels" else "0"}
+    env = users_environment({"TRITON_INTERPRET": "1" if path == "kernels" else None})
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path],
         capture_output=True, text=True, env=env, timeout=300,

@@ -1,0 +1,95 @@
+"""The forms in which BatchNorm's kernels are compiled, and the bytes that each moves, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import bn_backward, bn_cooperative, bn_forward, running
+from .tiles import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles, two_pass_tiles
+from .variants import Variant, recorded
+
+H100 = 132  # multiprocessors
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd one.
+SHAPES = {
+    "bf16": [
+        (128, 16, 32, 32),
+        (128, 32, 16, 16),
+        (128, 64, 8, 8),
+        (256, 256, 56, 56),
+        (256, 2048, 7, 7),
+        (3, 5, 7, 7),
+    ],
+    "fp16": [(128, 16, 32, 32)],
+    "fp32": [(128, 16, 32, 32), (3, 5, 7, 7)],
+}
+
+# Bytes per element by a kernel's flags, s of them an element of an activation: one term a tensor read or written.
+Moved = Callable[[int, dict[str, Any]], float]
+BYTES: dict[str, Moved] = {
+    "statistics": lambda s, flags: s,
+    "normalise": lambda s, flags: s * (2 + flags["HAS_RESIDUAL"]) + flags["SAVE_MASK"] / 8,
+    "channel sums": lambda s, flags: (
+        s * (2 + flags["HAS_SKIP"] + flags["STORE_DZ"] + flags["STORE_DX"]) + (flags["GATE"] == "bits") / 8
+    ),
+    "input gradient": lambda s, flags: s * 3,
+    "cooperative forward": lambda s, flags: s * (2 + flags["HAS_RESIDUAL"]) + flags["SAVE_MASK"] / 8,
+    "cooperative backward": lambda s, flags: (
+        s * (3 + flags["HAS_SKIP"] + flags["STORE_DZ"]) + (flags["GATE"] == "bits") / 8
+    ),
+}
+
+
+def variants() -> list[Variant]:
+    found = [variant for dtype, shapes in SHAPES.items() for shape in shapes for variant in _of(dtype, shape)]
+    p = torch.empty(64, device="meta")
+    batches = torch.empty((), dtype=torch.int64, device="meta")
+    for momentum in (0.1, None):
+        launch = partial(running.update, p, p, p, p, batches, 8192, momentum)
+        found.append(recorded(f"running statistics, momentum {momentum}", launch, lambda flags: None))
+    return found
+
+
+def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
+    """All kernels for a tensor of that shape, (N, C, H, W)."""
+    n, c, h, w = shape
+    m = n * h * w
+    meta = partial(torch.empty, device="meta")
+    x = meta(shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
+    p, partials, bits = meta(c), meta(1, 2, c), meta(1, dtype=torch.uint8)
+    tiles = two_pass_tiles(m, c)
+    ahead, back = (one_pass_tiles(m, c, held, H100) for held in (HELD_FORWARD, HELD_BACKWARD))
+    found = []
+
+    def add(kernel: str, act: str, launch: Callable[..., Any], *arguments: Any) -> None:
+        name = f"{kernel}, {dtype}, {act}, C={c}"
+        moved = partial(BYTES[kernel], x.element_size())
+        found.append(recorded(name, partial(launch, *arguments), moved))
+
+    add("statistics", "-", bn_forward.statistics, x, tiles)
+    for act, residual, mask in (("ReLU", None, None), ("add + ReLU", x, bits)):
+        # With a residual, the backward has a second gradient too: the block before has a skip connection around it.
+        both = residual is not None
+        norm, eps = (p, p), 1e-5
+        add(
+            "normalise", act, bn_forward.normalise, x, residual, *norm, partials, eps, True, both, both, tiles
+        )
+        sums = (x, residual, x, mask, *norm, p, p, eps, True, both)
+        add("channel sums", act, bn_backward.channel_sums, *sums, False, tiles)
+        gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not both, tiles)
+        add("input gradient", act, bn_backward.input_gradient, *gradient)
+        given = f"{act}, given statistics"
+        add(
+            "normalise", given, bn_forward.normalise, x, residual, *norm, (p, p), eps, True, both, both, tiles
+        )
+        add("channel sums", given, bn_backward.channel_sums, *sums, True, tiles)
+        if ahead:
+            forward = (x, residual, *norm, eps, True, both, both, ahead)
+            add("cooperative forward", act, bn_cooperative.forward, *forward)
+        if back:
+            add("cooperative backward", act, bn_cooperative.backward, *sums, back)
+    return found

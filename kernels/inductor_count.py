@@ -1,0 +1,300 @@
+"""What a basic residual block costs under torch.compile, counted in the code that it generates. Needs no GPU.
+
+    python -m fastres_kernels.inductor_count        JSON: bytes, kernels and every launch, forward and backward
+
+The block is conv 3×3 - BN - ReLU - conv 3×3 - BN - add - ReLU, stride 1, in training, channels-last, bf16 with float32
+parameters: once with torch.nn.BatchNorm2d, which inductor fuses as it can, and once with BatchNormAct2d. Both are
+compiled for an H100 up to the code that would be loaded there, and counted the same way, in bytes per element of one
+activation:
+
+- a kernel of inductor's: each tl.load and tl.store in its text of an activation or a mask. What is smaller is left out:
+  vectors, and partial sums of at most 1/64 of an activation;
+- a kernel of this package: what its Variant declares;
+- an op of this package that inductor does not see through: each activation and mask that it takes and gives, once;
+- a convolution: forward two passes (reads, writes); backward two for the gradient of its input (reads, writes) and two
+  for that of its weight (reads both).
+
+One block is half of what four have more than two. So the ends cancel, and it is two blocks that are compared because
+inductor stores the sum of a skip connection's gradients at every second block, and at the others computes it wherever
+it is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+import torch.nn.functional as F
+import triton
+from torch import Tensor, nn
+from torch._dynamo import device_interface
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from triton.backends.compiler import GPUTarget
+
+from . import ops
+from .modules import BatchNormAct2d, Skip
+from .variants import Variant, declared_variants
+
+SHAPE = (128, 16, 32, 32)  # the first stage of ResNet-20 at batch 128
+ELEMENTS = 128 * 16 * 32 * 32
+CUDNN = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
+# Passes over activations, by the call in the generated code.
+CONVOLUTIONS = {"extern_kernels.convolution": 2, "torch.ops.aten.convolution_backward.default": 4}
+
+
+# ---- the blocks --------------------------------------------------------------------------------------------
+
+
+class Convolution(nn.Module):
+    """3×3, its weight cast as autocast would: torch switches autocast for GPUs off where there is none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        weight = torch.empty(channels, channels, 3, 3)
+        self.weight = nn.Parameter(weight.to(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), padding=1)
+
+
+class TorchBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = Convolution(channels), Convolution(channels)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x
+        return F.relu(y, inplace=True)
+
+
+class FusedBlock(nn.Module):
+    def __init__(self, channels: int, algorithm: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = Convolution(channels), Convolution(channels)
+        self.bn1, self.bn2 = (BatchNormAct2d(channels, algorithm=algorithm) for _ in range(2))
+
+    def forward(self, x: Tensor | tuple[Tensor, Skip]) -> tuple[Tensor, Skip]:
+        x, skip = x if isinstance(x, tuple) else (x, x)
+        y = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(y), skip, fork=True)
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def an_h100() -> Iterator[None]:
+    """Lets inductor find an H100, as long as it only generates code."""
+    h100 = SimpleNamespace(
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+    )
+    cuda = device_interface.CudaInterface
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (cuda, "is_available", lambda: True),
+            (cuda, "get_device_properties", lambda device=None: h100),
+            (cuda, "is_bf16_supported", lambda including_emulation=False: True),
+            (cuda.Worker, "get_device_properties", lambda device=None: h100),
+            (torch.cuda, "get_device_properties", lambda device=None: h100),
+            (triton.runtime.driver, "_active", driver),
+            # cuDNN is asked for its choice only where there is a GPU; without one, channels-last would be lost.
+            (torch._C, "_select_conv_backend", lambda *args, **kwargs: CUDNN),
+            # What is traced are tensors of the CPU.
+            (ops, "runs_kernels", lambda x: True),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+class Generated(Exception):
+    """Raised instead of running what was generated."""
+
+
+def generate(net: nn.Module) -> dict[str, tuple[GraphLowering, str]]:
+    """{"forward", "backward"} of net(activation) as inductor lowers them, and the code that it generates.
+
+    Autograd takes no tensor that pretends to be on a GPU. So both passes are traced on the CPU, differentiated and cut
+    apart, and moved to the GPU before inductor sees them. That leaves one trace: of the CPU's BatchNorm the saved
+    statistics, (C,) each, are rounded to bf16.
+    """
+    generated: dict[str, tuple[GraphLowering, str]] = {}
+
+    def move_and_lower(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        mode = detect_fake_mode(inputs)
+        assert mode is not None
+        with mode:
+            inputs = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") for x in inputs
+            ]
+        for node in graph.graph.nodes:
+            if "device" in node.kwargs:
+                node.update_kwarg("device", torch.device("cuda:0"))
+        return compile_fx_inner(graph, inputs, **options)
+
+    def keep(graph: GraphLowering) -> Any:
+        """In the place of GraphLowering.compile_to_module, which would load the code."""
+        wrapper, _ = graph.codegen()
+        generated["backward" if graph.is_backward else "forward"] = (graph, wrapper.value)
+        return SimpleNamespace(call=stop, __file__=None)
+
+    def stop(inputs: list[Tensor]) -> Any:
+        raise Generated
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return compile_fx(graph, inputs, inner_compile=move_and_lower)
+
+    x = torch.empty(SHAPE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    with (
+        an_h100(),
+        patch.object(GraphLowering, "compile_to_module", keep),
+        torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1),
+        torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
+        contextlib.suppress(Generated),
+    ):
+        torch.compile(net, backend=backend, fullgraph=True, dynamic=False)(x)
+    return generated
+
+
+# ---- counting ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of a kernel of inductor's, of one of ours, or of a convolution."""
+
+    name: str
+    bytes_per_element: float  # of one activation
+
+
+def launches(graph: GraphLowering, code: str, variants: list[Variant]) -> list[Launch]:
+    """All in the generated code, in its order. KeyError for an operation that is neither ours nor a convolution."""
+    nodes = list(ast.walk(ast.parse(code)))
+    results: dict[ast.expr, str] = {}  # RESULT = value
+    sources: dict[str, str] = {}  # NAME = async_compile.triton("name", """source""", ...)
+    parts: dict[str, list[ast.expr]] = defaultdict(list)  # PART = RESULT[i]
+    for node in nodes:
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets
+            results[node.value] = ast.unparse(target)
+            if isinstance(node.value, ast.Subscript):
+                parts[ast.unparse(node.value.value)].append(target)
+            elif isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "async_compile.triton":
+                sources[ast.unparse(target)] = ast.literal_eval(node.value.args[1])
+
+    found = []
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    for call in sorted(calls, key=lambda call: call.lineno):
+        name = ast.unparse(call.func)
+        if name.startswith("torch.ops.fastres_kernels."):
+            taken = [argument for argument in call.args if not isinstance(argument, ast.Constant)]
+            tensors = {ast.unparse(tensor): tensor for tensor in (*taken, *parts[results[call]])}
+            moved = sum(tensor_bytes(graph, tensor) for tensor in tensors.values())
+            found.append(Launch(name, moved / ELEMENTS))
+        elif name.startswith(("extern_kernels.", "torch.ops.", "aten.")):
+            found.append(Launch(name, CONVOLUTIONS[name] * torch.bfloat16.itemsize))
+        elif name.endswith(".run"):
+            name = name.removesuffix(".run")
+            found.append(Launch(name, bytes_per_element(sources[name], call, graph, variants)))
+    return found
+
+
+def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variants: list[Variant]) -> float:
+    """What `call` moves, which launches the first function in `source`."""
+    kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    if not kernel.name.startswith("triton_"):  # as inductor names its own
+        return variant_of(kernel, variants).bytes_per_element or 0
+    accesses = Counter(
+        name.id
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store")
+        for name in ast.walk(node.args[0])
+        if isinstance(name, ast.Name)
+    )
+    # The call has no constexprs, which are the last parameters.
+    arguments = zip(kernel.args.args, call.args, strict=False)
+    moved = sum(
+        accesses[parameter.arg] * tensor_bytes(graph, argument)
+        for parameter, argument in arguments
+        if parameter.arg in accesses
+    )
+    return moved / ELEMENTS
+
+
+def tensor_bytes(graph: GraphLowering, tensor: ast.expr) -> int:
+    """Of an activation or a mask, one bit or more per element; 0 of what is smaller."""
+    # reinterpret_tensor(name, ...), or the name.
+    name = ast.unparse(tensor.args[0] if isinstance(tensor, ast.Call) else tensor)
+    numel = int(graph.get_numel(name))
+    return numel * graph.get_dtype(name).itemsize if numel >= ELEMENTS // 8 else 0
+
+
+def variant_of(kernel: ast.FunctionDef, variants: list[Variant]) -> Variant:
+    """The Variant of one of our kernels in generated code. LookupError if none is declared."""
+    (heuristics,) = (node for node in kernel.decorator_list if isinstance(node, ast.Call))
+    (meta,) = (keyword.value for keyword in heuristics.keywords if keyword.arg == "triton_meta")
+    assert isinstance(meta, ast.Dict)
+    entries = {ast.unparse(key): value for key, value in zip(meta.keys, meta.values, strict=True) if key}
+    types, constants = (ast.literal_eval(entries[repr(name)]) for name in ("signature", "constants"))
+    for variant in variants:
+        if (variant.kernel.__name__, variant.types, variant.constants) == (kernel.name, types, constants):
+            return variant
+    raise LookupError(f"torch.compile launches {kernel.name} as no variant declares: {types}, {constants}")
+
+
+def per_block(block: Callable[[int], nn.Module]) -> dict[str, dict[str, Any]]:
+    """{"forward", "backward"}: what one block launches and moves, and every launch of a stack of four."""
+    variants = declared_variants()
+
+    def stack(blocks: int) -> dict[str, list[Launch]]:
+        generated = generate(nn.Sequential(*(block(SHAPE[1]) for _ in range(blocks))))
+        return {name: launches(graph, code, variants) for name, (graph, code) in generated.items()}
+
+    two, four = stack(2), stack(4)
+    result = {}
+    for name, all_launches in four.items():
+        before, after = totals(two[name]), totals(all_launches)
+        result[name] = {
+            **{key: (after[key] - before[key]) / 2 for key in after},
+            "launches_of_four_blocks": [asdict(launch) for launch in all_launches],
+        }
+    return result
+
+
+def totals(found: list[Launch]) -> dict[str, float]:
+    convolutions = [launch.bytes_per_element for launch in found if launch.name in CONVOLUTIONS]
+    kernels = [launch.bytes_per_element for launch in found if launch.name not in CONVOLUTIONS]
+    return {
+        "kernels": len(kernels),
+        "kernel_bytes_per_element": sum(kernels),
+        "convolutions": len(convolutions),
+        "convolution_bytes_per_element": sum(convolutions),
+    }
+
+
+if __name__ == "__main__":
+    blocks: dict[str, Callable[[int], nn.Module]] = {"torch": TorchBlock}
+    blocks |= {name: partial(FusedBlock, algorithm=name) for name in ("two_pass", "cooperative")}
+    print(json.dumps({name: per_block(block) for name, block in blocks.items()}))

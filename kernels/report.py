@@ -1,0 +1,234 @@
+"""What the kernels cost, told without a GPU: registers, spills, shared memory, width of accesses, bytes, launches.
+
+    python -m fastres_kernels.report                    everything, in about a minute
+    python -m fastres_kernels.report --only normalise   of the kernels those with "normalise" in their name
+
+Every Variant of the kernel files is compiled ahead of time for sm_80 and sm_90, as torch.compile launches it. Below
+stands what a basic residual block moves and launches, with torch's BatchNorm and with these kernels: inductor_count.py
+says how that is counted.
+
+Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than there is or computes in
+float64; 2 where there is nothing to compile with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import HAS_TRITON, INTERPRETED
+from .variants import Variant, declared_variants
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes that a program can have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A variant for one target."""
+
+    name: str
+    target: str  # "sm_80"
+    registers: int  # of a thread
+    spills: int  # bytes of a thread's stack, for which these kernels have no other use
+    shared: int  # bytes of a program
+    bytes_per_element: float | None
+    widest_load: int  # bytes of a thread's widest access to global memory; the hardware's widest is 16
+    widest_store: int
+    float64: int  # instructions that compute in float64
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------
+
+
+def compile_ahead(variant: Variant, capability: int) -> Compiled:
+    """For a GPU of that compute capability, which need not be there. Triton keeps the result in its cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = triton.compiler.ASTSource(
+        fn=variant.kernel,
+        signature=variant.types,
+        constexprs=variant.constants,
+        attrs={(position,): [["tt.divisibility", 16]] for position in variant.multiples_of_16},
+    )
+    options = {name: getattr(variant, name) for name in ("num_warps", "num_stages", "maxnreg")}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack = resource_usage(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    return Compiled(
+        name=variant.name,
+        target=f"sm_{capability}",
+        registers=registers,
+        spills=stack,
+        shared=kernel.metadata.shared,
+        bytes_per_element=variant.bytes_per_element,
+        widest_load=widest_access(ptx, "ld"),
+        widest_store=widest_access(ptx, "st"),
+        float64=len(re.findall(r"(?<!\S)(?!(?:cvt|mov|ld|st)\.)\w+(?:\.\w+)*\.f64\b", ptx)),
+    )
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, of a thread."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (max(map(int, re.findall(rf"{what}:(\d+)", usage))) for what in ("REG", "STACK"))
+    return registers, stack
+
+
+def widest_access(ptx: str, direction: str) -> int:
+    """Bytes of a thread's widest "ld" from global memory, or "st" to it; 0 if there is none."""
+    accesses = re.findall(rf"\b{direction}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    widths = [int(vector or 1) * int(bits) // 8 for vector, bits in accesses]
+    if direction == "ld":  # straight into shared memory
+        widths += [int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?, 0x(\w+)", ptx)]
+    return max(widths, default=0)
+
+
+def faults(kernel: Compiled, capability: int) -> list[str]:
+    """What makes the report fail."""
+    found = []
+    if kernel.spills:
+        found.append(f"spills {kernel.spills} bytes a thread")
+    if kernel.shared > SHARED_MEMORY[capability]:
+        found.append(f"needs {kernel.shared} bytes of shared memory of {SHARED_MEMORY[capability]}")
+    if kernel.float64:
+        # torch.compile hands a Python float to a kernel as float64, and what it touches becomes float64.
+        found.append(f"has {kernel.float64} instructions in float64")
+    return [f"{kernel.name}, {kernel.target}: {fault}" for fault in found]
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastres_kernels.report", description="What the kernels cost, told without a GPU."
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="compile the kernels with TEXT in their name"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with versions")
+    options = parser.parse_args()
+    if not HAS_TRITON or INTERPRETED:
+        why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
+        print(f"fastres_kernels.report compiles kernels, and {why}", file=sys.stderr)
+        return 2
+
+    import triton
+    from triton.errors import TritonError
+
+    variants = [variant for variant in declared_variants() if options.only in variant.name]
+    if not variants:
+        parser.error(f"no kernel has {options.only!r} in its name")
+    kernels, wrong = [], []
+    with count_blocks() as counting:  # beside the compiling
+        for number, variant in enumerate(variants, 1):
+            print(f"compiling {number}/{len(variants)}: {variant.name}", file=sys.stderr)
+            for capability in SHARED_MEMORY:
+                try:
+                    kernels.append(compile_ahead(variant, capability))
+                except TritonError as error:
+                    wrong.append(f"{variant.name}, sm_{capability}: {error}")
+                else:
+                    wrong += faults(kernels[-1], capability)
+        print("counting what torch.compile generates for a residual block", file=sys.stderr)
+        output, errors = counting.communicate()
+    blocks = {} if counting.returncode else json.loads(output)
+    if counting.returncode:
+        wrong.append(f"inductor_count: {errors}")
+
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ptxas": triton.knobs.nvidia.ptxas.version,
+    }
+    print(", ".join(f"{name} {version}" for name, version in versions.items()), end="\n\n")
+    print(kernel_table(kernels), end="\n\n")
+    print(block_table(blocks))
+    if options.json:
+        result = {"versions": versions, "kernels": [asdict(kernel) for kernel in kernels], "blocks": blocks}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def count_blocks() -> subprocess.Popen[str]:
+    """In a process of its own, which it makes believe in a GPU; one that it has would only be in the way."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"{__package__}.inductor_count"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kernel_table(kernels: list[Compiled]) -> str:
+    return table(
+        ["kernel", "target", "registers", "spills", "shared", "bytes/element", "widest load", "widest store"],
+        [
+            [
+                *(kernel.name, kernel.target, kernel.registers, kernel.spills, kernel.shared),
+                "-" if kernel.bytes_per_element is None else f"{kernel.bytes_per_element:g}",
+                *(kernel.widest_load, kernel.widest_store),
+            ]
+            for kernel in kernels
+        ],
+    )
+
+
+def block_table(blocks: dict[str, Any]) -> str:
+    """Of what inductor_count.py gives; kernels without those of the convolutions."""
+    names = {
+        "torch": "torch.nn.BatchNorm2d",
+        "two_pass": "BatchNormAct2d, two_pass",
+        "cooperative": "BatchNormAct2d, cooperative",
+    }
+    rows = []
+    for block, passes in blocks.items():
+        moved = [passes[name]["kernel_bytes_per_element"] for name in ("forward", "backward")]
+        moved.append(sum(part["convolution_bytes_per_element"] for part in passes.values()))
+        kernels = sum(part["kernels"] for part in passes.values())
+        rows.append([names[block], *(f"{number:g}" for number in (*moved, sum(moved), kernels))])
+    return table(
+        [
+            "a basic block in bf16, bytes/element",
+            "forward",
+            "backward",
+            "convolutions",
+            "together",
+            "kernels",
+        ],
+        rows,
+    )
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Columns as wide as they need to be, the first flush left, the others right."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

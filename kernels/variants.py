@@ -1,0 +1,97 @@
+"""The forms in which the kernels are compiled, taken from real launches: report.py compiles them, inductor_count.py
+looks them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import recording
+
+# Each has variants() -> list[Variant].
+FILES = ("bn_variants", "conv_3x3", "conv_1x1")
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One form in which a kernel is compiled: as torch.compile launches it, so that report.py compiles the same."""
+
+    name: str  # "normalise, bf16, add + ReLU, C=16"
+    kernel: Any  # the triton.jit function
+    # Argument -> "*bf16", "*fp32", "*u8", "i32", "fp64" (so torch.compile passes a Python float), "constexpr". As in
+    # triton.tools.compile, "i32:16" is a multiple of 16, which Triton's launcher finds out by itself, and without which
+    # no access of 16 bytes is generated. Pointers are taken for such, because torch's allocator makes them so.
+    signature: dict[str, str]
+    constants: dict[str, Any]  # the values of the "constexpr" arguments
+    num_warps: int = 4
+    num_stages: int = 3  # Triton's default
+    maxnreg: int | None = None  # how many registers a thread may have
+    bytes_per_element: float | None  # of global memory, by the maths; None: does not grow with the activation
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The signature in the order of the arguments, without what is known of their values."""
+        return {argument: self.signature[argument].removesuffix(":16") for argument in self.kernel.arg_names}
+
+    @property
+    def multiples_of_16(self) -> list[int]:
+        """The positions of the arguments that are."""
+        return [
+            position
+            for position, argument in enumerate(self.kernel.arg_names)
+            if self.signature[argument].startswith("*") or self.signature[argument].endswith(":16")
+        ]
+
+
+def recorded(
+    name: str, launch: Callable[[], Any], moved: Callable[[dict[str, Any]], float | None]
+) -> Variant:
+    """The variant of the one kernel that `launch()` launches; it runs nothing, so tensors of the meta device will do.
+    `moved`: the kernel's flags -> bytes per element."""
+    with recording() as launches:
+        launch()
+    ((kernel, arguments, options),) = launches
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values |= {option: value for option, value in options.items() if option in kernel.arg_names}
+    signature, constants = {}, {}
+    for argument, value in values.items():
+        if isinstance(value, Tensor):
+            signature[argument] = TYPES[value.dtype]
+        elif (
+            argument in options or value == 1 or value is None
+        ):  # Triton makes a constant of every 1 and None
+            signature[argument], constants[argument] = "constexpr", value
+        else:
+            signature[argument] = "fp64" if isinstance(value, float) else "i32" if value % 16 else "i32:16"
+    known = {
+        option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options
+    }
+    return Variant(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        bytes_per_element=moved(options),
+        **known,
+    )
+
+
+def declared_variants() -> list[Variant]:
+    """Those of all files. Imports Triton."""
+    files = [import_module(f".{file}", __package__) for file in FILES]
+    return [variant for file in files for variant in file.variants()]
