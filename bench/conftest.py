@@ -1,9 +1,12 @@
-"""What every benchmark shares: quiet defaults, a record of the machine, and our own table at the end."""
+"""What every benchmark shares: quiet defaults, a record of the machine, and our own tables at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import bench_kernels
 import pytest
 
 from fastres.config import Config
@@ -15,17 +18,37 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["fastres"] = environment(resolve(Config()))
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def throughput_lines(rows: list[Any]) -> list[str]:
     """Images per second of each variant and the ratio to the baseline that ran in turns with it."""
-    session = getattr(config, "_benchmarksession", None)
-    rows = [b for b in session.benchmarks if "images_per_s" in b.extra_info] if session else []
-    if not rows:
-        return
-    terminalreporter.section("images/s, interleaved with the baseline")
+    lines = []
     for row in rows:
         info = row.extra_info
         quantiles = "{:,.0f} to {:,.0f}".format(*info["images_per_s_20_80"])
-        terminalreporter.write_line(
+        lines.append(
             f"{row.name:<42} {info['images_per_s']:>9,.0f} images/s ({quantiles})  "
             f"{info['ratio']:.2f} x the baseline's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
         )
+    return lines
+
+
+def kernel_lines(rows: list[Any]) -> list[str]:
+    return bench_kernels.summary([row.extra_info for row in rows])
+
+
+# By file: the title of its table, and its benchmarks as lines.
+TABLES: dict[str, tuple[str, Callable[[list[Any]], list[str]]]] = {
+    "bench_throughput.py": ("images/s, interleaved with the baseline", throughput_lines),
+    "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
+}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    # A benchmark that failed has no extra_info.
+    done = [benchmark for benchmark in session.benchmarks if benchmark.extra_info] if session else []
+    for file, (title, lines) in TABLES.items():
+        rows = [benchmark for benchmark in done if Path(benchmark.fullname.split("::")[0]).name == file]
+        if rows:
+            terminalreporter.section(title)
+            for line in lines(rows):
+                terminalreporter.write_line(line)

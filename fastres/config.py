@@ -393,9 +393,14 @@ def check(config: Config) -> None:
             getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
             f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
         )
+    refuse_if(
+        config.model.sync_norm and config.model.options.get("fused_convolutions", False),
+        "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
+    )
     try:
         with torch.device("meta"):
-            build_model(config.model.name, **model_options(config.model))
+            norm = "fused" if config.model.norm == "fused" else "torch"
+            build_model(config.model.name, norm=norm, **model_options(config.model))
     except (ValueError, TypeError) as error:
         raise Refused(f"model: {error}") from None
 

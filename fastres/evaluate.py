@@ -52,13 +52,16 @@ def load_run(
 
 def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
     """The run's network holding `weights`, whose shapes tell how many channels and classes it has."""
+    options = model_options(config.model)
+    if norm != "fused":
+        options.pop("fused_convolutions", None)  # the same network, computed in another way
     try:
         model = build_model(
             config.model.name,
             num_classes=weights["fc.weight"].shape[0],
             in_channels=weights["conv1.weight"].shape[1],
             norm=norm,
-            **model_options(config.model),
+            **options,
         )
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:

@@ -217,10 +217,11 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
             wrong.append(f"{what} has strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}")
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Any) -> None:
-            out = out[0] if isinstance(out, tuple) else out  # of a norm that forks
+        def hook(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
             # The input too: a convolution with channels-last weights gives channels-last whatever it is given.
             for what, tensor in (("input", inputs[0]), ("output", out)):
+                # A norm that forks and a convolution that normalises have tuples, the tensor first.
+                tensor = tensor[0] if isinstance(tensor, tuple) else tensor
                 check(f"the {what} of {name}", tensor)
                 if tensor.requires_grad:
                     tensor.register_hook(partial(check, f"the gradient of the {what} of {name}"))

@@ -11,6 +11,6 @@ if __name__ != "fastres_kernels":
     )
 
 
-from .modules import BatchNormAct2d, Skip, synchronise
+from .modules import BatchNormAct2d, NormConv2d, Skip, fuse_convolutions, synchronise
 
-__all__ = ["BatchNormAct2d", "Skip", "synchronise"]
+__all__ = ["BatchNormAct2d", "NormConv2d", "Skip", "fuse_convolutions", "synchronise"]

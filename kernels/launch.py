@@ -43,7 +43,7 @@ torch.compiler.config.cache_key_tag += f"fastres_kernels {_digest}{' interpreted
 
 def runs_kernels(x: Tensor) -> bool:
     """Whether Triton kernels take x, (N, C, H, W): on a GPU, or anywhere when interpreting; else the reference does."""
-    return HAS_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
+    return HAS_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRETED) and x.numel() > 0
 
 
 def register(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:

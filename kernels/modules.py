@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv_ops import conv_norm
 from .ops import batch_norm_act, update_running_statistics
 from .tables import fastest
 
@@ -22,6 +23,25 @@ class Skip(NamedTuple):
     gradient: (
         Tensor  # takes y's gradient in its stead, so that y's own backward receives it apart: see ops.py
     )
+
+
+class Measured(NamedTuple):
+    """What a NormConv2d gives: its output and, of it, the statistics that BatchNormAct2d needs."""
+
+    z: Tensor  # (N, C, H, W)
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), biased
+
+
+class Pending(NamedTuple):
+    """relu(BatchNorm(z)), yet to be computed by the convolution that reads it."""
+
+    z: Tensor  # (N, C, H, W)
+    mean: Tensor  # (C,); these four as BatchNormAct2d would use them
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -60,7 +80,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.algorithm = algorithm
         self.group_name = ""  # of the processes that share the statistics: see synchronise
 
-    def forward(self, x: Tensor, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
+    def forward(self, x: Tensor | Measured, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
         """x, residual: (N, C, H, W) of one shape -> the same; with `fork` a tuple of it and, for a skip connection
         around what follows, a Skip of it: handed to another BatchNormAct2d as its residual, it brings its gradient
         into this one's backward apart, which adds the two on its way. ValueError on any other shape, and in training
@@ -68,13 +88,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         algorithm = self.algorithm
         if algorithm == "measured":
-            algorithm = fastest(x, residual is not None)
+            algorithm = "torch" if isinstance(x, Measured) else fastest(x, residual is not None)
         if algorithm == "torch":
-            y = self._unfused(x, residual)
+            y = self._unfused(x.z if isinstance(x, Measured) else x, residual)
             return (y, Skip(y, y)) if fork else y
-        self._check_input_dim(x)
-        if x.shape[1] != self.num_features:
-            raise ValueError(f"BatchNormAct2d({self.num_features}): the input has {x.shape[1]} channels")
+        x, mean, var = self._statistics(x)
         skip = residual.gradient if isinstance(residual, Skip) else None
         if isinstance(residual, Skip):
             residual = residual.y.detach()
@@ -84,13 +102,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
                     f"BatchNormAct2d: the residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}"
                 )
             residual = residual.to(x.dtype)
-        mean = var = None
-        if not self.training and self.running_mean is not None:
-            mean, var = self.running_mean, self.running_var
-        elif x.numel() == x.shape[1] and not self.group_name:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {x.shape}"
-            )
         group = self.group_name if mean is None else ""
         y, used_mean, used_var, count, _, gradient = batch_norm_act(
             x,
@@ -106,20 +117,52 @@ class BatchNormAct2d(nn.BatchNorm2d):
             group,
             algorithm,
         )
+        if group:
+            self._track(used_mean, used_var * (count / (count - 1)), 1)
+        else:
+            self._track(used_mean, used_var, x.numel() // x.shape[1])
+        return (y, Skip(y, gradient)) if fork else y
+
+    def pending(self, x: Tensor | Measured) -> Any:
+        """forward(x) for a NormConv2d, which computes it as it reads; forward(x) itself where x brings no statistics,
+        and where the activation is not ReLU."""
+        if self.act != "relu" or not isinstance(x, Measured):
+            return self(x)
+        z, mean, var = self._statistics(x)
+        assert mean is not None and var is not None
+        self._track(mean.detach(), var.detach(), z.numel() // z.shape[1])
+        return Pending(z, mean, var, self.weight, self.bias, self.eps)
+
+    def _statistics(self, x: Tensor | Measured) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, and the mean and variance to normalise it with; None: those of x, which nobody has taken yet."""
+        mean = var = None
+        if isinstance(x, Measured):
+            if self.group_name:
+                raise ValueError("BatchNormAct2d: NormConv2d does not share its statistics between processes")
+            x, mean, var = x
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"BatchNormAct2d({self.num_features}): the input has {x.shape[1]} channels")
+        if not self.training and self.running_mean is not None:
+            return x, self.running_mean, self.running_var
+        if x.numel() == x.shape[1] and not self.group_name:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            )
+        return x, mean, var
+
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Where running statistics are kept, moves them towards a batch's."""
         if self.training and self.track_running_stats:
-            values = x.numel() // x.shape[1]
-            if group:
-                used_var, values = used_var * (count / (count - 1)), 1
             update_running_statistics(
-                used_mean,
-                used_var,
+                mean,
+                var,
                 self.running_mean,
                 self.running_var,
                 self.num_batches_tracked,
-                values,
+                count,
                 self.momentum,
             )
-        return (y, Skip(y, gradient)) if fork else y
 
     def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
         """The same through torch, for torch.compile to fuse as it can."""
@@ -130,6 +173,50 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"
+
+
+class NormConv2d(nn.Conv2d):
+    """A convolution that normalises its input as it reads, and takes the statistics of its output as it writes.
+
+    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> a Measured of (N, K, H, W). 3×3 or 1×1,
+    stride 1, "same" zero padding, no bias, groups or dilation; Triton kernels for every 1×1, and for the 3×3 of 16,
+    32 and 64 channels. Made of Conv2d modules by fuse_convolutions.
+    """
+
+    normalises_input = True
+
+    def forward(self, x: Tensor | Pending) -> Measured:  # type: ignore[override]
+        norm: Any = (None, None, None, None, 0.0)
+        if isinstance(x, Pending):
+            x, norm = x.z, x[1:]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return Measured(*conv_norm(x, self.weight, *norm))
+
+
+def fuse_convolutions(model: nn.Module) -> nn.Module:
+    """Makes a NormConv2d, with the same parameter, of each Conv2d that can be one and is 1×1 or has few channels. What
+    follows each has to be a BatchNormAct2d. Returns the model."""
+    for parent in list(model.modules()):
+        for name, conv in parent.named_children():
+            if type(conv) is nn.Conv2d and _fusable(conv):
+                size = conv.kernel_size[0]
+                fused = NormConv2d(
+                    conv.in_channels, conv.out_channels, size, padding="same", bias=False, device="meta"
+                )
+                fused.weight = conv.weight
+                setattr(parent, name, fused)
+    return model
+
+
+def _fusable(conv: nn.Conv2d) -> bool:
+    size = conv.kernel_size
+    plain = conv.bias is None and conv.groups == 1 and conv.stride == conv.dilation == (1, 1)
+    few = {conv.in_channels, conv.out_channels} <= {16, 32, 64}
+    return plain and (
+        (size == (1, 1) and conv.padding == (0, 0)) or (size == (3, 3) and conv.padding == (1, 1) and few)
+    )
 
 
 def synchronise(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:

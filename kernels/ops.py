@@ -232,6 +232,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
         ctx.batch_statistics,
         ctx.has_residual,
         ctx.group,
+        ctx.algorithm,
     )
     needs = ctx.needs_input_grad
     dmean = dvar = None

@@ -56,7 +56,8 @@ def input_gradient(
     eps: float,
     means: Tensor | None,  # (2, C): channel_sums divided by the number of values that the statistics are of
 ) -> Tensor:
-    """dx = weight / sqrt(var + eps) * (dz - mean(dz) - x̂·mean(dz·x̂)), with x's dtype (Ioffe & Szegedy 2015, section 3).
+    """dx = weight / sqrt(var + eps) * (dz - mean(dz) - x̂·mean(dz·x̂)), with x's dtype (Ioffe & Szegedy 2015,
+    section 3).
 
     `means` None: the statistics were given, x has no part in them, and the last two terms vanish.
     """
@@ -97,6 +98,7 @@ def conv_norm(
         shift = -mean * scale + (0 if beta is None else beta)
         a = F.relu(a * scale[:, None, None] + shift[:, None, None])
     a = a.to(x.dtype).to(wide)
-    z = F.conv2d(a, weight.to(x.dtype).to(wide), padding=weight.shape[-1] // 2).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # it would narrow the convolution
+        z = F.conv2d(a, weight.to(x.dtype).to(wide), padding=weight.shape[-1] // 2).to(x.dtype)
     var_z, mean_z = torch.var_mean(z.to(wide), (0, 2, 3), correction=0)
     return z, mean_z, var_z

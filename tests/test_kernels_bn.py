@@ -234,6 +234,26 @@ def test_the_tensors_above_went_through_the_kernels() -> None:
     assert not launch.runs_kernels(x.double())
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
+    with launch.recording() as launches:
+        x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
+        module(4, algorithm=algorithm)(x).sum().backward()
+    names = [kernel.__name__ for kernel, _, _ in launches if kernel.__name__ != "update_kernel"]
+    assert (
+        list(dict.fromkeys(names))
+        == {
+            "two_pass": [
+                "statistics_kernel",
+                "normalise_kernel",
+                "channel_sums_kernel",
+                "input_gradient_kernel",
+            ],
+            "cooperative": ["forward_kernel", "backward_kernel"],
+        }[algorithm]
+    )
+
+
 def test_what_does_not_fit_on_the_gpu_is_not_given_to_a_cooperative_kernel() -> None:
     fits = {
         c: tiles.one_pass_tiles(128 * h * h, c, tiles.HELD_FORWARD, 132)
@@ -360,6 +380,10 @@ def test_gradients_of_gradients_are_refused_by_name() -> None:
 def test_bad_input_is_refused(shape: tuple[int, ...], residual: tuple[int, ...] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(4)(torch.ones(shape), None if residual is None else torch.ones(residual))
+
+
+def test_no_images_are_none_afterwards() -> None:
+    assert module(4).eval()(torch.empty(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
 
 def test_bad_options_are_refused() -> None:

@@ -14,6 +14,7 @@ from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, unknown
 from fastres.models.cifar import cifar_resnet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import mini_resnet
+from fastres_kernels import fuse_convolutions
 
 # Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -33,13 +34,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(
-    name: str, *, num_classes: int = 10, in_channels: int = 3, norm: str = "torch", **options: Any
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    norm: str = "torch",
+    fused_convolutions: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Builds a network: (N, in_channels, H, W) -> (N, num_classes) logits.
 
     `name`: one of MODELS, else `resnetN` or `plainN` with N = 6n+2 (CIFAR family). `norm`: one of NORMS; the
-    option `norm_layer`, a callable as torchvision's, overrides it. Anything unknown or impossible is a
-    ValueError of one line.
+    option `norm_layer`, a callable as torchvision's, overrides it. `fused_convolutions`, experimental and with norm
+    "fused" only: convolutions normalise their own input, see fastres_kernels.NormConv2d. Anything unknown or
+    impossible is a ValueError of one line.
     """
     build = _find(name)
     norm_layer = options.pop("norm_layer", None) or NORMS.get(norm)
@@ -49,7 +57,10 @@ def build_model(
         raise ValueError(f"norm_layer should be a callable, channels -> nn.Module, not {norm_layer!r}")
     arguments = {"num_classes": num_classes, "in_channels": in_channels, **options}
     _check(name, build, arguments)
-    return build(norm=norm_layer, **arguments)
+    if fused_convolutions and norm_layer is not NORMS["fused"]:
+        raise ValueError("fused_convolutions: only together with norm 'fused'")
+    model = build(norm=norm_layer, **arguments)
+    return fuse_convolutions(model) if fused_convolutions else model
 
 
 def _find(name: str) -> Callable[..., nn.Module]:

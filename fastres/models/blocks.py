@@ -39,11 +39,15 @@ def unknown(what: str, value: object, choices: Iterable[str], near: str | None =
 # ---- the seam ----------------------------------------------------------------------------------------------
 
 
-def norm_act(norm: nn.Module, x: Tensor, residual: Any = None) -> Tensor:
+def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | None = None) -> Any:
     """relu(norm(x) + residual); x, residual and the result: (N, C, H, W).
 
-    A norm whose attribute `act` is "relu" does all of it, called as norm(x, residual).
+    A norm whose attribute `act` is "relu" does all of it, called as norm(x, residual). `into`: the convolution that
+    reads the result, and nothing else does; one with the attribute `normalises_input` takes norm.pending(x) in its
+    place.
     """
+    if getattr(into, "normalises_input", False):
+        return norm.pending(x)  # type: ignore[operator]
     if getattr(norm, "act", None) == "relu":
         return norm(x, residual)
     y = norm(x)
@@ -52,7 +56,7 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Any = None) -> Tensor:
     return F.relu(y, inplace=True)
 
 
-def norm_act_fork(norm: nn.Module, x: Tensor, residual: Any = None) -> tuple[Tensor, Any]:
+def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor, Any]:
     """norm_act's result, and the same for a skip connection: the `residual` of another norm_act.
 
     A norm with the attribute `forks` may give the second in a form of its own, to receive its gradient apart.
@@ -198,7 +202,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
         residual = shortcut_of(self.downsample, x, skip)
-        y = norm_act(self.bn1, self.conv1(x))
+        y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
         return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), residual)
 
 
@@ -240,8 +244,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
         residual = shortcut_of(self.downsample, x, skip)
-        y = norm_act(self.bn1, self.conv1(x))
-        y = norm_act(self.bn2, self.conv2(y))
+        y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
+        y = norm_act(self.bn2, self.conv2(y), into=self.conv3)
         return (norm_act_fork if fork else norm_act)(self.bn3, self.conv3(y), residual)
 
 

@@ -27,7 +27,7 @@ class IdentityBlock(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
-        y = norm_act(self.bn1, self.conv1(x))
+        y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
         return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), x if skip is None else skip)
 
 

@@ -1,0 +1,146 @@
+"""The 1×1 convolution as a matrix product, with its input made in the prologue and its output summed in the epilogue.
+
+    forward          z  = a · weightᵀ     [M, C] × [C, K], a = relu(norm(x))
+    input gradient   da = dz · weight     [M, K] × [K, C]
+
+One kernel does both; the weight's gradient is in conv_parts.py. Bytes per pixel, in bf16:
+
+    forward          reads x            2·C          writes z     2·K
+    input gradient   reads z, dz and x  4·K + 2·C    writes dx    2·C
+    weight gradient  reads x, z and dz  2·C + 4·K
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_parts import (
+    NO_GRADIENT,
+    Gradient,
+    Norm,
+    Pieces,
+    convolution_variants,
+    first_row,
+    input_terms,
+    load_input,
+    outputs,
+    store_input_gradient,
+    store_output,
+    store_statistics,
+    store_sums,
+)
+from .launch import launchable
+from .tiles import ceil_div, next_power_of_two
+from .variants import Variant
+
+
+@triton.jit
+def conv_1x1_kernel(
+    x,  # [M, C]
+    mean,  # (C,) float32, as the next three
+    var,
+    gamma,
+    beta,
+    eps,
+    dz,  # [M, K]; the gradient's five are None forward
+    dmean_z,  # (K,) float32
+    dvar_z,
+    z,  # [M, K]
+    mean_z,
+    weight,  # (K, C) of x's dtype
+    stride_k,
+    stride_c,
+    out,  # [M, K], z; backward [M, C], dx
+    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean)
+    M,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """A program makes BLOCK pixels of BLOCK_OUT channels. Programs of the same pixels are neighbours, so that all but
+    the first find the input in the L2.
+    """
+    BACKWARD: tl.constexpr = z is not None
+    AFFINE: tl.constexpr = ((dmean_z is not None) or (dvar_z is not None)) if BACKWARD else mean is not None
+    IN: tl.constexpr = K if BACKWARD else C
+    OUT: tl.constexpr = C if BACKWARD else K
+    OUTS: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    if BACKWARD:
+        stride_i, stride_o = stride_k, stride_c
+    else:
+        stride_i, stride_o = stride_c, stride_k
+    program = tl.program_id(0) // OUTS
+    o = tl.program_id(0) % OUTS * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    lane = tl.arange(0, BLOCK)
+    corner = program.to(tl.int64) * BLOCK
+    valid = lane < M - program * BLOCK
+
+    sums = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    for start in range(0, IN, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        terms = input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD)
+        inside = valid[:, None] & (i < IN)[None, :]
+        tile = load_input(
+            x, dz, z, corner * IN, lane[:, None] * IN + i[None, :], inside, terms, AFFINE, BACKWARD
+        )
+        at = weight + i[:, None] * stride_i + o[None, :] * stride_o
+        tap = tl.load(at, (i < IN)[:, None] & (o < OUT)[None, :], other=0.0)
+        sums = tl.dot(tile, tap, sums, input_precision="ieee")
+
+    at = lane[:, None] * OUT + o[None, :]
+    inside = valid[:, None] & (o < OUT)[None, :]
+    if BACKWARD:
+        g, projected = store_input_gradient(
+            out, sums, x, corner * OUT, at, inside, mean, var, gamma, beta, eps, o, OUT
+        )
+        store_sums(partials, program, g, projected, o, OUT)
+    else:
+        value = store_output(out, sums, corner * OUT, at, inside)
+        origin = first_row(value)
+        store_statistics(
+            partials, program, valid, origin, value - origin[None, :], tl.zeros_like(value), o, OUT
+        )
+
+
+def options(dtype: torch.dtype, c_in: int, c_out: int, backward: bool) -> dict[str, int]:
+    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    block_in, block_out = (max(16, next_power_of_two(n)) for n in (c_in, c_out))
+    if dtype == torch.float32:
+        return {"BLOCK": 32, "BLOCK_IN": 16, "BLOCK_OUT": min(block_out, 32), "num_warps": 4, "num_stages": 1}
+    block = 64 if backward else 128
+    block_in, block_out = min(block_in, 64), min(block_out, 128)
+    return {"BLOCK": block, "BLOCK_IN": block_in, "BLOCK_OUT": block_out, "num_warps": 8, "num_stages": 3}
+
+
+def convolve(
+    x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None
+) -> tuple[Tensor, Tensor, Pieces]:
+    """z, or with a gradient dx; with each piece's sums."""
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    m = n * h * w
+    c_in, c_out = (c, k) if gradient is None else (k, c)
+    tile = options(x.dtype, c_in, c_out, gradient is not None)
+    pieces = Pieces(m, 1, tile["BLOCK"], 1)
+    out, partials = outputs(x, c_out, pieces, gradient)
+    # Cast here: every program reads it, and it can be larger than what the program reads of x.
+    weight = weight.to(x.dtype)
+    launchable(conv_1x1_kernel)[(pieces.across * ceil_div(c_out, tile["BLOCK_OUT"]),)](
+        x, *norm, *(gradient or NO_GRADIENT), weight, *weight.stride()[:2], out, partials, m, C=c, K=k, **tile
+    )
+    return out, partials, pieces
+
+
+def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
+    """Of ResNet-50 at batch 256, the shapes that are bound by memory, and the widest."""
+    layers = ((64, 64, 56), (64, 256, 56), (256, 64, 56), (512, 2048, 7))
+    return [
+        variant
+        for c, k, size in layers
+        for variant in convolution_variants(convolve, 256, c, k, size, 1, dtype)
+    ]

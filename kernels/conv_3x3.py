@@ -1,0 +1,231 @@
+"""The 3×3 convolution of few channels, with its input made in the prologue and its output summed in the epilogue.
+
+z = conv(relu(norm(x)), weight), stride 1, zero padding, and the statistics of z; backward, from z's gradient, that of
+x. Stride-1 convolutions differentiate to convolutions: one kernel does both, with the filter turned half around.
+
+Bytes per element of one activation, in bf16, with C = K:
+
+    forward          reads x            2    writes z     2
+    input gradient   reads z, dz and x  6    writes dx    2
+    weight gradient  reads x, z and dz  6
+
+As kernels of their own, statistics and normalisation add 6 to the forward's 4. None of it has been measured yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_parts import (
+    NO_GRADIENT,
+    PROGRAMS,
+    Gradient,
+    Norm,
+    Pieces,
+    convolution_variants,
+    first_row,
+    input_terms,
+    load_input,
+    outputs,
+    second_pass_variants,
+    store_input_gradient,
+    store_output,
+    store_statistics,
+    store_sums,
+)
+from .launch import launchable
+from .tiles import ceil_div
+from .variants import Variant
+
+CHANNELS = {16, 32, 64}  # of x and of z: powers of two, and few enough for a filter to stay in shared memory
+
+
+@triton.jit
+def load_column(weight, s, i, o, strides, dtype: tl.constexpr):
+    """Column s of the filter: for its rows 0, 1, 2 the matrix from the input channels i to the output channels o."""
+    stride_i, stride_o, stride_r, stride_s = strides
+    at = weight + s * stride_s + i[:, None] * stride_i + o[None, :] * stride_o
+    return tl.load(at).to(dtype), tl.load(at + stride_r).to(dtype), tl.load(at + 2 * stride_r).to(dtype)
+
+
+@triton.jit
+def conv_3x3_kernel(
+    x,  # [N, H, W, C]
+    mean,  # (C,) float32, as the next three
+    var,
+    gamma,
+    beta,
+    eps,
+    dz,  # [N, H, W, K]; the gradient's five are None forward
+    dmean_z,  # (K,) float32
+    dvar_z,
+    z,  # [N, H, W, K]
+    mean_z,
+    weight,  # (K, C, 3, 3)
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    out,  # [N, H, W, K], z; backward [N, H, W, C], dx
+    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean)
+    N,
+    H,
+    W,
+    ROWS,  # of one program
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """A program takes BLOCK columns, of several images where those are narrow, and walks down ROWS rows of them.
+
+    Each row of the input is loaded three times, shifted for the filter's columns, and added to the three rows of the
+    output that it touches: the one below begins, the one above is complete. Nine loads a pixel, one for each tap, would
+    apply the prologue three times as often, and that, not memory, would then be the limit.
+
+    Nine dots a row, one for each tap. Three dots over the 3·C contiguous numbers that a row of the window is would have
+    to be padded to 4·C, a power of two: a third more matrix instructions.
+    """
+    BACKWARD: tl.constexpr = z is not None
+    AFFINE: tl.constexpr = ((dmean_z is not None) or (dvar_z is not None)) if BACKWARD else mean is not None
+    IN: tl.constexpr = K if BACKWARD else C
+    OUT: tl.constexpr = C if BACKWARD else K
+    dtype: tl.constexpr = out.dtype.element_ty
+    M = N * H * W
+    block = tl.program_id(0)
+    q = block * BLOCK + tl.arange(0, BLOCK)
+    valid = q < N * W
+    column = q % W
+    # 64 bits for the corner of the block's first image only; from there 32 will do.
+    image = block * BLOCK // W
+    corner = image.to(tl.int64) * (H * W)
+    pixel = ((q // W - image) * (H * W) + column)[:, None]
+    o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+
+    if BACKWARD:
+        # The transpose of a convolution takes the filter from output to input channels, turned half around.
+        strides = (stride_k, stride_c, -stride_r, -stride_s)
+        weight += 2 * stride_r + 2 * stride_s
+    else:
+        strides = (stride_c, stride_k, stride_r, stride_s)
+    # Where a tile has all the input's channels, what depends on no row stays on chip, the filter in shared memory.
+    WHOLE: tl.constexpr = BLOCK_IN == IN
+    if WHOLE:
+        i = tl.arange(0, IN)
+        terms = input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD)
+        taps = (
+            load_column(weight, 0, i, o, strides, dtype),
+            load_column(weight, 1, i, o, strides, dtype),
+            load_column(weight, 2, i, o, strides, dtype),
+        )
+
+    # Rows h - 1 and h of the output, as far as they are summed.
+    above = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    here = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    # Of every column, for the rows that are done: mean about origin, and M2; backward, Σ g and Σ g·(x - mean).
+    first_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    second_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    origin = tl.zeros([BLOCK_OUT], tl.float32)
+    first = tl.program_id(1) * ROWS
+    for h in range(first - 1, tl.minimum(first + ROWS, H) + 1):
+        below = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+        for s in tl.static_range(3):
+            beside = column + s - 1
+            inside = (valid & (beside >= 0) & (beside < W) & (h >= 0) & (h < H))[:, None]
+            for start in range(0, IN, BLOCK_IN):
+                i = start + tl.arange(0, BLOCK_IN)
+                if WHOLE:
+                    tap = taps[s]
+                else:
+                    terms = input_terms(
+                        mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD
+                    )
+                    tap = load_column(weight, s, i, o, strides, dtype)
+                there = (corner + h * W + s - 1) * IN
+                tile = load_input(x, dz, z, there, pixel * IN + i[None, :], inside, terms, AFFINE, BACKWARD)
+                below = tl.dot(tile, tap[0], below, input_precision="ieee")
+                here = tl.dot(tile, tap[1], here, input_precision="ieee")
+                above = tl.dot(tile, tap[2], above, input_precision="ieee")
+        # Outside the `if`, for Triton 3.6 cannot compile a dot's result that only an `if` uses for sm_90.
+        done = tl.where(valid[:, None], above, 0.0)
+        if h > first:
+            there = (corner + (h - 1) * W) * OUT
+            at = pixel * OUT + o[None, :]
+            if BACKWARD:
+                g, projected = store_input_gradient(
+                    out, done, x, there, at, valid[:, None], mean, var, gamma, beta, eps, o, OUT
+                )
+                first_sum += g
+                second_sum += projected
+            else:
+                value = store_output(out, done, there, at, valid[:, None])
+                if h == first + 1:
+                    origin = first_row(value)
+                # Welford's update (1962).
+                value -= origin[None, :]
+                delta = value - first_sum
+                first_sum += delta / (h - first)
+                second_sum += delta * (value - first_sum)
+        above = here
+        here = below
+
+    program = tl.program_id(1) * tl.num_programs(0) + block
+    if BACKWARD:
+        store_sums(partials, program, first_sum, second_sum, o, OUT)
+    else:
+        counts = tl.where(valid, tl.minimum(ROWS, H - first), 0)
+        store_statistics(partials, program, counts, origin, first_sum, second_sum, o, OUT)
+
+
+def options(dtype: torch.dtype, c_in: int, c_out: int) -> dict[str, int]:
+    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    if dtype == torch.float32:
+        # No tensor cores take part, and a dot holds its whole depth in registers.
+        return {"BLOCK": 64, "BLOCK_IN": 16, "BLOCK_OUT": 16, "num_warps": 8, "num_stages": 1}
+    warps = 8 if c_in == 64 else 4
+    return {"BLOCK": 64, "BLOCK_IN": c_in, "BLOCK_OUT": min(c_out, 32), "num_warps": warps, "num_stages": 3}
+
+
+def convolve(
+    x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None
+) -> tuple[Tensor, Tensor, Pieces]:
+    """z, or with a gradient dx; with each piece's sums."""
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    c_in, c_out = (c, k) if gradient is None else (k, c)
+    tile = options(x.dtype, c_in, c_out)
+    columns, outs = ceil_div(n * w, tile["BLOCK"]), c_out // tile["BLOCK_OUT"]
+    # As tall as leaves enough programs, but two rows at least, since the rows above and below are read too.
+    rows = min(h, max(2, h * columns * outs // PROGRAMS))
+    pieces = Pieces(n * w, h, tile["BLOCK"], rows)
+    out, partials = outputs(x, c_out, pieces, gradient)
+    launchable(conv_3x3_kernel)[(pieces.across, pieces.down, outs)](
+        x,
+        *norm,
+        *(gradient or NO_GRADIENT),
+        weight,
+        *weight.stride(),
+        out,
+        partials,
+        n,
+        h,
+        w,
+        rows,
+        C=c,
+        K=k,
+        **tile,
+    )
+    return out, partials, pieces
+
+
+def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
+    """Of ResNet-20 at batch 128, and the second passes, which the 1×1 convolution has too."""
+    layers = ((16, 32), (32, 16), (64, 8))
+    found = [
+        variant for c, size in layers for variant in convolution_variants(convolve, 128, c, c, size, 3, dtype)
+    ]
+    return found + second_pass_variants()

@@ -1,0 +1,242 @@
+"""conv_norm as a pair of functional ops of torch, with fakes and autograd. Experimental: nothing uses it by default.
+
+    torch.ops.fastres_kernels.conv_norm            (x, weight, mean, var, gamma, beta, eps) -> (z, mean_z, var_z)
+    torch.ops.fastres_kernels.conv_norm_backward   (dz, dmean_z, dvar_z, x, …) -> (dx, dweight, dmean, dvar, dgamma,
+    dbeta)
+
+The maths is reference.conv_norm: a convolution that normalises its input on the way in and measures its output on the
+way out, so that a chain of them never writes an activation. Each op picks, by dtype, device and shape, the Triton
+kernels or the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from . import reference
+from .launch import HAS_TRITON, channels_last, register, runs_kernels
+
+if HAS_TRITON:
+    from . import conv_1x1, conv_3x3, conv_parts
+
+
+def kernels_for(x: Tensor, weight: Tensor) -> Any:
+    """conv_1x1 or conv_3x3; None where the reference computes."""
+    if not runs_kernels(x) or x.numel() == 0:
+        return None
+    k, c, *size = weight.shape
+    if size == [1, 1]:
+        return conv_1x1
+    return conv_3x3 if size == [3, 3] and {c, k} <= conv_3x3.CHANNELS else None
+
+
+@register("conv_norm")
+def conv_norm(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, r, r), r = 1 or 3
+    mean: Tensor | None,  # (C,), with var: of x's normalisation; None: x is taken as it is, without ReLU
+    var: Tensor | None,  # (C,), biased
+    gamma: Tensor | None,  # (C,)
+    beta: Tensor | None,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, (N, K, H, W), channels-last, of x's dtype; its mean and biased variance, (K,), float32 or wider."""
+    kernels = kernels_for(x, weight)
+    if kernels is None:
+        z, mean_z, var_z = reference.conv_norm(x, weight, mean, var, gamma, beta, eps)
+        return channels_last(z), mean_z, var_z
+    x = channels_last(x, warn="the input of conv_norm")
+    z, partials, pieces = kernels.convolve(x, weight, _norm(mean, var, gamma, beta, eps))
+    return z, *conv_parts.statistics(partials, pieces)
+
+
+@conv_norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    k = weight.shape[0]
+    z = torch.empty((n, k, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    mean_z, var_z = (x.new_empty(k, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    return z, mean_z, var_z
+
+
+@register("conv_norm_backward")
+def conv_norm_backward(
+    dz: Tensor | None,  # (N, K, H, W), any strides; None, here and in the next two, is zero
+    dmean_z: Tensor | None,  # (K,)
+    dvar_z: Tensor | None,  # (K,)
+    x: Tensor,  # (N, C, H, W); these seven as the forward had them
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    z: Tensor,  # (N, K, H, W); these two as it returned them
+    mean_z: Tensor,
+    want_input: bool,  # dx and those of the normalisation
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x and weight, channels-last, and of mean, var, gamma and beta, each of its tensor's dtype; empty
+    where not wanted, and where there is no such tensor."""
+    kernels = kernels_for(x, weight)
+    dx = dweight = None
+    dnorm: list[Tensor | None] = [None] * 4
+    if kernels is None:
+        dx, dweight, dnorm = reference_backward(
+            dz, dmean_z, dvar_z, x, weight, mean, var, gamma, beta, eps, z, mean_z, want_input, want_weight
+        )
+    else:
+        x = channels_last(x)
+        norm = _norm(mean, var, gamma, beta, eps)
+        dz = None if dz is None else channels_last(dz)
+        gradient = conv_parts.Gradient(dz, _dense(dmean_z), _dense(dvar_z), channels_last(z), mean_z)
+        if want_input:
+            dx, partials, _ = kernels.convolve(x, weight, norm, gradient)
+            dnorm = conv_parts.norm_gradients(partials, norm)
+        if want_weight:
+            dweight = conv_parts.weight_gradient(x, weight, norm, gradient)
+    dmean, dvar, dgamma, dbeta = (_or_empty(gradient, x) for gradient in dnorm)
+    return _or_empty(dx, x), _or_empty(dweight, x), dmean, dvar, dgamma, dbeta
+
+
+@conv_norm_backward.register_fake
+def _(
+    dz: Tensor | None,
+    dmean_z: Tensor | None,
+    dvar_z: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    z: Tensor,
+    mean_z: Tensor,
+    want_input: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if want_input else None
+    dweight = torch.empty_like(weight, memory_format=torch.channels_last) if want_weight else None
+    normalised = want_input and mean is not None and var is not None
+    dmean, dvar, dgamma, dbeta = (
+        _or_empty(torch.empty_like(vector) if normalised and vector is not None else None, x)
+        for vector in (mean, var, gamma, beta)
+    )
+    return _or_empty(dx, x), _or_empty(dweight, x), dmean, dvar, dgamma, dbeta
+
+
+def reference_backward(
+    dz: Tensor | None,
+    dmean_z: Tensor | None,
+    dvar_z: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    z: Tensor,
+    mean_z: Tensor,
+    want_input: bool,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """dx; dweight; dmean, dvar, dgamma, dbeta: what autograd makes of reference.conv_norm, which an op's body, being
+    below autograd, cannot ask it for. None where there is nothing.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    count = z.numel() // z.shape[1]
+    total = torch.zeros_like(z, dtype=wide)
+    if dz is not None:
+        total += dz
+    if dmean_z is not None:
+        total += dmean_z[:, None, None] / count
+    if dvar_z is not None:
+        total += (z - mean_z[:, None, None]) * dvar_z[:, None, None] * (2 / count)
+
+    a = x.to(wide)
+    if mean is not None and var is not None:
+        invstd = torch.rsqrt(var + eps)
+        normalised = (a - mean[:, None, None]) * invstd[:, None, None]
+        scale = torch.ones_like(mean) if gamma is None else gamma
+        shift = torch.zeros_like(mean) if beta is None else beta
+        preactivation = normalised * scale[:, None, None] + shift[:, None, None]
+        a = F.relu(preactivation)
+    a = a.to(x.dtype).to(wide)
+
+    padding = weight.shape[-1] // 2
+    dx = dweight = None
+    dnorm: list[Tensor | None] = [None] * 4
+    if want_weight:
+        dweight = channels_last(conv2d_weight(a, weight.shape, total, padding=padding).to(weight.dtype))
+    if want_input:
+        g = conv2d_input(x.shape, weight.to(x.dtype).to(wide), total, padding=padding)
+        if mean is not None and var is not None:
+            g = g.masked_fill(preactivation <= 0, 0)
+            dbeta, dgamma = g.sum((0, 2, 3)), (g * normalised).sum((0, 2, 3))
+            g = g * (scale * invstd)[:, None, None]
+            dmean, dvar = -dbeta * scale * invstd, -0.5 * dgamma * scale * invstd**2
+            dnorm = [
+                None if vector is None else gradient.to(vector.dtype)
+                for vector, gradient in ((mean, dmean), (var, dvar), (gamma, dgamma), (beta, dbeta))
+            ]
+        dx = channels_last(g.to(x.dtype))
+    return dx, dweight, dnorm
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    z, mean_z, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, z, mean_z)
+
+
+def _differentiate(ctx: Any, dz: Tensor | None, dmean_z: Tensor | None, dvar_z: Tensor | None) -> Any:
+    *tensors, z, mean_z = ctx.saved_tensors
+    needs_x, needs_weight, *needs_norm, _ = ctx.needs_input_grad
+    gradients = conv_norm_backward(
+        dz, dmean_z, dvar_z, *tensors, ctx.eps, z, mean_z, needs_x or any(needs_norm), needs_weight
+    )
+    # An empty gradient is none. (A tensor that is empty itself has no use for one.)
+    return *(gradient if gradient.numel() else None for gradient in gradients), None
+
+
+def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "fastres_kernels: conv_norm has no double backward; use torch's layers where gradients of gradients are needed"
+    )
+
+
+conv_norm.register_autograd(_differentiate, setup_context=_save)
+conv_norm_backward.register_autograd(_no_double_backward)
+
+
+def _norm(
+    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Any:
+    if mean is None or var is None:
+        mean = var = gamma = beta = None
+    return conv_parts.Norm(_dense(mean), _dense(var), _dense(gamma), _dense(beta), eps)
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """Gradients of sums have stride 0."""
+    return None if vector is None else vector.contiguous()
+
+
+def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if gradient is None else gradient

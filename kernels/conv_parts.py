@@ -1,0 +1,481 @@
+"""What the 1×1 and the 3×3 convolution share: prologues, epilogues, the second passes, the weight's gradient.
+
+A channels-last tensor is a matrix [M = N·H·W, C]. What a convolution reads is made on the way in, so that it is never
+in memory: forward the activation, backward the gradient of z, to which mean_z and var_z, functions of z, contribute,
+
+    a  = relu((x - mean)·scale + beta)                     scale = gamma / √(var + eps)
+    dz = dz + dmean_z/M + (z - mean_z)·2·dvar_z/M
+
+What it writes is summed over the pixels on the way out: forward to the mean and variance of z, backward to the
+gradients of mean, var, gamma and beta. Every program writes its sums in float32, a second kernel puts them together
+in one fixed order. No atomics: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bn_backward import sum_partials
+from .bn_forward import merge, merge_rows
+from .launch import launchable
+from .tiles import ceil_div, next_power_of_two
+from .variants import Variant, recorded
+
+# Two for each of an H100's 132 multiprocessors. A constant, so that every device sums in the same order.
+PROGRAMS = 264
+BLOCK_P, BLOCK_SUMS = 128, 16  # partial sums and channels that a second pass takes at a time
+
+
+class Norm(NamedTuple):
+    """The normalisation of x, (C,) float32 each. Without mean and var there is none, and no ReLU."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
+class Gradient(NamedTuple):
+    """What the gradient of z is made from; None is zero."""
+
+    dz: Tensor | None  # (N, K, H, W) channels-last
+    dmean_z: Tensor | None  # (K,) float32
+    dvar_z: Tensor | None  # (K,) float32
+    z: Tensor  # (N, K, H, W) channels-last
+    mean_z: Tensor  # (K,) float32
+
+
+NO_GRADIENT = (None,) * 5  # in its place forward
+
+
+# ---- prologues ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def channel(pointer, c, C, default: tl.constexpr):
+    """A (C,) vector at the channels c; `default` beyond the last, and where there is no vector."""
+    return (
+        tl.full(c.shape, default, tl.float32)
+        if pointer is None
+        else tl.load(pointer + c, c < C, other=default)
+    )
+
+
+@triton.jit
+def inverse_std(var, eps, c, C):
+    # torch.compile passes a Python float as float64.
+    return tl.rsqrt(channel(var, c, C, 1.0) + tl.cast(eps, tl.float32))
+
+
+@triton.jit
+def activation_terms(mean, var, gamma, beta, eps, c, C):
+    """mean, scale, beta at the channels c."""
+    scale = inverse_std(var, eps, c, C) * channel(gamma, c, C, 1.0)
+    return channel(mean, c, C, 0.0), scale, channel(beta, c, C, 0.0)
+
+
+@triton.jit
+def load_activation(x, corner, at, inside, terms, NORM: tl.constexpr):
+    """A tile of a, in x's dtype; zero where not inside, since padding is of a, not of x.
+
+    `corner` is the tile's, in 64 bits; `at`, the offsets from there, needs no more than 32.
+    """
+    value = tl.load(x + corner + at, inside, other=0.0)
+    if NORM:
+        mean, scale, beta = terms
+        # The mean is subtracted first: x * scale - mean * scale would cancel where the mean is large.
+        a = (value.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
+        # NaN passes, as in torch: a bad value should be seen, not hidden.
+        a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.where(inside, a, 0.0).to(value.dtype)
+    return value
+
+
+@triton.jit
+def gradient_terms(dmean_z, dvar_z, mean_z, M, c, C):
+    """mean_z, 2·dvar_z/M, dmean_z/M at the channels c."""
+    slope = channel(dvar_z, c, C, 0.0) * (2.0 / M)
+    return channel(mean_z, c, C, 0.0), slope, channel(dmean_z, c, C, 0.0) / M
+
+
+@triton.jit
+def load_gradient(dz, z, corner, at, inside, terms, STATISTICS: tl.constexpr):
+    """A tile of the whole gradient of z, in z's dtype; zero where not inside."""
+    value = tl.zeros(at.shape, tl.float32)
+    if STATISTICS:
+        mean_z, slope, shift = terms
+        centred = tl.load(z + corner + at, inside, other=0.0).to(tl.float32) - mean_z[None, :]
+        value = tl.where(inside, centred * slope[None, :] + shift[None, :], 0.0)
+    if dz is not None:
+        value += tl.load(dz + corner + at, inside, other=0.0).to(tl.float32)
+    return value.to(z.dtype.element_ty)
+
+
+@triton.jit
+def input_terms(
+    mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN: tl.constexpr, BACKWARD: tl.constexpr
+):
+    """What load_input needs of the input's channels i."""
+    if BACKWARD:
+        terms = gradient_terms(dmean_z, dvar_z, mean_z, M, i, IN)
+    else:
+        terms = activation_terms(mean, var, gamma, beta, eps, i, IN)
+    return terms
+
+
+@triton.jit
+def load_input(x, dz, z, corner, at, inside, terms, AFFINE: tl.constexpr, BACKWARD: tl.constexpr):
+    """A tile of what is convolved: a, or backward the gradient of z."""
+    if BACKWARD:
+        tile = load_gradient(dz, z, corner, at, inside, terms, AFFINE)
+    else:
+        tile = load_activation(x, corner, at, inside, terms, AFFINE)
+    return tile
+
+
+# ---- epilogues ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_output(z, sums, corner, at, inside):
+    """Writes a tile of z; returns it as it was rounded, zero where not inside."""
+    rounded = sums.to(z.dtype.element_ty)
+    tl.store(z + corner + at, rounded, inside)
+    return tl.where(inside, rounded.to(tl.float32), 0.0)
+
+
+@triton.jit
+def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, eps, c, C):
+    """Writes a tile of x's gradient; returns g = da where ReLU let through, and g·(x - mean).
+
+    The gate is recomputed from x: x is needed anyway, and a mask in memory would have to be read too.
+    """
+    if mean is None:
+        gated = da
+        projected = da
+    else:
+        centre, scale, shift = activation_terms(mean, var, gamma, beta, eps, c, C)
+        centred = tl.load(x + corner + at, inside, other=0.0).to(tl.float32) - centre[None, :]
+        passes = (centred * scale[None, :] + shift[None, :] <= 0) == 0  # NaN does
+        gated = tl.where(inside & passes, da, 0.0)
+        projected = gated * centred
+        da = gated * scale[None, :]
+    tl.store(dx + corner + at, da.to(dx.dtype.element_ty), inside)
+    return gated, projected
+
+
+@triton.jit
+def first_row(tile):
+    """The first row of a tile: an origin near the mean, about which float32 has digits for the mean to spare."""
+    row = tl.arange(0, tile.shape[0])[:, None]
+    return tl.sum(tl.where(row == 0, tile, 0.0), 0)
+
+
+@triton.jit
+def store_statistics(partials, program, counts, origin, mean, m2, o, OUT: tl.constexpr):
+    """Of the channels o, mean about origin and M2 of a tile, each row of which has those of `counts` pixels."""
+    _, mean, m2 = merge_rows(counts.to(tl.float32)[:, None], mean, m2)
+    to = partials + program * (3 * OUT) + o
+    tl.store(to, origin, o < OUT)
+    tl.store(to + OUT, mean, o < OUT)
+    tl.store(to + 2 * OUT, m2, o < OUT)
+
+
+@triton.jit
+def store_sums(partials, program, g, projected, o, OUT: tl.constexpr):
+    """Of the channels o, the sums over a tile's rows."""
+    to = partials + program * (2 * OUT) + o
+    tl.store(to, tl.sum(g, 0), o < OUT)
+    tl.store(to + OUT, tl.sum(projected, 0), o < OUT)
+
+
+# ---- second passes -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics_kernel(
+    partials,  # (P, 3, K) float32, of each program's pixels: origin, mean about it, M2
+    mean_z,  # (K,) float32
+    var_z,
+    WIDTH,  # the pixels as a rectangle,
+    HEIGHT,
+    COLUMNS,  # and a program's piece of it; pieces are numbered row by row
+    ROWS,
+    P,
+    K,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """mean and M2 / count of all pixels (Chan, Golub & LeVeque 1979). Reads 12·P bytes a channel."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    origin = tl.load(partials + k, k < K, other=0.0)
+    across = tl.cdiv(WIDTH, COLUMNS)
+    count = tl.zeros([BLOCK_K], tl.float32)
+    mean = tl.zeros([BLOCK_K], tl.float32)
+    m2 = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        there = (p < P)[:, None] & (k < K)[None, :]
+        # The last piece of a row, and those of the last row, may be smaller.
+        columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
+        rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
+        counts = tl.where(p < P, columns * rows, 0).to(tl.float32)
+        at = partials + p[:, None] * (3 * K) + k[None, :]
+        means = tl.load(at, there, other=0.0) - origin[None, :] + tl.load(at + K, there, other=0.0)
+        m2s = tl.load(at + 2 * K, there, other=0.0)
+        counts, means, m2s = merge_rows(counts[:, None], means, m2s)
+        count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
+    tl.store(mean_z + k, origin + mean, k < K)
+    tl.store(var_z + k, m2 / count, k < K)
+
+
+@triton.jit
+def norm_gradients_kernel(
+    partials,  # (P, 2, C) float32: Σ g and Σ g·(x - mean) of each program's pixels
+    var,  # (C,) float32
+    gamma,
+    eps,
+    dmean,  # (C,) float32
+    dvar,
+    dgamma,
+    dbeta,
+    P,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradients of what normalised x, with a = gamma·x̂ + beta and x̂ = (x - mean)/√(var + eps):
+
+        dbeta = Σ g    dgamma = Σ g·x̂    dmean = -Σ g·gamma/√(var + eps)    dvar = -Σ g·x̂·gamma/2(var + eps)
+
+    Reads 8·P bytes a channel.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there = c < C
+    total, projected = sum_partials(partials, c, there, C, P, BLOCK_C, BLOCK_P)
+    invstd = inverse_std(var, eps, c, C)
+    projected *= invstd
+    scale = channel(gamma, c, C, 1.0) * invstd
+    tl.store(dmean + c, -total * scale, there)
+    tl.store(dvar + c, -0.5 * projected * scale * invstd, there)
+    if dgamma is not None:
+        tl.store(dgamma + c, projected, there)
+    if dbeta is not None:
+        tl.store(dbeta + c, total, there)
+
+
+# ---- the weight's gradient ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x,  # [N, H, W, C]
+    mean,  # (C,) float32, as the next three
+    var,
+    gamma,
+    beta,
+    eps,
+    dz,  # [N, H, W, K]
+    dmean_z,  # (K,) float32
+    dvar_z,
+    z,  # [N, H, W, K]
+    mean_z,
+    partials,  # (P, K, R, R, C) float32
+    H,
+    W,
+    M,
+    PIXELS,  # of one program
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,  # the filter is R × R; R = 1 or 3
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dweight[k, c, r, s] = Σ dz[n, h - r, w, k] · a[n, h, w + s, c], with r and s counted from the filter's centre.
+
+    Shifting a by columns and dz by rows takes R loads of each, where shifting one of them both ways would take R² + 1.
+    Reads x, z and dz, 6 bytes for every element in bf16 (the shifts come from the cache), K/BLOCK_K and C/BLOCK_C
+    times.
+    """
+    NORM: tl.constexpr = mean is not None
+    STATISTICS: tl.constexpr = (dmean_z is not None) or (dvar_z is not None)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    a_terms = activation_terms(mean, var, gamma, beta, eps, c, C)
+    dz_terms = gradient_terms(dmean_z, dvar_z, mean_z, M, k, K)
+    taps = ()  # type: tuple[Any, ...]
+    for _ in tl.static_range(R * R):
+        taps += (tl.zeros([BLOCK_K, BLOCK_C], tl.float32),)
+
+    lane = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * PIXELS
+    last = tl.minimum(first + PIXELS, M)
+    for start in range(first, last, BLOCK):
+        valid = lane < last - start
+        corner = tl.cast(start, tl.int64)
+        column = (start + lane) % W
+        row = (start + lane) // W % H
+        activations = ()  # type: tuple[Any, ...]
+        for s in tl.static_range(R):
+            beside = column + s - R // 2
+            inside = (valid & (beside >= 0) & (beside < W))[:, None] & (c < C)[None, :]
+            at = (lane + s - R // 2)[:, None] * C + c[None, :]
+            activations += (load_activation(x, corner * C, at, inside, a_terms, NORM),)
+        sums = ()  # type: tuple[Any, ...]
+        for r in tl.static_range(R):
+            above = row - (r - R // 2)
+            inside = (valid & (above >= 0) & (above < H))[:, None] & (k < K)[None, :]
+            at = (lane - (r - R // 2) * W)[:, None] * K + k[None, :]
+            gradient = tl.trans(load_gradient(dz, z, corner * K, at, inside, dz_terms, STATISTICS))
+            for s in tl.static_range(R):
+                sums += (tl.dot(gradient, activations[s], taps[r * R + s], input_precision="ieee"),)
+        taps = sums
+
+    there = (k < K)[:, None] & (c < C)[None, :]
+    at = partials + tl.program_id(0) * (K * R * R * C) + k[:, None] * (R * R * C) + c[None, :]
+    for t in tl.static_range(R * R):
+        tl.store(at + t * C, taps[t], there)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------
+
+
+class Pieces(NamedTuple):
+    """How the pixels of a tensor, as a rectangle, are dealt to the programs of a first pass."""
+
+    width: int
+    height: int
+    columns: int  # of a piece
+    rows: int
+
+    @property
+    def across(self) -> int:
+        return ceil_div(self.width, self.columns)
+
+    @property
+    def down(self) -> int:
+        return ceil_div(self.height, self.rows)
+
+
+def outputs(x: Tensor, channels: int, pieces: Pieces, gradient: Gradient | None) -> tuple[Tensor, Tensor]:
+    """For a first pass to fill: z or dx, (N, channels, H, W) channels-last; (P, 3, channels) or (P, 2, channels)."""
+    n, _, h, w = x.shape
+    # Not empty(memory_format=...): torch.compile would fill it.
+    out = x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+    sums = 3 if gradient is None else 2
+    partials = torch.empty(
+        (pieces.across * pieces.down, sums, channels), dtype=torch.float32, device=x.device
+    )
+    return out, partials
+
+
+def statistics(partials: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """(P, 3, K) of a forward pass -> mean and biased variance of z, (K,) each."""
+    p, _, k = partials.shape
+    mean, var = (torch.empty(k, dtype=torch.float32, device=partials.device) for _ in range(2))
+    launchable(statistics_kernel)[(ceil_div(k, BLOCK_SUMS),)](
+        partials, mean, var, *pieces, p, k, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_SUMS
+    )
+    return mean, var
+
+
+def norm_gradients(partials: Tensor, norm: Norm) -> list[Tensor | None]:
+    """(P, 2, C) of a backward pass -> the gradients of mean, var, gamma and beta; None for what there is not."""
+    if norm.mean is None:
+        return [None] * 4
+    p, _, c = partials.shape
+    gradients = [None if vector is None else torch.empty_like(vector) for vector in norm[:4]]
+    launchable(norm_gradients_kernel)[(ceil_div(c, BLOCK_SUMS),)](
+        partials, norm.var, norm.gamma, norm.eps, *gradients, p, c, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_SUMS
+    )
+    return gradients
+
+
+def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -> Tensor:
+    """The gradient of weight, (K, C, R, R), channels-last, of its dtype."""
+    k, c, r, _ = weight.shape
+    n, _, h, w = x.shape
+    m = n * h * w
+    options = weight_gradient_options(x.dtype, c, k, r)
+    across, down = ceil_div(c, options["BLOCK_C"]), ceil_div(k, options["BLOCK_K"])
+    # As many programs as run at once, but each with more to sum than it writes.
+    pixels = max(ceil_div(m * across * down, PROGRAMS), 256)
+    splits = ceil_div(m, pixels)
+    partials = torch.empty((splits, k, r, r, c), dtype=torch.float32, device=x.device)
+    launchable(weight_gradient_kernel)[(splits, across, down)](
+        x, *norm, *gradient, partials, h, w, m, pixels, C=c, K=k, R=r, **options
+    )
+    return partials.sum(0).to(weight.dtype).permute(0, 3, 1, 2)
+
+
+def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[str, int]:
+    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    if dtype == torch.float32:
+        return {"BLOCK": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    if r == 3:
+        return {"BLOCK": 32, "BLOCK_C": c, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    block_c, block_k = (min(max(next_power_of_two(n), 16), 128) for n in (c, k))
+    return {"BLOCK": 64, "BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
+
+
+# ---- for report.py -----------------------------------------------------------------------------------------
+
+
+def convolution_variants(
+    convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int, dtype: torch.dtype
+) -> list[Variant]:
+    """The three first passes for n images of size × size. Bytes are per element of x."""
+    weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
+    x, z = (
+        torch.empty((n, channels, size, size), dtype=dtype, device="meta").to(
+            memory_format=torch.channels_last
+        )
+        for channels in (c, k)
+    )
+    of_x, of_z = (torch.empty(channels, device="meta") for channels in (c, k))
+    norm, gradient = Norm(of_x, of_x, of_x, of_x, 1e-5), Gradient(z, of_z, of_z, z, of_z)
+    name = f"{r}×{r} convolution, {str(dtype).removeprefix('torch.')}, {c} -> {k}"
+    wider = k / c
+    return [
+        recorded(
+            f"{name}, forward",
+            lambda: convolve(x, weight, norm),
+            lambda _: dtype.itemsize * (1 + wider),
+        ),
+        recorded(
+            f"{name}, input gradient",
+            lambda: convolve(x, weight, norm, gradient),
+            lambda _: dtype.itemsize * (2 + 2 * wider),
+        ),
+        recorded(
+            f"{name}, weight gradient",
+            lambda: weight_gradient(x, weight, norm, gradient),
+            lambda _: dtype.itemsize * (1 + 2 * wider),
+        ),
+    ]
+
+
+def second_pass_variants() -> list[Variant]:
+    vector = torch.empty(16, device="meta")
+    return [
+        recorded(
+            "convolution, statistics of z",
+            lambda: statistics(torch.empty((320, 3, 16), device="meta"), Pieces(4096, 32, 64, 7)),
+            lambda _: None,
+        ),
+        recorded(
+            "convolution, gradients of the normalisation",
+            lambda: norm_gradients(
+                torch.empty((320, 2, 16), device="meta"), Norm(vector, vector, vector, vector, 1e-5)
+            ),
+            lambda _: None,
+        ),
+    ]
