@@ -26,7 +26,6 @@ from .conv_parts import (
     Norm,
     Pieces,
     convolution_variants,
-    first_row,
     input_terms,
     load_input,
     outputs,
@@ -126,10 +125,11 @@ def conv_3x3_kernel(
     # Rows h - 1 and h of the output, as far as they are summed.
     above = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
     here = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
-    # Of every column, for the rows that are done: mean about origin, and M2; backward, Σ g and Σ g·(x - mean).
+    # Of every column, over the rows that are done: Σ v and Σ v², where v is z about its value in the first of them, and
+    # so small; backward, Σ g and Σ g·(x - mean).
+    origin = tl.zeros([BLOCK, BLOCK_OUT], dtype)
     first_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
     second_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
-    origin = tl.zeros([BLOCK_OUT], tl.float32)
     first = tl.program_id(1) * ROWS
     for h in range(first - 1, tl.minimum(first + ROWS, H) + 1):
         below = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
@@ -162,14 +162,11 @@ def conv_3x3_kernel(
                 first_sum += g
                 second_sum += projected
             else:
-                value = store_output(out, done, there, at, valid[:, None])
-                if h == first + 1:
-                    origin = first_row(value)
-                # Welford's update (1962).
-                value -= origin[None, :]
-                delta = value - first_sum
-                first_sum += delta / (h - first)
-                second_sum += delta * (value - first_sum)
+                rounded = store_output(out, done, there, at, valid[:, None])
+                origin = tl.where(h == first + 1, rounded, origin)
+                value = rounded.to(tl.float32) - origin.to(tl.float32)
+                first_sum += value
+                second_sum += value * value
         above = here
         here = below
 
@@ -177,8 +174,10 @@ def conv_3x3_kernel(
     if BACKWARD:
         store_sums(partials, program, first_sum, second_sum, o, OUT)
     else:
-        counts = tl.where(valid, tl.minimum(ROWS, H - first), 0)
-        store_statistics(partials, program, counts, origin, first_sum, second_sum, o, OUT)
+        rows = tl.minimum(ROWS, H - first)
+        mean = first_sum / rows
+        m2 = second_sum - first_sum * mean
+        store_statistics(partials, program, tl.where(valid, rows, 0), origin, mean, m2, o, OUT)
 
 
 def options(dtype: torch.dtype, c_in: int, c_out: int) -> dict[str, int]:

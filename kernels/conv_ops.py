@@ -1,8 +1,7 @@
 """conv_norm as a pair of functional ops of torch, with fakes and autograd. Experimental: nothing uses it by default.
 
     torch.ops.fastres_kernels.conv_norm            (x, weight, mean, var, gamma, beta, eps) -> (z, mean_z, var_z)
-    torch.ops.fastres_kernels.conv_norm_backward   (dz, dmean_z, dvar_z, x, …) -> (dx, dweight, dmean, dvar, dgamma,
-    dbeta)
+    torch.ops.fastres_kernels.conv_norm_backward   (dz, dmean_z, dvar_z, x, …) -> gradients of those six
 
 The maths is reference.conv_norm: a convolution that normalises its input on the way in and measures its output on the
 way out, so that a chain of them never writes an activation. Each op picks, by dtype, device and shape, the Triton
@@ -46,6 +45,12 @@ def conv_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, (N, K, H, W), channels-last, of x's dtype; its mean and biased variance, (K,), float32 or wider."""
+    vectors = (mean, var, gamma, beta)
+    if any(
+        shape != x.shape[1:2] for shape in (weight.shape[1:2], *(v.shape for v in vectors if v is not None))
+    ):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, *vectors) if t is not None)
+        raise ValueError(f"conv_norm: weight and vectors {shapes} do not fit x {tuple(x.shape)}")
     kernels = kernels_for(x, weight)
     if kernels is None:
         z, mean_z, var_z = reference.conv_norm(x, weight, mean, var, gamma, beta, eps)
@@ -164,9 +169,9 @@ def reference_backward(
     if dz is not None:
         total += dz
     if dmean_z is not None:
-        total += dmean_z[:, None, None] / count
+        total += (dmean_z / count)[:, None, None]
     if dvar_z is not None:
-        total += (z - mean_z[:, None, None]) * dvar_z[:, None, None] * (2 / count)
+        total += (z - mean_z[:, None, None]) * (2 * dvar_z / count)[:, None, None]
 
     a = x.to(wide)
     if mean is not None and var is not None:

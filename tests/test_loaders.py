@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,99 @@ def test_evaluation_sees_the_centre(loader: str) -> None:
     ((view, _),) = made.evaluate()  # 48 is 42·256/224: nothing is resized
     assert torch.allclose(view, normalized(image[None, 11:53, 3:45], 3), atol=0.05)
     assert torch.allclose(view, view.flip(3), atol=0.05)
+
+
+# ---- two decoders --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of scikit-learn's two photographs as JPEGs: train/CLASS of 12 each, of unequal sizes, test of one size."""
+    from sklearn.datasets import load_sample_images
+
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for part, count in (("train", 12), ("test", 4)):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                h, w = rng.integers(60, 200, 2) if part == "train" else (64, 64)
+                top, left = (
+                    int(rng.integers(limit - side)) for limit, side in zip((427, 640), (h, w), strict=True)
+                )
+                crop = Image.fromarray(photograph[top : top + h, left : left + w])
+                crop.save(root / part / name / f"{number:02}.jpg", quality=90)
+    return root
+
+
+@pytest.mark.parametrize(
+    "fields", [{"augment": "resized_crop", "image_size": 48}, {"image_size": 64, "pad": 4}], ids=str
+)
+def test_dali_and_pil_see_the_same_photographs(photographs: Path, fields: dict[str, Any]) -> None:
+    """Up to rounding in the inverse DCT and, where resized, in the filter: under a grey level on average."""
+    source = folder(photographs)
+    split = source.train if "augment" in fields else source.test
+    theirs, ours = (make(loader, split, **fields) for loader in ("dataloader", "dali"))
+    compared = 0
+    for batches in (
+        zip(theirs.train(0, 6), ours.train(0, 6), strict=True),
+        zip(theirs.evaluate(), ours.evaluate(), strict=True),
+    ):
+        for (a, labels_a), (b, labels_b) in batches:
+            assert torch.equal(labels_a, labels_b)
+            levels = (a - b).abs() * torch.tensor(STD)[:, None, None] * 255
+            assert levels.mean() < 1
+            assert levels.quantile(0.999) < 16
+            compared += len(labels_a)
+    assert compared > 40
+
+
+def test_dali_sees_in_rare_formats_what_pil_sees(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    grey, colours = rng.integers(0, 256, (8, 8), np.uint8), rng.integers(0, 256, (8, 8, 3), np.uint8)
+    pictures = {
+        "grey.png": Image.fromarray(grey),
+        "palette.png": Image.fromarray(colours).quantize(16),
+        "alpha.png": Image.fromarray(np.dstack([colours, grey])),
+        "grey with alpha.png": Image.fromarray(np.dstack([grey, grey[::-1]])),
+        "sixteen bits.png": Image.fromarray(grey.astype(np.uint16) * 256 + 77),
+        "schön, mit Leerzeichen.png": Image.fromarray(colours),
+        "a bitmap.png": Image.fromarray(colours),
+        "cmyk.jpg": Image.fromarray(colours).convert("CMYK"),
+        "grey.jpg": Image.fromarray(grey),
+    }
+    for part in ("train", "test"):
+        (tmp_path / part / "a class").mkdir(parents=True)
+        for name, picture in pictures.items():
+            picture.save(tmp_path / part / "a class" / name, "BMP" if "bitmap" in name else None)
+    split = folder(tmp_path).train
+    fields = {"augment": "none", "batch_size": len(pictures)}
+    ((theirs, _),), ((ours, _),) = (
+        list(make(name, split, **fields).train(0, 1)) for name in ("dataloader", "dali")
+    )
+    assert (
+        theirs - ours
+    ).abs().max() < 0.05  # a few grey levels in the JPEGs; a wrong mode would be a hundred
+    assert (
+        len({image.numpy().tobytes() for image in ours}) == 5
+    )  # colours, their palette, their CMYK, grey, its JPEG
+
+
+@every_loader
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_file_is_named(loader: str, damage: str, photographs: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(photographs, root)
+    bad = root / "test" / "china" / "02.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage])
+    with refused("02.jpg"):
+        list(make(loader, folder(root).test, image_size=64).evaluate())
+
+
+def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with refused("data.loader dali", "pip install", "--data.loader dataloader"):
+        make("dali", noise())
 
 
 # ---- build_loader -------------------------------------------------------------------------------------------

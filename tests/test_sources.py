@@ -390,7 +390,7 @@ def test_unequal_sizes_name_the_file_both_sizes_and_the_remedy(tmp_path: Path) -
     source = load("imagefolder", write_image_folder(tmp_path, train=300))
     for index in (590, 280, 400):
         Image.new("RGB", (30, 20)).save(source.train.paths[index])
-    remedy = "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
+    remedy = "--data.loader dali --data.augment resized_crop --data.image_size 224"
     with refused(source.train.paths[280], "30x20", "32x32", remedy):
         source.train.array(workers=2)
     assert source.train.image(280).shape == (20, 30, 3)

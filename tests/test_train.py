@@ -152,10 +152,11 @@ def test_held_out_samples_make_the_curve_and_the_test_set_the_result(train: Trai
     assert summary["curve"] == "validation" and summary["test_samples"] == 360
 
 
-def test_the_dataloader_trains_the_same_weights_as_the_resident_loader(
-    train: Train, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("loader", ["dataloader", "dali"])
+def test_every_loader_trains_the_weights_of_the_resident_one(
+    train: Train, undisturbed: Path, tmp_path: Path, loader: str
 ) -> None:
-    assert train(*SHORT, "--data.loader", "dataloader", "--run.dir", tmp_path / "run") == 0
+    assert train(*SHORT, "--data.loader", loader, "--run.dir", tmp_path / "run") == 0
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
 
 
@@ -231,11 +232,13 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"step {step} did not come")
 
 
-@pytest.mark.parametrize("step", [9, 22, 31])
+@pytest.mark.parametrize(
+    ("step", "loader"), [(9, "resident"), (22, "resident"), (31, "resident"), (14, "dali")]
+)
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
-    train: Train, undisturbed: Path, tmp_path: Path, step: int
+    train: Train, undisturbed: Path, tmp_path: Path, step: int, loader: str
 ) -> None:
-    flags = [*SHORT, "--run.dir", tmp_path / "run"]
+    flags = [*SHORT, "--data.loader", loader, "--run.dir", tmp_path / "run"]
     process = start(*flags)
     wait_for_step(tmp_path / "run", step, process)
     process.kill()
@@ -441,7 +444,6 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> N
             "model.norm apex: NVIDIA's apex is not installed; use torch or fused",
         ),
         ("--recipe digits --model.norm torch --model.sync_norm true", "model.sync_norm true"),
-        ("--recipe digits --data.loader dali", "there are: resident, dataloader"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
         ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.config import Config
+from fastres.data.dali import DaliLoader
 from fastres.data.dataloader import HostLoader
 from fastres.data.resident import ResidentLoader
 from fastres.data.sources import Source, Split
@@ -35,6 +36,7 @@ class Loader(Protocol):
 
 LOADERS: dict[str, Callable[[Split, BatchSpec], Loader]] = {
     "resident": ResidentLoader,
+    "dali": DaliLoader,
     "dataloader": HostLoader,
 }
 
@@ -78,7 +80,7 @@ def image_size(config: Config, source: Source) -> int:
     if height != width:
         raise Refused(
             f"{source.name} has images of {width}x{height} pixels; for others than square ones use "
-            "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
+            "--data.loader dali --data.augment resized_crop --data.image_size 224"
         )
     if config.data.image_size not in (None, height):
         raise Refused(

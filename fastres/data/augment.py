@@ -48,33 +48,40 @@ def crop_and_flip_one(image: np.ndarray, size: int, pad: int, dy: int, dx: int, 
     return np.ascontiguousarray(crop[:, ::-1] if flip else crop)
 
 
-def resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Random area (8 to 100 %) and aspect ratio (3/4 to 4/3), resized to size x size (Szegedy et al. 2014).
+def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random area (8 to 100 %) and aspect ratio (3/4 to 4/3) (Szegedy et al. 2014).
 
-    image: (H, W, C) uint8. Ten tries, then the largest central crop with an allowed aspect ratio.
+    Ten tries, then the largest central crop with an allowed aspect ratio.
     """
-    height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * generator.uniform(0.08, 1.0)
         aspect = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1))
-            break
-    else:
-        w = min(width, round(height * 4 / 3))
-        h = min(height, round(width * 4 / 3))
-        top, left = (height - h) // 2, (width - w) // 2
+            return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """A crop_box of the image, (H, W, C) uint8, resized to size x size."""
+    top, left, h, w = crop_box(image.shape[0], image.shape[1], generator)
     return _resize(image, (size, size), box=(left, top, left + w, top + h))
 
 
-def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The evaluation view: shorter side to size·256/224, then the central size x size."""
-    height, width = image.shape[:2]
+def center_view(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """The evaluation view: height and width after the shorter side is size·256/224, then top and left of the central
+    size x size."""
     scale = size * 256 / 224 / min(height, width)
-    image = _resize(image, (max(size, round(width * scale)), max(size, round(height * scale))))
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[top : top + size, left : left + size]
+    h, w = max(size, round(height * scale)), max(size, round(width * scale))
+    return h, w, (h - size) // 2, (w - size) // 2
+
+
+def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The center_view of the image, (H, W, C) uint8."""
+    height, width, top, left = center_view(image.shape[0], image.shape[1], size)
+    return _resize(image, (width, height))[top : top + size, left : left + size]
 
 
 def _resize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import pickle
 import re
@@ -18,6 +19,7 @@ from fastres.errors import Refused
 
 # What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+JPEG_END = b"\xff\xd9"
 
 
 def damaged(path: Path, reason: object) -> NoReturn:
@@ -46,6 +48,27 @@ def decode(path: Path) -> np.ndarray:
     except Exception as error:  # whatever a decoder trips over in a damaged file; PIL raises a dozen kinds
         reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else error
         raise Refused(f"cannot read the image {path}: {reason}; replace or delete it") from error
+
+
+def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image file's bytes, (n,) uint8, for a decoder that should see in them what decode() does; height and width.
+
+    What decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG cut short) goes through decode()
+    and comes as PNG. Raises Refused where the file cannot be decoded.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+        with Image.open(io.BytesIO(data.tobytes()), formats=FORMATS) as image:
+            size = image.height, image.width
+            plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+            whole = image.format == "PNG" or (image.format == "JPEG" and JPEG_END in data[-64:].tobytes())
+        if plain and whole:
+            return data, size
+    except OSError:
+        pass  # decode() says what is wrong
+    pixels, png = decode(path), io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+    return np.frombuffer(png.getbuffer(), np.uint8), pixels.shape[:2]
 
 
 class _Dtype:

@@ -62,14 +62,18 @@ class Split:
     def sized_image(self, index: int, height: int, width: int) -> np.ndarray:
         """Sample `index` as (height, width, C) uint8. Refused where it is of another size."""
         image = self.image(index)
-        if image.shape[:2] != (height, width):
+        self.check_size(index, image.shape[0], image.shape[1], height, width)
+        return image
+
+    def check_size(self, index: int, height: int, width: int, wanted_height: int, wanted_width: int) -> None:
+        """Refuses sample `index`, of height x width, where it is not of the size of others."""
+        if (height, width) != (wanted_height, wanted_width):
             what = self.paths[index] if self.paths else f"image {index}"
             raise Refused(
-                f"{what} has {image.shape[1]}x{image.shape[0]} pixels, "
-                f"others {width}x{height}: images of unequal size need "
-                "--data.loader dataloader --data.augment resized_crop --data.image_size 224"
+                f"{what} has {width}x{height} pixels, "
+                f"others {wanted_width}x{wanted_height}: images of unequal size need "
+                "--data.loader dali --data.augment resized_crop --data.image_size 224"
             )
-        return image
 
     def array(self, workers: int) -> np.ndarray:
         """All samples as (N, H, W, C) uint8, decoded by that many threads.

@@ -1,0 +1,194 @@
+"""NVIDIA DALI: decoding, resizing, cropping and flipping in C++ threads, on a GPU where there is one.
+
+DALI is told of every sample what to do with it, so that order, crops and flips are those of every other loader, and a
+run continues at any step without a state of DALI's: a pipeline is built for the steps that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastres.data.augment import center_view, crop_box, normalize
+from fastres.data.formats import decode, encoded
+from fastres.data.permutation import Samples, sample_generator
+from fastres.data.sources import Split
+from fastres.data.spec import IGNORED, BatchSpec
+from fastres.errors import Refused
+
+PREFETCH = 2  # batches that DALI works ahead
+
+Feed = dict[str, Any]  # of a batch, by input of the pipeline: a row, or an array of a list, for each sample
+T = TypeVar("T")
+
+
+class DaliLoader:
+    """See Loader."""
+
+    def __init__(self, split: Split, spec: BatchSpec) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise Refused(
+                f"data.loader dali: {error}; pip install nvidia-dali-cuda130, or use --data.loader dataloader"
+            ) from None
+        self.split, self.spec = split, spec
+        self.labels = torch.from_numpy(split.labels).to(spec.device)
+        self.mean = torch.tensor(spec.mean, device=spec.device)
+        self.std = torch.tensor(spec.std, device=spec.device)
+
+    def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.spec.order(len(self.split))
+        steps = (order.samples(step, step + 1) for step in range(first_step, last_step))
+        for samples, images in self._batches(steps, self._feed_train, lambda samples: samples.index):
+            yield images, self.labels[torch.from_numpy(samples.index).to(self.spec.device)]
+
+    def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self.spec.eval_indices(len(self.split)))
+        for index, images in self._batches(batches, self._feed_evaluation, self._filled):
+            labels = self.labels[torch.from_numpy(self._filled(index)).to(self.spec.device)]
+            labels[len(index) :] = IGNORED
+            yield images, labels
+
+    def _filled(self, index: np.ndarray) -> np.ndarray:
+        """A share of an evaluation batch at its full size."""
+        share = self.spec.eval_share
+        return np.resize(index, share) if len(index) else np.zeros(share, int)
+
+    # ---- what DALI is fed with -----------------------------------------------------------------------------
+
+    def _feed_train(self, samples: Samples) -> Feed:
+        size, pad = self.spec.image_size, self.spec.order(1).pad
+        feed, sizes = self._images(samples.index)
+        if self.spec.augment == "resized_crop":
+            generators = (
+                sample_generator(self.spec.seed, int(epoch), int(index))
+                for epoch, index in zip(samples.epoch, samples.index, strict=True)
+            )
+            boxes = np.array(
+                [crop_box(h, w, g) for (h, w), g in zip(sizes.tolist(), generators, strict=True)], np.int32
+            )
+            feed |= {"box_start": boxes[:, :2], "box_shape": boxes[:, 2:]}
+            feed["resized"] = np.full((len(boxes), 2), size, np.float32)
+        feed["start"] = (np.stack([samples.dy, samples.dx], 1) - pad).astype(np.int32)
+        feed["flip"] = samples.flip.astype(np.int32)
+        return feed
+
+    def _feed_evaluation(self, index: np.ndarray) -> Feed:
+        feed, sizes = self._images(self._filled(index))
+        feed["start"], feed["flip"] = np.zeros((len(sizes), 2), np.int32), np.zeros(len(sizes), np.int32)
+        if self.spec.augment == "resized_crop":
+            views = np.array([center_view(h, w, self.spec.image_size) for h, w in sizes.tolist()], np.int32)
+            feed |= {"box_start": np.zeros_like(sizes), "box_shape": sizes}
+            feed |= {"resized": views[:, :2].astype(np.float32), "start": views[:, 2:]}
+        return feed
+
+    def _images(self, index: np.ndarray) -> tuple[Feed, np.ndarray]:
+        """The samples' pixels, (b, H, W, C), or their files' bytes; and their heights and widths, (b, 2) int32."""
+        if self.split.images is not None:
+            images = self.split.images[index]
+            return {"images": images}, np.tile(np.array(images.shape[1:3], np.int32), (len(index), 1))
+        files = [encoded(self.split.paths[i]) for i in index]
+        sizes = np.array([size for _, size in files], np.int32)
+        if self.spec.augment != "resized_crop":
+            for i, (h, w) in zip(index, sizes.tolist(), strict=True):
+                self.split.check_size(int(i), h, w, self.spec.image_size, self.spec.image_size)
+        return {"images": [data for data, _ in files]}, sizes
+
+    # ---- the pipeline --------------------------------------------------------------------------------------
+
+    def _batches(
+        self, items: Iterator[T], feed: Callable[[T], Feed], samples_of: Callable[[T], np.ndarray]
+    ) -> Iterator[tuple[T, Tensor]]:
+        """Each item with its images: (b, C, S, S) channels-last, normalised."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        ahead: deque[T] = deque()  # fed, and not come back yet
+
+        def source() -> Iterator[tuple[Any, ...]]:
+            for item in items:
+                ahead.append(item)
+                batch = feed(item)
+                yield tuple(_dense(batch[name]) for name in self._inputs())
+
+        pipeline = self._pipeline(source())
+        while True:
+            try:
+                (out,) = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                for item in ahead:  # it is in one of these: DALI does not say where
+                    for index in samples_of(item) if self.split.paths else ():
+                        decode(self.split.paths[index])
+                raise Refused(f"DALI: {str(error).strip().splitlines()[0]}") from error
+            batch = out.as_tensor()
+            pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
+            feed_ndarray(batch, pixels)
+            yield ahead.popleft(), normalize(pixels, self.mean, self.std, self.spec.dtype)
+
+    def _inputs(self) -> list[str]:
+        resizes = self.spec.augment == "resized_crop"
+        return ["images", "start", "flip", *(["box_start", "box_shape", "resized"] if resizes else [])]
+
+    def _pipeline(self, source: Iterator[tuple[Any, ...]]) -> Any:
+        """Bytes or pixels -> (b, S, S, C) uint8: decoded, cut out, resized, cropped with zeros around, flipped."""
+        from nvidia.dali import Pipeline, fn, types
+
+        spec, on_gpu = self.spec, self.spec.device.type == "cuda"
+        batch = spec.order(1).local_batch
+        pipeline = Pipeline(
+            batch_size=max(batch, spec.eval_share),
+            num_threads=max(1, spec.workers),
+            device_id=spec.device.index if on_gpu else None,
+            prefetch_queue_depth=PREFETCH,
+        )
+        with pipeline:
+            inputs = self._inputs()
+            outputs = fn.external_source(source=source, num_outputs=len(inputs), batch=True)
+            given = dict(zip(inputs, outputs, strict=True))
+            if self.split.images is None:
+                images = self._decoded(given)
+            else:
+                images = fn.reshape(given["images"].gpu() if on_gpu else given["images"], layout="HWC")
+                if "box_start" in given:
+                    images = fn.slice(images, start=given["box_start"], shape=given["box_shape"], axes=(0, 1))
+            if "resized" in given:
+                # The triangular filter that PIL calls bilinear.
+                height, width = given["resized"][0], given["resized"][1]
+                images = fn.resize(
+                    images, resize_y=height, resize_x=width, interp_type=types.INTERP_TRIANGULAR
+                )
+            side = [spec.image_size, spec.image_size]
+            images = fn.slice(
+                images,
+                start=given["start"],
+                shape=side,
+                axes=(0, 1),
+                out_of_bounds_policy="pad",
+                fill_values=0,
+            )
+            pipeline.set_outputs(fn.flip(images, horizontal=given["flip"]))
+        pipeline.build()
+        return pipeline
+
+    def _decoded(self, given: dict[str, Any]) -> Any:
+        """The files as RGB, cut out where there are boxes. Orientation as decode() has it: EXIF is left alone."""
+        from nvidia.dali import fn, types
+
+        device = "mixed" if self.spec.device.type == "cuda" else "cpu"
+        options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
+        if "box_start" not in given:
+            return fn.decoders.image(given["images"], **options)
+        box = {"start": given["box_start"], "shape": given["box_shape"], "axes": (0, 1)}
+        return fn.decoders.image_slice(given["images"], **box, **options)
+
+
+def _dense(values: Any) -> Any:
+    """DALI takes no strides."""
+    return np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values
