@@ -8,15 +8,13 @@ one process, A B A B, so that whatever the machine does meanwhile happens to bot
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interleaved import interleaved
 
 from fastres import build_model
 from fastres.config import Config, EngineConfig
@@ -86,24 +84,4 @@ def bench_train_resnet20(benchmark: Any, variant: str) -> None:
     baseline, region = plain_region("resnet20"), engine_region("resnet20", **VARIANTS[variant])
     for warm_up in (baseline, region, baseline, region):
         warm_up()
-    baseline_s: list[float] = []
-
-    def time_baseline() -> None:  # pedantic calls it before each round, outside of its own timer
-        start = time.perf_counter()
-        baseline()
-        baseline_s.append(time.perf_counter() - start)
-
-    benchmark.pedantic(region, setup=time_baseline, rounds=ROUNDS)
-    engine_s = benchmark.stats.stats.data
-    images = STEPS * BATCH
-    low, high = np.quantile(images / np.array(engine_s), (0.2, 0.8))
-    benchmark.extra_info.update(
-        images_per_s=images / statistics.median(engine_s),
-        images_per_s_20_80=[float(low), float(high)],
-        baseline_images_per_s=images / statistics.median(baseline_s),
-        baseline_s=baseline_s,
-        # of the medians, and of each pair of neighbours: the second tells how steady the first is
-        ratio=statistics.median(baseline_s) / statistics.median(engine_s),
-        ratios=[b / e for b, e in zip(baseline_s, engine_s, strict=True)],
-        n=len(engine_s),
-    )
+    interleaved(benchmark, baseline, region, STEPS * BATCH, ROUNDS)

@@ -38,6 +38,7 @@ def kernel_lines(rows: list[Any]) -> list[str]:
 # By file: the title of its table, and its benchmarks as lines.
 TABLES: dict[str, tuple[str, Callable[[list[Any]], list[str]]]] = {
     "bench_throughput.py": ("images/s, interleaved with the baseline", throughput_lines),
+    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", throughput_lines),
     "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
 }
 

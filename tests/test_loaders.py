@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastres.config import DataConfig, parse
-from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, resident
+from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, dali, resident
 from fastres.data.permutation import Order
 from fastres.data.sources import Source, Split, imagefolder
 from tests.fixtures import refused, write_image_folder
@@ -384,6 +384,26 @@ def test_a_damaged_file_is_named(loader: str, damage: str, photographs: Path, tm
     bad.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage])
     with refused("02.jpg"):
         list(make(loader, folder(root).test, image_size=64).evaluate())
+
+
+@pytest.mark.parametrize("end", ["exhausted", "closed", "failed"])
+def test_dali_leaves_nothing_for_a_forked_process_to_collect(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a run ends, its pipeline is shut down then, and not by whichever process collects it."""
+    made: list[Any] = []
+    build = dali.DaliLoader._pipeline
+    monkeypatch.setattr(dali.DaliLoader, "_pipeline", lambda *args: made.append(build(*args)) or made[-1])
+    batches = make("dali", noise()).train(0, 3)
+    next(batches)
+    if end == "exhausted":
+        assert len(list(batches)) == 2
+    elif end == "closed":
+        batches.close()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            batches.throw(ZeroDivisionError())
+    assert made[0]._pipe is None
 
 
 def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

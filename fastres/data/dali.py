@@ -117,20 +117,25 @@ class DaliLoader:
                 yield tuple(_dense(batch[name]) for name in self._inputs())
 
         pipeline = self._pipeline(source())
-        while True:
-            try:
-                (out,) = pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                for item in ahead:  # it is in one of these: DALI does not say where
-                    for index in samples_of(item) if self.split.paths else ():
-                        decode(self.split.paths[index])
-                raise Refused(f"DALI: {str(error).strip().splitlines()[0]}") from error
-            batch = out.as_tensor()
-            pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
-            feed_ndarray(batch, pixels)
-            yield ahead.popleft(), normalize(pixels, self.mean, self.std, self.spec.dtype)
+        try:
+            while True:
+                try:
+                    (out,) = pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    for item in ahead:  # it is in one of these: DALI does not say where
+                        for index in samples_of(item) if self.split.paths else ():
+                            decode(self.split.paths[index])
+                    raise Refused(f"DALI: {str(error).strip().splitlines()[0]}") from error
+                batch = out.as_tensor()
+                pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
+                feed_ndarray(batch, pixels)
+                yield ahead.popleft(), normalize(pixels, self.mean, self.std, self.spec.dtype)
+        finally:
+            # Its threads end here. A pipeline is part of reference cycles: left to the garbage collector, one was
+            # collected in a forked process, where those threads are not, and waited for them for ever.
+            pipeline._shutdown()
 
     def _inputs(self) -> list[str]:
         resizes = self.spec.augment == "resized_crop"

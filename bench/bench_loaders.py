@@ -1,0 +1,91 @@
+"""images/s of the loaders, against torch's DataLoader with as many workers as there are cores.
+
+    pytest bench/bench_loaders.py --benchmark-only
+
+Arrays and JPEGs of 32 px with CIFAR's augmentation, and photographs with ImageNet's at 224 px: crops of
+scikit-learn's two photographs. Each round starts its loader and takes all its batches, so that none works ahead in
+another's time; the start, of a tenth of a second, is in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interleaved import interleaved
+from PIL import Image
+
+from fastres.config import Config, DataConfig, RunConfig, TrainConfig
+from fastres.data import build_loader
+from fastres.data.sources import load_source
+from fastres.engine import resolve
+
+BATCH, ROUNDS = 64, 7
+CIFAR: dict[str, Any] = {"augment": "crop"}
+IMAGENET: dict[str, Any] = {"augment": "resized_crop", "image_size": 224}
+# What: (fields of DataConfig, loaders, batches of a round).
+CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+    "arrays_32px": (
+        {"source": "synthetic", "synthetic_samples": 5_120, **CIFAR},
+        ("resident", "dali", "dataloader"),
+        40,
+    ),
+    "jpeg_32px": ({"source": "imagefolder", **CIFAR}, ("resident", "dali", "dataloader"), 200),
+    "jpeg_224px": ({"source": "imagefolder", **IMAGENET}, ("dali", "dataloader"), 8),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of photographs: 2,560 of 32 px, and 512 of 400 x 300."""
+    from sklearn.datasets import load_sample_images
+
+    rng, roots = np.random.default_rng(0), {}
+    for name, (width, height), count in (("jpeg_32px", (32, 32), 1_280), ("jpeg_224px", (400, 300), 256)):
+        root = roots[name] = tmp_path_factory.mktemp(name)
+        for kind, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+            for part, number in (("train", count), ("test", 2)):
+                (root / part / kind).mkdir(parents=True)
+                for i in range(number):
+                    top, left = int(rng.integers(427 - height + 1)), int(rng.integers(640 - width + 1))
+                    crop = Image.fromarray(photograph[top : top + height, left : left + width])
+                    crop.save(root / part / kind / f"{i:04}.jpg", quality=90)
+    return roots
+
+
+def region_of(loader: str, fields: dict[str, Any], batches: int) -> Callable[[], None]:
+    """Starts the loader and takes that many batches."""
+    workers = os.cpu_count() or 1
+    config = Config(
+        data=DataConfig(loader=loader, workers=workers, **fields),
+        train=TrainConfig(batch_size=BATCH),
+        run=RunConfig(),
+    )
+    engine = resolve(config)
+    source = load_source(config.data)
+    made = build_loader(
+        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
+    )
+
+    def region() -> None:
+        for _ in made.train(0, batches):
+            pass
+
+    return region
+
+
+@pytest.mark.parametrize(
+    ("case", "loader"), [(case, loader) for case, (_, loaders, _) in CASES.items() for loader in loaders]
+)
+def bench_loader(benchmark: Any, folders: dict[str, Path], case: str, loader: str) -> None:
+    fields, _, batches = CASES[case]
+    if case in folders:
+        fields = {**fields, "root": str(folders[case])}
+    baseline, region = (region_of(name, fields, batches) for name in ("dataloader", loader))
+    baseline()
+    region()
+    interleaved(benchmark, baseline, region, batches * BATCH, ROUNDS)
