@@ -15,14 +15,10 @@ from .tables import fastest
 
 
 class Skip(NamedTuple):
-    """An activation on its way over a skip connection; what BatchNormAct2d gives with `fork` and its `residual`
-    takes.
-    """
+    """An activation on its way over a skip connection: given by BatchNormAct2d with `fork`, taken as its `residual`."""
 
     y: Tensor  # (N, C, H, W)
-    gradient: (
-        Tensor  # takes y's gradient in its stead, so that y's own backward receives it apart: see ops.py
-    )
+    gradient: Tensor  # takes y's gradient in its stead, so that it arrives apart: see ops.py
 
 
 class Measured(NamedTuple):

@@ -35,6 +35,7 @@ def update_kernel(
         new_var = for_var + rate * (tl.load(var + c, c < C, other=0.0) * unbias - for_var)
         tl.store(running_mean + c, new_mean, c < C)
         tl.store(running_var + c, new_var, c < C)
+    tl.debug_barrier()  # no thread counts on before all have read
     tl.store(batches, seen)
 
 
