@@ -6,7 +6,7 @@ The maths is reference.batch_norm_act. The tensor is the matrix [M, C] that chan
     normalise    reads x (from the L2, where it fits), residual → y, 1 bit of mask, mean, var
 
 Bytes per element in bf16: 2 + 4 without a residual, 2 + 6⅛ with one. Statistics are centred: a tensor of mean 1,000 and
-standard deviation 1 has its variance to 1e-7, where sums of squares in float32 are off by 18 %. No atomics: every sum
+standard deviation 1 has its variance to 1e-6, where sums of squares in float32 are off by 18 %. No atomics: every sum
 has one fixed order, so equal inputs give equal bits.
 """
 

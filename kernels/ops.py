@@ -127,7 +127,7 @@ def batch_norm_act_backward(
     x = channels_last(x)
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
-    m, _ = _matrix(x)
+    m, c = _matrix(x)
     if runs_kernels(x):
         store_dz = want_residual or dskip is not None
         if batch_statistics and not group and _cooperates(algorithm, x, HELD_BACKWARD):
@@ -135,7 +135,7 @@ def batch_norm_act_backward(
                 dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz
             )
             return dx, dz if want_residual else x.new_empty(0), dbias, dweight
-        tiles = two_pass_tiles(*_matrix(x))
+        tiles = two_pass_tiles(m, c)
         partials, dz, dx = bn_backward.channel_sums(
             dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, not batch_statistics, tiles
         )
