@@ -42,6 +42,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
     ],
     extras_require=EXTRAS,
 )

@@ -80,6 +80,14 @@ class DataConfig:
     download: bool = True
     """Download what is not under root; checksummed."""
 
+    cache: str | None = None
+    """Folder where decoded image folders are kept for the resident loader (null: fastres in the user's cache folder,
+    $XDG_CACHE_HOME or ~/.cache)."""
+
+    skip_bad: bool = False
+    """Leave out the files of an image folder that cannot be decoded, and without resized_crop those of another size
+    than most; all are tried at the first start."""
+
     validation: NonNegativeInt = 0
     """Training samples held out for the evaluation curve by a fixed seed (0: the curve uses the test set)."""
 
@@ -91,10 +99,23 @@ class DataConfig:
     """crop: zero-pad by data.pad, then a random crop; resized_crop: random area and aspect (ImageNet)."""
 
     pad: NonNegativeInt = 4
-    """Zero pixels added to each side before the random crop."""
+    """Pixels added to each side before the random crop."""
 
-    flip: bool = True
-    """Horizontal flip with probability one half."""
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    """What they are: black, or the image mirrored around its outermost pixels."""
+
+    flip: bool | Literal["alternating"] = True
+    """Horizontal flip with probability one half; alternating: a random half in the first epoch, then by turns."""
+
+    cutout: NonNegativeInt = 0
+    """Side in pixels of a square that is blanked around a random pixel (0: none; the paper has 16 for CIFAR-10)."""
+
+    mixup: NonNegativeFloat = 0.0
+    """Blend pairs of images and their labels by shares from Beta(mixup, mixup) (0: no; the paper has 1)."""
+
+    cutmix: NonNegativeFloat = 0.0
+    """Paste a part of one image into another, labels by area, from Beta(cutmix, cutmix) (0: no; the paper has 1).
+    With mixup too, a coin decides for each image."""
 
     image_size: PositiveInt | None = None
     """Side in pixels that the network sees (null: the data's own; needed for resized_crop and synthetic)."""
@@ -379,6 +400,15 @@ def check(config: Config) -> None:
     refuse_if(
         data.augment == "resized_crop" and data.loader == "resident",
         "data.augment resized_crop works from files as they are: use --data.loader dali or dataloader",
+    )
+    for name in ("cutout", "mixup", "cutmix"):
+        refuse_if(
+            data.augment == "none" and getattr(data, name) > 0,
+            f"data.{name}: data.augment none leaves images as they are; leave one of them out",
+        )
+    refuse_if(
+        data.skip_bad and data.source != "imagefolder",
+        "data.skip_bad leaves out files of images: it needs --data.source imagefolder",
     )
     refuse_if(
         data.image_size is not None and needs_size and data.image_size < 8,

@@ -22,7 +22,9 @@ from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
 from fastres.errors import Refused
 
-Batch = tuple[Tensor, Tensor]  # images (b, C, S, S) in the engine's dtype, labels (b,) int64
+Batch = tuple[
+    Tensor, Tensor
+]  # images (b, C, S, S) in the engine's dtype, labels (b,) int64 or (b, classes) shares
 
 
 class ForwardLoss(nn.Module):
@@ -46,7 +48,9 @@ class ForwardLoss(nn.Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
-        return loss, (logits.argmax(1) == labels).sum()
+        # The right answer for a mixture is the larger part of it.
+        right = labels.argmax(1) if labels.is_floating_point() else labels
+        return loss, (logits.argmax(1) == right).sum()
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 from fastres import checkpoint, distributed
 from fastres.clock import Clock
 from fastres.config import Config, model_options, parse
-from fastres.data import build_loader, image_size
+from fastres.data import build_loader, classes_of, image_size
 from fastres.data.sources import hold_out, load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Failed, Refused, run_command
@@ -76,7 +76,7 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model.name,
-        num_classes=classes_of(config, len(source.classes)),
+        num_classes=classes_of(config, source),
         in_channels=source.channels,
         norm=engine.norm,
         **model_options(config.model),
@@ -136,6 +136,8 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
         blank = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
         blank = blank.to(memory_format=engine.memory_format)
         labels = torch.zeros(len(blank), dtype=torch.int64, device=engine.device)
+        if config.data.mixup or config.data.cutmix:
+            labels = torch.zeros(len(blank), classes_of(config, source), device=engine.device)
         if engine.channels_last:
             try:
                 check_channels_last(model, (blank[:2], labels[:2]))
@@ -240,16 +242,6 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
 
 
 # --------------------------------------------------------------------------------------------- details
-
-
-def classes_of(config: Config, found: int) -> int:
-    """Outputs of the head: as many as the data has classes, or more where the configuration says so."""
-    wanted = config.model.num_classes or found
-    if wanted < found:
-        raise Refused(
-            f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out"
-        )
-    return wanted
 
 
 def failing_late(batches: Iterator[Any]) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, chisquare, ks_2samp, kstest, uniform
 
 from fastres.data.permutation import Order, Samples, permutation, sample_generator, words
 
@@ -17,6 +18,11 @@ FIELDS = ("epoch", "index", "dy", "dx", "flip")
 def rows(samples: Samples) -> list[tuple[int, ...]]:
     """One (epoch, index, dy, dx, flip) per sample."""
     return [tuple(map(int, row)) for row in zip(*(getattr(samples, f) for f in FIELDS), strict=True)]
+
+
+def everything(samples: Samples) -> list[tuple[float, ...]]:
+    """All that is drawn, a row per sample."""
+    return [tuple(row) for row in np.column_stack(list(vars(samples).values())).tolist()]
 
 
 def by_the_specification(order: Order, step: int) -> list[tuple[int, ...]]:
@@ -56,7 +62,8 @@ def test_sample_j_is_perm_of_seed_and_j_div_n_at_j_mod_n(n: int, batch: int, pad
 small = st.integers(1, 40)
 orders = st.builds(
     Order, n=small, batch=st.sampled_from([4, 8, 12]), seed=st.integers(0, 2**64 - 1), pad=st.integers(0, 4),
-    flip=st.booleans(),
+    flip=st.sampled_from([False, True, "alternating"]), size=st.integers(1, 40), cutout=st.booleans(),
+    mixup=st.sampled_from([0.0, 0.2, 1.0]), cutmix=st.sampled_from([0.0, 1.0, 2.0]),
 )  # fmt: skip
 
 
@@ -64,8 +71,9 @@ orders = st.builds(
 @given(order=orders, a=st.integers(0, 30), length=st.integers(0, 9), cut=st.integers(0, 9))
 def test_blocks_join_and_batches_are_full(order: Order, a: int, length: int, cut: int) -> None:
     b, c = a + min(cut, length), a + length
-    assert rows(order.samples(a, b)) + rows(order.samples(b, c)) == rows(order.samples(a, c))
-    assert len(rows(order.samples(a, c))) == length * order.batch
+    whole = everything(order.samples(a, c))
+    assert everything(order.samples(a, b)) + everything(order.samples(b, c)) == whole
+    assert len(whole) == length * order.batch
 
 
 @settings(max_examples=50, deadline=None)
@@ -76,7 +84,7 @@ def test_the_shares_of_the_processes_make_up_the_global_batch(order: Order, step
         for rank in range(world)
     ]
     assert {len(share.index) for share in shares} == {order.batch // world}
-    assert [row for share in shares for row in rows(share)] == rows(order.samples(step, step + 1))
+    assert [row for share in shares for row in everything(share)] == everything(order.samples(step, step + 1))
 
 
 @settings(max_examples=50, deadline=None)
@@ -128,6 +136,79 @@ def test_crops_and_flips_are_uniform_and_independent() -> None:
     assert abs(correlation) < 4 / n**0.5
 
 
+def test_alternating_flip_mirrors_every_other_epoch() -> None:
+    order = Order(n=1_000, batch=1_000, seed=0, flip="alternating")
+    flips = []
+    for epoch in range(4):
+        samples = order.samples(epoch, epoch + 1)
+        flips.append(samples.flip[np.argsort(samples.index)])
+    assert 440 < flips[0].sum() < 560
+    for one, other in pairwise(flips):
+        assert (one != other).all()
+    assert (flips[0] == Order(n=1_000, batch=1_000, seed=0, flip=True).samples(0, 1).flip[
+        np.argsort(order.samples(0, 1).index)
+    ]).all()  # fmt: skip
+
+
+N = 20_000
+drawing = {"n": N, "batch": N, "seed": 0, "size": 32}
+
+
+def test_cutouts_are_centred_on_every_pixel_alike() -> None:
+    samples = Order(**drawing, pad=4, flip=True, cutout=True).samples(0, 1)
+    y, x = samples.cutout.T
+    assert chisquare(np.bincount(y * 32 + x, minlength=32 * 32)).pvalue > 0.001
+    others = np.column_stack([samples.dy, samples.dx, samples.flip])
+    correlations = np.corrcoef(np.column_stack([samples.cutout, others]).T)[:2, 2:]
+    assert np.abs(correlations).max() < 4 / N**0.5
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
+def test_mixup_shares_are_beta_distributed(alpha: float) -> None:
+    samples = Order(**drawing, mixup=alpha).samples(0, 1)
+    assert kstest(samples.blend, beta(alpha, alpha).cdf).pvalue > 0.001
+    assert not samples.box.any()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_cutmix_boxes_have_beta_distributed_areas_around_uniform_centres(alpha: float) -> None:
+    size = 1_024  # large, so that rounding to pixels and the borders do not matter
+    samples = Order(**{**drawing, "size": size}, cutmix=alpha).samples(0, 1)
+    assert (samples.blend == 1).all()
+    top, bottom, left, right = samples.box.T
+    assert (top >= 0).all() and (bottom <= size).all() and (top <= bottom).all()
+    assert (left >= 0).all() and (right <= size).all() and (left <= right).all()
+    inside = (top > 0) & (bottom < size)
+    # A side of size·√(1 − λ), whole where it fits: given that, its centre is uniform on what is left of the side.
+    sides = (bottom - top)[inside] / size
+    fits = beta(alpha, alpha).rvs(200_000, random_state=np.random.default_rng(0))
+    fits = np.sqrt(1 - fits)
+    fits = fits[np.random.default_rng(1).random(len(fits)) < 1 - fits]
+    assert ks_2samp(sides, fits).pvalue > 0.001
+    centre = ((top + bottom) / 2 / size)[inside]
+    assert kstest((centre - sides / 2) / (1 - sides), uniform.cdf).pvalue > 0.001
+    both = inside & (left > 0) & (right < size)
+    assert np.abs((bottom - top) - (right - left))[both].max() == 0  # squares, of square images
+
+
+def test_a_coin_decides_between_mixup_and_cutmix() -> None:
+    samples = Order(**drawing, mixup=1.0, cutmix=1.0).samples(0, 1)
+    pasted = samples.blend == 1
+    assert 0.48 < pasted.mean() < 0.52
+    assert not samples.box[~pasted].any()
+    assert kstest(samples.blend[~pasted], uniform.cdf).pvalue > 0.001
+    assert samples.box[pasted].any(axis=1).mean() > 0.95
+
+
+def test_neighbours_are_any_two() -> None:
+    """What mixup mixes: in a batch's order, over the epochs, every pair is met about equally often."""
+    n, epochs = 8, 4_000
+    index = Order(n=n, batch=n, seed=0).samples(0, epochs).index.reshape(-1, 2)
+    low, high = np.sort(index, axis=1).T
+    met = np.bincount(low * n + high, minlength=n * n).reshape(n, n)[np.triu_indices(n, 1)]
+    assert chisquare(met).pvalue > 0.001
+
+
 def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
     # Whoever changes these changes every run: resumed ones go wrong, and recorded results cannot be repeated.
     assert words(0, 0, 0, 2).tolist() == [213000021201967259, 4455796210202625458]
@@ -140,6 +221,13 @@ def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
         (0, 8, 8, 1, 0),
         (1, 7, 3, 5, 0),
         (1, 4, 4, 1, 0),
+    ]
+    order = Order(n=10, batch=4, seed=5, size=32, flip="alternating", cutout=True, mixup=0.2, cutmix=1.0)
+    assert everything(order.samples(2, 3)) == [
+        (0, 7, 0, 0, 0, 14, 3, pytest.approx(1.8154185e-14), 0, 0, 0, 0),
+        (0, 8, 0, 0, 0, 24, 26, pytest.approx(0.98144223), 0, 0, 0, 0),
+        (1, 7, 0, 0, 1, 8, 25, pytest.approx(0.99975047), 0, 0, 0, 0),
+        (1, 4, 0, 0, 0, 16, 30, 1, 9, 25, 4, 20),
     ]
     assert sample_generator(3, 1, 4).integers(0, 1000, 5).tolist() == [921, 625, 920, 751, 467]
 

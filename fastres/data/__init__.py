@@ -24,7 +24,8 @@ __all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader"]
 
 class Loader(Protocol):
     """Batches of one split: images (b, C, S, S) channels-last, normalised, in the engine's dtype on its device,
-    and labels (b,) int64. b is this process's share of the global batch."""
+    and labels (b,) int64, or where images are mixed (b, classes) float32 shares. b is this process's share of the
+    global batch."""
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One augmented batch for each step of [first_step, last_step), in the order of SPEC section 4."""
@@ -52,17 +53,31 @@ def build_loader(
     world: int,
 ) -> Loader:
     """The configured loader over a split of `source`, for one of `world` processes."""
-    data = config.data
+    data, size = config.data, image_size(config, source)
+    if (data.mixup or data.cutmix) and config.train.batch_size // world % 2:
+        raise Refused(
+            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world} samples on each process are "
+            "an odd number; change train.batch_size"
+        )
+    if data.augment == "crop" and data.pad_mode == "reflect" and data.pad >= size:
+        raise Refused(
+            f"data.pad {data.pad} is too much to reflect in images of {size}x{size} pixels; make it smaller"
+        )
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
         seed=config.run.seed,
         mean=source.mean,
         std=source.std,
-        image_size=image_size(config, source),
+        image_size=size,
         augment=data.augment,
         pad=data.pad,
         flip=data.flip,
+        pad_mode=data.pad_mode,
+        cutout=data.cutout,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        classes=classes_of(config, source),
         workers=data.workers,
         device=device,
         dtype=dtype,
@@ -88,3 +103,14 @@ def image_size(config: Config, source: Source) -> int:
             "leave it out, or let --data.augment resized_crop resize them"
         )
     return height
+
+
+def classes_of(config: Config, source: Source) -> int:
+    """Outputs of the head: as many as the data has classes, or more where the configuration says so."""
+    found = len(source.classes)
+    wanted = config.model.num_classes or found
+    if wanted < found:
+        raise Refused(
+            f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out"
+        )
+    return wanted

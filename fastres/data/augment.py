@@ -1,6 +1,6 @@
-"""Crop, flip and normalisation, on a batch on the device and on one image on the host.
+"""Augmentation and normalisation, on a batch on the device and on one image on the host.
 
-Padding is zero before normalisation (black), as in the usual torchvision recipe.
+Zero padding is black, before normalisation, as in the usual torchvision recipe.
 """
 
 from __future__ import annotations
@@ -9,8 +9,41 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from fastres.data.permutation import Samples
+from fastres.data.spec import BatchSpec
+
+
+class Finish:
+    """From cropped pixels to what the network sees: normalised, cut out, mixed. The last step of every loader."""
+
+    def __init__(self, spec: BatchSpec) -> None:
+        self.spec = spec
+        self.mean = torch.tensor(spec.mean, device=spec.device)
+        self.std = torch.tensor(spec.std, device=spec.device)
+
+    def __call__(
+        self, pixels: Tensor, labels: Tensor, samples: Samples | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """pixels: (n, S, S, C) uint8, labels: (n,) int64, both on the device. samples: where they are to train on.
+
+        Returns images (n, C, S, S) channels-last in the spec's dtype, and labels, (n, classes) float32 where mixed.
+        """
+        images = normalize(pixels, self.mean, self.std, self.spec.dtype)
+        if samples is not None and self.spec.cutout:
+            images = cutout(images, self._on_device(samples.cutout), self.spec.cutout)
+        if samples is not None and self.spec.mixes:
+            shares = F.one_hot(labels, self.spec.classes).to(torch.float32)
+            images, labels = mix(
+                images, shares, self._on_device(samples.blend).float(), self._on_device(samples.box)
+            )
+        return images.contiguous(memory_format=torch.channels_last), labels  # masks may cost the order
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.spec.device)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,9 +58,16 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
     return rows.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def crop_windows(images: Tensor, size: int, pad: int) -> Tensor:
+def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
     """Every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size)."""
-    padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
+    if pad_mode == "reflect":  # torch reflects no bytes: rows and columns by their numbers
+        rows, columns = (
+            torch.from_numpy(np.pad(np.arange(side), pad, "reflect")).to(images.device)
+            for side in images.shape[1:3]
+        )
+        padded = images[:, rows][:, :, columns]
+    else:
+        padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     return padded.unfold(1, size, 1).unfold(2, size, 1)
 
 
@@ -41,9 +81,54 @@ def crop_and_flip(windows: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: 
     return torch.where(flip[:, None, None, None], crops.flip(2), crops)
 
 
-def crop_and_flip_one(image: np.ndarray, size: int, pad: int, dy: int, dx: int, flip: bool) -> np.ndarray:
-    """The same for one image on the host: (H, W, C) uint8 -> (size, size, C) uint8."""
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+def cutout(images: Tensor, centre: Tensor, side: int) -> Tensor:
+    """Zeros, the mean colour, in a square of that side around a pixel of each image (DeVries and Taylor 2017,
+    section 3.2); what of it is outside is lost.
+
+    images: (n, C, H, W). centre: (n, 2) int64, row and column.
+    """
+    first = centre - side // 2
+    inside = _inside(first, first + side, images.shape[2:])
+    return images.masked_fill(inside, 0)
+
+
+def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+    """mixup (Zhang et al. 2017, section 2) and CutMix (Yun et al. 2019, section 3): each image with its neighbour.
+
+    Rows 0 and 1 are neighbours, 2 and 3, and so on: the order is random, so any pairing is, and this one does not
+    depend on how many processes share a batch. images: (n, C, H, W), n even. shares: (n, classes) float32, summing to
+    1. blend: (n,) float32, the image's own share of each pixel. box: (n, 4) int64, top, bottom, left and right of the
+    part that is its neighbour's alone. Both are returned mixed; the labels by the pixels' shares.
+    """
+    height, width = images.shape[2:]
+    own = blend[:, None, None, None]
+    mixed = torch.lerp(_neighbours(images).float(), images.float(), own).to(images.dtype)
+    mixed = torch.where(_inside(box[:, 0::2], box[:, 1::2], images.shape[2:]), _neighbours(images), mixed)
+    covered = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / (height * width)
+    own = (blend * (1 - covered))[:, None]
+    return mixed, torch.lerp(_neighbours(shares), shares, own)
+
+
+def _neighbours(rows: Tensor) -> Tensor:
+    """Rows 1, 0, 3, 2, and so on."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def _inside(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
+    """Whether a pixel lies in the rectangle from `first` to before `last`, (n, 2) each: (n, 1, H, W) bool."""
+    y, x = (torch.arange(side, device=first.device) for side in sides)
+    rows = (y >= first[:, :1]) & (y < last[:, :1])
+    columns = (x >= first[:, 1:]) & (x < last[:, 1:])
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def crop_and_flip_one(
+    image: np.ndarray, size: int, pad: int, pad_mode: str, dy: int, dx: int, flip: bool
+) -> np.ndarray:
+    """crop_and_flip for one image on the host: (H, W, C) uint8 -> (size, size, C) uint8."""
+    padded = np.pad(
+        image, ((pad, pad), (pad, pad), (0, 0)), "reflect" if pad_mode == "reflect" else "constant"
+    )
     crop = padded[dy : dy + size, dx : dx + size]
     return np.ascontiguousarray(crop[:, ::-1] if flip else crop)
 

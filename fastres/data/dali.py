@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import center_view, crop_box, normalize
+from fastres.data.augment import Finish, center_view, crop_box
 from fastres.data.formats import decode, encoded
 from fastres.data.permutation import Samples, sample_generator
 from fastres.data.sources import Split
@@ -39,26 +39,25 @@ class DaliLoader:
             ) from None
         self.split, self.spec = split, spec
         self.labels = torch.from_numpy(split.labels).to(spec.device)
-        self.mean = torch.tensor(spec.mean, device=spec.device)
-        self.std = torch.tensor(spec.std, device=spec.device)
+        self.finish = Finish(spec)
+        self.reflected = self.spec.order(1).pad if spec.pad_mode == "reflect" else 0
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.spec.order(len(self.split))
         steps = (order.samples(step, step + 1) for step in range(first_step, last_step))
-        for samples, images in self._batches(steps, self._feed_train, lambda samples: samples.index):
-            yield images, self.labels[torch.from_numpy(samples.index).to(self.spec.device)]
+        for samples, pixels in self._batches(steps, self._feed_train, lambda samples: samples.index):
+            yield self.finish(pixels, self._labels(samples.index), samples)
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self.spec.eval_indices(len(self.split)))
-        for index, images in self._batches(batches, self._feed_evaluation, self._filled):
-            labels = self.labels[torch.from_numpy(self._filled(index)).to(self.spec.device)]
-            labels[len(index) :] = IGNORED
+        batches = self.spec.eval_batches(len(self.split))
+        fed = self._batches((index for index, _ in batches), self._feed_evaluation, lambda index: index)
+        for (_, count), (index, pixels) in zip(batches, fed, strict=True):
+            images, labels = self.finish(pixels, self._labels(index))
+            labels[count:] = IGNORED
             yield images, labels
 
-    def _filled(self, index: np.ndarray) -> np.ndarray:
-        """A share of an evaluation batch at its full size."""
-        share = self.spec.eval_share
-        return np.resize(index, share) if len(index) else np.zeros(share, int)
+    def _labels(self, index: np.ndarray) -> Tensor:
+        return self.labels[torch.from_numpy(index).to(self.spec.device)]
 
     # ---- what DALI is fed with -----------------------------------------------------------------------------
 
@@ -75,13 +74,14 @@ class DaliLoader:
             )
             feed |= {"box_start": boxes[:, :2], "box_shape": boxes[:, 2:]}
             feed["resized"] = np.full((len(boxes), 2), size, np.float32)
-        feed["start"] = (np.stack([samples.dy, samples.dx], 1) - pad).astype(np.int32)
+        feed["start"] = (np.stack([samples.dy, samples.dx], 1) - pad + self.reflected).astype(np.int32)
         feed["flip"] = samples.flip.astype(np.int32)
         return feed
 
     def _feed_evaluation(self, index: np.ndarray) -> Feed:
-        feed, sizes = self._images(self._filled(index))
-        feed["start"], feed["flip"] = np.zeros((len(sizes), 2), np.int32), np.zeros(len(sizes), np.int32)
+        feed, sizes = self._images(index)
+        feed["start"] = np.full((len(sizes), 2), self.reflected, np.int32)
+        feed["flip"] = np.zeros(len(sizes), np.int32)
         if self.spec.augment == "resized_crop":
             views = np.array([center_view(h, w, self.spec.image_size) for h, w in sizes.tolist()], np.int32)
             feed |= {"box_start": np.zeros_like(sizes), "box_shape": sizes}
@@ -105,7 +105,7 @@ class DaliLoader:
     def _batches(
         self, items: Iterator[T], feed: Callable[[T], Feed], samples_of: Callable[[T], np.ndarray]
     ) -> Iterator[tuple[T, Tensor]]:
-        """Each item with its images: (b, C, S, S) channels-last, normalised."""
+        """Each item with its pixels: (b, S, S, C) uint8."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         ahead: deque[T] = deque()  # fed, and not come back yet
@@ -131,7 +131,7 @@ class DaliLoader:
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
                 feed_ndarray(batch, pixels)
-                yield ahead.popleft(), normalize(pixels, self.mean, self.std, self.spec.dtype)
+                yield ahead.popleft(), pixels
         finally:
             # Its threads end here. A pipeline is part of reference cycles: left to the garbage collector, one was
             # collected in a forked process, where those threads are not, and waited for them for ever.
@@ -142,7 +142,7 @@ class DaliLoader:
         return ["images", "start", "flip", *(["box_start", "box_shape", "resized"] if resizes else [])]
 
     def _pipeline(self, source: Iterator[tuple[Any, ...]]) -> Any:
-        """Bytes or pixels -> (b, S, S, C) uint8: decoded, cut out, resized, cropped with zeros around, flipped."""
+        """Bytes or pixels -> (b, S, S, C) uint8: decoded, cut out, resized, padded, cropped, flipped."""
         from nvidia.dali import Pipeline, fn, types
 
         spec, on_gpu = self.spec, self.spec.device.type == "cuda"
@@ -169,6 +169,8 @@ class DaliLoader:
                 images = fn.resize(
                     images, resize_y=height, resize_x=width, interp_type=types.INTERP_TRIANGULAR
                 )
+            if self.reflected:
+                images = _reflect(images, self.reflected)
             side = [spec.image_size, spec.image_size]
             images = fn.slice(
                 images,
@@ -197,3 +199,15 @@ class DaliLoader:
 def _dense(values: Any) -> Any:
     """DALI takes no strides."""
     return np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values
+
+
+def _reflect(images: Any, pad: int) -> Any:
+    """Rows and columns mirrored around the outermost ones; DALI itself pads with one value only."""
+    from nvidia.dali import fn
+
+    above, below = images[1 : pad + 1], images[-pad - 1 : -1]
+    images = fn.cat(
+        fn.flip(above, vertical=1, horizontal=0), images, fn.flip(below, vertical=1, horizontal=0), axis=0
+    )
+    left, right = images[:, 1 : pad + 1], images[:, -pad - 1 : -1]
+    return fn.cat(fn.flip(left), images, fn.flip(right), axis=1)

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastres.data.augment import crop_and_flip_one, normalize, resize_and_center_crop, resized_crop
+from fastres.data.augment import Finish, crop_and_flip_one, resize_and_center_crop, resized_crop
 from fastres.data.permutation import Order, Samples, sample_generator
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
@@ -22,26 +21,30 @@ class HostLoader:
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
-        self.mean = torch.tensor(spec.mean, device=spec.device)
-        self.std = torch.tensor(spec.std, device=spec.device)
+        self.finish = Finish(spec)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.spec.order(len(self.split))
-        return self._batches(
-            _TrainSamples(self.split, self.spec, order, first_step, last_step), order.local_batch
-        )
+        samples = _TrainSamples(self.split, self.spec, order, first_step, last_step)
+        batches = self._batches(samples, order.local_batch)
+        for step, (pixels, labels) in zip(range(first_step, last_step), batches, strict=True):
+            yield self.finish(pixels, labels, order.samples(step, step + 1))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_share)
+        for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_share):
+            yield self.finish(pixels, labels)
 
     def _batches(
         self, samples: Dataset[tuple[np.ndarray, int]], batch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (b, S, S, C) uint8 and labels (b,) int64, on the device."""
         cuda = self.spec.device.type == "cuda"
         try:
-            for images, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
-                images, labels = (t.to(self.spec.device, non_blocking=True) for t in (images, labels))
-                yield normalize(images, self.mean, self.std, self.spec.dtype), labels
+            for pixels, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
+                yield (
+                    pixels.to(self.spec.device, non_blocking=True),
+                    labels.to(self.spec.device, non_blocking=True),
+                )
         except Refused as error:
             # From a worker it comes wrapped in the worker's traceback, itself the last line.
             last = str(error).strip().splitlines()[-1]
@@ -68,7 +71,8 @@ class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
             image = resized_crop(self.split.image(index), size, generator)
         else:
             image = self.split.sized_image(index, size, size)
-        return crop_and_flip_one(image, size, pad, dy, dx, flip), int(self.split.labels[index])
+        image = crop_and_flip_one(image, size, pad, self.spec.pad_mode, dy, dx, flip)
+        return image, int(self.split.labels[index])
 
 
 class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
@@ -76,17 +80,16 @@ class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
-        self.batches = spec.eval_indices(len(split))
+        self.batches = spec.eval_batches(len(split))
 
     def __len__(self) -> int:
         return len(self.batches) * self.spec.eval_share
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         batch, row = divmod(i, self.spec.eval_share)
-        indices = self.batches[batch]
-        if row >= len(indices):
-            return self._view(0), IGNORED
-        return self._view(int(indices[row])), int(self.split.labels[indices[row]])
+        indices, count = self.batches[batch]
+        index = int(indices[row])
+        return self._view(index), int(self.split.labels[index]) if row < count else IGNORED
 
     def _view(self, index: int) -> np.ndarray:
         if self.spec.augment == "resized_crop":

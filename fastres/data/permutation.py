@@ -1,7 +1,7 @@
 """The order and the randomness of a run, as pure functions: the same for every loader and any number of processes.
 
 Sample j of a run is perm(seed, j div N)[j mod N]; step k takes the samples j in [kB, (k+1)B), B the global
-batch, so batches are always full. Crop and flip are drawn from (seed, epoch, sample index).
+batch, so batches are always full. What augmentation does to a sample is drawn from (seed, epoch, sample index).
 
 Everything is computed from Philox's raw 64-bit words (Salmon et al. 2011), a counter-based generator whose
 stream numpy guarantees, and not from a library's shuffle, whose result may change with its version.
@@ -11,10 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
+from scipy.special import betaincinv
 
-PERMUTATION, CROP_Y, CROP_X, FLIP, RESIZED_CROP = range(5)  # streams: disjoint parts of Philox's counter
+# Streams: disjoint parts of Philox's counter.
+(
+    PERMUTATION, CROP_Y, CROP_X, FLIP, RESIZED_CROP,
+    CUTOUT_Y, CUTOUT_X, MIX_SHARE, MIX_KIND, CUTMIX_Y, CUTMIX_X,
+) = range(11)  # fmt: skip
 
 
 @lru_cache(maxsize=8)
@@ -45,13 +51,20 @@ def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.ran
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples, and how each is cropped and flipped; all fields (n,)."""
+    """Which samples, and what is done to each; n of them."""
 
-    epoch: np.ndarray  # int64
-    index: np.ndarray  # int64, into the split
-    dy: np.ndarray  # int64, rows cut from the top of the padded image, 0 to 2·pad
-    dx: np.ndarray  # int64, columns cut from its left
-    flip: np.ndarray  # bool, after the crop
+    epoch: np.ndarray  # (n,) int64
+    index: np.ndarray  # (n,) int64, into the split
+    dy: np.ndarray  # (n,) int64, rows cut from the top of the padded image, 0 to 2·pad
+    dx: np.ndarray  # (n,) int64, columns cut from its left
+    flip: np.ndarray  # (n,) bool, after the crop
+    cutout: np.ndarray  # (n, 2) int64, row and column of the centre of what is blanked
+    blend: np.ndarray  # (n,) float64, the image's own share of each pixel; its neighbour has the rest
+    box: np.ndarray  # (n, 4) int64, top, bottom, left, right of what its neighbour covers
+
+    def part(self, start: int, stop: int) -> Samples:
+        """The samples [start, stop)."""
+        return Samples(*(values[start:stop] for values in vars(self).values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +76,12 @@ class Order:
     seed: int
     rank: int = 0
     world: int = 1
+    size: int = 1  # side of a crop, in pixels
     pad: int = 0
-    flip: bool = False
+    flip: bool | Literal["alternating"] = False
+    cutout: bool = False
+    mixup: float = 0.0  # parameter of the Beta distribution; 0: none
+    cutmix: float = 0.0  # likewise
 
     @property
     def local_batch(self) -> int:
@@ -75,16 +92,55 @@ class Order:
         steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
         share = np.arange(self.rank * self.local_batch, (self.rank + 1) * self.local_batch, dtype=np.int64)
         epoch, position = np.divmod((steps * self.batch + share).ravel(), self.n)
-        zeros = np.zeros_like(epoch)
-        out = Samples(epoch, zeros, zeros.copy(), zeros.copy(), zeros.astype(bool))
+        n = len(epoch)
+        out = Samples(
+            epoch=epoch,
+            index=np.zeros(n, np.int64),
+            dy=np.zeros(n, np.int64),
+            dx=np.zeros(n, np.int64),
+            flip=np.zeros(n, bool),
+            cutout=np.zeros((n, 2), np.int64),
+            blend=np.ones(n),
+            box=np.zeros((n, 4), np.int64),
+        )
         for e in np.unique(epoch):
             here = epoch == e
-            index = permutation(self.seed, e, self.n)[position[here]]
-            out.index[here] = index
+            index = out.index[here] = permutation(self.seed, e, self.n)[position[here]]
             if self.pad:
-                sides = np.uint64(2 * self.pad + 1)
-                out.dy[here] = words(self.seed, e, CROP_Y, self.n)[index] % sides
-                out.dx[here] = words(self.seed, e, CROP_X, self.n)[index] % sides
-            if self.flip:
-                out.flip[here] = words(self.seed, e, FLIP, self.n)[index] >> np.uint64(63)
+                out.dy[here] = self._below(2 * self.pad + 1, e, CROP_Y, index)
+                out.dx[here] = self._below(2 * self.pad + 1, e, CROP_X, index)
+            if self.flip == "alternating":
+                out.flip[here] = self._coin(0, FLIP, index) ^ bool(e % 2)
+            elif self.flip:
+                out.flip[here] = self._coin(e, FLIP, index)
+            if self.cutout:
+                out.cutout[here, 0] = self._below(self.size, e, CUTOUT_Y, index)
+                out.cutout[here, 1] = self._below(self.size, e, CUTOUT_X, index)
+            if self.mixup or self.cutmix:
+                out.blend[here], out.box[here] = self._mixing(e, index)
         return out
+
+    def _mixing(self, epoch: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """blend and box of the samples at `index`; where both kinds are wanted, a coin decides for each."""
+        cutmix = np.full(len(index), self.cutmix > 0)
+        if self.mixup and self.cutmix:
+            cutmix = self._coin(epoch, MIX_KIND, index)
+        alpha = np.where(cutmix, self.cutmix, self.mixup)
+        # The inverse of Beta's distribution function; 53 bits are what a float64 holds.
+        uniform = (words(self.seed, epoch, MIX_SHARE, self.n)[index] >> np.uint64(11)) * 2.0**-53
+        share = betaincinv(alpha, alpha, uniform)
+        box = np.zeros((len(index), 4), np.int64)
+        half = (self.size * np.sqrt(1 - share[cutmix]) / 2).astype(np.int64)
+        for first, stream in ((0, CUTMIX_Y), (2, CUTMIX_X)):
+            centre = self._below(self.size, epoch, stream, index[cutmix])
+            box[cutmix, first] = np.maximum(centre - half, 0)
+            box[cutmix, first + 1] = np.minimum(centre + half, self.size)
+        return np.where(cutmix, 1, share), box
+
+    def _below(self, bound: int, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
+        """A uniform whole number below `bound` for each sample: (n,) int64."""
+        return (words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)).astype(np.int64)
+
+    def _coin(self, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
+        """True or False for each sample: (n,) bool."""
+        return (words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)).astype(bool)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import crop_and_flip, crop_windows, normalize
+from fastres.data.augment import Finish, crop_and_flip, crop_windows
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
 BLOCK_BYTES = 512 * 2**20  # of augmented batches kept ready: an epoch of CIFAR in bf16 is 307 MB
-CHUNK = 8192  # images augmented at once: bounds the temporaries (8 bytes a pixel)
+CHUNK = 8192  # images augmented at once, an even number: bounds the temporaries (8 bytes a pixel)
 
 
 class ResidentLoader:
@@ -26,9 +26,8 @@ class ResidentLoader:
         self.labels = torch.from_numpy(split.labels).to(spec.device)
         self.order = spec.order(len(split))
         self.channels = images.shape[3]
-        self.windows = crop_windows(images, spec.image_size, self.order.pad)
-        self.mean = torch.tensor(spec.mean, device=spec.device)
-        self.std = torch.tensor(spec.std, device=spec.device)
+        self.windows = crop_windows(images, spec.image_size, self.order.pad, spec.pad_mode)
+        self.finish = Finish(spec)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         b = self.order.local_batch
@@ -39,33 +38,33 @@ class ResidentLoader:
         for start in range(first_step, last_step, block):
             stop = min(start + block, last_step)
             samples = self.order.samples(start, stop)
-            images = self._augmented(samples.index, samples.dy, samples.dx, samples.flip)
-            labels = self.labels[self._on_device(samples.index)]
-            yield from zip(images.split(b), labels.split(b), strict=True)
+            images = self._empty(len(samples.index))
+            labels = []
+            for first in range(0, len(images), CHUNK):
+                part = samples.part(first, first + CHUNK)
+                crops = self._crops(part.index, part.dy, part.dx, part.flip)
+                images[first : first + CHUNK], shares = self.finish(crops, self._labels(part.index), part)
+                labels.append(shares)
+            yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in self.spec.eval_indices(self.order.n):
-            filled = (
-                np.resize(index, self.spec.eval_share) if len(index) else np.zeros(self.spec.eval_share, int)
-            )
-            still = np.full_like(filled, self.order.pad)
-            images = self._augmented(filled, still, still, np.zeros(len(filled), dtype=bool))
-            labels = self.labels[self._on_device(filled)]
-            labels[len(index) :] = IGNORED
+        for index, count in self.spec.eval_batches(self.order.n):
+            still = np.full_like(index, self.order.pad)
+            crops = self._crops(index, still, still, np.zeros(len(index), dtype=bool))
+            images, labels = self.finish(crops, self._labels(index))
+            labels[count:] = IGNORED
             yield images, labels
 
-    def _augmented(self, index: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Tensor:
-        size = self.spec.image_size
-        out = torch.empty(
-            (len(index), self.channels, size, size),
-            dtype=self.spec.dtype,
-            device=self.spec.device,
-            memory_format=torch.channels_last,
-        )
-        chosen = [self._on_device(a).split(CHUNK) for a in (index, dy, dx, flip)]
-        for images, *chunk in zip(out.split(CHUNK), *chosen, strict=True):
-            images.copy_(normalize(crop_and_flip(self.windows, *chunk), self.mean, self.std, self.spec.dtype))
-        return out
+    def _crops(self, index: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Tensor:
+        return crop_and_flip(self.windows, *map(self._on_device, (index, dy, dx, flip)))
+
+    def _labels(self, index: np.ndarray) -> Tensor:
+        return self.labels[self._on_device(index)]
+
+    def _empty(self, n: int) -> Tensor:
+        size, spec = self.spec.image_size, self.spec
+        images = torch.empty((n, self.channels, size, size), dtype=spec.dtype, device=spec.device)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.spec.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +25,15 @@ class BatchSpec:
     image_size: int
     augment: str  # crop, resized_crop, none
     pad: int
-    flip: bool
+    flip: bool | Literal["alternating"]
     workers: int
     device: torch.device
     dtype: torch.dtype
+    pad_mode: str = "zero"  # zero, reflect
+    cutout: int = 0  # pixels
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    classes: int = 0  # columns of mixed labels
     rank: int = 0
     world: int = 1
 
@@ -39,15 +45,24 @@ class BatchSpec:
             seed=self.seed,
             rank=self.rank,
             world=self.world,
+            size=self.image_size,
             pad=self.pad if self.augment == "crop" else 0,
-            flip=self.flip and self.augment != "none",
+            flip=self.flip if self.augment != "none" else False,
+            cutout=self.cutout > 0,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
         )
 
-    def eval_indices(self, n: int) -> list[np.ndarray]:
-        """This process's samples of each evaluation batch; some of the last may be short or empty."""
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    def eval_batches(self, n: int) -> list[tuple[np.ndarray, int]]:
+        """This process's samples of each evaluation batch, (eval_share,) int64, and how many of them count: some of the
+        last batches are filled up."""
         share, whole = self.eval_share, self.eval_share * self.world
         starts = range(self.rank * share, -(-n // whole) * whole, whole)
-        return [np.arange(min(start, n), min(start + share, n)) for start in starts]
+        return [(np.arange(start, start + share) % n, min(max(n - start, 0), share)) for start in starts]
 
     @property
     def eval_share(self) -> int:
