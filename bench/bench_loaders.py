@@ -1,21 +1,27 @@
-"""images/s of the loaders, against torch's DataLoader with as many workers as there are cores.
+"""images/s of the loaders, against torch's DataLoader with as many workers as there are cores, and against what the
+networks take.
 
     pytest bench/bench_loaders.py --benchmark-only
 
 Arrays and JPEGs of 32 px with CIFAR's augmentation, and photographs with ImageNet's at 224 px: crops of
 scikit-learn's two photographs. Each round starts its loader and takes all its batches, so that none works ahead in
-another's time; the start, of a tenth of a second, is in it.
+another's time; the start, of a tenth of a second, is in it. JPEGs reach the resident loader decoded, as they do from
+the second start on. What a network takes is its training step alone, measured in the same process.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bench_throughput import engine_region
 from interleaved import interleaved
 from PIL import Image
 
@@ -27,16 +33,19 @@ from fastres.engine import resolve
 BATCH, ROUNDS = 64, 7
 CIFAR: dict[str, Any] = {"augment": "crop"}
 IMAGENET: dict[str, Any] = {"augment": "resized_crop", "image_size": 224}
-# What: (fields of DataConfig, loaders, batches of a round).
-CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+# What: (fields of DataConfig, loaders, batches of a round, the network that would take them).
+CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "arrays_32px": (
         {"source": "synthetic", "synthetic_samples": 5_120, **CIFAR},
         ("resident", "dali", "dataloader"),
         40,
+        "resnet20",
     ),
-    "jpeg_32px": ({"source": "imagefolder", **CIFAR}, ("resident", "dali", "dataloader"), 200),
-    "jpeg_224px": ({"source": "imagefolder", **IMAGENET}, ("dali", "dataloader"), 8),
+    "jpeg_32px": ({"source": "imagefolder", **CIFAR}, ("resident", "dali", "dataloader"), 200, "resnet20"),
+    "jpeg_224px": ({"source": "imagefolder", **IMAGENET}, ("dali", "dataloader"), 8, "resnet50"),
 }
+# The network: (batch, side in pixels, steps of a region, regions measured).
+APPETITES = {"resnet20": (128, 32, 8, 5), "resnet50": (16, 224, 1, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +87,30 @@ def region_of(loader: str, fields: dict[str, Any], batches: int) -> Callable[[],
     return region
 
 
+@cache
+def appetite(model: str) -> float:
+    """Images/s of the network's training step, fed from memory: the median of a few regions."""
+    batch, side, steps, regions = APPETITES[model]
+    region, seconds = engine_region(model, batch=batch, side=side, steps=steps), []
+    for _ in range(1 + regions):
+        start = time.perf_counter()
+        region()
+        seconds.append(time.perf_counter() - start)
+    return batch * steps / statistics.median(seconds[1:])
+
+
 @pytest.mark.parametrize(
-    ("case", "loader"), [(case, loader) for case, (_, loaders, _) in CASES.items() for loader in loaders]
+    ("case", "loader"), [(case, loader) for case, (_, loaders, *_) in CASES.items() for loader in loaders]
 )
 def bench_loader(benchmark: Any, folders: dict[str, Path], case: str, loader: str) -> None:
-    fields, _, batches = CASES[case]
+    fields, _, batches, model = CASES[case]
     if case in folders:
         fields = {**fields, "root": str(folders[case])}
     baseline, region = (region_of(name, fields, batches) for name in ("dataloader", loader))
     baseline()
     region()
     interleaved(benchmark, baseline, region, batches * BATCH, ROUNDS)
+    benchmark.extra_info.update(
+        model=model, appetite_images_per_s=appetite(model),
+        times_appetite=benchmark.extra_info["images_per_s"] / appetite(model),
+    )  # fmt: skip

@@ -47,19 +47,21 @@ def plain_region(name: str) -> Callable[[], None]:
     return region
 
 
-def engine_region(name: str, **engine_fields: Any) -> Callable[[], None]:
-    """STEPS steps of the engine's TrainStep."""
+def engine_region(
+    name: str, *, batch: int = BATCH, side: int = SIDE, steps: int = STEPS, **engine_fields: Any
+) -> Callable[[], None]:
+    """Some steps of the engine's TrainStep."""
     torch.manual_seed(0)
     config = Config(engine=EngineConfig(**engine_fields))
     engine = resolve(config)
     model = build_model(name, norm=engine.norm).to(engine.device).to(memory_format=engine.memory_format)
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=engine.device, dtype=engine.dtype)
+    images = torch.randn(batch, 3, side, side, device=engine.device, dtype=engine.dtype)
     images = images.to(memory_format=engine.memory_format)
-    labels = torch.randint(CLASSES, (BATCH,), device=engine.device)
+    labels = torch.randint(CLASSES, (batch,), device=engine.device)
 
     def region() -> None:
-        for i in range(STEPS):
+        for i in range(steps):
             step(images, labels, 0.1, i)
         synchronize(engine.device)
 

@@ -31,6 +31,15 @@ def throughput_lines(rows: list[Any]) -> list[str]:
     return lines
 
 
+def loader_lines(rows: list[Any]) -> list[str]:
+    """The same, and how often over the loader feeds the network that would take its images."""
+    return [
+        f"{line}; {row.extra_info['times_appetite']:.1f} x what {row.extra_info['model']} takes "
+        f"({row.extra_info['appetite_images_per_s']:,.0f})"
+        for line, row in zip(throughput_lines(rows), rows, strict=True)
+    ]
+
+
 def kernel_lines(rows: list[Any]) -> list[str]:
     return bench_kernels.summary([row.extra_info for row in rows])
 
@@ -38,7 +47,7 @@ def kernel_lines(rows: list[Any]) -> list[str]:
 # By file: the title of its table, and its benchmarks as lines.
 TABLES: dict[str, tuple[str, Callable[[list[Any]], list[str]]]] = {
     "bench_throughput.py": ("images/s, interleaved with the baseline", throughput_lines),
-    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", throughput_lines),
+    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", loader_lines),
     "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
 }
 

@@ -6,8 +6,10 @@ run continues at any step without a state of DALI's: a pipeline is built for the
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +42,9 @@ class DaliLoader:
         self.split, self.spec = split, spec
         self.labels = torch.from_numpy(split.labels).to(spec.device)
         self.finish = Finish(spec)
+        # Of each file that has been read: height and width; mtime in ns and bytes.
+        self.sizes = np.zeros((len(split), 2), np.int32)
+        self.stamps = np.zeros((len(split), 2), np.int64)
         self.reflected = self.spec.order(1).pad if spec.pad_mode == "reflect" else 0
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,12 +98,27 @@ class DaliLoader:
         if self.split.images is not None:
             images = self.split.images[index]
             return {"images": images}, np.tile(np.array(images.shape[1:3], np.int32), (len(index), 1))
-        files = [encoded(self.split.paths[i]) for i in index]
-        sizes = np.array([size for _, size in files], np.int32)
+        files = [self._file(int(i)) for i in index]
+        sizes = self.sizes[index]
         if self.spec.augment != "resized_crop":
-            for i, (h, w) in zip(index, sizes.tolist(), strict=True):
-                self.split.check_size(int(i), h, w, self.spec.image_size, self.spec.image_size)
-        return {"images": [data for data, _ in files]}, sizes
+            side = self.spec.image_size
+            for i in index[(sizes != side).any(1)]:
+                height, width = self.sizes[i].tolist()
+                self.split.check_size(int(i), height, width, side, side)
+        return {"images": files}, sizes
+
+    def _file(self, index: int) -> np.ndarray:
+        """The bytes of a file, (n,) uint8. Its header is read the first time, and again where the file has changed: 40 us,
+        and 9 us without, for a file that the system has in memory."""
+        path, stamp = self.split.paths[index], (0, 0)
+        with suppress(OSError), path.open("rb", buffering=0) as file:  # encoded() says what is wrong
+            status = os.fstat(file.fileno())
+            stamp = status.st_mtime_ns, status.st_size
+            if stamp == tuple(self.stamps[index]):
+                return np.frombuffer(file.readall(), np.uint8)
+        data, self.sizes[index], as_it_is = encoded(path)
+        self.stamps[index] = stamp if as_it_is else 0
+        return data
 
     # ---- the pipeline --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import math
@@ -20,6 +21,7 @@ from fastres.errors import Refused
 # What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 JPEG_END = b"\xff\xd9"
+PNG_BITS = 24  # where a PNG says how many bits a channel has
 
 
 def damaged(path: Path, reason: object) -> NoReturn:
@@ -46,29 +48,64 @@ def decode(path: Path) -> np.ndarray:
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
     except Exception as error:  # whatever a decoder trips over in a damaged file; PIL raises a dozen kinds
-        reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else error
-        raise Refused(f"cannot read the image {path}: {reason}; replace or delete it") from error
+        raise Refused(
+            f"cannot read the image {path}: {_reason(path, error)}; replace or delete it"
+        ) from error
 
 
-def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image file's bytes, (n,) uint8, for a decoder that should see in them what decode() does; height and width.
+def _reason(path: Path, error: Exception) -> str:
+    """Why an image file cannot be read, without its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            return "it is empty"
+    return str(error).replace(f" {str(path)!r}", "")
 
-    What decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG cut short) goes through decode()
-    and comes as PNG. Raises Refused where the file cannot be decoded.
+
+def size_or_reason(path: Path) -> tuple[int, int] | str:
+    """Height and width of an image file that decode() takes, else why it does not."""
+    try:
+        height, width, _ = decode(path).shape
+        return height, width
+    except Refused as refusal:
+        assert isinstance(refusal.__cause__, Exception)
+        return _reason(path, refusal.__cause__)
+
+
+def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Refuses an image whose height and width are not those of others."""
+    if size != wanted:
+        raise Refused(
+            f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}: images of unequal size need "
+            "--data.loader dali --data.augment resized_crop --data.image_size 224"
+        )
+
+
+def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
+    """An image file's bytes, (n,) uint8, for a decoder that should see in them what decode() does; height and width;
+    and whether they are the file's own.
+
+    What decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a PNG's
+    wrong checksums) goes through decode() and comes as PNG. Raises Refused where the file cannot be decoded.
     """
     try:
         data = np.fromfile(path, np.uint8)
         with Image.open(io.BytesIO(data.tobytes()), formats=FORMATS) as image:
             size = image.height, image.width
             plain = image.mode in ("RGB", "L") and "transparency" not in image.info
-            whole = image.format == "PNG" or (image.format == "JPEG" and JPEG_END in data[-64:].tobytes())
-        if plain and whole:
-            return data, size
-    except OSError:
-        pass  # decode() says what is wrong
+            if image.format == "PNG":
+                plain = plain and data[PNG_BITS] == 8
+                image.verify()
+            else:
+                plain = plain and image.format == "JPEG" and JPEG_END in data[-64:].tobytes()
+        if plain:
+            return data, size, True
+    except Exception:  # as above; decode() says what is wrong, if anything
+        pass
     pixels, png = decode(path), io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", compress_level=1)
-    return np.frombuffer(png.getbuffer(), np.uint8), pixels.shape[:2]
+    return np.frombuffer(png.getbuffer(), np.uint8), pixels.shape[:2], False
 
 
 class _Dtype:
