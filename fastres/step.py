@@ -7,6 +7,7 @@ is one fused kernel. Nothing here waits for the device: metrics stay on it until
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,19 +178,23 @@ class Evaluator:
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.model = model
         self.totals = DeviceTotals(engine.device)
+        self.time_s = 0.0  # of the last one
         self.forward_loss = ForwardLoss(model, engine, "sum")
         if engine.compile:
             self.forward_loss.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Batch]) -> Totals:
+        start = time.perf_counter()
         self.model.eval()
         distributed.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
         self.totals.reset()
         for images, labels in batches:
             loss, correct = self.forward_loss(images, labels)
             self.totals.add(loss, correct, (labels != IGNORED).sum())
-        return self.totals.read()[0]
+        totals, _ = self.totals.read()  # waits for the device
+        self.time_s = time.perf_counter() - start
+        return totals
 
 
 def warm_up(

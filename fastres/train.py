@@ -22,7 +22,7 @@ from fastres import checkpoint, distributed
 from fastres.clock import Clock
 from fastres.config import Config, model_options, parse
 from fastres.data import build_loader, classes_of, image_size
-from fastres.data.sources import hold_out, load_source
+from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Failed, Refused, run_command
 from fastres.log import ProgressLine, Run, device_name, write_text
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return train(config, engine, stop)
 
 
-def train(config: Config, engine: Engine, stop: list[int]) -> int:
-    """The run. `stop` holds the number of a signal once one has come."""
+def train(config: Config, engine: Engine, stop: list[int], source: Source | None = None) -> int:
+    """The run. `stop` holds the number of a signal once one has come; `source` stands in for the configured one."""
     is_main = distributed.rank() == 0
     steps, batch_size = config.train.steps, config.train.batch_size
 
@@ -59,7 +59,7 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
         return 0
 
     # ------------------------------------------------------------------------------------- data
-    source = distributed.rank0_first(lambda: load_source(config.data))
+    source = source or distributed.rank0_first(lambda: load_source(config.data))
     training, held_out, curve_split = source.train, source.test, "test"
     if config.data.validation:
         training, held_out = hold_out(source.train, config.data.validation)
@@ -187,7 +187,7 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
                              "lr": lr, "images_per_s": speed, "train_time_s": clock.train_time_s}
                         )  # fmt: skip
                 if evaluates:
-                    held = evaluate(curve_loader.evaluate())
+                    held = evaluate(failing_late(curve_loader.evaluate()))
                     progress.say(
                         f"step {done:,}: {curve_split} loss {held.mean_loss:.4f}, accuracy {held.accuracy:.2%}"
                     )
@@ -208,7 +208,11 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
         clock.stop()
 
         # --------------------------------------------------------------------------------- results
-        final = held if held is not None and curve_split == "test" else evaluate(test_loader.evaluate())
+        final = (
+            held
+            if held is not None and curve_split == "test"
+            else evaluate(failing_late(test_loader.evaluate()))
+        )
         if is_main:
             save_weights(model, run.folder / "model.safetensors")
             run.write_history()
@@ -226,6 +230,7 @@ def train(config: Config, engine: Engine, stop: list[int]) -> int:
                 "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
                 "train_time_s": clock.train_time_s,
                 "wall_time_s": clock.wall_time_s,
+                "final_evaluation_s": evaluate.time_s,
                 "first_step_at_90": at_90 and at_90["step"],
                 "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
                 "curve": curve_split,

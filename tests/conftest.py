@@ -1,6 +1,9 @@
-"""One thread, here and in every process that a test starts; Triton's interpreter here; one seed for every test."""
+"""One thread, here and in every process that a test starts; Triton's interpreter here; one seed for every test; and a
+cache of the tests' own."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported. Bitwise equal sums need an equal number of threads, and nets as small as these gain nothing
 # from more of them.
@@ -10,6 +13,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is decoded goes into a folder of the tests' own, in the processes that they start too."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # But matplotlib's list of fonts, which takes seconds to make, stays where it is.
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(users / "matplotlib")))
+        yield
 
 
 @pytest.fixture(autouse=True)

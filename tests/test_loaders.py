@@ -209,7 +209,8 @@ def test_evaluation_has_every_sample_exactly_once(
 
 
 def folder(root: Path, **fields: Any) -> Source:
-    return imagefolder(DataConfig(source="imagefolder", root=str(root), **fields))
+    """Its splits as files, which every loader takes."""
+    return imagefolder(DataConfig(source="imagefolder", root=str(root), loader="dataloader", **fields))
 
 
 @every_loader

@@ -41,7 +41,9 @@ from tests.fixtures import (
 
 
 def load(source: Any, root: Path, **fields: Any) -> Source:
-    return load_source(DataConfig(**{"source": source, "root": str(root), "download": False, **fields}))
+    """The source; of a folder of images its files, which any other loader than the resident one takes."""
+    options = {"source": source, "root": str(root), "download": False, "loader": "dataloader", **fields}
+    return load_source(DataConfig(**options))
 
 
 def assert_sound(split: Split, count: int, shape: tuple[int, ...], classes: int) -> None:
@@ -328,8 +330,35 @@ def test_links_stay_inside_the_data_folder(tmp_path: Path) -> None:
     with refused("loop.jpg", root):
         load("imagefolder", root)
     (root / "train" / "cat" / "loop.jpg").unlink()
+    (root / "train" / "cat" / "upwards").symlink_to("..")  # a folder in a class is no class
+    (root / "train" / "cat" / "upwards.jpg").symlink_to("..")
     (tmp_path / "alias").symlink_to(root)  # the data folder itself may be a link
     assert len(load("imagefolder", tmp_path / "alias").train) == 9
+
+
+LINKS = {  # each link and where it leads; the first is the one to be named
+    "to nothing": {"train/cat/link.jpg": "nothing.jpg"},
+    "to itself": {"train/cat/link.jpg": "link.jpg"},
+    "to each other": {"train/cat/link.jpg": "other.jpg", "train/cat/other.jpg": "link.jpg"},
+    "of a class to nothing": {"train/lynx": "nothing"},
+    "of classes to each other": {"test/lynx": "ocelot", "test/ocelot": "lynx"},
+    "of a class to its parent": {"train/lynx": "."},
+    "of the part to itself": {"val": "val"},
+}
+
+
+@pytest.mark.parametrize("links", LINKS)
+def test_links_that_lead_to_no_image_are_refused_by_name(tmp_path: Path, links: str) -> None:
+    root = write_image_folder(tmp_path / "images")
+    for name, target in LINKS[links].items():
+        (root / name).symlink_to(target)
+    named = root / next(iter(LINKS[links]))
+    if links == "of the part to itself":  # it is none, and there is another
+        assert len(load("imagefolder", root).test) == 4
+        (root / "test").rename(root / "elsewhere")
+        named = "test (or val)"
+    with refused(named):
+        load("imagefolder", root)
 
 
 GREY16 = Image.fromarray(np.full((6, 5), 0xABCD, np.uint16))

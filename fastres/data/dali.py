@@ -7,6 +7,7 @@ run continues at any step without a state of DALI's: a pipeline is built for the
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -108,7 +109,7 @@ class DaliLoader:
         return {"images": files}, sizes
 
     def _file(self, index: int) -> np.ndarray:
-        """The bytes of a file, (n,) uint8. Its header is read the first time, and again where the file has changed: 40 us,
+        """The bytes of a file, (n,) uint8. Its header is read the first time, and again where it has changed: 40 us,
         and 9 us without, for a file that the system has in memory."""
         path, stamp = self.split.paths[index], (0, 0)
         with suppress(OSError), path.open("rb", buffering=0) as file:  # encoded() says what is wrong
@@ -144,10 +145,11 @@ class DaliLoader:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    for item in ahead:  # it is in one of these: DALI does not say where
-                        for index in samples_of(item) if self.split.paths else ():
+                    fed = [samples_of(item) for item in ahead] if self.split.paths else []
+                    for batch in fed:  # it is in one of these: DALI does not say where
+                        for index in batch:
                             decode(self.split.paths[index])
-                    raise Refused(f"DALI: {str(error).strip().splitlines()[0]}") from error
+                    raise Refused(self._refusal(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
                 feed_ndarray(batch, pixels)
@@ -156,6 +158,13 @@ class DaliLoader:
             # Its threads end here. A pipeline is part of reference cycles: left to the garbage collector, one was
             # collected in a forked process, where those threads are not, and waited for them for ever.
             pipeline._shutdown()
+
+    def _refusal(self, error: str, fed: list[np.ndarray]) -> str:
+        """One line of DALI's many, with the files that may be meant. fed: the samples of each batch it works on."""
+        if (number := re.search(r"sample #(\d+)", error)) and fed:
+            names = dict.fromkeys(str(self.split.paths[batch[int(number[1])]]) for batch in fed)
+            return f"DALI cannot decode {' or '.join(names)}: replace it, or use --data.loader dataloader"
+        return f"DALI: {(error.rpartition('encountered:')[2].strip() or error).splitlines()[0]}"
 
     def _inputs(self) -> list[str]:
         resizes = self.spec.augment == "resized_crop"

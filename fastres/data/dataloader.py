@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
+import signal
+import threading
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +20,9 @@ from fastres.data.permutation import Order, Samples, sample_generator
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.errors import Refused
+
+DEATH_S = 1.0  # from the first error to the death of the worker that is its cause
+REMEDY = "if memory or /dev/shm ran out, use fewer --data.workers or another --data.loader"
 
 
 class HostLoader:
@@ -39,16 +48,55 @@ class HostLoader:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels (b, S, S, C) uint8 and labels (b,) int64, on the device."""
         cuda = self.spec.device.type == "cuda"
-        try:
-            for pixels, labels in DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda):
-                yield (
-                    pixels.to(self.spec.device, non_blocking=True),
-                    labels.to(self.spec.device, non_blocking=True),
-                )
-        except Refused as error:
-            # From a worker it comes wrapped in the worker's traceback, itself the last line.
-            last = str(error).strip().splitlines()[-1]
-            raise Refused(last.removeprefix("fastres.errors.Refused: ")) from None
+        others = multiprocessing.active_children()
+        with _no_signal_on_death():
+            batches = iter(DataLoader(samples, batch, num_workers=self.spec.workers, pin_memory=cuda))
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        while True:
+            try:
+                pixels, labels = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                if isinstance(error, Refused):
+                    # From a worker it comes wrapped in the worker's traceback, itself the end of it.
+                    line = str(error).rpartition("fastres.errors.Refused: ")[2].strip()
+                elif fate := _fate_of_any(workers):  # whatever it shows as
+                    line = f"a worker process of the dataloader {fate}; {REMEDY}"
+                else:
+                    raise
+                # The other workers end here. In the error's traceback they would be left to the garbage collector,
+                # which may come by in a forked process, and wait there for seconds.
+                traceback.clear_frames(error.__traceback__)
+                del batches
+                raise Refused(line) from None
+            yield (
+                pixels.to(self.spec.device, non_blocking=True),
+                labels.to(self.spec.device, non_blocking=True),
+            )
+
+
+@contextmanager
+def _no_signal_on_death() -> Iterator[None]:
+    """Keeps torch from answering a worker's death with an error wherever the main thread happens to be, be it in a step
+    or writing a file. Without it the next batch does, within 5 s."""
+    if threading.current_thread() is not threading.main_thread():  # torch does not do it there
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _fate_of_any(workers: list[BaseProcess]) -> str | None:
+    """How one of the processes came to its end, if one did."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S)
+    for code in (worker.exitcode for worker in workers):
+        if code is not None:
+            return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return None
 
 
 class _TrainSamples(Dataset[tuple[np.ndarray, int]]):

@@ -18,7 +18,7 @@ CHUNK = 8192  # images augmented at once, an even number: bounds the temporaries
 
 
 class ResidentLoader:
-    """See Loader. A split of files is decoded once, at construction."""
+    """See Loader. A split that comes as files is decoded once, at construction."""
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.spec = spec

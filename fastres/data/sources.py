@@ -7,8 +7,8 @@ a function from DataConfig to Source, and a line in SOURCES.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 
 from fastres.config import DataConfig
+from fastres.data.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
 from fastres.data.download import extract, obtain
-from fastres.data.formats import damaged, decode, read_idx, read_pickle
+from fastres.data.formats import check_size, damaged, decode, read_idx, read_pickle
 from fastres.errors import Refused
 
 HOLD_OUT_SEED = 5_000  # of every run, whatever its run.seed: validation figures compare across seeds
 DIGITS_SEED = 0
 SYNTHETIC_SEED = 0
 SYNTHETIC_CLASSES = 10
-DECODE_BLOCK = 256  # images per task of the thread pool: one task per image spends a second on futures alone
 HISTOGRAM_BLOCK = 1_024  # images per bincount, which copies to int64
+NAMED = 3  # files that a note names; their full list is in a file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+ClassFiles = dict[str, list[Path]]  # of a part of a folder: by class
 
 # Mean and standard deviation of each channel over the published training set, in [0, 1] units. Folders of
 # images take ImageNet's: pretrained weights expect them.
@@ -67,31 +70,15 @@ class Split:
 
     def check_size(self, index: int, height: int, width: int, wanted_height: int, wanted_width: int) -> None:
         """Refuses sample `index`, of height x width, where it is not of the size of others."""
-        if (height, width) != (wanted_height, wanted_width):
-            what = self.paths[index] if self.paths else f"image {index}"
-            raise Refused(
-                f"{what} has {width}x{height} pixels, "
-                f"others {wanted_width}x{wanted_height}: images of unequal size need "
-                "--data.loader dali --data.augment resized_crop --data.image_size 224"
-            )
+        what = self.paths[index] if self.paths else f"image {index}"
+        check_size(what, (height, width), (wanted_height, wanted_width))
 
     def array(self, workers: int) -> np.ndarray:
         """All samples as (N, H, W, C) uint8, decoded by that many threads.
 
         Raises Refused where a file cannot be decoded, or is not of the first one's size.
         """
-        if self.images is not None:
-            return self.images
-        images = np.empty((len(self), *self.image(0).shape), np.uint8)
-
-        def fill(start: int) -> None:
-            for index in range(start, min(start + DECODE_BLOCK, len(self))):
-                images[index] = self.sized_image(index, *images.shape[1:3])
-
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for _ in pool.map(fill, range(0, len(self), DECODE_BLOCK)):
-                pass
-        return images
+        return decode_all(self.paths, workers) if self.images is None else self.images
 
     def subset(self, indices: np.ndarray) -> Split:
         """The samples at `indices`, (M,) integers, in that order."""
@@ -314,7 +301,7 @@ def _measured(name: str, train: Split, test: Split, classes: tuple[str, ...]) ->
 
 
 def imagefolder(config: DataConfig) -> Source:
-    """root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG; nothing is decoded yet."""
+    """root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG; decoded for the resident loader alone."""
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise Refused(f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images")
@@ -323,33 +310,94 @@ def imagefolder(config: DataConfig) -> Source:
         absent = "test (or val)" if (root / "train").is_dir() else "train"
         raise Refused(f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*")
 
-    train_files, test_files = _class_files(root, "train"), _class_files(root, held[0])
-    classes = tuple(train_files)
-    unknown = [name for name in test_files if name not in train_files]
+    parts = {part: _class_files(root, part, broken=config.skip_bad) for part in ("train", held[0])}
+    classes = tuple(parts["train"])
+    unknown = [name for name in parts[held[0]] if name not in classes]
     if unknown:
         raise Refused(
             f"{root / held[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
         )
+    notes = [f"{root} has both test and val: test is used"] if len(held) == 2 else []
+    if config.skip_bad:
+        parts, said = _without_bad(root, parts, config)
+        notes += said
 
-    def split(files: dict[str, list[Path]]) -> Split:
-        index = np.array([classes.index(name) for name in files], np.int64)
-        labels = np.repeat(index, [len(paths) for paths in files.values()])
-        return Split(labels=labels, paths=tuple(path for paths in files.values() for path in paths))
+    def split(part: str) -> Split:
+        index = np.array([classes.index(name) for name in parts[part]], np.int64)
+        labels = np.repeat(index, [len(paths) for paths in parts[part].values()])
+        paths = _flat(parts[part])
+        if config.loader == "resident":
+            images, said = kept_images(root / part, paths, config)
+            notes.extend(said)
+            if images is not None:
+                return Split(labels=labels, images=images)
+        return Split(labels=labels, paths=paths)
 
+    train, test = split("train"), split(held[0])
     mean, std = NORMALIZATION["imagefolder"]
     return Source(
         name="imagefolder",
-        train=split(train_files),
-        test=split(test_files),
+        train=train,
+        test=test,
         classes=classes,
         mean=mean,
         std=std,
-        notes=(f"{root} has both test and val: test is used",) if len(held) == 2 else (),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _class_files(root: Path, part: str) -> dict[str, list[Path]]:
-    """The image files of each class folder of root/part, both in the order of their names."""
+def _flat(files: ClassFiles) -> tuple[Path, ...]:
+    return tuple(path for paths in files.values() for path in paths)
+
+
+def _without_bad(
+    root: Path, parts: dict[str, ClassFiles], config: DataConfig
+) -> tuple[dict[str, ClassFiles], list[str]]:
+    """The files that can be decoded and, where nothing resizes them, are of the size of most training images; and notes
+    that name the others."""
+    size: Size | None = None
+    good: dict[str, ClassFiles] = {}
+    notes: list[str] = []
+    for part, files in parts.items():
+        paths = _flat(files)
+        found, said = sizes_and_reasons(root / part, paths, config)
+        notes += said
+        sizes = Counter(one for one in found if not isinstance(one, str))
+        if config.augment != "resized_crop" and sizes and size is None:
+            size = sizes.most_common(1)[0][0]  # of the training images, which come first
+        bad: dict[Path, str] = {}
+        for path, one in zip(paths, found, strict=True):
+            if isinstance(one, str):
+                bad[path] = one
+            elif size is not None and one != size:
+                bad[path] = f"{one[1]}x{one[0]} pixels, most have {size[1]}x{size[0]}"
+        good[part] = {name: [path for path in own if path not in bad] for name, own in files.items()}
+        for name, left in good[part].items():
+            if not left:
+                raise Refused(
+                    f"no image in {root / part / name} can be used, such as {files[name][0].name} "
+                    f"({bad[files[name][0]]}): replace them or remove that class"
+                )
+        if bad:
+            notes.append(_bad_note(root / part, bad, len(paths), config))
+    return good, notes
+
+
+def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig) -> str:
+    """One line that counts the files left out of a folder, names the first and says where all are listed."""
+    lines = [f"{path.relative_to(folder)} ({reason})" for path, reason in bad.items()]
+    listed = keep_bad(folder, lines, config)
+    more = f" and {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
+    note = (
+        f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}"
+        + (f"; all are listed in {listed}" if listed else "")
+    )
+    return " ".join(note.encode("utf-8", "backslashreplace").decode().split())  # a file may have any name
+
+
+def _class_files(root: Path, part: str, broken: bool) -> ClassFiles:
+    """The image files of each class folder of root/part, both in the order of their names; with those that are links to
+    nothing, where `broken`, else Refused."""
     folder = root / part
     inside = Path(os.path.realpath(root))
 
@@ -357,21 +405,28 @@ def _class_files(root: Path, part: str) -> dict[str, list[Path]]:
         with os.scandir(parent) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
 
-    def checked(path: Path, is_link: bool) -> Path:
-        if is_link and not Path(os.path.realpath(path)).is_relative_to(inside):
+    def checked(path: Path, broken: bool = False) -> Path:
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             raise Refused(f"{path} is a link that leads out of {root}: copy what it points to, or remove it")
+        if path.is_symlink() and not path.exists() and not broken:
+            raise Refused(
+                f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it"
+            )
         return path
 
-    checked(folder, folder.is_symlink())
-    classes = {e.name: checked(Path(e.path), e.is_symlink()) for e in visible(folder) if e.is_dir()}
-    files = {
-        name: [
-            checked(Path(entry.path), entry.is_symlink())
-            for entry in visible(path)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
-        ]
-        for name, path in classes.items()
-    }
+    def images(of_class: Path) -> Iterator[Path]:
+        for entry in visible(of_class):
+            if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            if not entry.is_symlink():  # the listing tells what it is: no call for each of a million files
+                if entry.is_file():
+                    yield Path(entry.path)
+            elif (path := checked(Path(entry.path), broken)).is_file() or not path.exists():
+                yield path
+
+    checked(folder)
+    classes = {entry.name: path for entry in visible(folder) if (path := checked(Path(entry.path))).is_dir()}
+    files = {name: list(images(of_class)) for name, of_class in classes.items()}
     if not files:
         raise Refused(f"no class folders in {folder}: images belong into {folder}/CLASS/")
     for name, paths in files.items():
