@@ -13,35 +13,32 @@ ReLU with two gradients 8⅛ + 6. No atomics: every sum has one fixed order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_forward import load_bits, per_channel, through
-from .launch import launchable
-from .tiles import WARPS, Tiles
+from .bn_forward import affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
+from .launch import launchable, pointers
+from .tiles import WARPS, Tiles, matrix_shape
 
 
 @triton.jit
 def gate_from_input(x, mean, scale, shift, dtype: tl.constexpr):
     """Where ReLU let through, recomputed from x exactly as normalise_kernel computed it, rounding included."""
-    return through(((x - mean[None, :]) * scale[None, :] + shift[None, :]).to(dtype))
+    return through(affine(x, mean, scale, shift).to(dtype))
 
 
 @triton.jit
 def gated_gradient(
-    dy, dskip, mask, dz_out, value, dtype: tl.constexpr, mean, scale, shift, start, rows, cols, inside, M, C,
+    dy, dskip, mask, dz_out, value, dtype: tl.constexpr, mean, scale, shift, start, cols, inside, M, C,
     HAS_SKIP: tl.constexpr, GATE: tl.constexpr, STORE_DZ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz of a tile, (BLOCK_M, BLOCK_C) float32 of rows from `start`, 0 outside; stored with STORE_DZ. `value`: x there.
 
     GATE: "none", the "bits" of the mask, or recomputed from the "input".
     """
-    valid = (rows < M - start)[:, None] & inside[None, :]
-    corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
     dz = tl.load(dy + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if HAS_SKIP:
         dz += tl.load(dskip + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -78,7 +75,7 @@ def channel_sums_kernel(
     GATE: tl.constexpr,
     STORE_DZ: tl.constexpr,
     STORE_DX: tl.constexpr,
-    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -86,22 +83,18 @@ def channel_sums_kernel(
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    centre = per_channel(mean, cols, inside, True, 0.0)
-    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
-    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
-    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    centre, variance = vector(mean, cols, inside), vector(var, cols, inside)
+    invstd, scale, shift = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
 
-    rows = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     projected = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     first = pid * ROWS
     for i in range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)):
         start = first + i * BLOCK_M
-        valid = (rows < M - start)[:, None] & inside[None, :]
-        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dz = gated_gradient(
-            dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, rows, cols, inside, M, C,
+            dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
             HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if STORE_DX:
@@ -147,7 +140,7 @@ def input_gradient_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RECOMPUTE_GATE: tl.constexpr,
-    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -156,10 +149,8 @@ def input_gradient_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    centre = per_channel(mean, cols, inside, True, 0.0)
-    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
-    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
-    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    centre, variance = vector(mean, cols, inside), vector(var, cols, inside)
+    invstd, scale, shift = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
     total, projected = sum_partials(partials, cols, inside, C, P, BLOCK_C, BLOCK_P)
     if pid == 0:
         tl.store(dbias + cols, total, inside)
@@ -167,19 +158,24 @@ def input_gradient_kernel(
     mean_dz = total / count
     slope = invstd * projected / count
 
-    rows = tl.arange(0, BLOCK_M)
     first = pid * ROWS
     tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
     for i in range(0, tiles):
         start = first + (tiles - 1 - i) * BLOCK_M
-        valid = (rows < M - start)[:, None] & inside[None, :]
-        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         grad = tl.load(dz + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if RECOMPUTE_GATE:
             grad = tl.where(gate_from_input(value, centre, scale, shift, x.dtype.element_ty), grad, 0.0)
         out = scale[None, :] * (grad - mean_dz[None, :] - (value - centre[None, :]) * slope[None, :])
         tl.store(dx + corner + at, out.to(dx.dtype.element_ty), valid)
+
+
+def gate(relu: bool, mask: Tensor | None) -> str:
+    """gated_gradient's GATE."""
+    if not relu:
+        return "none"
+    return "input" if mask is None else "bits"
 
 
 def channel_sums(
@@ -198,30 +194,21 @@ def channel_sums(
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partial sums (P, 2, C) float32: Σ dz and Σ dz·x̂; dz, and with given statistics dx, empty where not asked for."""
-    m, c = x.numel() // x.shape[1], x.shape[1]
-    partials = torch.empty((tiles.partials, 2, c), dtype=torch.float32, device=x.device)
+    m, c = matrix_shape(x)
+    partials = empty_partials(x, tiles)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     dx = torch.empty_like(x) if store_dx else x.new_empty(0)
-    unused: Any = x
+    sources = (dy, dskip, x, mask, weight, bias, mean, var)
+    results = (dz if store_dz else None, dx if store_dx else None, partials)
     launchable(channel_sums_kernel)[tiles.grid](
-        dy,
-        unused if dskip is None else dskip,
-        x,
-        unused if mask is None else mask,
-        unused if weight is None else weight,
-        unused if bias is None else bias,
-        mean,
-        var,
-        dz if store_dz else unused,
-        dx if store_dx else unused,
-        partials,
+        *pointers(*sources, *results, unused=x),
         m,
         c,
         tiles.rows,
         HAS_SKIP=dskip is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        GATE="none" if not relu else "input" if mask is None else "bits",
+        GATE=gate(relu, mask),
         STORE_DZ=store_dz,
         STORE_DX=store_dx,
         EPS=eps,
@@ -246,15 +233,13 @@ def input_gradient(
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and the totals of the partials: dbias and dweight, (C,) float32."""
-    m, c = x.numel() // x.shape[1], x.shape[1]
+    m, c = matrix_shape(x)
     dx = torch.empty_like(x)
     dweight, dbias = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
-    unused: Any = x
     launchable(input_gradient_kernel)[tiles.grid](
         dz,
         x,
-        unused if weight is None else weight,
-        unused if bias is None else bias,
+        *pointers(weight, bias, unused=x),
         mean,
         var,
         partials,

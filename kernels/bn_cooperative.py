@@ -17,10 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_backward import gated_gradient, sum_partials
-from .bn_forward import merge_partials, merge_rows, origin, per_channel, write_tile
-from .launch import INTERPRETED, launchable
-from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, one_pass_tiles
+from .bn_backward import gate, gated_gradient, sum_partials
+from .bn_forward import (
+    affine_terms,
+    empty_partials,
+    merge_partials,
+    merge_rows,
+    origin,
+    outputs,
+    tile_at,
+    vector,
+    write_tile,
+)
+from .launch import INTERPRETED, launchable, pointers
+from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
 INTERPRETED_AS = 128  # multiprocessors
@@ -60,7 +70,7 @@ def forward_kernel(
     SAVE_MASK: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     PART: tl.constexpr,
-    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -70,11 +80,8 @@ def forward_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     start = pid * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    valid = (rows < M - start)[:, None] & inside[None, :]
-    value = tl.load(x + start.to(tl.int64) * C + (rows[:, None] * C + cols[None, :]), valid, other=0.0).to(
-        tl.float32
-    )
+    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
+    value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
     about = origin(x, cols, inside)
 
     if PART != AFTER:
@@ -93,10 +100,9 @@ def forward_kernel(
             tl.store(var_out + cols, var, inside)
             if HAS_SKIP:
                 tl.store(skip, 0.0)
-        scale = tl.rsqrt(var + EPS) * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
-        shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+        _, scale, shift = affine_terms(var, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
         write_tile(
-            value, residual, y, mask, mean, scale, shift, start, rows, cols, inside, M, C,
+            value, residual, y, mask, mean, scale, shift, start, cols, inside, M, C,
             HAS_RESIDUAL, RELU, SAVE_MASK, BLOCK_M, BLOCK_C,
         )  # fmt: skip
 
@@ -126,7 +132,7 @@ def backward_kernel(
     GATE: tl.constexpr,
     STORE_DZ: tl.constexpr,
     PART: tl.constexpr,
-    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -136,16 +142,12 @@ def backward_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     start = pid * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    valid = (rows < M - start)[:, None] & inside[None, :]
-    corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
-    centre = per_channel(mean, cols, inside, True, 0.0)
-    invstd = tl.rsqrt(per_channel(var, cols, inside, True, 1.0) + EPS)
-    scale = invstd * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
-    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
+    centre, variance = vector(mean, cols, inside), vector(var, cols, inside)
+    invstd, scale, shift = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
     value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
     dz = gated_gradient(
-        dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, rows, cols, inside, M, C,
+        dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
         HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
     )  # fmt: skip
     normalised = (value - centre[None, :]) * invstd[None, :]
@@ -170,7 +172,7 @@ def tiles_for(x: Tensor, held: Held) -> Tiles | None:
     multiprocessors = (
         torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
     )
-    return one_pass_tiles(x.numel() // x.shape[1], x.shape[1], held, multiprocessors)
+    return one_pass_tiles(*matrix_shape(x), held, multiprocessors)
 
 
 def forward(
@@ -185,26 +187,15 @@ def forward(
     tiles: Tiles,  # of HELD_FORWARD
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As bn_forward.normalise with batch statistics."""
-    m, c = x.numel() // x.shape[1], x.shape[1]
-    y = torch.empty_like(x)
-    mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
-    mask = torch.empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
-    skip = torch.empty(1 if fork else 0, dtype=x.dtype, device=x.device)
-    unused: Any = x
+    m, c = matrix_shape(x)
+    y, mean, var, mask, skip = outputs(x, save_mask, fork)
+    results = (y, mask if save_mask else None, mean, var, skip if fork else None)
     _launch(
         forward_kernel,
         HELD_FORWARD,
         tiles,
         x,
-        unused if residual is None else residual,
-        unused if weight is None else weight,
-        unused if bias is None else bias,
-        *_scratch(tiles, c, x.device),
-        y,
-        mask if save_mask else unused,
-        mean,
-        var,
-        skip if fork else unused,
+        *pointers(residual, weight, bias, *_scratch(x, tiles), *results, unused=x),
         m,
         c,
         tiles.partials,
@@ -234,45 +225,33 @@ def backward(
     tiles: Tiles,  # of HELD_BACKWARD
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx; dz, empty where not asked for; dbias and dweight, (C,) float32. For batch statistics."""
-    m, c = x.numel() // x.shape[1], x.shape[1]
+    m, c = matrix_shape(x)
     dx = torch.empty_like(x)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     dweight, dbias = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
-    unused: Any = x
+    sources = (dy, dskip, x, mask, weight, bias, mean, var)
+    results = (dz if store_dz else None, dx, dweight, dbias)
     _launch(
         backward_kernel,
         HELD_BACKWARD,
         tiles,
-        dy,
-        unused if dskip is None else dskip,
-        x,
-        unused if mask is None else mask,
-        unused if weight is None else weight,
-        unused if bias is None else bias,
-        mean,
-        var,
-        *_scratch(tiles, c, x.device),
-        dz if store_dz else unused,
-        dx,
-        dweight,
-        dbias,
+        *pointers(*sources, *_scratch(x, tiles), *results, unused=x),
         m,
         c,
         tiles.partials,
         HAS_SKIP=dskip is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        GATE="none" if not relu else "input" if mask is None else "bits",
+        GATE=gate(relu, mask),
         STORE_DZ=store_dz,
         EPS=eps,
     )
     return dx, dz, dbias, dweight
 
 
-def _scratch(tiles: Tiles, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scratch(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Partials (P, 2, C) and the barrier's counter ()."""
-    partials = torch.empty((tiles.partials, 2, c), dtype=torch.float32, device=device)
-    return partials, torch.zeros((), dtype=torch.int32, device=device)
+    return empty_partials(x, tiles), torch.zeros((), dtype=torch.int32, device=x.device)
 
 
 def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:

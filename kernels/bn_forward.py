@@ -12,15 +12,13 @@ has one fixed order, so equal inputs give equal bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launchable
-from .tiles import WARPS, Tiles
+from .launch import launchable, pointers
+from .tiles import WARPS, Tiles, ceil_div, matrix_shape
 
 
 @triton.jit
@@ -59,20 +57,55 @@ def merge_partials(partials, cols, inside, M, C, ROWS, P, BLOCK_C: tl.constexpr,
 
 
 @triton.jit
+def vector(pointer, cols, inside):
+    """A (C,) vector as float32 (BLOCK_C,), 0 beyond its end."""
+    return tl.load(pointer + cols, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def origin(x, cols, inside):
     """Row 0 of x as float32: what statistics are taken about. Partial means are then as small as the deviations, and
     their rounding with them: about 0, a mean 1,000 deviations away cost the variance 1.5e-6; any point of the data
     will do.
     """
-    return tl.load(x + cols, inside, other=0.0).to(tl.float32)
+    return vector(x, cols, inside)
 
 
 @triton.jit
-def per_channel(pointer, cols, inside, PRESENT: tl.constexpr, default: tl.constexpr):
+def parameter(pointer, cols, inside, PRESENT: tl.constexpr, default: tl.constexpr):
     """A (C,) parameter as float32 (BLOCK_C,), `default` where the module has none."""
     if PRESENT:
-        return tl.load(pointer + cols, inside, other=0.0).to(tl.float32)
+        return vector(pointer, cols, inside)
     return tl.full(cols.shape, default, tl.float32)
+
+
+@triton.jit
+def affine_terms(
+    var, weight, bias, cols, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr
+):
+    """invstd, scale, shift, (BLOCK_C,) each: x normalised is (x - mean)·invstd, and `affine` makes of it
+    (x - mean)·scale + shift. EPS is not a runtime float: torch.compile would pass a float64."""
+    invstd = tl.rsqrt(var + EPS)
+    scale = invstd * parameter(weight, cols, inside, HAS_WEIGHT, 1.0)
+    return invstd, scale, parameter(bias, cols, inside, HAS_BIAS, 0.0)
+
+
+@triton.jit
+def affine(x, mean, scale, shift):
+    """Of a tile. The mean is subtracted first: x * scale - mean * scale would cancel where the mean is large."""
+    return (x - mean[None, :]) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def tile_at(start, cols, inside, M, C, BLOCK_M: tl.constexpr):
+    """Of the tile (BLOCK_M, BLOCK_C) of rows from `start`: where its corner is in a matrix [M, C], where its elements
+    are from there, and which of them are inside.
+
+    64 bits for the corner alone: M·C exceeds 2³¹ from batch 2,700 of ResNet-50 on, a tile never does.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    valid = (rows < M - start)[:, None] & inside[None, :]
+    return start.to(tl.int64) * C, rows[:, None] * C + cols[None, :], valid
 
 
 @triton.jit
@@ -97,9 +130,7 @@ def statistics_kernel(
     first = pid * ROWS
     for i in range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)):
         start = first + i * BLOCK_M
-        valid = (rows < M - start)[:, None] & inside[None, :]
-        # 64 bits for the corner alone: M·C exceeds 2³¹ from batch 2,700 of ResNet-50 on, a tile never does.
-        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         # Kept in the L2 for the second pass.
         value = (
             tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32) - about
@@ -116,15 +147,13 @@ def statistics_kernel(
 
 @triton.jit
 def write_tile(
-    value, residual, y, mask, mean, scale, shift, start, rows, cols, inside, M, C,
+    value, residual, y, mask, mean, scale, shift, start, cols, inside, M, C,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, SAVE_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalises the tile `value`, (BLOCK_M, BLOCK_C) float32 of rows from `start`, adds, activates, stores."""
-    valid = (rows < M - start)[:, None] & inside[None, :]
-    corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
-    # The mean is subtracted first: x * scale - mean * scale would cancel where the mean is large.
-    out = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
+    out = affine(value, mean, scale, shift)
     if HAS_RESIDUAL:
         out += tl.load(residual + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
     out = out.to(y.dtype.element_ty)
@@ -161,7 +190,7 @@ def normalise_kernel(
     RELU: tl.constexpr,
     SAVE_MASK: tl.constexpr,
     HAS_SKIP: tl.constexpr,
-    EPS: tl.constexpr,  # not a runtime float: torch.compile would pass a float64
+    EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -176,26 +205,22 @@ def normalise_kernel(
         mean += origin(x, cols, inside)
         var = m2 / tl.maximum(count, 1)
     else:
-        mean = per_channel(mean_in, cols, inside, True, 0.0)
-        var = per_channel(var_in, cols, inside, True, 0.0)
+        mean, var = vector(mean_in, cols, inside), vector(var_in, cols, inside)
     if pid == 0:
         tl.store(mean_out + cols, mean, inside)
         tl.store(var_out + cols, var, inside)
         if HAS_SKIP:
             tl.store(skip, 0.0)
-    scale = tl.rsqrt(var + EPS) * per_channel(weight, cols, inside, HAS_WEIGHT, 1.0)
-    shift = per_channel(bias, cols, inside, HAS_BIAS, 0.0)
+    _, scale, shift = affine_terms(var, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
 
-    rows = tl.arange(0, BLOCK_M)
     first = pid * ROWS
     tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
     for i in range(0, tiles):
         start = first + (tiles - 1 - i) * BLOCK_M
-        valid = (rows < M - start)[:, None] & inside[None, :]
-        corner, at = start.to(tl.int64) * C, rows[:, None] * C + cols[None, :]
+        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         write_tile(
-            value, residual, y, mask, mean, scale, shift, start, rows, cols, inside, M, C,
+            value, residual, y, mask, mean, scale, shift, start, cols, inside, M, C,
             HAS_RESIDUAL, RELU, SAVE_MASK, BLOCK_M, BLOCK_C,
         )  # fmt: skip
 
@@ -228,12 +253,27 @@ def load_bits(mask, start, cols, inside, M, C, BLOCK_M: tl.constexpr, BLOCK_C: t
     return tl.reshape((bits[:, None, :] >> place) & 1, [BLOCK_M, BLOCK_C]) != 0
 
 
+def empty_partials(x: Tensor, tiles: Tiles) -> Tensor:
+    """(P, 2, C) float32: two numbers for each channel of each program's rows."""
+    return torch.empty((tiles.partials, 2, x.shape[1]), dtype=torch.float32, device=x.device)
+
+
+def outputs(x: Tensor, save_mask: bool, fork: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For the forward to fill: y, as x; mean, var (C,) float32; mask, (⌈M/8⌉, C) uint8, or empty; skip, (1,) if
+    `fork`, else empty."""
+    m, c = matrix_shape(x)
+    mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    mask = torch.empty((ceil_div(m, 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
+    skip = torch.empty(1 if fork else 0, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x), mean, var, mask, skip
+
+
 def statistics(x: Tensor, tiles: Tiles) -> Tensor:
     """x: (N, C, H, W) channels-last -> partials (P, 2, C) float32: mean about x's first row, and M2, of each
     program's rows.
     """
-    m, c = x.numel() // x.shape[1], x.shape[1]
-    partials = torch.empty((tiles.partials, 2, c), dtype=torch.float32, device=x.device)
+    m, c = matrix_shape(x)
+    partials = empty_partials(x, tiles)
     launchable(statistics_kernel)[tiles.grid](
         x, partials, m, c, tiles.rows, BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, num_warps=WARPS
     )
@@ -252,32 +292,20 @@ def normalise(
     fork: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; mean, var (C,) float32; mask ((⌈M/8⌉, C) uint8, or empty); skip: (1,) if `fork`, else empty."""
-    m, c = x.numel() // x.shape[1], x.shape[1]
-    y = torch.empty_like(x)
-    mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
-    mask = torch.empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
-    skip = torch.empty(1 if fork else 0, dtype=x.dtype, device=x.device)
-    given = statistics if isinstance(statistics, tuple) else None
-    unused: Any = x  # a pointer for what the flags switch off
+    """y, mean, var, mask and skip, as outputs() has them."""
+    m, c = matrix_shape(x)
+    y, mean, var, mask, skip = outputs(x, save_mask, fork)
+    given = isinstance(statistics, tuple)
+    sources = (None, *statistics) if given else (statistics, None, None)
+    results = (y, mask if save_mask else None, mean, var, skip if fork else None)
     launchable(normalise_kernel)[tiles.grid](
         x,
-        unused if residual is None else residual,
-        unused if weight is None else weight,
-        unused if bias is None else bias,
-        unused if given else statistics,
-        given[0] if given else unused,
-        given[1] if given else unused,
-        y,
-        mask if save_mask else unused,
-        mean,
-        var,
-        skip if fork else unused,
+        *pointers(residual, weight, bias, *sources, *results, unused=x),
         m,
         c,
         tiles.rows,
         tiles.partials,
-        BATCH_STATISTICS=given is None,
+        BATCH_STATISTICS=not given,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,

@@ -9,23 +9,15 @@ from typing import Any
 import torch
 
 from . import bn_backward, bn_cooperative, bn_forward, running
-from .tiles import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles, two_pass_tiles
-from .variants import Variant, recorded
+from .tiles import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
+from .variants import RESNET20, Variant, recorded
 
-H100 = 132  # multiprocessors
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd one.
 SHAPES = {
-    "bf16": [
-        (128, 16, 32, 32),
-        (128, 32, 16, 16),
-        (128, 64, 8, 8),
-        (256, 256, 56, 56),
-        (256, 2048, 7, 7),
-        (3, 5, 7, 7),
-    ],
-    "fp16": [(128, 16, 32, 32)],
-    "fp32": [(128, 16, 32, 32), (3, 5, 7, 7)],
+    "bf16": [*RESNET20, (256, 256, 56, 56), (256, 2048, 7, 7), (3, 5, 7, 7)],
+    "fp16": [RESNET20[0]],
+    "fp32": [RESNET20[0], (3, 5, 7, 7)],
 }
 
 # Bytes per element by a kernel's flags, s of them an element of an activation: one term a tensor read or written.
@@ -56,10 +48,9 @@ def variants() -> list[Variant]:
 
 def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
     """All kernels for a tensor of that shape, (N, C, H, W)."""
-    n, c, h, w = shape
-    m = n * h * w
     meta = partial(torch.empty, device="meta")
     x = meta(shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
+    m, c = matrix_shape(x)
     p, partials, bits = meta(c), meta(1, 2, c), meta(1, dtype=torch.uint8)
     tiles = two_pass_tiles(m, c)
     ahead, back = (one_pass_tiles(m, c, held, H100) for held in (HELD_FORWARD, HELD_BACKWARD))

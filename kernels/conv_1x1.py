@@ -32,7 +32,7 @@ from .conv_parts import (
     store_sums,
 )
 from .launch import launchable
-from .tiles import ceil_div, next_power_of_two
+from .tiles import ceil_div, matrix_shape, next_power_of_two
 from .variants import Variant
 
 
@@ -118,9 +118,8 @@ def convolve(
     x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None
 ) -> tuple[Tensor, Tensor, Pieces]:
     """z, or with a gradient dx; with each piece's sums."""
-    n, c, h, w = x.shape
+    m, c = matrix_shape(x)
     k = weight.shape[0]
-    m = n * h * w
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out, gradient is not None)
     pieces = Pieces(m, 1, tile["BLOCK"], 1)

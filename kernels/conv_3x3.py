@@ -39,8 +39,6 @@ from .launch import launchable
 from .tiles import ceil_div
 from .variants import Variant
 
-CHANNELS = {16, 32, 64}  # of x and of z: powers of two, and few enough for a filter to stay in shared memory
-
 
 @triton.jit
 def load_column(weight, s, i, o, strides, dtype: tl.constexpr):

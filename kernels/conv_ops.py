@@ -23,15 +23,18 @@ from .launch import HAS_TRITON, channels_last, register, runs_kernels
 if HAS_TRITON:
     from . import conv_1x1, conv_3x3, conv_parts
 
+# Of x and of z, where there is a kernel: powers of two, and few enough for a filter to stay in shared memory.
+CHANNELS_3X3 = {16, 32, 64}
+
 
 def kernels_for(x: Tensor, weight: Tensor) -> Any:
     """conv_1x1 or conv_3x3; None where the reference computes."""
-    if not runs_kernels(x) or x.numel() == 0:
+    if not runs_kernels(x):
         return None
     k, c, *size = weight.shape
     if size == [1, 1]:
         return conv_1x1
-    return conv_3x3 if size == [3, 3] and {c, k} <= conv_3x3.CHANNELS else None
+    return conv_3x3 if size == [3, 3] and {c, k} <= CHANNELS_3X3 else None
 
 
 @register("conv_norm")
@@ -73,7 +76,7 @@ def _(
     n, _, h, w = x.shape
     k = weight.shape[0]
     z = torch.empty((n, k, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    mean_z, var_z = (x.new_empty(k, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    mean_z, var_z = (x.new_empty(k, dtype=reference.wide_dtype(x)) for _ in range(2))
     return z, mean_z, var_z
 
 
@@ -163,7 +166,7 @@ def reference_backward(
     """dx; dweight; dmean, dvar, dgamma, dbeta: what autograd makes of reference.conv_norm, which an op's body, being
     below autograd, cannot ask it for. None where there is nothing.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = reference.wide_dtype(x)
     count = z.numel() // z.shape[1]
     total = torch.zeros_like(z, dtype=wide)
     if dz is not None:

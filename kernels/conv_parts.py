@@ -22,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .bn_backward import sum_partials
-from .bn_forward import merge, merge_rows
+from .bn_forward import affine, merge, merge_rows, through
 from .launch import launchable
-from .tiles import ceil_div, next_power_of_two
+from .tiles import H100, ceil_div, next_power_of_two
 from .variants import Variant, recorded
 
-# Two for each of an H100's 132 multiprocessors. A constant, so that every device sums in the same order.
-PROGRAMS = 264
+# Two for each of an H100's multiprocessors. A constant, so that every device sums in the same order.
+PROGRAMS = 2 * H100
 BLOCK_P, BLOCK_SUMS = 128, 16  # partial sums and channels that a second pass takes at a time
 
 
@@ -90,8 +90,7 @@ def load_activation(x, corner, at, inside, terms, NORM: tl.constexpr):
     value = tl.load(x + corner + at, inside, other=0.0)
     if NORM:
         mean, scale, beta = terms
-        # The mean is subtracted first: x * scale - mean * scale would cancel where the mean is large.
-        a = (value.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
+        a = affine(value.to(tl.float32), mean, scale, beta)
         # NaN passes, as in torch: a bad value should be seen, not hidden.
         a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
         value = tl.where(inside, a, 0.0).to(value.dtype)
@@ -162,9 +161,9 @@ def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, 
         projected = da
     else:
         centre, scale, shift = activation_terms(mean, var, gamma, beta, eps, c, C)
-        centred = tl.load(x + corner + at, inside, other=0.0).to(tl.float32) - centre[None, :]
-        gated = tl.where(centred * scale[None, :] + shift[None, :] <= 0, 0.0, da)  # NaN passes
-        projected = gated * centred
+        value = tl.load(x + corner + at, inside, other=0.0).to(tl.float32)
+        gated = tl.where(through(affine(value, centre, scale, shift)), da, 0.0)
+        projected = gated * (value - centre[None, :])
         da = gated * scale[None, :]
     tl.store(dx + corner + at, da.to(dx.dtype.element_ty), inside)
     return gated, projected

@@ -24,6 +24,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -46,10 +47,11 @@ from triton.backends.compiler import GPUTarget
 
 from . import ops
 from .modules import BatchNormAct2d, Skip
-from .variants import Variant, declared_variants
+from .tiles import H100
+from .variants import RESNET20, Variant, declared_variants
 
-SHAPE = (128, 16, 32, 32)  # the first stage of ResNet-20 at batch 128
-ELEMENTS = 128 * 16 * 32 * 32
+SHAPE = RESNET20[0]
+ELEMENTS = math.prod(SHAPE)
 CUDNN = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
 # Passes over activations, by the call in the generated code.
 CONVOLUTIONS = {"extern_kernels.convolution": 2, "torch.ops.aten.convolution_backward.default": 4}
@@ -104,7 +106,7 @@ def an_h100() -> Iterator[None]:
     h100 = SimpleNamespace(
         major=9,
         minor=0,
-        multi_processor_count=132,
+        multi_processor_count=H100,
         regs_per_multiprocessor=65536,
         max_threads_per_multi_processor=2048,
         max_threads_per_block=1024,

@@ -27,11 +27,8 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in 
     "y",
     "yes",
 )
-DTYPES = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-)  # of activations; parameters and statistics are float32
+# Of activations; parameters and statistics are float32.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # torch.compile's caches know a triton_op by the kernels in it, not by the Python around them or by whether Triton
 # interprets: without this, a graph compiled by another version of this package is taken for this one's (it was: the
@@ -64,6 +61,11 @@ def launchable(kernel: Any, *, opaque: bool = False) -> Any:
     if _recorded is not None:
         return _Recorder(kernel)
     return kernel if INTERPRETED or opaque else torch.library.wrap_triton(kernel)
+
+
+def pointers(*tensors: Tensor | None, unused: Tensor) -> list[Tensor]:
+    """The tensors as a kernel's arguments; `unused` in place of None, for its flags switch that argument off."""
+    return [unused if tensor is None else tensor for tensor in tensors]
 
 
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv_ops import conv_norm
+from .conv_ops import CHANNELS_3X3, conv_norm
 from .ops import batch_norm_act, update_running_statistics
 from .tables import fastest
 
@@ -209,7 +209,7 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
 def _fusable(conv: nn.Conv2d) -> bool:
     size = conv.kernel_size
     plain = conv.bias is None and conv.groups == 1 and conv.stride == conv.dilation == (1, 1)
-    few = {conv.in_channels, conv.out_channels} <= {16, 32, 64}
+    few = {conv.in_channels, conv.out_channels} <= CHANNELS_3X3
     return plain and (
         (size == (1, 1) and conv.padding == (0, 0)) or (size == (3, 3) and conv.padding == (1, 1) and few)
     )

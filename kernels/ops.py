@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import processes, reference
 from .launch import HAS_TRITON, channels_last, register, runs_kernels
-from .tiles import HELD_BACKWARD, HELD_FORWARD, Held, two_pass_tiles
+from .tiles import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
 
 if HAS_TRITON:
     from . import bn_backward, bn_cooperative, bn_forward, running
@@ -49,9 +49,9 @@ def batch_norm_act(
     if residual is not None:
         residual = channels_last(residual, warn="the residual of batch_norm_act")
     save_mask = relu and residual is not None
-    m, c = _matrix(x)
+    m, c = matrix_shape(x)
     given = None if mean is None or var is None else (mean, var)
-    count = x.new_empty(0, dtype=_wide(x))
+    count = x.new_empty(0, dtype=reference.wide_dtype(x))
     if runs_kernels(x) and not given and not group and _cooperates(algorithm, x, HELD_FORWARD):
         y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, eps, relu, save_mask, fork)
     elif runs_kernels(x):
@@ -69,12 +69,12 @@ def batch_norm_act(
         )
     else:
         if group and not given:
-            wide = x.to(_wide(x))
+            wide = x.to(reference.wide_dtype(x))
             local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             count, mean, var = processes.mean_and_var(wide.new_full((), m), local_mean, local_var * m, group)
         y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
         if given:  # an op returns nothing that it was given
-            mean, var = (s.to(_wide(x), copy=True) for s in given)
+            mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
         mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
         token = x.new_zeros(1 if fork else 0)
     return y, mean, var, count, mask, token.expand(x.shape) if fork else token
@@ -95,12 +95,12 @@ def _(
     group: str,
     algorithm: str = "two_pass",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    m, c = _matrix(x)
+    m, c = matrix_shape(x)
     y = torch.empty_like(channels_last(x))
-    count = x.new_empty(() if group and mean is None else 0, dtype=_wide(x))
-    mean, var = (x.new_empty(c, dtype=_wide(x)) for _ in range(2))
+    count = x.new_empty(() if group and mean is None else 0, dtype=reference.wide_dtype(x))
+    mean, var = (x.new_empty(c, dtype=reference.wide_dtype(x)) for _ in range(2))
     save_mask = relu and residual is not None
-    mask = x.new_empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8)
+    mask = x.new_empty((ceil_div(m, 8), c) if save_mask else 0, dtype=torch.uint8)
     return y, mean, var, count, mask, x.new_empty(1).expand(x.shape) if fork else x.new_empty(0)
 
 
@@ -127,7 +127,7 @@ def batch_norm_act_backward(
     x = channels_last(x)
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
-    m, c = _matrix(x)
+    m, c = matrix_shape(x)
     if runs_kernels(x):
         store_dz = want_residual or dskip is not None
         if batch_statistics and not group and _cooperates(algorithm, x, HELD_BACKWARD):
@@ -140,21 +140,19 @@ def batch_norm_act_backward(
             dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, not batch_statistics, tiles
         )
         dresidual = dz if want_residual else x.new_empty(0)
-        if not batch_statistics:
-            dbias, dweight = partials.sum(0).unbind()
-            return dx, dresidual, dbias.clone(), dweight.clone()
         recompute_gate = relu and not store_dz
         grad = dz if store_dz else dy
-        if not group:
+        if batch_statistics and not group:
             dx, dbias, dweight = bn_backward.input_gradient(
                 grad, x, weight, bias, mean, var, partials, eps, m, recompute_gate, tiles
             )
             return dx, dresidual, dbias, dweight
         sums = partials.sum(0)
-        global_means = processes.mean_sums(sums, m, group)[None]
-        dx, _, _ = bn_backward.input_gradient(
-            grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
-        )
+        if batch_statistics:
+            global_means = processes.mean_sums(sums, m, group)[None]
+            dx, _, _ = bn_backward.input_gradient(
+                grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
+            )
         return dx, dresidual, sums[0].clone(), sums[1].clone()
 
     dz = dy if dskip is None else dy + dskip
@@ -199,11 +197,8 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, skip, weight, bias, mean, _, ctx.eps, ctx.relu, _, ctx.group, ctx.algorithm = inputs
     _, used_mean, used_var, count, mask, _ = output
-    ctx.has_residual, ctx.has_skip, ctx.batch_statistics = (
-        residual is not None,
-        skip is not None,
-        mean is None,
-    )
+    ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
+    ctx.batch_statistics = mean is None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(used_mean, used_var, count, mask)
     ctx.save_for_backward(
@@ -315,10 +310,7 @@ def _(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    m, c = _matrix(x)
-    mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
-    mask = x.new_empty((-(-m // 8), c) if save_mask else 0, dtype=torch.uint8)
-    return torch.empty_like(x), mean, var, mask, x.new_empty(1 if fork else 0)
+    return bn_forward.outputs(x, save_mask, fork)
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_backward", mutates_args=())
@@ -361,17 +353,6 @@ def _(
 
 def _cooperates(algorithm: str, x: Tensor, held: Held) -> bool:
     return algorithm == "cooperative" and bn_cooperative.tiles_for(x, held) is not None
-
-
-def _matrix(x: Tensor) -> tuple[int, int]:
-    """(N, C, H, W) -> M = N·H·W and C."""
-    n, c, h, w = x.shape
-    return n * h * w, c
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Of the statistics."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def pack_bits(passes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def batch_norm_act(
     """y = act(weight * (x - mean) / sqrt(var + eps) + bias + residual), with x's dtype, and the mean and biased
     variance used, each (C,) (Ioffe & Szegedy 2015, algorithm 1; the order of He et al. 2015, figure 2).
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     if mean is None or var is None:
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     y = (wide - over_channels(mean)) * over_channels(torch.rsqrt(var + eps))
@@ -42,7 +42,7 @@ def channel_sums(dz: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -
     """Σ dz and Σ dz·x̂ over N, H, W, each (C,): the gradients of bias and weight. dz, (N, C, H, W), is the gradient
     of y where the activation let through, else 0, and so the gradient of the residual; x̂ is x normalised.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     normalised = (x.to(wide) - over_channels(mean)) * over_channels(torch.rsqrt(var + eps))
     return dz.to(wide).sum((0, 2, 3)), (dz * normalised).sum((0, 2, 3))
 
@@ -61,13 +61,18 @@ def input_gradient(
 
     `means` None: the statistics were given, x has no part in them, and the last two terms vanish.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     invstd = torch.rsqrt(var + eps)
     dx = dz.to(wide)
     if means is not None:
         normalised = (x.to(wide) - over_channels(mean)) * over_channels(invstd)
         dx = dx - over_channels(means[0]) - normalised * over_channels(means[1])
     return (dx * over_channels(invstd if weight is None else invstd * weight)).to(x.dtype)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Of arithmetic on x and of its statistics: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def over_channels(per_channel: Tensor) -> Tensor:
@@ -91,12 +96,13 @@ def conv_norm(
     layers would. Differentiable in everything, mean and var included, so that chains of it differentiate as
     BatchNorm with batch statistics does.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     a = x.to(wide)
     if mean is not None and var is not None:
         scale = torch.rsqrt(var + eps) * (1 if gamma is None else gamma)
-        shift = -mean * scale + (0 if beta is None else beta)
-        a = F.relu(a * scale[:, None, None] + shift[:, None, None])
+        # The mean first: a * scale - mean * scale would cancel where the mean is large.
+        a = (a - over_channels(mean)) * over_channels(scale)
+        a = F.relu(a if beta is None else a + over_channels(beta))
     a = a.to(x.dtype).to(wide)
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the convolution
         z = F.conv2d(a, weight.to(x.dtype).to(wide), padding=weight.shape[-1] // 2).to(x.dtype)

@@ -1,11 +1,11 @@
 """What the kernels cost, told without a GPU: registers, spills, shared memory, width of accesses, bytes, launches.
 
-    python -m fastres_kernels.report                    everything, in about a minute
+    python -m fastres_kernels.report                    everything: a minute with Triton's cache filled, five without
     python -m fastres_kernels.report --only normalise   of the kernels those with "normalise" in their name
 
-Every Variant of the kernel files is compiled ahead of time for sm_80 and sm_90, as torch.compile launches it. Below
-stands what a basic residual block moves and launches, with torch's BatchNorm and with these kernels: inductor_count.py
-says how that is counted.
+Every Variant of the kernel files is compiled ahead of time for sm_80 and sm_90, as it is launched under torch.compile.
+Below stands what a basic residual block moves and launches, with torch's BatchNorm and with these kernels:
+inductor_count.py says how that is counted.
 
 Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than there is or computes in
 float64; 2 where there is nothing to compile with.
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from .launch import HAS_TRITON, INTERPRETED
-from .variants import Variant, declared_variants
+from .tiles import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
+from .variants import RESNET20, Variant, declared_variants
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes that a program can have
 
@@ -161,6 +162,7 @@ def main() -> int:
     print(", ".join(f"{name} {version}" for name, version in versions.items()), end="\n\n")
     print(kernel_table(kernels), end="\n\n")
     print(block_table(blocks))
+    print(cooperative_shapes())
     if options.json:
         result = {"versions": versions, "kernels": [asdict(kernel) for kernel in kernels], "blocks": blocks}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -218,6 +220,21 @@ def block_table(blocks: dict[str, Any]) -> str:
         ],
         rows,
     )
+
+
+def cooperative_shapes() -> str:
+    """A note on the last row: which of ResNet-20's tensors go through the cooperative kernels."""
+    lines = [
+        "cooperative: one kernel where the tensor fits on an H100 at once, else two_pass. Of ResNet-20, N×C×H×W:"
+    ]
+    for name, held in (("forward", HELD_FORWARD), ("backward", HELD_BACKWARD)):
+        fitting = [
+            f"{n}×{c}×{h}×{w}" + " (this block)" * ((n, c, h, w) == RESNET20[0])
+            for n, c, h, w in RESNET20
+            if one_pass_tiles(n * h * w, c, held, H100)
+        ]
+        lines.append(f"    {name:8}  {', '.join(fitting)}")
+    return "\n".join(lines)
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

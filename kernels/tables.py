@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tiles import matrix_shape
+
 # Compute capability -> (N·H·W, C, whether there is a residual) -> "two_pass" or "cooperative", where it beat torch
 # under inductor, forward and backward together. What is not named is torch's.
 FASTEST: dict[tuple[int, int], dict[tuple[int, int, bool], str]] = {}
@@ -21,4 +23,4 @@ def table_of(device: torch.device) -> dict[tuple[int, int, bool], str] | None:
 
 def fastest(x: Tensor, has_residual: bool) -> str:
     """ "two_pass", "cooperative" or "torch" for x, (N, C, H, W), on its device."""
-    return (table_of(x.device) or {}).get((x.numel() // x.shape[1], x.shape[1], has_residual), "torch")
+    return (table_of(x.device) or {}).get((*matrix_shape(x), has_residual), "torch")

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 TILE = 2048  # elements of a tile
 WARPS = 4
 MAX_BLOCK_C = 64  # 64 channels of 2 bytes: whole cache lines of 128 bytes
 MAX_PARTIALS = 256  # programs along M
 PROGRAMS = 1024  # along M and C together, about
+H100 = 132  # its multiprocessors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,12 @@ def next_power_of_two(n: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def matrix_shape(x: Tensor) -> tuple[int, int]:
+    """(N, C, H, W) -> M = N·H·W and C."""
+    n, c, h, w = x.shape
+    return n * h * w, c
 
 
 @dataclass(frozen=True, kw_only=True)

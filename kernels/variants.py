@@ -16,6 +16,8 @@ from .launch import recording
 
 # Each has variants() -> list[Variant].
 FILES = ("bn_variants", "conv_3x3", "conv_1x1")
+# (N, C, H, W) of ResNet-20's stages at batch 128; the block that inductor_count.py counts is of the first.
+RESNET20 = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -29,7 +31,8 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One form in which a kernel is compiled: as torch.compile launches it, so that report.py compiles the same."""
+    """One form in which a kernel is compiled: as it is launched under torch.compile, so that report.py compiles the
+    same."""
 
     name: str  # "normalise, bf16, add + ReLU, C=16"
     kernel: Any  # the triton.jit function
@@ -72,9 +75,8 @@ def recorded(
     for argument, value in values.items():
         if isinstance(value, Tensor):
             signature[argument] = TYPES[value.dtype]
-        elif (
-            argument in options or value == 1 or value is None
-        ):  # Triton makes a constant of every 1 and None
+        elif argument in options or value == 1 or value is None:
+            # Triton makes a constant of every 1 and None.
             signature[argument], constants[argument] = "constexpr", value
         else:
             signature[argument] = "fp64" if isinstance(value, float) else "i32" if value % 16 else "i32:16"
