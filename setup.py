@@ -9,7 +9,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
-    "bench": ["pytest>=8", "pytest-benchmark>=5.2"],
+    "bench": ["nvidia-ml-py>=12.535", "pytest>=8", "pytest-benchmark>=5.2"],
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
@@ -28,7 +28,10 @@ setup(
     # kernels/ is a package of its own that knows nothing of fastres. Its import name is
     # fastres_kernels, because `kernels` on PyPI is somebody else's.
     package_dir={"fastres": "fastres", "fastres_kernels": "kernels"},
-    packages=["fastres", "fastres.data", "fastres.models", "fastres.recipes", "fastres_kernels"],
+    packages=[
+        *("fastres", "fastres.data", "fastres.models", "fastres.profiling", "fastres.recipes"),
+        "fastres_kernels",
+    ],
     package_data={"fastres": ["py.typed"], "fastres.recipes": ["*.yaml"], "fastres_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

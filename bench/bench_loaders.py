@@ -12,8 +12,6 @@ the second start on. What a network takes is its training step alone, measured i
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_throughput import engine_region
-from interleaved import interleaved
 from PIL import Image
 
+from bench.interleaved import interleaved
+from bench.steps import DEVICE, Net, engine_training
 from fastres.config import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import resolve
+from fastres.timing import interleaved as timed
 
 BATCH, ROUNDS = 64, 7
 CIFAR: dict[str, Any] = {"augment": "crop"}
@@ -50,10 +49,10 @@ APPETITES = {"resnet20": (128, 32, 8, 5), "resnet50": (16, 224, 1, 5)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of photographs: 2,560 of 32 px, and 512 of 400 x 300."""
+    """Folders of photographs: 2,560 of 32 px, and 512 of 400 x 300; and one for the decoded."""
     from sklearn.datasets import load_sample_images
 
-    rng, roots = np.random.default_rng(0), {}
+    rng, roots = np.random.default_rng(0), {"cache": tmp_path_factory.mktemp("cache")}
     for name, (width, height), count in (("jpeg_32px", (32, 32), 1_280), ("jpeg_224px", (400, 300), 256)):
         root = roots[name] = tmp_path_factory.mktemp(name)
         for kind, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
@@ -91,12 +90,9 @@ def region_of(loader: str, fields: dict[str, Any], batches: int) -> Callable[[],
 def appetite(model: str) -> float:
     """Images/s of the network's training step, fed from memory: the median of a few regions."""
     batch, side, steps, regions = APPETITES[model]
-    region, seconds = engine_region(model, batch=batch, side=side, steps=steps), []
-    for _ in range(1 + regions):
-        start = time.perf_counter()
-        region()
-        seconds.append(time.perf_counter() - start)
-    return batch * steps / statistics.median(seconds[1:])
+    take = engine_training(Net(name=model, batch=batch, side=side))
+    timing = timed({model: lambda: take(steps)}, regions, DEVICE, warm_up=2)[model]
+    return batch * steps / timing.median_s
 
 
 @pytest.mark.parametrize(
@@ -105,7 +101,7 @@ def appetite(model: str) -> float:
 def bench_loader(benchmark: Any, folders: dict[str, Path], case: str, loader: str) -> None:
     fields, _, batches, model = CASES[case]
     if case in folders:
-        fields = {**fields, "root": str(folders[case])}
+        fields = {**fields, "root": str(folders[case]), "cache": str(folders["cache"])}
     baseline, region = (region_of(name, fields, batches) for name in ("dataloader", loader))
     baseline()
     region()

@@ -1,89 +1,115 @@
-"""images/s of a training step: forward, backward and update, against a plain PyTorch loop of the same model.
+"""images/s of training and inference, every model family under what the engine can do, against plain PyTorch.
 
-    pytest bench/bench_throughput.py --benchmark-only
+    pytest bench/bench_throughput.py --benchmark-only           what this machine has time for
+    pytest bench/bench_throughput.py --benchmark-only --full    everything
 
-The baseline is what one writes first: eager, fp32, NCHW, torch.optim.SGD. It runs in turns with the engine in
-one process, A B A B, so that whatever the machine does meanwhile happens to both; only the ratio is a claim.
+The baseline is what one writes first: the same network, eager, fp32, NCHW, torch.optim.SGD. It runs in turns with the
+engine in one process, A B A B, so that whatever the machine does meanwhile happens to both; only the ratio is a claim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from interleaved import interleaved
 
-from fastres import build_model
-from fastres.config import Config, EngineConfig
-from fastres.engine import resolve
-from fastres.optim import build_optimizer
-from fastres.step import TrainStep
+from bench.steps import (
+    Net,
+    compare,
+    engine_for,
+    engine_inference,
+    engine_training,
+    plain_inference,
+    plain_training,
+)
+from fastres.errors import Refused
 
-ROUNDS = 15
-STEPS = 8  # of one round of one variant
-BATCH, CLASSES, SIDE = 128, 10, 32
-
-
-def plain_region(name: str) -> Callable[[], None]:
-    """STEPS steps of the plain loop."""
-    torch.manual_seed(0)
-    device = resolve(Config()).device
-    model = build_model(name).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
-    labels = torch.randint(CLASSES, (BATCH,), device=device)
-
-    def region() -> None:
-        model.train()
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        synchronize(device)
-
-    return region
+GPU = torch.cuda.is_available()
 
 
-def engine_region(
-    name: str, *, batch: int = BATCH, side: int = SIDE, steps: int = STEPS, **engine_fields: Any
-) -> Callable[[], None]:
-    """Some steps of the engine's TrainStep."""
-    torch.manual_seed(0)
-    config = Config(engine=EngineConfig(**engine_fields))
-    engine = resolve(config)
-    model = build_model(name, norm=engine.norm).to(engine.device).to(memory_format=engine.memory_format)
-    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
-    images = torch.randn(batch, 3, side, side, device=engine.device, dtype=engine.dtype)
-    images = images.to(memory_format=engine.memory_format)
-    labels = torch.randint(CLASSES, (batch,), device=engine.device)
-
-    def region() -> None:
-        for i in range(steps):
-            step(images, labels, 0.1, i)
-        synchronize(engine.device)
-
-    return region
+def net(name: str, on_cpu: int, on_gpu: int, side: int, **fields: Any) -> Net:
+    return Net(name=name, batch=on_gpu if GPU else on_cpu, side=side, **fields)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "compiled": {"compile": True},
-    "eager": {"compile": False},
-    "fp32": {"compile": False, "precision": "fp32"},
+# One of each family first; the rest with --full.
+NETS = {
+    "resnet20": net("resnet20", 128, 128, 32),
+    "resnet56": net("resnet56", 128, 128, 32),
+    "resnet18": net("resnet18", 8, 256, 224, classes=1_000),
+    "resnet50": net("resnet50", 8, 256, 224, classes=1_000),
+    "mini_resnet": net("mini_resnet", 128, 1_024, 28, channels=1),
 }
+MORE_NETS = {
+    "resnet20 at batch 1024": net("resnet20", 1_024, 1_024, 32),
+    "plain20": net("plain20", 128, 128, 32),
+    "resnet110": net("resnet110", 128, 128, 32),
+    "resnet18 for 32 px": net("resnet18", 128, 512, 32, options=(("stem", "small"),)),
+    "resnet34": net("resnet34", 8, 256, 224, classes=1_000),
+    "resnet152": net("resnet152", 4, 128, 224, classes=1_000),
+    "resnext50_32x4d": net("resnext50_32x4d", 8, 256, 224, classes=1_000),
+    "wide_resnet50_2": net("wide_resnet50_2", 4, 128, 224, classes=1_000),
+}
+HOWS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False, "cuda_graph": False},
+    "compile": {"compile": True, "cuda_graph": False},
+    "compile+graph": {"compile": True, "cuda_graph": True},
+}
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+NORMS = ("torch", "fused")
+# What is measured without --full: the engine's own choices of every net, and of ResNet-20 what they consist of.
+QUICK = [(name, training, "default") for name in NETS for training in (True, False)] + [
+    ("resnet20", True, variant)
+    for variant in (
+        "fp32 eager torch",
+        "bf16 compile torch",
+        *(("bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch") if GPU else ()),
+    )
+]
+FULL = list(
+    product(
+        (*NETS, *MORE_NETS),
+        (True, False),
+        ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS))),
+    )
+)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def bench_train_resnet20(benchmark: Any, variant: str) -> None:
-    baseline, region = plain_region("resnet20"), engine_region("resnet20", **VARIANTS[variant])
-    for warm_up in (baseline, region, baseline, region):
-        warm_up()
-    interleaved(benchmark, baseline, region, STEPS * BATCH, ROUNDS)
+def cases() -> list[Any]:
+    """The quick ones first, then the rest, marked."""
+    rest = [case for case in FULL if case not in QUICK]
+    marked = [(case, ()) for case in QUICK] + [(case, pytest.mark.full) for case in rest]
+    return [
+        pytest.param(*case, id=f"{case[0]} {'train' if case[1] else 'infer'} {case[2]}", marks=marks)
+        for case, marks in marked
+    ]
+
+
+def fields_of(variant: str) -> dict[str, Any]:
+    """The engine's fields of a variant's name."""
+    if variant == "default":
+        return {}
+    precision, how, norm = variant.split()
+    return {"precision": precision, "norm": norm, **HOWS[how]}
+
+
+@pytest.mark.parametrize(("name", "training", "variant"), cases())
+def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) -> None:
+    measured, fields = (NETS | MORE_NETS)[name], fields_of(variant)
+    plain, ours = (plain_training, engine_training) if training else (plain_inference, engine_inference)
+    try:
+        _, engine = engine_for(**fields)
+        steps = ours(measured, **fields)
+    except Refused as refusal:
+        pytest.skip(str(refusal))
+    facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
+    compare(
+        benchmark,
+        measured,
+        lambda: plain(measured),
+        steps,
+        training=training,
+        precision=engine.precision,
+        **facts,
+    )

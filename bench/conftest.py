@@ -1,64 +1,91 @@
-"""What every benchmark shares: quiet defaults, a record of the machine, and our own tables at the end."""
+"""What every benchmark shares: where results are kept, a record of the machine, and our own tables at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_kernels
 import pytest
+import torch
 
+from bench.tables import Row, tables
 from fastres.config import Config
 from fastres.engine import resolve
+from fastres.hardware import doubts, snapshot
 from fastres.log import environment
 
-
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info["fastres"] = environment(resolve(Config()))
+RESULTS = Path(__file__).parent / "results"
 
 
-def throughput_lines(rows: list[Any]) -> list[str]:
-    """Images per second of each variant and the ratio to the baseline that ran in turns with it."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        quantiles = "{:,.0f} to {:,.0f}".format(*info["images_per_s_20_80"])
-        lines.append(
-            f"{row.name:<42} {info['images_per_s']:>9,.0f} images/s ({quantiles})  "
-            f"{info['ratio']:.2f} x the baseline's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
-        )
-    return lines
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastres")
+    group.addoption(
+        "--full", action="store_true", help="every net and variant, not what the machine has time for"
+    )
+    group.addoption("--seeds", type=int, default=5, metavar="N", help="runs of bench_time_to_90 (default 5)")
+    group.addoption(
+        "--data-root",
+        default="data",
+        metavar="DIR",
+        help="where bench_time_to_90 and bench_peers look for CIFAR-10",
+    )
+    group.addoption(
+        "--jpeg-copy", metavar="DIR", help="folder of CIFAR-10 as JPEGs: bench_time_to_90 runs on it too"
+    )
 
 
-def loader_lines(rows: list[Any]) -> list[str]:
-    """The same, and how often over the loader feeds the network that would take its images."""
-    return [
-        f"{line}; {row.extra_info['times_appetite']:.1f} x what {row.extra_info['model']} takes "
-        f"({row.extra_info['appetite_images_per_s']:,.0f})"
-        for line, row in zip(throughput_lines(rows), rows, strict=True)
-    ]
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only with --full")
+    option = config.option
+    if "benchmark_storage" not in option:
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
+    if option.benchmark_storage == "file://./.benchmarks":  # its default: every run is kept with the others'
+        option.benchmark_storage = RESULTS.as_uri()
+        option.benchmark_autosave = not option.benchmark_save
 
 
-def kernel_lines(rows: list[Any]) -> list[str]:
-    return bench_kernels.summary([row.extra_info for row in rows])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.full:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
-# By file: the title of its table, and its benchmarks as lines.
-TABLES: dict[str, tuple[str, Callable[[list[Any]], list[str]]]] = {
-    "bench_throughput.py": ("images/s, interleaved with the baseline", throughput_lines),
-    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", loader_lines),
-    "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
-}
+@pytest.fixture(autouse=True)
+def _leave_nothing() -> Iterator[None]:
+    """What a benchmark compiled and allocated is gone before the next."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ---- the record -------------------------------------------------------------------------------------------------
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    engine = resolve(Config())
+    machine_info["fastres"] = environment(engine)
+    machine_info["before"] = snapshot(engine.device)
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    machine = output_json["machine_info"]
+    machine["after"] = snapshot(resolve(Config()).device)
+    machine["doubts"] = doubts(machine["before"], machine["after"])
+
+
+# ---- the tables -------------------------------------------------------------------------------------------------
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    # A benchmark that failed has no extra_info.
-    done = [benchmark for benchmark in session.benchmarks if benchmark.extra_info] if session else []
-    for file, (title, lines) in TABLES.items():
-        rows = [benchmark for benchmark in done if Path(benchmark.fullname.split("::")[0]).name == file]
-        if rows:
-            terminalreporter.section(title)
-            for line in lines(rows):
-                terminalreporter.write_line(line)
+    rows = [Row(one.fullname, one.extra_info) for one in session.benchmarks] if session else []
+    for title, lines in tables(rows):
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,36 +1,35 @@
-"""Two regions in turns, A B A B: whatever the machine does meanwhile happens to both, and only the ratio is a claim."""
+"""fastres.timing's regions in turns, A B A B, as a benchmark of pytest-benchmark: only the ratio is a claim."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import torch
+
+from fastres.timing import Region, Timing, seconds_of
 
 
-def interleaved(
-    benchmark: Any, baseline: Callable[[], None], region: Callable[[], None], images: int, rounds: int
-) -> None:
+def interleaved(benchmark: Any, baseline: Region, region: Region, images: int, rounds: int) -> None:
     """Times both, each over that many images, and leaves images/s and the ratio in extra_info. Both are warm."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     baseline_s: list[float] = []
-
-    def time_baseline() -> None:  # pedantic calls it before each round, outside of its own timer
-        start = time.perf_counter()
-        baseline()
-        baseline_s.append(time.perf_counter() - start)
-
-    benchmark.pedantic(region, setup=time_baseline, rounds=rounds)
-    region_s = benchmark.stats.stats.data
-    low, high = np.quantile(images / np.array(region_s), (0.2, 0.8))
+    region_s: list[float] = []
+    benchmark.pedantic(
+        lambda: region_s.append(seconds_of(region, device)),
+        # ahead of each round, outside of its time
+        setup=lambda: baseline_s.append(seconds_of(baseline, device)),
+        rounds=rounds,
+    )
+    ours, theirs = Timing(tuple(region_s)), Timing(tuple(baseline_s))
+    images_per_s, *quantiles = ours.rates(images)
+    ratio = ours.ratio_to(theirs)
     benchmark.extra_info.update(
-        images_per_s=images / statistics.median(region_s),
-        images_per_s_20_80=[float(low), float(high)],
-        baseline_images_per_s=images / statistics.median(baseline_s),
+        images_per_s=images_per_s,
+        images_per_s_20_80=quantiles,
+        baseline_images_per_s=images / theirs.median_s,
         baseline_s=baseline_s,
         # of the medians, and of each pair of neighbours: the second tells how steady the first is
-        ratio=statistics.median(baseline_s) / statistics.median(region_s),
-        ratios=[b / r for b, r in zip(baseline_s, region_s, strict=True)],
-        n=len(region_s),
+        ratio=ratio.of_medians,
+        ratios=list(ratio.of_pairs),
+        n=ours.n,
     )

@@ -21,9 +21,8 @@ ONLY_ON_A_GPU = ("capability", "gb_per_s", "share_of_copy")
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(CHECKOUT / "bench")
-    return importlib.import_module("bench_kernels")
+def kernels() -> Any:
+    return importlib.import_module("bench.bench_kernels")
 
 
 def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
@@ -148,3 +147,122 @@ def test_bytes_of_a_cooperative_kernel_are_two_pass_where_it_does_not_fit(kernel
     assert kernels.bytes_per_element(small, "cooperative", "full", h100) == 6.125 + 10.125
     assert kernels.bytes_per_element(large, "cooperative", "full", h100) == 6.125 + 14.125
     assert kernels.bytes_per_element(small, "apex", "full", h100) is None
+
+
+# ---- the suite's record and its report --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of a part of the suite, kept as a user's are."""
+    storage = tmp_path_factory.mktemp("results")
+    for compare in ((), ("--benchmark-compare",)):
+        done = pytest_bench(
+            *("bench/bench_time_to_90.py", "--seeds", "2", "-k", "digits and warm"),
+            *(f"--benchmark-storage={storage.as_uri()}", "--benchmark-autosave", *compare),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "time to 90 %" in done.stdout and "of 2 below 90 %" in done.stdout
+    assert "0001_" in done.stdout  # the earlier run, in the table of the comparison
+    return sorted(storage.rglob("*.json"))
+
+
+def pytest_bench(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", *args],
+        cwd=CHECKOUT,
+        env=users_environment({"CUDA_VISIBLE_DEVICES": ""}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def report(*args: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench.report", *map(str, args)],
+        cwd=CHECKOUT,
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
+    assert len(results) == 2
+    content = json.loads(results[0].read_text())
+    machine = content["machine_info"]
+    assert {"device", "torch", "triton", "commit", "command", "threads"} <= set(machine["fastres"])
+    for state in (machine["before"], machine["after"]):
+        assert len(state["host"]["load_average"]) == 3 and state["gpu"] is None
+    assert isinstance(machine["doubts"], list)
+    info = content["benchmarks"][0]["extra_info"]
+    assert (info["contest"], info["kind"], info["steps"], info["n"]) == ("digits", "warm", 60, 2)
+    assert len(info["times_s"]) == len(info["accuracies"]) == 2 and all(time > 0 for time in info["times_s"])
+    assert info["mean_accuracy"] == pytest.approx(sum(info["accuracies"]) / 2) and info["mean_accuracy"] > 0.7
+    assert info["misses"] == sum(accuracy < 0.9 for accuracy in info["accuracies"])
+    assert 0 <= info["p_value"] <= 1
+
+
+def test_the_report_of_some_runs(results: list[Path]) -> None:
+    done = report(*results)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    device = json.loads(results[0].read_text())["machine_info"]["fastres"]["device"]
+    assert lines[0] == f"## {device}"
+    assert sum("commit" in line for line in lines) == 2
+    assert any(line.startswith("digits     warm") for line in lines)
+
+
+def test_the_report_refuses_to_mix_devices(results: list[Path], tmp_path: Path) -> None:
+    content = json.loads(results[1].read_text())
+    content["machine_info"]["fastres"]["device"] = "another machine"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    done = report(results[0], other)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.strip().splitlines()
+    assert "another machine" in line and "do not compare" in line
+
+
+def test_the_report_names_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = report(tmp_path / "config.json")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "config.json" in line
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "low", "high"),
+    [
+        ([0.95, 0.96, 0.94, 0.95, 0.95], 0, 1e-3),
+        ([0.91, 0.89, 0.92, 0.88, 0.90], 0.4, 0.6),
+        ([0.85, 0.86, 0.84], 0.9, 1),
+        ([0.9, 0.9], 1, 1),
+        ([0.92, 0.92], 0, 0),
+    ],
+)
+def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: float) -> None:
+    p = importlib.import_module("bench.bench_time_to_90").p_value(accuracies)
+    assert low <= p <= high
+
+
+def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(tmp_path: Path) -> None:
+    done = pytest_bench(
+        *("bench/bench_throughput.py", "-k", "mini_resnet and infer and default"),
+        f"--benchmark-json={tmp_path / 'rows.json'}",
+        f"--benchmark-storage={(tmp_path / 'kept').as_uri()}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]
+    info = row["extra_info"]
+    assert info["n"] == len(info["ratios"]) == len(info["baseline_s"]) >= 5
+    convolutions = 28 * 28 * 7 * 7 * 64 + 4 * 9 * 9 * 3 * 3 * 64 * 64
+    assert info["gflop_per_s"] == pytest.approx(info["images_per_s"] * 2e-9 * (convolutions + 64 * 10))
+    assert info["share_of_peak"] is None and info["peak_memory_bytes"] is None  # N/A on a CPU
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("mini_resnet infer default"))
+    assert "N/A of the peak" in line and "memory N/A" in line

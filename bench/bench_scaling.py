@@ -1,0 +1,125 @@
+"""What a training step costs by batch size, depth and number of processes: where the engine stops being bound by
+launches, and what is fixed cost and what grows.
+
+    pytest bench/bench_scaling.py --benchmark-only
+
+Sizes run in turns within one benchmark. Processes are real ones under torchrun, on the cores or GPUs that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.steps import Net, engine_for, engine_training
+from fastres.timing import interleaved
+
+GPU = torch.cuda.is_available()
+BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
+DEPTHS = (20, 32, 44, 56, 110)
+ROUNDS = 15 if GPU else 7
+STEPS = 20 if GPU else 2  # of a round
+
+
+def net(depth: int, batch: int) -> Net:
+    return Net(name=f"resnet{depth}", batch=batch, side=32)
+
+
+SWEEPS: dict[str, dict[int, Net]] = {
+    "batch": {batch: net(20, batch) for batch in BATCHES},
+    "depth": {depth: net(depth, 128) for depth in DEPTHS},
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def bench_step(benchmark: Any, sweep: str) -> None:
+    _, engine = engine_for()
+    steps = {str(size): engine_training(one) for size, one in SWEEPS[sweep].items()}
+    regions = {size: (lambda take=take: take(STEPS)) for size, take in steps.items()}
+    timings = benchmark.pedantic(lambda: interleaved(regions, ROUNDS, engine.device), rounds=1)
+    sizes = list(SWEEPS[sweep])
+    step_s = [timings[str(size)].median_s / STEPS for size in sizes]
+    slope_s, fixed_s = np.polyfit(sizes, step_s, 1)
+    benchmark.extra_info.update(
+        sweep=sweep,
+        sizes=sizes,
+        step_s=step_s,
+        step_s_20_80=[[q / STEPS for q in timings[str(size)].quantiles_s] for size in sizes],
+        images_per_s=[one.batch / s for one, s in zip(SWEEPS[sweep].values(), step_s, strict=True)],
+        fixed_s=float(fixed_s),  # of the straight line through all sizes
+        slope_s=float(slope_s),
+        n=ROUNDS,
+        precision=engine.precision,
+    )
+
+
+def bench_processes(benchmark: Any, tmp_path: Path) -> None:
+    """The same global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each."""
+    there = torch.cuda.device_count() if GPU else os.cpu_count() or 1
+    counts = [count for count in (1, 2, 4, 8) if count <= there]
+    if len(counts) == 1:
+        pytest.skip(f"one {'GPU' if GPU else 'CPU'}: nothing to divide")
+    runs: list[dict[str, list[float]]] = []
+
+    def run(count: int, turn: int) -> float:
+        done = subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc_per_node",
+                    str(count),
+                ),
+                *("-m", "fastres.train", "--data.source", "synthetic", "--data.augment", "none"),
+                *("--train.steps", "600" if GPU else "24", "--run.dir", str(tmp_path / f"{count}-{turn}")),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / f"{count}-{turn}" / "summary.json").read_text(encoding="utf-8"))
+        return float(summary["images_per_s"])
+
+    def all_in_turns() -> None:
+        rates: dict[str, list[float]] = {str(count): [] for count in counts}
+        for turn in range(3):
+            for count in counts:
+                rates[str(count)].append(run(count, turn))
+        runs.append(rates)
+
+    benchmark.pedantic(all_in_turns, rounds=1)
+    medians = [float(np.median(runs[0][str(count)])) for count in counts]
+    benchmark.extra_info.update(
+        sweep="processes", sizes=counts, images_per_s=medians, raw_images_per_s=runs[0], n=3,
+        ratio=[rate / medians[0] for rate in medians],
+    )  # fmt: skip
+
+
+def summary(infos: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for info in infos:
+        for i, (size, rate) in enumerate(zip(info["sizes"], info["images_per_s"], strict=True)):
+            if info["sweep"] == "processes":
+                cost = f"{info['ratio'][i]:.2f} x one process, {info['n']} runs each"
+            else:
+                low, high = info["step_s_20_80"][i]
+                cost = f"{1e3 * info['step_s'][i]:9.2f} ms a step ({1e3 * low:.2f} to {1e3 * high:.2f}), n={info['n']}"
+            lines.append(f"{info['sweep']:<10} {size:>5}  {rate:>9,.0f} images/s  {cost}")
+        if info["sweep"] != "processes":
+            lines.append(
+                f"  a straight line: {1e3 * info['fixed_s']:.2f} ms, and {1e3 * info['slope_s']:.4f} ms for each "
+                f"of {info['sweep']}"
+            )
+    return lines

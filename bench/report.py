@@ -1,0 +1,263 @@
+"""`python -m bench.report`: the results folder as bench/RESULTS.md and plots; each device by itself.
+
+    python -m bench.report                  bench/results/ -> bench/RESULTS.md, bench/results/plots/
+    python -m bench.report A.json B.json    these only, to the terminal; refused where they are of different devices
+
+Of each benchmark the newest run is in the tables, and of ratios all runs are listed: they say how far one run can be
+trusted. Nothing is compared across devices, nor summed up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.tables import Row, tables
+from fastres.errors import Refused, run_command
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the suite, or of a part of it."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self.content["machine_info"]["fastres"]
+
+    @property
+    def device(self) -> str:
+        return self.environment["device"]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [
+            Row(one["fullname"], one["extra_info"]) for one in self.content["benchmarks"] if one["extra_info"]
+        ]
+
+    @property
+    def line(self) -> str:
+        of, doubts = self.environment, self.content["machine_info"].get("doubts", [])
+        versions = f"torch {of['torch']}, triton {of['triton']}, CUDA {of['cuda']}, Python {of['python']}"
+        return f"{self.content['datetime'][:16]}, commit {of['commit']}, {versions}" + "".join(
+            f"; {d}" for d in doubts
+        )
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """Runs in the order of their times. Refused where a file is not one of ours."""
+    runs = []
+    for path in paths:
+        try:
+            run = Run(path, json.loads(path.read_text(encoding="utf-8")))
+            assert run.device and run.line and isinstance(run.rows, list)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            raise Refused(f"{path} is not a result of pytest bench/: remove it from the folder") from None
+        runs.append(run)
+    return sorted(runs, key=lambda run: run.content["datetime"])
+
+
+def newest(runs: Sequence[Run]) -> list[Row]:
+    """Of each benchmark the newest."""
+    return list({row.fullname: row for run in runs for row in run.rows}.values())
+
+
+def ratios(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Of each benchmark that has one, its ratio in every run."""
+    found = defaultdict(list)
+    for run in runs:
+        for row in run.rows:
+            if isinstance(row.info.get("ratio"), float):
+                found[row.fullname].append(row.info["ratio"])
+    return found
+
+
+# ---- the text ---------------------------------------------------------------------------------------------------
+
+
+def section(device: str, runs: Sequence[Run], plots: Sequence[Path]) -> list[str]:
+    """One device's part of RESULTS.md, or of the terminal where there are no plots."""
+    lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
+    for title, rows in tables(newest(runs)):
+        lines += [f"### {title}", "", "```", *rows, "```", ""]
+    several = {name: values for name, values in ratios(runs).items() if len(values) > 1}
+    if several:
+        lines += ["### ratios of all runs", "", "```"]
+        lines += [
+            f"{name.removeprefix('bench/'):<70} {', '.join(f'{value:.2f}' for value in values)}"
+            f"  (largest over smallest {max(values) / min(values):.2f})"
+            for name, values in several.items()
+        ]
+        lines += ["```", ""]
+    return lines + [f"![{plot.stem}]({plot.relative_to(HERE)})\n" for plot in plots]
+
+
+# ---- the plots --------------------------------------------------------------------------------------------------
+
+
+def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """The plots of one device, as far as there is something to draw."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    drawn = []
+    for name, plot in PLOTS.items():
+        of_file = [row for row in rows if row.file == f"bench_{name}.py"]
+        if of_file:
+            figure = plot(of_file)
+            figure.suptitle(device, fontsize=9, color="0.4")
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{slug}-{name}.png"
+            figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes for the same figures
+            plt.close(figure)
+            drawn.append(path)
+    return drawn
+
+
+def plot_throughput(rows: Sequence[Row]) -> Any:
+    """How many times the plain loop's images/s, with the spread of the rounds' own ratios."""
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    for i, row in enumerate(reversed(rows)):
+        low, high = statistics.quantiles(row.info["ratios"], n=5)[::3]
+        axes.barh(i, row.info["ratio"], color="tab:blue" if row.info["training"] else "tab:green", height=0.6)
+        axes.plot([low, high], [i, i], color="black", linewidth=1)
+        axes.text(
+            high + 0.03,
+            i,
+            f"{row.info['ratio']:.2f} ×, {row.info['images_per_s']:,.0f}/s",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)], fontsize=8)
+    axes.axvline(1, color="0.5", linestyle=":")
+    axes.set_xlim(0, 1.35 * max(row.info["ratio"] for row in rows))
+    axes.set_xlabel(
+        "× the plain eager fp32 NCHW loop (blue: training, green: inference; line: 20 to 80 % of the rounds)"
+    )
+    return figure
+
+
+def plot_time_to_90(rows: Sequence[Row]) -> Any:
+    """Every seed's time and accuracy."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for row in rows:
+        means = f"{row.info['mean_s']:.1f} s, {row.info['mean_accuracy']:.2%}"
+        label = f"{row.info['contest']}, {row.info['kind']}: {means}"
+        axes.plot(row.info["times_s"], row.info["accuracies"], "o", label=label, alpha=0.7)
+    axes.axhline(0.9, color="0.5", linestyle=":")
+    axes.set(xlabel="seconds", ylabel="test accuracy at the last step")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_scaling(rows: Sequence[Row]) -> Any:
+    """A panel for each sweep: the cost of a step, and images/s by processes."""
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(4 * len(rows), 3.4), layout="constrained", squeeze=False
+    )
+    for row, axes in zip(rows, panels[0], strict=True):
+        info = row.info
+        if info["sweep"] == "processes":
+            axes.bar([str(size) for size in info["sizes"]], info["images_per_s"], width=0.5)
+            axes.set(xlabel="processes", ylabel="images/s")
+            continue
+        ms = [1e3 * s for s in info["step_s"]]
+        axes.plot(info["sizes"], ms, "o-")
+        ends = [0, max(info["sizes"])]
+        axes.plot(ends, [1e3 * (info["fixed_s"] + info["slope_s"] * x) for x in ends], ":", color="0.5")
+        axes.set(
+            xlabel={"batch": "images of a batch, ResNet-20", "depth": "depth, batch 128"}[info["sweep"]],
+            ylabel="ms a step",
+        )
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_loaders(rows: Sequence[Row]) -> Any:
+    """images/s of the loaders by case, and what the network takes."""
+    cases: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for row in rows:
+        case, _, loader = row.case.rpartition("-")
+        cases[case].append((loader, row.info))
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(3.2 * len(cases), 3.4), layout="constrained", squeeze=False
+    )
+    for (case, of_case), axes in zip(cases.items(), panels[0], strict=True):
+        axes.bar([loader for loader, _ in of_case], [info["images_per_s"] for _, info in of_case], width=0.6)
+        axes.axhline(of_case[0][1]["appetite_images_per_s"], color="tab:red", linestyle=":")
+        axes.set_yscale("log")
+        axes.set(title=case, ylabel="images/s")
+        axes.text(
+            0.5,
+            0.02,
+            f"dotted: what {of_case[0][1]['model']} takes",
+            transform=axes.transAxes,
+            ha="center",
+            fontsize=7,
+        )
+    return figure
+
+
+# By file, bench_NAME.py.
+PLOTS = {
+    "throughput": plot_throughput,
+    "time_to_90": plot_time_to_90,
+    "scaling": plot_scaling,
+    "loaders": plot_loaders,
+}
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Results as text and plots.")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)"
+    )
+    files = parser.parse_args(argv).files
+    runs = read(files or sorted((HERE / "results").rglob("*.json")))
+    if not runs:
+        raise Refused(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
+    devices = list(dict.fromkeys(run.device for run in runs))
+    if files:
+        for other in runs[1:]:
+            if other.device != runs[0].device:
+                raise Refused(
+                    f"{runs[0].path} is of {runs[0].device} and {other.path} of {other.device}: "
+                    "figures of different devices do not compare; name those of one"
+                )
+        print("\n".join(section(devices[0], runs, [])))
+        return 0
+    lines = [
+        "# Results",
+        "",
+        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another.",
+        "",
+    ]
+    for device in devices:
+        of_device = [run for run in runs if run.device == device]
+        lines += section(device, of_device, draw(device, newest(of_device), HERE / "results" / "plots"))
+    (HERE / "RESULTS.md").write_text("\n".join(lines), encoding="utf-8")
+    print(f"{HERE / 'RESULTS.md'}: {len(runs)} runs of {len(devices)} device(s)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

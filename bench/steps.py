@@ -1,0 +1,196 @@
+"""What is measured: steps of training and inference, the plain ones that one writes first and the engine's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.interleaved import interleaved
+from fastres import build_model
+from fastres.config import Config, EngineConfig, ModelConfig
+from fastres.engine import Engine, resolve
+from fastres.hardware import peaks_of
+from fastres.optim import build_optimizer
+from fastres.step import Evaluator, TrainStep
+from fastres.timing import seconds_of
+
+# Takes that many steps. First it sets torch's switches, tf32's for one, which belong to the whole process.
+Steps = Callable[[int], None]
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLAIN = Config(engine=EngineConfig(precision="fp32", compile=False))
+
+ROUND_S = 0.4  # of the engine: long against the timer and one wait, short against a drift
+BUDGET_S = 14.0  # of a comparison, warm-up apart
+ROUNDS = (5, 15)  # at least, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """A network and its batch."""
+
+    name: str
+    batch: int
+    side: int
+    channels: int = 3
+    classes: int = 10
+    options: tuple[tuple[str, Any], ...] = field(default=())
+
+    def build(self, norm: str = "torch") -> torch.nn.Module:
+        torch.manual_seed(0)
+        return build_model(
+            self.name, num_classes=self.classes, in_channels=self.channels, norm=norm, **dict(self.options)
+        )
+
+    def batch_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of noise, (b, C, S, S), and labels: never zeros, which a GPU computes with less power."""
+        images = torch.randn(self.batch, self.channels, self.side, self.side, device=device, dtype=dtype)
+        return images, torch.randint(self.classes, (self.batch,), device=device)
+
+
+# ---- plain: eager, fp32, NCHW, torch.optim.SGD ------------------------------------------------------------------
+
+
+def plain_training(net: Net, model: torch.nn.Module | None = None) -> Steps:
+    """The loop of the tutorials; of `model` where it is somebody else's."""
+    model = (net.build() if model is None else model).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    images, labels = net.batch_on(DEVICE, torch.float32)
+
+    def steps(n: int) -> None:
+        resolve(PLAIN)
+        model.train()
+        for _ in range(n):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return steps
+
+
+def plain_inference(net: Net) -> Steps:
+    model, (images, _) = net.build().to(DEVICE).eval(), net.batch_on(DEVICE, torch.float32)
+
+    @torch.no_grad()
+    def steps(n: int) -> None:
+        resolve(PLAIN)
+        for _ in range(n):
+            model(images)
+
+    return steps
+
+
+# ---- the engine's -----------------------------------------------------------------------------------------------
+
+
+def engine_for(**fields: Any) -> tuple[Config, Engine]:
+    """What the engine makes of these fields here; `norm` is the model's. Raises Refused where they cannot be had."""
+    norm = fields.pop("norm", "auto")
+    config = Config(model=ModelConfig(norm=norm), engine=EngineConfig(**fields))
+    return config, resolve(config)
+
+
+def engine_training(net: Net, **fields: Any) -> Steps:
+    """The engine's TrainStep under these fields of EngineConfig, and `norm`."""
+    config, engine = engine_for(**fields)
+    model = net.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
+    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
+    images, labels = net.batch_on(engine.device, engine.dtype)
+    images = images.to(memory_format=engine.memory_format)
+
+    def steps(n: int) -> None:
+        resolve(config)
+        for i in range(n):
+            step(images, labels, 0.1, i)
+
+    return steps
+
+
+def engine_inference(net: Net, **fields: Any) -> Steps:
+    """The engine's evaluation step: logits, loss and right answers."""
+    config, engine = engine_for(**fields)
+    model = net.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
+    evaluate = Evaluator(model.eval(), engine)
+    images, labels = net.batch_on(engine.device, engine.dtype)
+    images = images.to(memory_format=engine.memory_format)
+
+    @torch.no_grad()
+    def steps(n: int) -> None:
+        resolve(config)
+        for _ in range(n):
+            evaluate.forward_loss(images, labels)
+
+    return steps
+
+
+# ---- both, measured ---------------------------------------------------------------------------------------------
+
+
+def compare(
+    benchmark: Any,
+    net: Net,
+    build_baseline: Callable[[], Steps],
+    ours: Steps,
+    *,
+    training: bool,
+    precision: str,
+    **facts: Any,
+) -> None:
+    """Measures both in turns, as long as the budget allows, and leaves all that the tables show in extra_info."""
+    ours(2)
+    memory = peak_memory(ours)  # before the baseline lies there too
+    baseline = build_baseline()
+    for warm_up in (baseline, ours):
+        warm_up(2)
+    step_s, baseline_s = (seconds_of(lambda steps=steps: steps(1), DEVICE) for steps in (ours, baseline))
+    n = max(1, round(ROUND_S / step_s))
+    low, high = ROUNDS
+    rounds = min(high, max(low, int(BUDGET_S / (n * (step_s + baseline_s)))))
+    interleaved(benchmark, lambda: baseline(n), lambda: ours(n), n * net.batch, rounds)
+    flops_per_s = benchmark.extra_info["images_per_s"] * flops_per_image(net, training)
+    peaks = peaks_of(DEVICE)
+    peak = peaks.flops.get(precision) if peaks else None
+    benchmark.extra_info.update(
+        model=net.name,
+        batch=net.batch,
+        side=net.side,
+        training=training,
+        precision=precision,
+        steps_per_round=n,
+        gflop_per_s=flops_per_s / 1e9,
+        share_of_peak=flops_per_s / peak if peak else None,
+        peak_memory_bytes=memory,
+        **facts,
+    )
+
+
+def peak_memory(steps: Steps) -> int | None:
+    """Bytes that a step takes at most on a GPU; None on a CPU, where nobody counts."""
+    if DEVICE.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    steps(1)
+    return torch.cuda.max_memory_allocated(DEVICE)
+
+
+@cache
+def flops_per_image(net: Net, training: bool) -> int:
+    """Of convolutions and matrices, a multiply-add as two, counted by torch on tensors without memory."""
+    with torch.device("meta"):
+        model = net.build().train(training)
+        images = torch.empty(2, net.channels, net.side, net.side)
+        with (
+            FlopCounterMode(display=False) as counter,
+            contextlib.nullcontext() if training else torch.no_grad(),
+        ):
+            logits = model(images)
+            if training:
+                logits.sum().backward()
+    return counter.get_total_flops() // 2

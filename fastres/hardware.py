@@ -1,0 +1,239 @@
+"""What is known of a device: its data sheet, what it reaches here and now, and what state it is in.
+
+Nothing is guessed: a device that is not in PEAKS has none, and what cannot be read is None with the reason.
+Not yet run on a GPU: measured_copy and measured_matmul there, and gpu_fields against a real NVML.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres.engine import DTYPES
+from fastres.timing import interleaved, seconds_of
+
+# ------------------------------------------------------------------------------------------- data sheets
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the maker promises."""
+
+    flops: Mapping[str, float]  # dense FLOP/s by precision; a precision that the device lacks is not there
+    bytes_per_s: float
+
+
+def _peaks(fp32: float, tf32: float | None, bf16: float | None, fp16: float, gb_per_s: float) -> Peaks:
+    """From TFLOP/s and GB/s."""
+    tflops = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
+    return Peaks({name: 1e12 * value for name, value in tflops.items() if value}, 1e9 * gb_per_s)
+
+
+# By the name that torch.cuda.get_device_name gives. Dense: where the sheet has a figure with sparsity only, half of it.
+# Of GeForce cards bf16 and fp16 with accumulation in fp32, which is what torch asks for.
+PEAKS: dict[str, Peaks] = {
+    # "NVIDIA A100 Tensor Core GPU", data sheet 2021; the 40 GB parts: "NVIDIA A100 ... Architecture", table 4
+    "NVIDIA A100-SXM4-40GB": _peaks(19.5, 156, 312, 312, 1555),
+    "NVIDIA A100-PCIE-40GB": _peaks(19.5, 156, 312, 312, 1555),
+    "NVIDIA A100-SXM4-80GB": _peaks(19.5, 156, 312, 312, 2039),
+    "NVIDIA A100 80GB PCIe": _peaks(19.5, 156, 312, 312, 1935),
+    # "NVIDIA H100 Tensor Core GPU", data sheet: SXM and NVL 2024, PCIe 2022; tensor cores with sparsity
+    "NVIDIA H100 80GB HBM3": _peaks(67, 989 / 2, 1979 / 2, 1979 / 2, 3350),
+    "NVIDIA H100 PCIe": _peaks(51, 756 / 2, 1513 / 2, 1513 / 2, 2000),
+    "NVIDIA H100 NVL": _peaks(60, 835 / 2, 1671 / 2, 1671 / 2, 3900),
+    # "NVIDIA H200 Tensor Core GPU", data sheet 2024: SXM, NVL; tensor cores with sparsity
+    "NVIDIA H200": _peaks(67, 989 / 2, 1979 / 2, 1979 / 2, 4800),
+    "NVIDIA H200 NVL": _peaks(60, 835 / 2, 1671 / 2, 1671 / 2, 4800),
+    # "NVIDIA HGX B200", data sheet, an eighth of 8 GPUs: FP32 600 TFLOPS, TF32 18 and BF16 36 PFLOPS with sparsity;
+    # "NVIDIA DGX B200", data sheet: 64 TB/s
+    "NVIDIA B200": _peaks(600 / 8, 18_000 / 16, 36_000 / 16, 36_000 / 16, 64_000 / 8),
+    # "NVIDIA L4 Tensor Core GPU", data sheet 2023; tensor cores with sparsity
+    "NVIDIA L4": _peaks(30.3, 120 / 2, 242 / 2, 242 / 2, 300),
+    # "NVIDIA L40S", data sheet 2023: dense | with sparsity
+    "NVIDIA L40S": _peaks(91.6, 183, 362.05, 362.05, 864),
+    # "NVIDIA A10 Tensor Core GPU", data sheet 2021: dense | with sparsity
+    "NVIDIA A10": _peaks(31.2, 62.5, 125, 125, 600),
+    # "NVIDIA V100 Tensor Core GPU", data sheet 2020: NVLink, PCIe
+    "Tesla V100-SXM2-16GB": _peaks(15.7, None, None, 125, 900),
+    "Tesla V100-SXM2-32GB": _peaks(15.7, None, None, 125, 900),
+    "Tesla V100-PCIE-16GB": _peaks(14, None, None, 112, 900),
+    "Tesla V100-PCIE-32GB": _peaks(14, None, None, 112, 900),
+    # "NVIDIA Ampere GA102 GPU Architecture", appendix A
+    "NVIDIA GeForce RTX 3090": _peaks(35.6, 35.6, 71, 71, 936),
+    # "NVIDIA Ada GPU Architecture", appendix A
+    "NVIDIA GeForce RTX 4090": _peaks(82.6, 82.6, 165.2, 165.2, 1008),
+    # "NVIDIA RTX Blackwell GPU Architecture", appendix A
+    "NVIDIA GeForce RTX 5090": _peaks(104.8, 104.8, 209.5, 209.5, 1792),
+}
+
+
+def peaks_of(device: torch.device) -> Peaks | None:
+    """The data sheet's, where the device is in the table."""
+    return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+# ------------------------------------------------------------------------------------------- measured
+
+
+def measured_copy(device: torch.device, rounds: int = 5) -> float:
+    """Bytes per second, read and written, of a copy beyond the caches: the best of the rounds."""
+    gpu = device.type == "cuda"
+    source = torch.randn(2**26 if gpu else 2**24, device=device)  # 256 MB, 64 MB
+    target = torch.empty_like(source)
+    copies = 20 if gpu else 1
+
+    def region() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    timing = interleaved({"copy": region}, rounds, device, warm_up=2)["copy"]
+    return 2 * source.nbytes * copies / min(timing.seconds)
+
+
+def measured_matmul(device: torch.device, precision: str, rounds: int = 5) -> float:
+    """FLOP/s of a product of two square matrices, the best of the rounds, under torch's switches as they are."""
+    # As large as takes some time: a CPU may be a thousand times as slow in fp16 as in bf16.
+    n, largest, enough_s = (2048, 8192, 0.005) if device.type == "cuda" else (256, 2048, 0.02)
+    while True:
+        a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
+        torch.mm(a, b)
+        if n == largest or min(seconds_of(partial(torch.mm, a, b), device) for _ in range(3)) >= enough_s:
+            break
+        n *= 2
+    timing = interleaved({"matmul": partial(torch.mm, a, b)}, rounds, device)["matmul"]
+    return 2 * n**3 / min(timing.seconds)
+
+
+# ------------------------------------------------------------------------------------------- state
+
+# nvmlClocksEventReasons
+THROTTLE_REASONS = {
+    0x001: "idle",
+    0x002: "clocks set by the application",
+    0x004: "power cap",
+    0x008: "hardware slowdown",
+    0x010: "sync boost",
+    0x020: "temperature (software)",
+    0x040: "temperature (hardware)",
+    0x080: "power brake",
+    0x100: "display clocks",
+}
+
+
+def snapshot(device: torch.device) -> dict[str, Any]:
+    """The state of the machine at this moment. What cannot be read is None, and `unknown` says why. Never raises."""
+    host, unknown = _read(HOST_FIELDS, "host")
+    gpu = None
+    try:
+        fields = gpu_fields(device)
+    except Exception as error:
+        unknown["gpu"] = _reason(error)
+    else:
+        gpu, reasons = _read(fields, "gpu")
+        unknown |= reasons
+    return {"unix_time_s": time.time(), "host": host, "gpu": gpu, "unknown": unknown}
+
+
+def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Of two snapshots, around a measurement: what may have disturbed it, a line each."""
+    lines = []
+    host = before["host"]
+    if others := host["other_runnable"]:
+        lines.append(f"{others} other thread(s) were running at the start, on {host['cpus']} CPUs")
+    if host["governor"] not in (None, "performance"):
+        lines.append(f"the CPU's frequency governor is {host['governor']}")
+    if gpu := after["gpu"]:
+        if others := gpu["other_processes"]:
+            lines.append(f"{len(others)} other process(es) used the GPU")
+        if reasons := [reason for reason in gpu["throttled"] or () if reason != "idle"]:
+            lines.append(f"the GPU's clocks were held back: {', '.join(reasons)}")
+    return lines
+
+
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+
+
+def _other_runnable() -> int:
+    """Threads that run or wait for a CPU, without the one that asks."""
+    lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("procs_running")).split()[1]) - 1
+
+
+def _mhz() -> list[float]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    if not found:
+        raise LookupError("/proc/cpuinfo has no frequencies")
+    return found
+
+
+HOST_FIELDS: dict[str, Callable[[], Any]] = {
+    "cpus": lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "load_average": lambda: list(os.getloadavg()),  # over 1, 5 and 15 minutes
+    "other_runnable": _other_runnable,
+    "mhz": _mhz,  # of each CPU
+    "governor": lambda: (CPUFREQ / "scaling_governor").read_text(encoding="utf-8").strip(),
+}
+
+
+def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """How to read each field of a GPU's state through NVML. Raises where there is no GPU or no NVML."""
+    if device.type != "cuda":
+        raise LookupError(f"the device is {device}")
+    try:
+        nvml = importlib.import_module("pynvml")  # the package nvidia-ml-py
+    except ImportError:
+        raise LookupError("nvidia-ml-py is not installed: pip install nvidia-ml-py") from None
+    nvml.nvmlInit()
+    # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's.
+    gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+    def throttled() -> list[str]:
+        bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
+
+    def other_processes() -> list[dict[str, Any]]:
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+        return [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running if p.pid != os.getpid()]
+
+    return {
+        "name": lambda: nvml.nvmlDeviceGetName(gpu),
+        "driver": nvml.nvmlSystemGetDriverVersion,
+        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        "sm_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+        "utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+        "throttled": throttled,
+        "other_processes": other_processes,
+    }
+
+
+def _read(fields: Mapping[str, Callable[[], Any]], where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each field has, and of those that cannot be read the reason."""
+    values: dict[str, Any] = dict.fromkeys(fields)
+    unknown = {}
+    for name, read in fields.items():
+        try:
+            values[name] = read()
+        except Exception as error:
+            unknown[f"{where}.{name}"] = _reason(error)
+    return values, unknown
+
+
+def _reason(error: Exception) -> str:
+    text = type(error).__name__
+    with suppress(Exception):  # an error's own text may fail too
+        text = (str(error).splitlines() or [text])[0]
+    return text

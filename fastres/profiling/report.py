@@ -1,0 +1,328 @@
+"""What a profile leaves behind: raw numbers, a row for each variant, a picture, and the tables in the terminal."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastres import hardware
+from fastres.engine import Engine
+from fastres.files import whole_file
+from fastres.log import device_name, environment
+from fastres.profiling import trace
+from fastres.profiling.trace import PARTS, Operator
+from fastres.profiling.variants import Subject, Variant
+from fastres.timing import Timing
+
+Row = dict[str, Any]
+
+MOST_EXPENSIVE = 3  # operators in the terminal; profile.json has all
+MEMORY = {  # by device: where the figure is from, and where the course of it is
+    "cpu": "peak: held, and what torch's profiler saw allocated on the CPU; the course is in the traces, [memory]",
+    "cuda": "peak: held, and torch.cuda.max_memory_allocated; memory-*.pickle is for pytorch.org/memory_viz",
+}
+COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was measured of a variant."""
+
+    variant: Variant
+    prepare_s: float  # building, compiling, the first forward and backward
+    step: Timing  # rounds of Profile.steps steps
+    parts: dict[str, Timing]  # single steps, by the names in PARTS
+    flops: int  # of a step
+    bytes: (
+        int | None
+    )  # of a step, each operator's inputs and outputs once; None where operators are generated
+    operators: list[Operator]  # of a step, the most expensive first
+    launches: float  # kernels of a step on a GPU, operators on a CPU
+    kernel_s: float | None  # of a step, on a GPU
+    held_bytes: int  # between steps
+    peak_bytes: int | None  # at most in a step, beyond what is held
+    difference: dict[str, float]
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One run of the command; the first result is the baseline."""
+
+    subject: Subject
+    engine: Engine  # of the baseline
+    rounds: int
+    steps: int  # of a round
+    traced_steps: int
+    results: list[Result]
+    absent: dict[str, str]  # variants that were asked for, and why they are not there
+    copy_bytes_per_s: float
+    matmul_flops: dict[str, float]  # per second, by precision
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def rows_of(profile: Profile) -> list[Row]:
+    """A flat row for each variant: the columns of profile.csv."""
+    images = profile.steps * profile.subject.shape[0]
+    peaks = hardware.peaks_of(profile.engine.device)
+    baseline = profile.results[0].step
+    rows = []
+    for result in profile.results:
+        step_s = result.step.median_s / profile.steps
+        images_per_s, low, high = result.step.rates(images)
+        row: Row = {
+            "variant": result.variant.name,
+            **asdict(result.variant),
+            "images_per_s": images_per_s,
+            "images_per_s_20": low,
+            "images_per_s_80": high,
+            "rounds": result.step.n,
+            "ratio": result.step.ratio_to(baseline).of_medians,
+            "step_ms": 1e3 * step_s,
+        }
+        for part in PARTS:
+            timing = result.parts[part]
+            row[f"{part}_ms"] = 1e3 * timing.median_s
+            row[f"{part}_ms_20"], row[f"{part}_ms_80"] = (1e3 * s for s in timing.quantiles_s)
+        peak = peaks.flops.get(result.variant.precision) if peaks else None
+        flops_per_s = result.flops / step_s
+        bytes_per_s = None if result.bytes is None else result.bytes / step_s
+        row |= {
+            "steps_in_parts": result.parts["forward"].n,
+            "launches": result.launches,
+            "kernels_busy": None if result.kernel_s is None else result.kernel_s / step_s,
+            "peak_mb": None if result.peak_bytes is None else (result.held_bytes + result.peak_bytes) / 1e6,
+            "held_mb": result.held_bytes / 1e6,
+            "difference_logits": result.difference["logits"],
+            "difference_gradients": result.difference["gradients"],
+            "gflop_per_s": flops_per_s / 1e9,
+            "share_of_matmul": flops_per_s / profile.matmul_flops[result.variant.precision],
+            "share_of_peak": None if peak is None else flops_per_s / peak,
+            "gb_per_s": None if bytes_per_s is None else bytes_per_s / 1e9,
+            "share_of_copy": None if bytes_per_s is None else bytes_per_s / profile.copy_bytes_per_s,
+            "prepare_s": result.prepare_s,
+        }
+        rows.append(row)
+    return rows
+
+
+def raw(profile: Profile) -> dict[str, Any]:
+    """Everything, for profile.json."""
+    device = profile.engine.device
+    peaks = hardware.peaks_of(device)
+    variants = []
+    for row, result in zip(rows_of(profile), profile.results, strict=True):
+        ratio = result.step.ratio_to(profile.results[0].step)
+        operators = [
+            {**operator.to_dict(), "bound": side, "share_of_roof": share}
+            for operator, (side, share) in zip(result.operators, bounds_of(profile, result), strict=True)
+        ]
+        variants.append(
+            row
+            | {
+                "step": result.step.to_dict(),
+                "parts": {part: timing.to_dict() for part, timing in result.parts.items()},
+                "ratios": list(ratio.of_pairs),
+                "flops_per_step": result.flops,
+                "bytes_per_step": result.bytes,
+                "step_peak_bytes": result.peak_bytes,
+                "held_bytes": result.held_bytes,
+                "kernel_s_per_step": result.kernel_s,
+                "difference": result.difference,
+                "operators": operators,
+                "files": result.files,
+            }
+        )
+    return {
+        "what": profile.subject.name,
+        "options": profile.subject.model.options,
+        "batch": list(profile.subject.shape),
+        "rounds": profile.rounds,
+        "steps_per_round": profile.steps,
+        "traced_steps": profile.traced_steps,
+        "baseline": profile.results[0].variant.name,
+        "variants": variants,
+        "absent": profile.absent,
+        "environment": environment(profile.engine),
+        "hardware": {
+            "before": profile.before,
+            "after": profile.after,
+            "doubts": hardware.doubts(profile.before, profile.after),
+            "data_sheet": None if peaks is None else asdict(peaks),
+            "measured": {
+                "copy_bytes_per_s": profile.copy_bytes_per_s,
+                "matmul_flops": profile.matmul_flops,
+            },
+        },
+        "memory": MEMORY[device.type],
+    }
+
+
+def bounds_of(profile: Profile, result: Result) -> list[tuple[str, float | None]]:
+    """What each operator is bound by, by what was measured here."""
+    flops_per_s = profile.matmul_flops[result.variant.precision]
+    return [trace.bound(operator, flops_per_s, profile.copy_bytes_per_s) for operator in result.operators]
+
+
+# ------------------------------------------------------------------------------------------- output
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def title_of(profile: Profile) -> str:
+    n, channels, side, _ = profile.subject.shape
+    return (
+        f"{profile.subject.name}, batch {n} of {channels} × {side} × {side}, {device_name(profile.engine.device)}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def plot(profile: Profile, path: Path) -> None:
+    """A bar for each variant: forward, backward and optimizer of a step, images/s beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    rows = rows_of(profile)
+    figure = Figure(figsize=(11, 1.6 + 0.55 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    left = [0.0] * len(rows)
+    for part in PARTS:
+        widths = [row[f"{part}_ms"] for row in rows]
+        axes.barh(range(len(rows)), widths, 0.62, left=left, label=part, color=COLORS[part])
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for i, (row, end) in enumerate(zip(rows, left, strict=True)):
+        text = f"{row['images_per_s']:,.0f} images/s, {row['ratio']:.2f} ×"
+        axes.annotate(text, (end, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.28 * max(left))
+    axes.set_xlabel("ms per step (medians)")
+    axes.set_title(title_of(profile), fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def show(profile: Profile, console: Console) -> None:
+    """The tables, each with a line on how to read it."""
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False)
+
+    rows, on_gpu = rows_of(profile), profile.engine.device.type == "cuda"
+    say(f"\n{title_of(profile)}")
+    say(
+        f"median (20 to 80 %) of {profile.rounds} rounds of {profile.steps} step(s) in turns; of parts, of single steps"
+    )
+    times = _table("images/s", "× first", *(f"{part} ms" for part in PARTS))
+    for row in rows:
+        times.add_row(
+            row["variant"],
+            _spread(row["images_per_s"], row["images_per_s_20"], row["images_per_s_80"]),
+            f"{row['ratio']:.2f}",
+            *(_spread(row[f"{p}_ms"], row[f"{p}_ms_20"], row[f"{p}_ms_80"]) for p in PARTS),
+        )
+    console.print(times)
+
+    reached = ", ".join(f"{flops / 1e9:,.0f} in {p}" for p, flops in profile.matmul_flops.items())
+    say(
+        f"measured here and now: a copy moves {profile.copy_bytes_per_s / 1e9:,.1f} GB/s, a matrix product does "
+        f"{reached} GFLOP/s"
+    )
+    work = _table(*(("kernels", "GPU busy") if on_gpu else ("operators",)), "peak MB", "GFLOP/s", "of matmul",
+                  "of data sheet", "GB/s", "of copy", "Δ logits", "Δ gradients")  # fmt: skip
+    for row in rows:
+        work.add_row(
+            row["variant"],
+            f"{row['launches']:,.0f}",
+            *((_share(row["kernels_busy"]),) if on_gpu else ()),
+            _three_digits(row["peak_mb"]),
+            _three_digits(row["gflop_per_s"]),
+            _share(row["share_of_matmul"]),
+            _share(row["share_of_peak"]),
+            _three_digits(row["gb_per_s"]),
+            _share(row["share_of_copy"]),
+            f"{row['difference_logits']:.2g}",
+            f"{row['difference_gradients']:.2g}",
+        )
+    console.print(work)
+    largest = profile.results[0].difference
+    say(
+        "Δ: largest difference to eager fp32 NCHW with the same weights and batch, whose logits reach "
+        f"{largest['logits_reference']:.2g} and gradients {largest['gradients_reference']:.2g}"
+    )
+
+    costs = _table("calls", "share", "FLOP/byte", "bound by", "reaches", second="most expensive")
+    for result in profile.results:
+        most = list(zip(result.operators, bounds_of(profile, result), strict=True))[:MOST_EXPENSIVE]
+        for i, (operator, (side, share)) in enumerate(most):
+            costs.add_row(
+                "" if i else result.variant.name,
+                " ← ".join(map(_short, filter(None, (operator.kernel, operator.name)))),
+                f"{operator.calls:,.0f}",
+                f"{operator.share:.0%}",
+                _three_digits(operator.intensity),
+                side,
+                "N/A" if share is None else f"{share:.0%} of {'matmul' if side == 'compute' else 'copy'}",
+                end_section=i + 1 == len(most),
+            )
+    console.print(costs)
+    say(
+        "FLOPs of convolutions and matrix products; bytes of inputs and outputs once, the least that moves; unknown: "
+        "a trace does not tell. Bound by: FLOP/byte against what was measured here. What reaches little of it waits "
+        "for something else."
+    )
+    for name, reason in profile.absent.items():
+        say(f"not here: {name}: {reason}")
+    for line in hardware.doubts(profile.before, profile.after):
+        say(f"doubtful: {line}", style="yellow")
+
+
+def _table(*columns: str, second: str | None = None) -> Table:
+    table = Table()
+    table.add_column("variant", no_wrap=True)
+    if second:
+        table.add_column(second, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _short(name: str, most: int = 44) -> str:
+    """Both ends of a name: the compiler's begin alike and end in their number."""
+    return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"
+
+
+def _spread(median: float, low: float, high: float) -> str:
+    return f"{_three_digits(median)} ({_three_digits(low)} to {_three_digits(high)})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "N/A" if value is None else f"{value:{form}}"
+
+
+def _three_digits(value: float | None) -> str:
+    return _number(value, ",.0f" if value and value >= 100 else ".1f" if value and value >= 10 else ".2f")
+
+
+def _share(value: float | None) -> str:
+    return _number(value, ".0%")

@@ -1,0 +1,192 @@
+"""What can be compared: a network or one block, and the ways in which the engine can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.config import Config, EngineConfig, ModelConfig, check
+from fastres.engine import Engine, resolve
+from fastres.errors import Refused
+from fastres.models import build_model
+from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown
+from fastres.models.cifar import CifarResNet
+from fastres.models.imagenet import ResNet
+from fastres.models.mini import MiniResNet
+
+# ------------------------------------------------------------------------------------------- variants
+
+AXES: dict[str, tuple[str, ...]] = {  # the first of each is the plain one, which a short name leaves out
+    "mode": ("eager", "compile", "graph"),
+    "norm": ("torch", "fused", "apex"),
+    "layout": ("nchw", "channels_last"),
+    "precision": ("fp32", "tf32", "bf16", "fp16"),
+}
+DEFAULTS = {  # by device; the first is the baseline
+    "cpu": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16"),
+    "cuda": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
+             "eager-fused-channels_last-bf16", "compile-fused-channels_last-bf16", "graph-fused-channels_last-bf16"),
+}  # fmt: skip
+# Words of which the engine knows nothing yet. Once it captures whole steps: a replay has no parts to time.
+NOT_YET = {"graph": "whole-step CUDA graphs are not in this version"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    mode: str
+    norm: str
+    layout: str
+    precision: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (self.mode, self.norm, self.layout, self.precision)
+
+    @property
+    def name(self) -> str:
+        """compile-fused-channels_last-bf16; torch's norm goes without saying: compile-channels_last-bf16."""
+        return "-".join(word for word in self.words if word != "torch")
+
+    def config(self, model: ModelConfig, device: str) -> Config:
+        """Of a run that trains so."""
+        return Config(
+            model=replace(model, norm=self.norm),  # type: ignore[arg-type]
+            engine=EngineConfig(
+                device=device,
+                precision=self.precision,  # type: ignore[arg-type]
+                channels_last=self.layout == "channels_last",
+                compile=self.mode != "eager",
+                cuda_graph=self.mode == "graph",
+            ),
+        )
+
+
+ALL = tuple(Variant(*words) for words in product(*AXES.values()))
+REFERENCE = ALL[0]
+
+
+def resolved(
+    subject: Subject, variants: Sequence[Variant], device: str
+) -> tuple[dict[Variant, Callable[[], Engine]], dict[str, str]]:
+    """Those that can be had here, each with what switches torch to it; and why the others cannot."""
+    check(Config(engine=EngineConfig(device=device)))
+    # A device that is not here is refused once, not for each.
+    resolve(REFERENCE.config(subject.model, device))
+    switches: dict[Variant, Callable[[], Engine]] = {}
+    absent: dict[str, str] = {}
+    for variant in variants:
+        if reason := next((NOT_YET[word] for word in variant.words if word in NOT_YET), None):
+            absent[variant.name] = reason
+            continue
+        switch = partial(resolve, variant.config(subject.model, device))
+        try:
+            switch()
+        except Refused as error:
+            absent[variant.name] = str(error)
+        else:
+            switches[variant] = switch
+    if not switches:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+        raise Refused(f"--variants: none of them can be had here: {reasons}")
+    return switches, absent
+
+
+def variants_named(names: Sequence[str]) -> list[Variant]:
+    """Of names in any order of their words, of short ones, and of patterns with * over all names; each once."""
+    found: list[Variant] = []
+    for name in names:
+        if "*" in name:
+            matching = [v for v in ALL if fnmatchcase(v.name, name) or fnmatchcase("-".join(v.words), name)]
+            if not matching:
+                raise Refused(f"--variants {name}: no variant matches; names read like {ALL[-1].name}")
+            found += matching
+            continue
+        chosen = {axis: words[0] for axis, words in AXES.items()}
+        given: dict[str, str] = {}
+        for word in name.split("-"):
+            axis = next((axis for axis, words in AXES.items() if word in words), None)
+            if axis is None:
+                words = [word for words in AXES.values() for word in words]
+                raise Refused(f"--variants {name}: {unknown('word', word, words)}")
+            if axis in given:
+                raise Refused(f"--variants {name}: {given[axis]} and {word} are both a {axis}; leave out one")
+            given[axis] = chosen[axis] = word
+        found.append(Variant(**chosen))
+    return list(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------------------------------- what is compared
+
+
+class BlockNet(nn.Module):
+    """A block as in a network, whose head adds no parameters: (N, C, S, S) -> (N, C'), the mean of each channel."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return global_pool(self.block(x))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What every variant computes."""
+
+    name: str
+    build: Callable[[str], nn.Module]  # of a norm
+    shape: tuple[int, int, int, int]  # (N, C, S, S) of the batch
+    classes: int
+    is_block: bool  # as inside a network, its input has a gradient
+    model: ModelConfig
+
+
+BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+INPUTS: dict[type[nn.Module], tuple[int, int, int]] = {  # channels, side and classes of each family's data
+    CifarResNet: (3, 32, 10),
+    ResNet: (3, 224, 1000),
+    MiniResNet: (1, 28, 10),
+}
+
+
+def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Subject:
+    fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
+    model = ModelConfig(name=name, options=options, norm="fused" if fuses else "torch")
+    check(Config(model=model))
+    with torch.device("meta"):
+        family = type(build_model(name, norm=model.norm, **options))
+    channels, side, classes = INPUTS[family]
+    if options.get("stem") == "small":
+        side, classes = INPUTS[CifarResNet][1:]
+    channels = options.get("in_channels", channels)
+    classes = options.get("num_classes", classes)
+
+    def build(norm: str) -> nn.Module:
+        changed = {"num_classes": classes, "in_channels": channels}
+        if fuses:
+            changed["fused_convolutions"] = norm == "fused"
+        return build_model(name, norm=norm, **options | changed)
+
+    side = size or side
+    return Subject(name, build, (batch_size, channels, side, side), classes, False, model)
+
+
+def block_subject(kind: str, channels: int, batch_size: int, size: int) -> Subject:
+    block = BLOCKS[kind]
+    inner, rest = divmod(channels, block.expansion)
+    if rest:
+        raise Refused(f"--channels {channels}: a {kind} block's are a multiple of {block.expansion}")
+
+    def build(norm: str) -> nn.Module:
+        return BlockNet(block(channels, inner, norm=NORMS[norm]))
+
+    shape = (batch_size, channels, size, size)
+    return Subject(f"{kind}-{channels}x{size}", build, shape, channels, True, ModelConfig())

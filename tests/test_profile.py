@@ -1,0 +1,512 @@
+"""`python -m fastres.profile`: variants that can be had are measured side by side, and all of it is written down."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastres import build_model, profile
+from fastres.config import Config, EngineConfig
+from fastres.engine import can_compile, resolve
+from fastres.errors import Failed, Refused
+from fastres.optim import build_optimizer
+from fastres.profile import Contestant, Outcome, difference, prepare, step_in_parts
+from fastres.profiling import trace
+from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
+from fastres.profiling.variants import (
+    ALL,
+    REFERENCE,
+    Variant,
+    block_subject,
+    model_subject,
+    resolved,
+    variants_named,
+)
+from fastres.step import TrainStep
+from tests.commands import run_fastres
+
+CPU = torch.device("cpu")
+ASKED = ("nchw-fp32", "fp32-channels_last", "channels_last-bf16", "graph", "fused-nchw")
+NAMES = ["eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16"]
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profile")
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> subprocess.CompletedProcess[str]:
+    sizes = ("--model", "resnet8", "--batch-size", "4", "--rounds", "3", "--steps", "2")
+    ran = run_fastres("profile", *sizes, "--out", "out", "--variants", *ASKED, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+@pytest.fixture(scope="module")
+def raw(done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "profile.json").read_text(encoding="utf-8"))
+
+
+def test_the_terminal_has_every_variant_and_why_others_are_not_there(
+    done: subprocess.CompletedProcess[str],
+) -> None:
+    assert done.stderr == ""
+    for name in NAMES:
+        assert len([line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]) == 3
+    assert "aten::convolution_backward" in done.stdout
+    assert "measured here and now: a copy moves" in done.stdout
+    assert "not here: graph-nchw-fp32: whole-step CUDA graphs are not in this version" in done.stdout
+    assert "not here: eager-fused-nchw-fp32: model.norm fused: the kernels take channels-last" in done.stdout
+
+
+def test_the_raw_numbers_hang_together(raw: dict[str, Any]) -> None:
+    variants = raw["variants"]
+    assert [each["variant"] for each in variants] == NAMES and raw["baseline"] == NAMES[0]
+    assert set(raw["absent"]) == {"graph-nchw-fp32", "eager-fused-nchw-fp32"}
+    assert raw["environment"]["device"] and "fastres.profile" in " ".join(raw["environment"]["command"])
+    assert raw["hardware"]["before"]["host"]["cpus"] and raw["hardware"]["after"]["host"]["cpus"]
+    assert raw["hardware"]["data_sheet"] is None
+    measured = raw["hardware"]["measured"]
+    assert measured["copy_bytes_per_s"] > 0 and set(measured["matmul_flops"]) == {"fp32", "bf16"}
+    for each in variants:
+        step, images = each["step"], 2 * 4
+        assert step["n"] == len(step["seconds"]) == len(each["ratios"]) == 3
+        assert each["images_per_s"] == pytest.approx(images / step["median_s"])
+        assert each["ratio"] == pytest.approx(variants[0]["step"]["median_s"] / step["median_s"])
+        assert each["gflop_per_s"] == pytest.approx(each["flops_per_step"] * 2 / step["median_s"] / 1e9)
+        for part in PARTS:
+            assert each["parts"][part]["n"] == 3 * 2  # without the warm-up
+            assert (
+                each[f"{part}_ms"] == pytest.approx(1e3 * each["parts"][part]["median_s"])
+                and each[f"{part}_ms"] > 0
+            )
+        assert each["share_of_peak"] is None and each["kernels_busy"] is None
+        assert each["peak_mb"] > each["held_mb"] > 0
+        assert sum(operator["share"] for operator in each["operators"]) == pytest.approx(1)
+        assert each["launches"] == pytest.approx(sum(operator["calls"] for operator in each["operators"]))
+    fp32, bf16 = variants[1], variants[2]
+    assert (
+        bf16["bytes_per_step"] < fp32["bytes_per_step"] and bf16["step_peak_bytes"] < fp32["step_peak_bytes"]
+    )
+
+
+def test_work_is_that_of_the_network(raw: dict[str, Any]) -> None:
+    model, images = build_model("resnet8"), torch.randn(4, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    for each in raw["variants"]:
+        assert each["flops_per_step"] == counter.get_total_flops()
+        by_name = {operator["name"]: operator for operator in each["operators"]}
+        convolutions = by_name["aten::convolution"]
+        assert convolutions["calls"] == 7 and convolutions["bound"] in ("compute", "memory")
+        assert convolutions["flops"] == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+
+
+def test_differences_to_eager_fp32(raw: dict[str, Any]) -> None:
+    same, channels_last, bf16 = (each["difference"] for each in raw["variants"])
+    assert same["logits"] == same["gradients"] == 0
+    assert same["logits_reference"] > 0.1 and same["gradients_reference"] > 0.01
+    for what in ("logits", "gradients"):
+        largest = same[f"{what}_reference"]
+        assert channels_last[what] < 0.01 * largest  # another order of sums
+        assert max(channels_last[what], 1e-4 * largest) < bf16[what] < 0.3 * largest
+
+
+def test_the_csv_has_a_row_for_each(raw: dict[str, Any], folder: Path) -> None:
+    with (folder / "out" / "profile.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == NAMES
+    for row, each in zip(rows, raw["variants"], strict=True):
+        assert float(row["images_per_s"]) == each["images_per_s"]
+        assert row["share_of_peak"] == ""  # not known
+
+
+def test_the_picture_shows_something(raw: dict[str, Any], folder: Path) -> None:
+    with Image.open(folder / "out" / "profile.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+        colors = picture.convert("RGB").getcolors(maxcolors=2**24)
+    assert colors is not None
+    drawn = {color for _, color in colors}
+    assert {
+        (0x48, 0x78, 0xA8),
+        (0xE0, 0x8A, 0x3C),
+        (0x6A, 0xA5, 0x6A),
+    } <= drawn  # forward, backward, optimizer
+
+
+def test_traces_have_the_ranges_of_each_step(raw: dict[str, Any], folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
+        ["profile.csv", "profile.json", "profile.png", *(f"trace-{name}.json.gz" for name in NAMES)]
+    )
+    for each in raw["variants"]:
+        (name,) = each["files"]
+        with gzip.open(folder / "out" / name, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in PARTS]
+        ranges.sort(key=lambda e: e["ts"])
+        assert [e["name"] for e in ranges] == list(PARTS) * raw["traced_steps"]
+
+
+def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: Path) -> None:
+    found, why = can_compile(CPU)
+    if not found:
+        pytest.skip(why)
+    sizes = ("--channels", "8", "--size", "8", "--batch-size", "4", "--rounds", "1", "--steps", "1")
+    variants = ("nchw", "compile-channels_last-bf16")
+    ran = run_fastres(
+        "profile", "--block", "basic", *sizes, "--no-trace", "--variants", *variants, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    out = tmp_path / "profiles" / "basic-8x8"
+    assert sorted(path.name for path in out.iterdir()) == ["profile.csv", "profile.json", "profile.png"]
+    eager, compiled = json.loads((out / "profile.json").read_text(encoding="utf-8"))["variants"]
+    generated = [o for o in compiled["operators"] if "cpp_fused" in o["name"]]
+    assert generated and all(o["calls"] == 1 and o["bound"] == "unknown" for o in generated)
+    assert compiled["bytes_per_step"] is None and compiled["gb_per_s"] is None
+    assert compiled["launches"] < eager["launches"]
+    assert compiled["flops_per_step"] == eager["flops_per_step"]
+    backward = next(o for o in compiled["operators"] if o["name"] == "aten::convolution_backward")
+    assert backward["calls"] == 2 and backward["flops"] == 2 * eager["flops_per_step"] / 3  # of its input too
+    assert 0 < compiled["difference"]["gradients"] < 0.3 * eager["difference"]["gradients_reference"]
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--variants foo", "--variants foo: unknown word 'foo'; choose from eager, compile"),
+        ("--variants compiled", "did you mean 'compile'"),
+        ("--variants bf16-fp32", "bf16 and fp32 are both a precision; leave out one"),
+        ("--variants tf33*", "no variant matches; names read like"),
+        ("--variants tf32 graph", "none of them can be had here: eager-nchw-tf32: engine.precision tf32"),
+        ("--model resnet21", "did you mean 'resnet20'"),
+        ("--model resnet18 --options stem=large", "unknown stem 'large'; choose from imagenet, small"),
+        ("--options stem", "'stem' is not NAME=VALUE, such as stem=small"),
+        ("--model resnet20 --block basic", "not allowed with argument"),
+        ("--block cubic", "invalid choice: 'cubic'"),
+        ("--block bottleneck --channels 6", "--channels 6: a bottleneck block's are a multiple of 4"),
+        ("--block basic --options stem=small", "--options belongs to --model"),
+        ("--channels 16", "--channels belongs to --block"),
+        ("--rounds 0", "argument --rounds: '0' is not a whole number above 0"),
+        ("--batch-size many", "argument --batch-size: 'many' is not a whole number above 0"),
+        ("--device tpu", "engine.device: 'tpu' is not auto, cpu, cuda or cuda:N"),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    arguments: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused) as refused:
+        profile.main(
+            [*arguments.split(), "--device=cpu"] if "--device" not in arguments else arguments.split()
+        )
+    assert line in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_in_one_line_with_status_2(tmp_path: Path) -> None:
+    ran = run_fastres("profile", "--rounds", "0", cwd=tmp_path)
+    assert ran.returncode == 2 and ran.stdout == ""
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("fastres: error: argument --rounds")
+
+
+def test_a_folder_that_holds_a_profile_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("resnet8", "resnet8-2", "resnet8-3"):
+        folder = profile.folder_for(None, "resnet8")
+        assert folder == Path("profiles") / expected
+        (folder / "profile.json").write_text("{}")
+    with pytest.raises(Refused, match="holds a profile already: choose another or remove it"):
+        profile.folder_for(folder, "resnet8")
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="cannot write there"):
+        profile.folder_for(tmp_path / "file" / "out", "resnet8")
+
+
+# ---- variants
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["eager"], ["eager-nchw-fp32"]),
+        (["torch"], ["eager-nchw-fp32"]),
+        (["bf16-channels_last-fused-compile"], ["compile-fused-channels_last-bf16"]),
+        (["fp16", "bf16", "eager-fp16"], ["eager-nchw-fp16", "eager-nchw-bf16"]),  # in their order, each once
+        (["[ec]*-apex-nchw-fp16"], ["eager-apex-nchw-fp16", "compile-apex-nchw-fp16"]),
+        (["eager-torch-nchw-*"], [f"eager-nchw-{p}" for p in ("fp32", "tf32", "bf16", "fp16")]),
+    ],
+)  # fmt: skip
+def test_names_of_variants(given: list[str], names: list[str]) -> None:
+    assert [variant.name for variant in variants_named(given)] == names
+
+
+def test_every_variant_has_its_own_name_which_means_it() -> None:
+    assert len({variant.name for variant in ALL}) == len(ALL) == 3 * 3 * 2 * 4
+    for variant in ALL:
+        assert variants_named([variant.name]) == [variant]
+
+
+def test_a_variant_is_what_the_engine_makes_of_it() -> None:
+    subject = model_subject("resnet8", {}, 2, None)
+    (asked,) = variants_named(["compile-fused-channels_last-bf16"])
+    switches, absent = resolved(subject, [asked], "cpu")
+    engine = switches[asked]()
+    assert absent == {}
+    assert (engine.compile, engine.norm, engine.channels_last, engine.precision) == (
+        True,
+        "fused",
+        True,
+        "bf16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "classes"),
+    [
+        ("resnet20", {}, (2, 3, 32, 32), 10),
+        ("resnet18", {}, (2, 3, 224, 224), 1000),
+        ("resnet18", {"stem": "small", "num_classes": 7}, (2, 3, 32, 32), 7),
+        ("mini_resnet", {}, (2, 1, 28, 28), 10),
+        ("resnet8", {"in_channels": 1, "shortcut": "conv1x1"}, (2, 1, 32, 32), 10),
+    ],
+)
+def test_a_network_has_the_data_of_its_family(
+    name: str, options: dict[str, Any], shape: tuple[int, ...], classes: int
+) -> None:
+    subject = model_subject(name, options, 2, None)
+    assert (subject.shape, subject.classes) == (shape, classes)
+    with torch.device("meta"):
+        assert subject.build("torch")(torch.empty(shape)).shape == (2, classes)
+    assert model_subject(name, options, 2, 48).shape[2:] == (48, 48)
+
+
+def test_fused_convolutions_are_for_the_fused_norm() -> None:
+    subject = model_subject("resnet8", {"fused_convolutions": True}, 2, None)
+    plain, fused = ({type(m) for m in subject.build(norm).modules()} for norm in ("torch", "fused"))
+    assert plain != fused and nn.Conv2d in plain
+
+
+# ---- one variant
+
+
+def test_steps_in_parts_are_the_steps() -> None:
+    """Bit for bit, what is counted too."""
+    engine = resolve(Config(engine=EngineConfig(precision="bf16", compile=False)))
+    images = torch.randn(4, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last)
+    labels = torch.randint(10, (4,))
+    steps = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = build_model("resnet8").to(memory_format=torch.channels_last)
+        steps.append(TrainStep(model, engine, lambda m, lr: build_optimizer(m, Config().optim, lr)))
+    whole, in_parts = steps
+    in_parts.lr.fill_(0.1)
+    entered: list[str] = []
+    for i in range(3):
+        whole(images, labels, 0.1, i)
+        step_in_parts(in_parts, images, labels, lambda name: entered.append(name) or nullcontext())
+    assert entered == list(PARTS) * 3
+    first, second = (torch.utils._pytree.tree_flatten(step.state_dict())[0] for step in steps)
+    assert len(first) == len(second)
+    for mine, theirs in zip(first, second, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+
+
+def contestant_of(variant: str, subject: Any) -> Contestant:
+    (named,) = variants_named([variant])
+    return Contestant(subject, resolve(named.config(subject.model, "cpu")))
+
+
+def test_all_variants_start_alike() -> None:
+    subject = model_subject("resnet8", {}, 2, 16)
+    reference, other = (contestant_of(name, subject) for name in ("fp32", "fused-channels_last-bf16"))
+    for name, weight in reference.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name])
+    assert torch.equal(reference.images.bfloat16(), other.images) and torch.equal(
+        reference.labels, other.labels
+    )
+    assert other.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() -> None:
+    subject = block_subject("bottleneck", 8, 2, 4)
+    contestant = contestant_of("fp32", subject)
+    before = [weight.clone() for weight in contestant.model.parameters()]
+    outcome = contestant.outcome()
+    contestant.whole_steps(2)
+    contestant.steps_in_parts(2, lambda name: nullcontext())
+    for weight, was in zip(contestant.model.parameters(), before, strict=True):
+        assert torch.equal(weight, was)
+    again = contestant.outcome()
+    assert torch.equal(outcome.logits, again.logits)
+    assert outcome.gradients.keys() == again.gradients.keys() == {
+        *(name for name, _ in contestant.model.named_parameters()), "input"
+    }  # fmt: skip
+    assert all(torch.equal(outcome.gradients[n], again.gradients[n]) for n in outcome.gradients)
+    assert (
+        contestant_of("fp32", model_subject("resnet8", {}, 2, 16))
+        .outcome()
+        .gradients.keys()
+        .isdisjoint({"input"})
+    )
+
+
+def test_fp16_has_finite_gradients_without_the_loss_scale() -> None:
+    subject = block_subject("basic", 8, 2, 4)
+    reference = contestant_of("fp32", subject).outcome()
+    contestant = contestant_of("fp16", subject)
+    contestant.step.scaler.scale(torch.ones(()))  # there from now on
+    contestant.step.scaler.update(2.0**40)  # far beyond what fp16 holds
+    differs = difference(contestant.outcome(), reference)
+    assert 0 < differs["gradients"] < 0.02 * differs["gradients_reference"]
+    assert 0 < differs["logits"] < 0.02 * differs["logits_reference"]
+
+
+def test_what_is_not_a_number_is_not_hidden_behind_what_is() -> None:
+    one, nan = torch.ones(2), torch.tensor([0.0, torch.nan])
+    reference = Outcome(one, {"a": one, "b": one, "c": one})
+    for name in "abc":
+        broken = Outcome(nan, {**reference.gradients, name: nan})
+        assert math.isnan(difference(broken, reference)["gradients"])
+        assert math.isnan(difference(broken, reference)["logits"])
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_variant_that_fails_leaves_the_others() -> None:
+    subject = block_subject("basic", 8, 2, 4)
+    broken = Variant("compile", "torch", "nchw", "fp32")
+    works = resolved(subject, [REFERENCE], "cpu")[0]
+    absent: dict[str, str] = {}
+    said: list[str] = []
+    switches = {broken: failing(RuntimeError("no such compiler\nand more")), **works}
+    assert list(prepare(subject, switches, absent, CPU, said.append)) == [REFERENCE.name]
+    assert absent == {broken.name: "failed: RuntimeError: no such compiler"}
+    assert len(said) == 1 and said[0].startswith(f"{REFERENCE.name}: ready after")
+    with pytest.raises(Failed, match="compile-nchw-fp32: failed: MemoryError"):
+        prepare(subject, {broken: failing(MemoryError())}, {}, CPU, said.append)
+
+
+# ---- work and traces
+
+
+def test_work_of_operators() -> None:
+    a, b = torch.randn(2, 100, 100)
+    with WorkCount() as count:
+        c = a @ b
+        c.relu_()
+        c.t().reshape(-1)[None]  # views, but for one copy of what is not contiguous
+        torch.empty(1000)
+        a[:1].expand(50, 100).sum()
+        c.copy_(a)
+    work = {key[0]: count.work[key] for key in count.calls}
+    size = 4 * 100 * 100
+    assert work["aten::mm"] == (2 * 100**3, 3 * size)
+    assert work["aten::relu_"] == (0, 2 * size)
+    assert work["aten::sum"][1] < size + 4 + 1  # a row's memory, not 50 rows'
+    assert work["aten::copy_"] == (0, 2 * size)
+    assert set(work) == {"aten::mm", "aten::relu_", "aten::clone", "aten::sum", "aten::copy_"}
+    assert count.flops == 2 * 100**3 and count.bytes == sum(moved for _, moved in work.values())
+
+
+def test_operators_of_a_real_trace(tmp_path: Path) -> None:
+    a, b = torch.randn(2, 100, 100)
+
+    def step() -> None:
+        (a @ b).relu_().view(-1)
+        a @ b
+
+    with WorkCount() as count:
+        step()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True
+    ) as profiler:
+        for _ in range(4):
+            step()
+    path = tmp_path / "trace.json.gz"
+    profiler.export_chrome_trace(str(path))
+    events = trace.load(path)
+    rows = {row.name: row for row in trace.operators(events, count.work, steps=4)}
+    assert set(rows) == {"aten::mm", "aten::relu_"}
+    assert (rows["aten::mm"].calls, rows["aten::relu_"].calls) == (2, 1)
+    assert rows["aten::mm"].flops == 2 * 2 * 100**3 and rows["aten::mm"].bytes == 2 * 3 * 4 * 100**2
+    assert sum(row.share for row in rows.values()) == pytest.approx(1)
+    assert trace.launches(events, list(rows.values()), steps=4) == 3
+    assert trace.kernel_seconds(events, steps=4) is None
+    assert 4 * 100**2 <= trace.peak_bytes(events) <= 3 * 4 * 100**2  # type: ignore[operator]
+
+
+def event(category: str, name: str, ts: float, dur: float, id_: int, **arguments: Any) -> trace.Event:
+    tid = "stream 7" if category == "kernel" else 1
+    return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid,
+            "args": {"External id": id_, **arguments}}  # fmt: skip
+
+
+def test_operators_of_a_gpus_trace() -> None:
+    """As written by hand: kernels come later than the operators that launch them, and carry their id."""
+    x, w = [[8, 16, 32, 32], [16, 16, 3, 3]], ["c10::BFloat16"] * 2
+    key = ("aten::convolution", ((8, 16, 32, 32), "c10::BFloat16"), ((16, 16, 3, 3), "c10::BFloat16"))
+    triton, given = (
+        "triton_poi_fused_relu_0",
+        {"Input Dims": [[64], [64], []], "Input type": ["float", "float", "Scalar"]},
+    )
+    events = [
+        event("user_annotation", "forward", 0, 500, 1),
+        event("cpu_op", "aten::convolution", 10, 50, 2, **{"Input Dims": x, "Input type": w}),
+        event("cpu_op", "aten::cudnn_convolution", 20, 30, 3, **{"Input Dims": x, "Input type": w}),
+        event("cpu_op", triton, 100, 10, 4, **given),
+        event("kernel", "transpose", 1000, 20, 3),
+        event("kernel", "xmma", 1020, 60, 3),
+        event("kernel", triton, 1080, 10, 4),
+        event("kernel", "of a replayed graph", 1090, 10, 99),
+    ]  # fmt: skip
+    rows = trace.operators(events, {key: (1000, 200)}, steps=2)
+    assert rows == [
+        Operator(name="aten::convolution", calls=0.5, seconds=40e-6, share=0.8, flops=500, bytes=100, kernel="xmma"),
+        Operator(name=triton, calls=0.5, seconds=5e-6, share=0.1, flops=0, bytes=256, kernel=triton),
+        Operator(name="of a replayed graph", calls=0.5, seconds=5e-6, share=0.1, flops=None, bytes=None,
+                 kernel="of a replayed graph"),
+    ]  # fmt: skip
+    assert trace.launches(events, rows, steps=2) == 2
+    assert trace.kernel_seconds(events, steps=2) == pytest.approx(50e-6)
+    assert trace.peak_bytes(events) is None
+
+
+def test_what_binds() -> None:
+    def operator(flops: float | None, moved: float | None) -> Operator:
+        return Operator(name="op", calls=1, seconds=2.0, share=1.0, flops=flops, bytes=moved, kernel=None)
+
+    # A device of 100 FLOP/s and 10 bytes/s: from 10 FLOP/byte on it computes.
+    assert bound(operator(110, 10), 100, 10) == ("compute", 0.55)
+    assert bound(operator(90, 10), 100, 10) == ("memory", 0.5)
+    assert bound(operator(0, 40), 100, 10) == ("memory", 2.0)
+    assert bound(operator(None, None), 100, 10) == ("unknown", None)
