@@ -62,24 +62,25 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         found.append(recorded(name, partial(launch, *arguments), moved))
 
     add("statistics", "-", bn_forward.statistics, x, tiles)
-    for act, residual, mask in (("ReLU", None, None), ("add + ReLU", x, bits)):
-        # With a residual, the backward has a second gradient too: the block before has a skip connection around it.
-        both = residual is not None
-        norm, eps = (p, p), 1e-5
-        add(
-            "normalise", act, bn_forward.normalise, x, residual, *norm, partials, eps, True, both, both, tiles
-        )
-        sums = (x, residual, x, mask, *norm, p, p, eps, True, both)
+    # Residual, mask, and whether its output forks: then the backward has a second gradient, of the skip connection.
+    forms = {
+        "ReLU": (None, None, False),
+        "ReLU, forked": (None, None, True),  # of a stem
+        "add + ReLU": (x, bits, True),
+    }
+    norm, eps = (p, p), 1e-5
+    for act, (residual, mask, forks) in forms.items():
+        ends = (mask is not None, forks, tiles)
+        add("normalise", act, bn_forward.normalise, x, residual, *norm, partials, eps, True, *ends)
+        sums = (x, x if forks else None, x, mask, *norm, p, p, eps, True, forks)
         add("channel sums", act, bn_backward.channel_sums, *sums, False, tiles)
-        gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not both, tiles)
+        gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not forks, tiles)
         add("input gradient", act, bn_backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
-        add(
-            "normalise", given, bn_forward.normalise, x, residual, *norm, (p, p), eps, True, both, both, tiles
-        )
+        add("normalise", given, bn_forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
         add("channel sums", given, bn_backward.channel_sums, *sums, True, tiles)
         if ahead:
-            forward = (x, residual, *norm, eps, True, both, both, ahead)
+            forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
             add("cooperative forward", act, bn_cooperative.forward, *forward)
         if back:
             add("cooperative backward", act, bn_cooperative.backward, *sums, back)

@@ -1,0 +1,467 @@
+"""The regression gate: what a step of ResNet-20 does, in numbers that are the same on every machine. Never a time.
+
+    python -m bench.counts                         from the checkout's root: the table; no GPU, two minutes of CPU time
+    python -m bench.counts --check                 exit status 1 where a count is above bench/expected_counts.json
+    python -m bench.counts --write                 writes them there: so is a rise accepted, and a fall kept
+    python -m bench.counts --check --only graph    one group, or several with commas
+
+What runs is the recipe cifar10-resnet20, on the CPU, in the precision of a GPU. The groups:
+
+operators   calls of torch's operators, as eager execution dispatches them: of a training step by its parts, of an
+            evaluation batch, of the resident loader.
+host        what the host would wait for on a GPU: synchronisations, where it reads a device's value (.item(), bool(),
+            .tolist(), print, nonzero, a mask as index), and copies, where something is asked to move (.to(device),
+            torch.tensor). On the CPU nothing waits, but these are calls that one can see.
+graph       forward and loss under torch.compile, while learning rate and step change and evaluation takes turns with
+            training: graph breaks, graphs, recompilations. Dynamo and AOTAutograd do here what they do for inductor.
+block       kernels beside the convolutions, and their bytes, of a basic block compiled for an H100: see
+            kernels/inductor_count.py.
+network     launches, convolutions too, of the whole network, forward, loss and backward, counted likewise. Its images
+            have 16 channels here, because that is what is counted there.
+
+Torch has a say in operators, block and network: those are kept per version of it, and of a version that the file does
+not have they are not compared. 2.11 and 2.14 agreed in all of them when this was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+# Before torch looks for GPUs: one that is there would only be in the way.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.config import Config, parse
+from fastres.data import build_loader
+from fastres.data.sources import load_source
+from fastres.engine import Engine, resolve
+from fastres.errors import Refused, run_command
+from fastres.models import build_model
+from fastres.optim import build_optimizer
+from fastres.step import Evaluator, ForwardLoss, TrainStep
+from fastres_kernels.launch import HAS_TRITON, INTERPRETED
+from fastres_kernels.report import count_blocks, table
+
+CHECKOUT = Path(__file__).parent.parent
+PACKAGES = ("fastres", "kernels", "fastres_kernels")  # folders in it
+EXPECTED = Path(__file__).with_name("expected_counts.json")
+NAME = EXPECTED.relative_to(CHECKOUT)
+WRITE = "python -m bench.counts --only {} --write"
+TORCH = ".".join(torch.__version__.split(".")[:2])
+EVERY_TORCH = "every torch"  # the place in the file of what does not depend on its version
+RECIPE = (
+    "--recipe cifar10-resnet20 --data.source synthetic --data.image_size 32 "
+    "--model.norm torch --engine.device cpu --engine.compile false"
+)
+BATCH = 8  # images of a step whose operators are counted: more would be the same calls
+
+
+class Count(NamedTuple):
+    value: float
+    where: str = ""  # what was counted, for who has to find it
+
+
+Counts = dict[str, Count]
+
+
+# ---- watching what runs ------------------------------------------------------------------------------------
+
+
+PARTS = ("forward", "backward", "optimizer", "the rest")
+# Reads that on a CPU no operator sees.
+READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.__repr__)
+COPIES = (Tensor.cuda, torch.tensor, torch.as_tensor)
+# Torch's tags of operators that give, or whose size is, what only the device knows.
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@dataclass
+class Watched:
+    """What ran: calls of operators by part, and where the host read or moved something."""
+
+    part: str = "the rest"
+    operators: Counter[str] = field(default_factory=Counter)
+    reads: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+    def enter(self, part: str) -> None:
+        self.part = part
+
+
+class Functions(TorchFunctionMode):
+    """Sees what is asked of tensors."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        moves = function is Tensor.to and any(
+            isinstance(to, torch.device | str | Tensor) for to in (*args[1:], *kwargs.values())
+        )
+        if function in READS:
+            self.watched.reads.append(here(function.__name__))
+        elif (function in COPIES or moves) and ours(sys._getframe(1)):  # torch says .to() to be sure
+            self.watched.copies.append(here(function.__name__))
+        elif function is Tensor.backward:
+            self.watched.enter("backward")
+        result = function(*args, **kwargs)
+        if function is Tensor.backward:
+            self.watched.enter("the rest")
+        return result
+
+
+class Operators(TorchDispatchMode):
+    """Sees what runs for it, and for autograd."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace != "profiler":
+            self.watched.operators[self.watched.part] += 1
+        if waits(operator, args):
+            self.watched.reads.append(here(str(operator)))
+        return operator(*args, **(kwargs or {}))
+
+
+def waits(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host has to have a device's values before it can go on."""
+    if operator in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return masked and (len(args) < 3 or args[2].numel() > 1)  # one value only fills where the mask is
+    return not WAITS.isdisjoint(operator.tags)
+
+
+def ours(frame: FrameType) -> bool:
+    """Whether it is the packages' code that runs there: an environment may be in the checkout too."""
+    path = Path(frame.f_code.co_filename)
+    return path.is_relative_to(CHECKOUT) and path.relative_to(CHECKOUT).parts[0] in PACKAGES
+
+
+def here(what: str) -> str:
+    """`what`, with the innermost line of the packages that led to it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if ours(frame):
+            return f"{what} at {Path(frame.f_code.co_filename).relative_to(CHECKOUT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return what
+
+
+@contextmanager
+def watching() -> Iterator[Watched]:
+    watched = Watched()
+    with Functions(watched), Operators(watched):
+        yield watched
+
+
+# ---- what is run -------------------------------------------------------------------------------------------
+
+
+def the_recipe(precision: str = "bf16") -> tuple[Config, Engine]:
+    """On the CPU, eager."""
+    config = parse([*RECIPE.split(), "--engine.precision", precision])
+    return config, resolve(config)
+
+
+def build(config: Config, engine: Engine) -> tuple[TrainStep, Evaluator]:
+    """As train.py does."""
+    torch.manual_seed(0)
+    model = build_model(config.model.name, norm=engine.norm).to(memory_format=engine.memory_format)
+    smoothing = config.train.label_smoothing
+    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr), smoothing)
+    return step, Evaluator(model, engine)
+
+
+def a_batch(engine: Engine) -> tuple[Tensor, Tensor]:
+    images = torch.randn(BATCH, 3, 32, 32, dtype=engine.dtype).to(memory_format=engine.memory_format)
+    return images, torch.randint(10, (BATCH,))
+
+
+@cache
+def trained(precision: str) -> Watched:
+    """A training step, not the first."""
+    step, _ = build(*the_recipe(precision))
+    step(*a_batch(step.engine), 0.1, 0)
+    batch = a_batch(step.engine)
+    with watching() as watched:
+        step.forward_loss.register_forward_pre_hook(lambda *_: watched.enter("forward"))
+        step.forward_loss.register_forward_hook(lambda *_: watched.enter("the rest"))
+        step.optimizer.register_step_pre_hook(lambda *_: watched.enter("optimizer"))
+        step.optimizer.register_step_post_hook(lambda *_: watched.enter("the rest"))
+        step(*batch, 0.1, 1)
+    return watched
+
+
+def read_totals() -> Watched:
+    """What a step that logs does more."""
+    step, _ = build(*the_recipe())
+    with watching() as watched:
+        step.totals.read()
+    return watched
+
+
+@cache
+def evaluated(batches: int) -> Watched:
+    config, engine = the_recipe()
+    _, evaluate = build(config, engine)
+    held = [a_batch(engine) for _ in range(batches)]
+    with watching() as watched:
+        evaluate(held)
+    return watched
+
+
+@cache
+def loaded() -> tuple[Watched, Watched]:
+    """The resident loader: its first step, which makes a block, and all others of that block."""
+    config, engine = the_recipe()
+    source = load_source(config.data)
+    split = source.train
+    steps = len(split) // config.train.batch_size
+    loader = build_loader(config, source, split, device=engine.device, dtype=engine.dtype, rank=0, world=1)
+    batches = loader.train(0, steps)
+    with watching() as first:
+        next(batches)
+    with watching() as others:
+        assert len(list(batches)) == steps - 1 > 0
+    return first, others
+
+
+# ---- the groups --------------------------------------------------------------------------------------------
+
+
+def operators() -> Counts:
+    """See the top, as for the other groups."""
+    parts = trained("bf16").operators
+    first, others = loaded()
+    counts = {f"training step, {part}": parts[part] for part in PARTS}
+    counts["training step"] = parts.total()
+    counts["evaluation, a batch"] = evaluated(2).operators.total() - evaluated(1).operators.total()
+    counts["resident loader, a block"] = first.operators.total()
+    counts["resident loader, later steps of it"] = others.operators.total()
+    return {name: Count(value) for name, value in counts.items()}
+
+
+def host() -> Counts:
+    first, others = loaded()
+    watched = {
+        "training step, bf16": trained("bf16"),
+        "training step, fp16": trained("fp16"),
+        "reading the totals": read_totals(),
+        "evaluation of a batch": evaluated(1),
+        "evaluation of two": evaluated(2),
+        "resident loader, a block": first,
+        "resident loader, later steps of it": others,
+    }
+    return {
+        f"{what}, {name}": Count(len(seen), ", ".join(sorted(set(seen))))
+        for what, w in watched.items()
+        for name, seen in (("synchronisations", w.reads), ("copies", w.copies))
+    }
+
+
+def graph() -> Counts:
+    config, engine = the_recipe()
+    counters, compile_ = torch._dynamo.utils.counters, torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+
+    def break_and_go_on(function: Any, **options: Any) -> Any:
+        """torch.compile that counts a break where the engine's would raise, and generates no code."""
+        return compile_(function, **options | {"fullgraph": False, "backend": "aot_eager"})
+
+    with patch.object(torch, "compile", break_and_go_on):
+        step, evaluate = build(config, replace(engine, compile=True))
+        batch, graphs = a_batch(engine), []
+        for i, lr in enumerate((0.1, 0.01, 0.0, 0.3)):
+            step(*batch, lr, i)
+            evaluate([batch])
+            graphs.append(counters["stats"]["unique_graphs"])
+    breaks = counters["graph_break"]
+    return {
+        "breaks": Count(sum(breaks.values()), "; ".join(" ".join(text.split())[:140] for text in breaks)),
+        "graphs, one to train and one to evaluate": Count(graphs[0]),
+        "recompilations": Count(graphs[-1] - graphs[0], "TORCH_LOGS=recompiles tells why"),
+    }
+
+
+def block() -> Counts:
+    with count_blocks() as counting:
+        output, errors = counting.communicate()
+    if counting.returncode:
+        raise RuntimeError(f"fastres_kernels.inductor_count failed:\n{errors}")
+    return {
+        f"{norm}, {name}, {what}": Count(passes[key])
+        for norm, of_norm in json.loads(output).items()
+        for name, passes in of_norm.items()
+        for what, key in (("kernels", "kernels"), ("bytes/element", "kernel_bytes_per_element"))
+    }
+
+
+def network() -> Counts:
+    from fastres_kernels import inductor_count
+
+    class Net(nn.Module):
+        """(128, 16, 32, 32) -> what TrainStep differentiates."""
+
+        def __init__(self, norm: str) -> None:
+            super().__init__()
+            config, engine = the_recipe()
+            model = build_model(config.model.name, in_channels=inductor_count.SHAPE[1], norm=norm)
+            model = model.to(memory_format=engine.memory_format)
+            self.forward_loss = ForwardLoss(model, engine, "mean", config.train.label_smoothing)
+            self.register_buffer("labels", torch.zeros(inductor_count.SHAPE[0], dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.forward_loss(x, self.labels)
+
+    # Beside convolutions, the head's multiplications, which move little; what a variant moves is not asked.
+    head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
+    unasked = patch.object(inductor_count, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
+    counts = {}
+    for norm in ("torch", "fused"):
+        for name, (lowered, code) in inductor_count.generate(Net(norm)).items():
+            with patch.dict(inductor_count.CONVOLUTIONS, head), unasked:
+                launches = inductor_count.launches(lowered, code, [])
+            counts[f"{norm}, {name}, launches"] = Count(len(launches))
+            # Of torch's norm every kernel but the convolutions is inductor's own: what it moves is read in its text.
+            if norm == "torch":
+                moved = inductor_count.totals(launches)["kernel_bytes_per_element"]
+                counts[f"{norm}, {name}, bytes/element"] = Count(moved)
+    return counts
+
+
+GROUPS: dict[str, Callable[[], Counts]] = {
+    "operators": operators,
+    "host": host,
+    "graph": graph,
+    "block": block,
+    "network": network,
+}
+OF_TORCH = ("operators", "block", "network")  # kept per version of torch
+GENERATED = ("block", "network")  # need Triton
+
+
+# ---- the gate ----------------------------------------------------------------------------------------------
+
+
+def place(group: str) -> str:
+    """Where the file keeps a group."""
+    return TORCH if group in OF_TORCH else EVERY_TORCH
+
+
+def count(groups: list[str]) -> dict[str, Counts]:
+    """What is generated for an H100 in processes of their own: torch would remember that there is one, or that there
+    is none."""
+    with ProcessPoolExecutor(len(GENERATED), get_context("spawn")) as beside:
+        later = {group: beside.submit(GROUPS[group]) for group in groups if group in GENERATED}
+        return {group: later[group].result() if group in later else GROUPS[group]() for group in groups}
+
+
+def judge(counted: dict[str, Counts], expected: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What makes the check fail, and what else there is to say: a line each."""
+    wrong, notes = [], []
+    unknown = [group for group in counted if group in OF_TORCH and TORCH not in expected]
+    if unknown:
+        notes.append(
+            f"not compared: {', '.join(unknown)}, for {NAME} has none of torch {TORCH}; to add them: "
+            f"{WRITE.format(','.join(unknown))}"
+        )
+    for group, counts in counted.items():
+        if group in unknown:
+            continue
+        held, write = expected.get(place(group), {}).get(group, {}), WRITE.format(group)
+        for name, seen in counts.items():
+            what = f"{group}: {name}"
+            if name not in held:
+                wrong.append(f"{what} is {seen.value:g} and not in {NAME}; to add it: {write}")
+            elif seen.value > held[name]:
+                where = f" ({seen.where})" if seen.where else ""
+                wrong.append(
+                    f"{what} rose from {held[name]:g} to {seen.value:g}{where}; to accept it: {write}, and commit "
+                    f"{NAME} with the reason"
+                )
+            elif seen.value < held[name]:
+                notes.append(
+                    f"good news: {what} fell from {held[name]:g} to {seen.value:g}; to keep it: {write}"
+                )
+        wrong += [
+            f"{group}: {name} is in {NAME} and no longer counted; to leave it out: {write}"
+            for name in held
+            if name not in counts
+        ]
+    return wrong, notes
+
+
+def rows(counted: dict[str, Counts], expected: dict[str, Any]) -> list[list[str]]:
+    """The table's: what, counted, expected."""
+    return [
+        [f"{group}: {name}", f"{seen.value:g}", f"{held[name]:g}" if name in held else "-"]
+        for group, counts in counted.items()
+        for held in [expected.get(place(group), {}).get(group, {})]
+        for name, seen in counts.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.counts", description="Counts of ResNet-20's step, the same on every machine."
+    )
+    act = parser.add_mutually_exclusive_group()
+    act.add_argument("--check", action="store_true", help=f"exit status 1 where one is above {NAME}")
+    act.add_argument("--write", action="store_true", help=f"write them to {NAME}")
+    parser.add_argument(
+        "--only", default=",".join(GROUPS), metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
+    )
+    options = parser.parse_args()
+    groups = [group for group in GROUPS if group in options.only.split(",")]
+    if set(groups) != set(options.only.split(",")):
+        parser.error(f"--only {options.only}: the groups are {','.join(GROUPS)}")
+    if set(groups) & set(GENERATED) and (INTERPRETED or not HAS_TRITON):
+        why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
+        others = ",".join(group for group in GROUPS if group not in GENERATED)
+        raise Refused(f"{' and '.join(GENERATED)} compile kernels, and {why}, or count --only {others}")
+
+    expected: dict[str, Any] = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    counted = count(groups)
+    print(table([f"ResNet-20, torch {TORCH}", "counted", "expected"], rows(counted, expected)))
+    if options.write:
+        for group, counts in counted.items():
+            kept = expected.setdefault(place(group), {})
+            kept[group] = {
+                name: seen.value if seen.value % 1 else int(seen.value) for name, seen in counts.items()
+            }
+        EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True) + "\n")
+        return 0
+    wrong, notes = judge(counted, expected) if options.check else ([], [])
+    for line in notes:
+        print(line)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,135 @@
+"""The gate of bench/counts.py, run as CI runs it: a checkout as it is passes, one that was made slower does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import users_environment
+
+CHECKOUT = Path(__file__).parent.parent
+TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+class Checkout:
+    """A copy of this one that can be edited."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        caches = shutil.ignore_patterns("__pycache__")
+        for room, name in (("fastres", "fastres"), ("kernels", "fastres_kernels"), ("bench", "bench")):
+            shutil.copytree(CHECKOUT / room, folder / name, ignore=caches)
+        # What is counted is the copy, and not what is installed.
+        find = "from importlib.util import find_spec as f; print(f('fastres').origin, f('fastres_kernels').origin)"
+        found = self.run("-c", find).stdout.split()
+        assert [Path(path).parent.parent for path in found] == [folder, folder]
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *args],
+            cwd=self.folder,
+            env=users_environment({"PYTHONPATH": str(self.folder)}),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def count(self, groups: str, act: str = "--check") -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "bench.counts", act, "--only", groups)
+
+    @property
+    def expected(self) -> Path:
+        return self.folder / "bench" / "expected_counts.json"
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        text = (self.folder / file).read_text()
+        assert text.count(old) == 1, f"{file} has changed: edit it elsewhere"
+        (self.folder / file).write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "checkout")
+
+
+def test_this_checkout_passes_and_a_fall_is_told_and_kept(checkout: Checkout) -> None:
+    held = json.loads(checkout.expected.read_text())
+    held["every torch"]["graph"]["breaks"] += 1
+    checkout.expected.write_text(json.dumps(held))
+    done = checkout.count("operators,host,graph")
+    assert done.returncode == 0, done.stderr
+    write = "python -m bench.counts --only graph --write"
+    assert f"good news: graph: breaks fell from 1 to 0; to keep it: {write}" in done.stdout.splitlines()
+    assert ("not compared: operators, for" in done.stdout) == (TORCH not in held)
+
+    assert checkout.run(*write.split()[1:]).returncode == 0
+    assert checkout.expected.read_bytes() == (CHECKOUT / "bench" / "expected_counts.json").read_bytes()
+
+
+# What somebody might do, the group that sees it and how its line begins.
+REGRESSIONS = {
+    "the host reads the loss of every step": (
+        ("fastres/step.py", "self.optimizer.zero_grad()\n", "self.optimizer.zero_grad(); float(loss)\n"),
+        "host",
+        "host: training step, bf16, synchronisations rose from 0 to 1 (aten._local_scalar_dense.default at fastres/s",
+    ),
+    "the host prints it": (
+        ("fastres/step.py", "self.optimizer.zero_grad()\n", "self.optimizer.zero_grad(); print(loss)\n"),
+        "host",
+        "host: training step, bf16, synchronisations rose from 0 to 1 (__repr__ at fastres/step.py:",
+    ),
+    "the step has an operator more": (
+        ("fastres/step.py", "loss.detach() * len(labels)", "loss.detach().mul(1) * len(labels)"),
+        "operators",
+        "operators: training step, the rest rose from ",
+    ),
+    "the loader moves every batch": (
+        (
+            "fastres/data/resident.py",
+            "yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)",
+            "yield from zip((i.to(self.spec.device) for i in images.split(b)), torch.cat(labels).split(b))",
+        ),
+        "host",
+        "host: resident loader, later steps of it, copies rose from 0 to 15 (to at fastres/data/resident.py:",
+    ),
+    "the graph breaks": (
+        (
+            "fastres/step.py",
+            "        loss = F.cross_entropy(",
+            "        print(logits)\n        loss = F.cross_entropy(",
+        ),
+        "graph",
+        "graph: breaks rose from 0 to ",
+    ),
+    "the graph has the learning rate as a constant": (
+        ("fastres/step.py", "self.lr.fill_(lr)", "self.lr.fill_(lr); self.forward_loss.label_smoothing = lr"),
+        "graph",
+        "graph: recompilations rose from 0 to 3 ",
+    ),
+    "activations lose channels-last": (
+        ("fastres/models/blocks.py", "    y = norm(x)\n", "    y = norm(x.contiguous())\n"),
+        "network",
+        "network: torch, backward, launches rose from ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REGRESSIONS)
+def test_a_regression_fails_the_check_in_a_line_that_names_it(checkout: Checkout, what: str) -> None:
+    (file, old, new), group, start = REGRESSIONS[what]
+    if group == "network":
+        pytest.importorskip("triton", reason="it is what compiles")
+    if TORCH not in json.loads(checkout.expected.read_text()):
+        assert checkout.count(group, "--write").returncode == 0
+    checkout.replace(file, old, new)
+    done = checkout.count(group)
+    assert done.returncode == 1, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith(start))
+    assert f"; to accept it: python -m bench.counts --only {group} --write, and commit " in line
