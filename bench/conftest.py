@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastres.engine import resolve
 from fastres.hardware import doubts, snapshot
 from fastres.log import environment
 
+BEFORE = pytest.StashKey[dict[str, Any]]()  # the machine's state when the session began
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -41,9 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if "benchmark_storage" not in option:
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
+    from pytest_benchmark.utils import get_tag
+
     if option.benchmark_storage == "file://./.benchmarks":  # its default: every run is kept with the others'
         option.benchmark_storage = RESULTS.as_uri()
-        option.benchmark_autosave = not option.benchmark_save
+        option.benchmark_autosave = None if option.benchmark_save else get_tag()
+        option.benchmark_save_data = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,17 +71,25 @@ def _leave_nothing() -> Iterator[None]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    engine = resolve(Config())
-    machine_info["fastres"] = environment(engine)
-    machine_info["before"] = snapshot(engine.device)
+    """What has to be equal for two runs to be compared."""
+    machine_info["fastres"] = environment(resolve(Config()))
+    del machine_info["fastres"]["command"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[BEFORE] = snapshot(resolve(Config()).device)
 
 
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    machine = output_json["machine_info"]
-    machine["after"] = snapshot(resolve(Config()).device)
-    machine["doubts"] = doubts(machine["before"], machine["after"])
+    before, after = config.stash[BEFORE], snapshot(resolve(Config()).device)
+    output_json["state"] = {
+        "command": sys.orig_argv,
+        "before": before,
+        "after": after,
+        "doubts": doubts(before, after),
+    }
 
 
 # ---- the tables -------------------------------------------------------------------------------------------------

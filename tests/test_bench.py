@@ -159,11 +159,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for compare in ((), ("--benchmark-compare",)):
         done = pytest_bench(
             *("bench/bench_time_to_90.py", "--seeds", "2", "-k", "digits and warm"),
-            *(f"--benchmark-storage={storage.as_uri()}", "--benchmark-autosave", *compare),
+            *(
+                f"--benchmark-storage={storage.as_uri()}",
+                "--benchmark-autosave",
+                "--benchmark-save-data",
+                *compare,
+            ),
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "time to 90 %" in done.stdout and "of 2 below 90 %" in done.stdout
     assert "0001_" in done.stdout  # the earlier run, in the table of the comparison
+    assert "machine_info is different" not in done.stdout + done.stderr
     return sorted(storage.rglob("*.json"))
 
 
@@ -194,11 +200,12 @@ def report(*args: Path) -> subprocess.CompletedProcess[str]:
 def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
     assert len(results) == 2
     content = json.loads(results[0].read_text())
-    machine = content["machine_info"]
-    assert {"device", "torch", "triton", "commit", "command", "threads"} <= set(machine["fastres"])
-    for state in (machine["before"], machine["after"]):
-        assert len(state["host"]["load_average"]) == 3 and state["gpu"] is None
-    assert isinstance(machine["doubts"], list)
+    assert {"device", "torch", "triton", "commit", "threads"} <= set(content["machine_info"]["fastres"])
+    state = content["state"]
+    for moment in (state["before"], state["after"]):
+        assert len(moment["host"]["load_average"]) == 3 and moment["gpu"] is None
+    assert isinstance(state["doubts"], list) and "--seeds" in state["command"]
+    assert len(content["benchmarks"][0]["stats"]["data"]) == 2  # every round
     info = content["benchmarks"][0]["extra_info"]
     assert (info["contest"], info["kind"], info["steps"], info["n"]) == ("digits", "warm", 60, 2)
     assert len(info["times_s"]) == len(info["accuracies"]) == 2 and all(time > 0 for time in info["times_s"])
@@ -251,7 +258,9 @@ def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: flo
     assert low <= p <= high
 
 
-def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(tmp_path: Path) -> None:
+def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(
+    tmp_path: Path,
+) -> None:
     done = pytest_bench(
         *("bench/bench_throughput.py", "-k", "mini_resnet and infer and default"),
         f"--benchmark-json={tmp_path / 'rows.json'}",
