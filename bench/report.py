@@ -79,8 +79,8 @@ def newest(runs: Sequence[Run]) -> list[Row]:
 
 
 def ratios(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Of each benchmark that has one, its ratio in every run. Kernels are left to their own table: on a CPU they are not
-    what is measured."""
+    """Of each benchmark that has one, its ratio in every run. Kernels have their own table: on a CPU it is not they
+    that are measured."""
     found = defaultdict(list)
     for run in runs:
         for row in run.rows:
