@@ -364,7 +364,8 @@ from fastres_kernels import synchronise
 
 world, rank = distributed.world(), distributed.rank()
 model = build_model("resnet20", norm="fused").double().to(memory_format=torch.channels_last)
-with distributed.group(torch.device("cpu")):
+
+def train():
     if world > 1:
         synchronise(model)
     wrapped = distributed.wrap(model, torch.device("cpu"))
@@ -382,6 +383,10 @@ with distributed.group(torch.device("cpu")):
         if rank == 0:
             print("loss", mean.item())
     distributed.all_sum(torch.zeros(1))  # nobody leaves before the others
+
+
+with distributed.group(torch.device("cpu")):
+    train()
 """
 
 
