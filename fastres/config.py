@@ -531,7 +531,8 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
     except argparse.ArgumentError as error:
         raise Refused(str(error)) from None
     for flag in flags:
-        if (section := flag.partition("=")[0].removeprefix("--")) in _sections():
+        section = flag.partition("=")[0].removeprefix("--")
+        if flag.startswith("--") and section in _sections():
             raise Refused(
                 f"--{section} is a section; give its fields, such as --{_example_of(section)}, or --config FILE"
             )

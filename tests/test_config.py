@@ -375,3 +375,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> Non
         flags = file(content)
         with refused(flags[1], "sections"):
             parse(flags)
+
+
+@pytest.mark.parametrize("flags", ["--data.root data --run.dir run", "--data.root=data --run.dir=run"])
+def test_a_folder_may_have_the_name_of_a_section(flags: str) -> None:
+    config = parse(flags.split())
+    assert (config.data.root, config.run.dir) == ("data", "run")
