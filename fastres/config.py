@@ -453,8 +453,10 @@ def dump(config: Config) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two to_dict(), one `section.field: old -> new` each; the recipe's name does not count. A field
-    that a run was written without, by an earlier version, had what is now the default."""
+    """What differs between two to_dict(), one `section.field: old -> new` each; the recipe's name does not count.
+
+    A field that a run was written without, by an earlier version, had what is now the default.
+    """
     lines, defaults = [], to_dict(Config())
     for section in _sections():
         a, b = defaults[section] | old.get(section, {}), new.get(section, {})

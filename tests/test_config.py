@@ -157,7 +157,9 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
     ]
     older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
     assert differences(older, old) == []  # written before there was such a field
-    assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == ["optim.nesterov: False -> True"]
+    assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == [
+        "optim.nesterov: False -> True"
+    ]
 
 
 # ---- the tutorial's config.json -----------------------------------------------------------------------------
