@@ -43,9 +43,9 @@ def group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # DDP is part of reference cycles. What still refers to the group at the interpreter's end leaves it threads that
-        # nobody joins: 9 of 26 scripts that kept a network with shared statistics ended with SIGABRT after all was done
-        # (torch 2.14, gloo), none of 14 that let it go.
+        # DDP is part of reference cycles. What refers to the group at the interpreter's end leaves threads that nobody
+        # joins: 9 of 26 scripts that kept a network with shared statistics ended with SIGABRT after all was done (torch
+        # 2.14, gloo), none of 14 that let it go.
         gc.collect()
         dist.destroy_process_group()
 
