@@ -85,7 +85,7 @@ def pytest_benchmark_update_json(
 ) -> None:
     before, after = config.stash[BEFORE], snapshot(resolve(Config()).device)
     output_json["state"] = {
-        "command": sys.orig_argv,
+        "command": ["python", *sys.orig_argv[1:]],
         "before": before,
         "after": after,
         "doubts": doubts(before, after),
