@@ -26,17 +26,10 @@ def kernels() -> Any:
 
 
 def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "bench/bench_kernels.py", "-q", "--benchmark-only"),
-            *("-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'rows.json'}"),
-        ],
-        cwd=CHECKOUT,
-        env=users_environment({"CUDA_VISIBLE_DEVICES": ""}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = pytest_bench(
+        "bench/bench_kernels.py",
+        f"--benchmark-json={tmp_path / 'rows.json'}",
+        f"--benchmark-storage={(tmp_path / 'kept').as_uri()}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the reference and not the kernels: it claims nothing" in done.stdout
