@@ -42,24 +42,22 @@ class ResidentLoader:
             labels = []
             for first in range(0, len(images), CHUNK):
                 part = samples.part(first, first + CHUNK)
-                crops = self._crops(part.index, part.dy, part.dx, part.flip)
-                images[first : first + CHUNK], shares = self.finish(crops, self._labels(part.index), part)
+                index = self._on_device(part.index)
+                crops = self._crops(index, part.dy, part.dx, part.flip)
+                images[first : first + CHUNK], shares = self.finish(crops, self.labels[index], part)
                 labels.append(shares)
             yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, count in self.spec.eval_batches(self.order.n):
-            still = np.full_like(index, self.order.pad)
-            crops = self._crops(index, still, still, np.zeros(len(index), dtype=bool))
-            images, labels = self.finish(crops, self._labels(index))
+        for share, count in self.spec.eval_batches(self.order.n):
+            index, still = self._on_device(share), np.full_like(share, self.order.pad)
+            crops = self._crops(index, still, still, np.zeros(len(share), dtype=bool))
+            images, labels = self.finish(crops, self.labels[index])
             labels[count:] = IGNORED
             yield images, labels
 
-    def _crops(self, index: np.ndarray, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Tensor:
-        return crop_and_flip(self.windows, *map(self._on_device, (index, dy, dx, flip)))
-
-    def _labels(self, index: np.ndarray) -> Tensor:
-        return self.labels[self._on_device(index)]
+    def _crops(self, index: Tensor, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Tensor:
+        return crop_and_flip(self.windows, index, *map(self._on_device, (dy, dx, flip)))
 
     def _empty(self, n: int) -> Tensor:
         size, spec = self.spec.image_size, self.spec
