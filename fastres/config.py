@@ -137,6 +137,10 @@ class TrainConfig:
     batch_size: PositiveInt = 128
     """Samples of one step over all processes."""
 
+    accumulate: PositiveInt = 1
+    """Parts in which each process takes its share of a batch, one after another, for the memory of one of them. The
+    gradient is that of the whole batch; BatchNorm sees one part at a time, as it sees one process's."""
+
     eval_every: PositiveInt = 1_000
     """Steps between evaluations; the last step is always evaluated."""
 
@@ -209,8 +213,8 @@ class EngineConfig:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the device computes in it, else fp32; fp16 scales the loss."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
+    """auto is bf16 where the device computes in it, else fp32; fp16 scales the loss; fp64 is for comparisons."""
 
     channels_last: bool = True
     """Keep activations and weights in channels-last order, checked forward and backward."""
@@ -223,6 +227,9 @@ class EngineConfig:
 
     deterministic: bool = False
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
+
+    compress_gradients: bool = False
+    """Processes exchange their gradients in bf16, half the bytes (NCCL only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +256,9 @@ class RunConfig:
 
     wandb: bool = False
     """Log to Weights & Biases too (extra: wandb)."""
+
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without a step after which several processes give up, naming the one that hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)

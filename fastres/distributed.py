@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fastres.errors import Refused
+from fastres.errors import Failed, Refused
+from fastres.watch import watching
+from fastres_kernels import synchronise
 
 T = TypeVar("T")
+
+# What the hosts tell each other goes through gloo: it costs a GPU no wait, and rank 0 may take its time over a data set
+# that it decodes while the others wait for its word.
+_hosts: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -33,48 +41,92 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def restarted() -> bool:
+    """Whether torchrun has started these processes anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 @contextmanager
-def group(device: torch.device) -> Iterator[None]:
-    """The process group, where there is more than one process: gloo on a CPU, NCCL on GPUs."""
+def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
+    """The processes as one, where there are several: gloo on a CPU, NCCL on GPUs. Each is watched: one that hangs ends
+    the run after timeout_s, and without a launcher none stays.
+
+    Raises Failed where another process is gone.
+    """
+    global _hosts
     if world() == 1:
-        yield
+        with watching(0, 1, timeout_s, ""):
+            yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield
-    finally:
-        # DDP is part of reference cycles. What refers to the group at the interpreter's end leaves threads that nobody
-        # joins: 9 of 26 scripts that kept a network with shared statistics ended with SIGABRT after all was done (torch
-        # 2.14, gloo), none of 14 that let it go.
-        gc.collect()
-        dist.destroy_process_group()
+        # The watch comes first, because it can say who hangs.
+        later = timedelta(seconds=timeout_s + 60)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=later)
+        _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
+        with watching(rank(), world(), timeout_s, from_rank0(lambda: uuid.uuid4().hex)):
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        why = str(error).rpartition("] ")[2].partition(". ")[0]  # gloo's begin with a place in its source
+        raise Failed(
+            f"lost the connection to another process ({why}); its own line says what happened to it"
+        ) from None
+    dist.destroy_process_group()
 
 
-def check_batch(batch_size: int) -> None:
-    """Refuses a global batch that the processes cannot share equally."""
-    if batch_size % world():
-        nearest = max(world(), batch_size // world() * world())
+def check_batch(batch_size: int, accumulate: int) -> None:
+    """Refuses a global batch that the processes, and the parts of each one's share, cannot share equally."""
+    parts = world() * accumulate
+    if batch_size % parts:
+        sharers = f"{world()} cannot share it equally"
+        if accumulate > 1:
+            sharers = f"{world()} with --train.accumulate {accumulate} cannot share it equally"
         raise Refused(
-            f"train.batch_size {batch_size} is the batch of all processes and {world()} cannot share it equally; "
-            f"use --train.batch_size {nearest} or another number of processes"
+            f"train.batch_size {batch_size} is the batch of all processes and {sharers}; "
+            f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes"
         )
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around the module where there is more than one process; BatchNorm statistics stay each process's own."""
-    if world() == 1:
-        return module
-    return DistributedDataParallel(
+def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
+    """The module, its gradients averaged over the processes where there are several."""
+    return module if world() == 1 else data_parallel(module, device, compress_gradients)
+
+
+def data_parallel(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
+    """DDP around the module; BatchNorm's running statistics stay each process's own. Collective."""
+    wrapped = DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         static_graph=True,
     )
+    if compress_gradients:
+        try:
+            dist.all_reduce(torch.ones(1, dtype=torch.bfloat16, device=device))
+        except (RuntimeError, ValueError):
+            raise Refused(
+                f"engine.compress_gradients: {dist.get_backend()} of torch {torch.__version__} cannot add bf16; "
+                "leave it out"
+            ) from None
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+def gradients_later(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside, backward adds to this process's own gradients; the processes exchange them at the next one outside."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Makes every BatchNorm of the model take the statistics of the whole batch, where there are several processes."""
+    if world() > 1:
+        synchronise(model)
 
 
 def from_rank0(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank; an error there is raised everywhere."""
+    """What `work` returns on rank 0, on every rank; an error there is raised everywhere, and said once."""
     if world() == 1:
         return work()
     box: list[Any] = [None]
@@ -83,9 +135,10 @@ def from_rank0(work: Callable[[], T]) -> T:
             box[0] = (work(), None)
         except Exception as error:
             box[0] = (None, error)
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_hosts)
     result, failure = box[0]
     if failure is not None:
+        failure.said = rank() != 0
         raise failure
     return result
 
@@ -109,13 +162,27 @@ def all_max(tensor: Tensor) -> None:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def any_rank(flag: int, device: torch.device) -> int:
+def any_rank(flag: int) -> int:
     """The largest flag of all processes: so that all of them stop at the same step."""
     if world() == 1:
         return flag
-    box = torch.tensor(flag, device=device)
-    all_max(box)
-    return int(box.item())
+    box = torch.tensor(flag)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_hosts)
+    return int(box)
+
+
+def check_equal(model: nn.Module) -> None:
+    """Fails where the processes' weights differ: a step that did not exchange its gradients shows nowhere else.
+    Collective."""
+    if world() == 1:
+        return
+    with torch.no_grad():
+        sums = torch.stack([parameter.double().sum() for parameter in model.parameters()])
+    largest, smallest = sums.clone(), -sums
+    all_max(largest)
+    all_max(smallest)
+    if not torch.equal(largest, -smallest) and bool(sums.isfinite().all()):
+        raise Failed("the processes' weights differ, which no step should cause: please report it")
 
 
 def broadcast_buffers(model: nn.Module) -> None:

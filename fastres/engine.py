@@ -18,7 +18,13 @@ from fastres.config import Config
 from fastres.errors import Refused
 from fastres_kernels import tables
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +32,23 @@ class Engine:
     """How the step runs on this device; `reasons` has a line for each choice that `auto` made."""
 
     device: torch.device
-    precision: str  # fp32, tf32, bf16, fp16
+    precision: str  # a name in DTYPES
     channels_last: bool
     compile: bool
     compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
     norm: str  # a name in models.blocks.NORMS
-    deterministic: bool
+    compress_gradients: bool
     reasons: tuple[str, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations and of the batches."""
         return DTYPES[self.precision]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of parameters, statistics and the optimizer's state."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -99,8 +110,8 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         raise Refused(
             "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
         )
-    if config.model.sync_norm and norm != "fused":
-        raise Refused(f"model.sync_norm true: norm {norm} shares no statistics in this version; use fused")
+    if config.model.sync_norm and norm == "apex":
+        raise Refused("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
 
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -116,7 +127,7 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         compile=bool(compile_),
         compile_may_fall_back=wanted.compile == "auto",
         norm=norm,
-        deterministic=wanted.deterministic,
+        compress_gradients=wanted.compress_gradients,
         reasons=tuple(reasons),
     )
 

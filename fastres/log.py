@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
-from fastres.errors import Refused
+from fastres.errors import Failed, Refused
 from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
 
@@ -62,7 +64,7 @@ class Run:
                     f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
                 )
             return None
-        if self.config.run.resume != "auto":
+        if self.config.run.resume != "auto" and not distributed.restarted():
             raise Refused(
                 f"run.dir {self.folder} already holds a run; leave out --run.resume to continue it, "
                 "or choose another --run.dir"
@@ -97,12 +99,26 @@ class Run:
 
     def begin(self, engine: Engine, step: int) -> None:
         """Writes what is known before the first step, and drops the metrics of steps that will be taken again."""
-        if not (self.folder / "config.yaml").exists():
-            write_text(self.folder / "config.yaml", dump(self.config))
-        write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
-        rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        with self.writing():
+            if not (self.folder / "config.yaml").exists():
+                write_text(self.folder / "config.yaml", dump(self.config))
+            write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
+            rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self._trackers = [TRACKERS[name](self) for name in TRACKERS if getattr(self.config.run, name)]
+
+    def kept(self) -> str:
+        """Where the newest checkpoint is, in words."""
+        newest = checkpoint.found(self.checkpoints)
+        return f"the state is in {newest[0]}" if newest else "there is no checkpoint yet"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A full disk, or a folder that has gone, in one line."""
+        try:
+            yield
+        except OSError as error:
+            raise Failed(f"cannot write to run.dir {self.folder}: {error.strerror}; {self.kept()}") from None
 
     def release(self) -> None:
         """Lets others write here."""
@@ -114,7 +130,7 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and passes it to the trackers."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.writing(), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
             tracker.log(row)
@@ -130,12 +146,13 @@ class Run:
             | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
             for row in self.evaluations()
         ]
-        with (self.folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, HISTORY)
-            writer.writeheader()
-            writer.writerows(rows)
-        if rows:
-            plot_curves({self.folder.name: read_history(self.folder)}, self.folder / "history.png")
+        with self.writing():
+            with (self.folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, HISTORY)
+                writer.writeheader()
+                writer.writerows(rows)
+            if rows:
+                plot_curves({self.folder.name: read_history(self.folder)}, self.folder / "history.png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

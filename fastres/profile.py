@@ -73,11 +73,9 @@ def step_in_parts(step: TrainStep, images: Tensor, labels: Tensor, part: Part) -
     with part("forward"):
         loss, correct = step.forward_loss(images, labels)
     with part("backward"):
-        step.scaler.scale(loss).backward()
+        step.backward(loss)
     with part("optimizer"):
-        step.scaler.step(step.optimizer)
-        step.scaler.update()
-        step.optimizer.zero_grad()
+        step.update()
         step.totals.add(loss.detach() * len(labels), correct, len(labels))
 
 

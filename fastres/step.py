@@ -42,9 +42,10 @@ class ForwardLoss(nn.Module):
         mixed = self.engine.precision in ("bf16", "fp16")
         with torch.autocast(self.engine.device.type, self.engine.dtype if mixed else None, enabled=mixed):
             logits = self.model(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            labels,
+            logits,
+            labels.to(logits.dtype) if labels.is_floating_point() else labels,
             ignore_index=IGNORED,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -117,7 +118,10 @@ class DeviceTotals:
 
 
 class TrainStep:
-    """Forward, loss, backward, update. `totals` gathers what the steps did."""
+    """Forward, loss, backward, update. `totals` gathers what the steps did.
+
+    accumulate: the parts in which a batch is taken, one after another, for the memory of one of them.
+    """
 
     def __init__(
         self,
@@ -125,9 +129,11 @@ class TrainStep:
         engine: Engine,
         build_optimizer: Callable[[nn.Module, Tensor], torch.optim.Optimizer],
         label_smoothing: float = 0.0,
+        accumulate: int = 1,
     ) -> None:
         self.engine = engine
         self.model = model
+        self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
         self.optimizer = build_optimizer(model, self.lr)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
@@ -136,26 +142,48 @@ class TrainStep:
         if engine.compile:
             self.forward_loss.compile(fullgraph=True, dynamic=False)
         # DDP goes around what is compiled: inside, its hooks would break the graph.
-        self.forward_loss = distributed.wrap(self.forward_loss, engine.device)
+        self.forward_loss = distributed.wrap(self.forward_loss, engine.device, engine.compress_gradients)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
         """Takes step `step` on this process's share of the batch."""
         self.lr.fill_(lr)
         if not self.model.training:  # train() walks through all modules
             self.model.train()
-        loss, correct = self.forward_loss(images, labels)
-        self.scaler.scale(loss).backward()
+        *parts, last = self._parts(images, labels)
+        for part in parts:
+            with distributed.gradients_later(self.forward_loss):
+                self._add(part, step)
+        self._add(last, step)
+        self.update()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients. loss: (), the mean over one part of the batch."""
+        self.scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
+
+    def update(self) -> None:
+        """The optimizer's step; the gradients are gone after it."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.totals.add(loss.detach() * len(labels), correct, len(labels), step)
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Compiles everything by running forward and backward, and leaves no trace in the model's state."""
         with _restored(self.model):
             self.model.train()
-            loss, _ = self.forward_loss(images, labels)
-            self.scaler.scale(loss).backward()
+            loss, _ = self.forward_loss(*self._parts(images, labels)[0])
+            self.backward(loss)
+
+    def _parts(self, images: Tensor, labels: Tensor) -> list[Batch]:
+        if self.accumulate == 1:
+            return [(images, labels)]
+        return list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
+
+    def _add(self, part: Batch, step: int) -> None:
+        """Adds one part of the batch to the gradients and to the totals."""
+        images, labels = part
+        loss, correct = self.forward_loss(images, labels)
+        self.backward(loss)
+        self.totals.add(loss.detach() * len(labels), correct, len(labels), step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on. Collective."""
@@ -221,7 +249,10 @@ def warm_up(
 
 def check_channels_last(model: nn.Module, batch: Batch) -> None:
     """Runs one eager forward and backward and raises AssertionError at the first convolution or normalisation whose
-    activations or gradients are not channels-last; leaves no trace in the model's state."""
+    activations or gradients are not channels-last; leaves no trace in the model's state.
+
+    Before DDP goes around the model: a backward outside of it, and the processes exchange no gradients any more.
+    """
     wrong: list[str] = []
 
     def check(what: str, tensor: Tensor) -> None:
@@ -245,7 +276,8 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
     try:
         with _restored(model):
             model.train()
-            F.cross_entropy(model(batch[0].to(next(model.parameters()).dtype)), batch[1]).backward()
+            images, labels = batch[0][:2], batch[1][:2]
+            F.cross_entropy(model(images.to(next(model.parameters()).dtype)), labels).backward()
     finally:
         for handle in handles:
             handle.remove()

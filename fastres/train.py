@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastres import checkpoint, distributed
+from fastres import checkpoint, distributed, watch
 from fastres.clock import Clock
 from fastres.config import Config, model_options, parse
 from fastres.data import build_loader, classes_of, image_size
@@ -30,8 +30,7 @@ from fastres.models import build_model
 from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale
-from fastres.step import Evaluator, Totals, TrainStep, check_channels_last, warm_up
-from fastres_kernels import synchronise
+from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 
 SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
 GRACE_S = 10.0  # after a signal: time to finish the step and save
@@ -41,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     """Trains what the command line asks for. Returns the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
     engine = resolve(config, distributed.local_rank())
-    distributed.check_batch(config.train.batch_size)
-    with distributed.group(engine.device), stop_on_signal() as stop:
+    distributed.check_batch(config.train.batch_size, config.train.accumulate)
+    with stop_on_signal() as stop, distributed.group(engine.device, config.run.timeout_s):
         return train(config, engine, stop)
 
 
@@ -82,14 +81,25 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         **model_options(config.model),
     )
     replaced = load_weights(model, config.model.weights) if config.model.weights else []
-    model = model.to(engine.device).to(memory_format=engine.memory_format)
-    if config.model.sync_norm and distributed.world() > 1:
-        synchronise(model)
+    model = model.to(engine.device, engine.weights_dtype).to(memory_format=engine.memory_format)
+    if config.model.sync_norm:
+        distributed.share_statistics(model)
+    blank = blank_batch(config, source, engine)
+    warnings = []
+    if engine.channels_last:
+        try:
+            check_channels_last(model, blank)
+        except AssertionError as error:  # slower, not wrong: said, not fatal
+            warnings.append(f"channels_last is lost: {error}")
 
     # ------------------------------------------------------------------------------------- step
     peak_lr = config.optim.lr * (distributed.world() if config.optim.scale_lr else 1)
     step = TrainStep(
-        model, engine, lambda m, lr: build_optimizer(m, config.optim, lr), config.train.label_smoothing
+        model,
+        engine,
+        lambda m, lr: build_optimizer(m, config.optim, lr),
+        config.train.label_smoothing,
+        config.train.accumulate,
     )
     evaluate = Evaluator(model, engine)
 
@@ -110,6 +120,8 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
 
     named = config.run.resume not in ("auto", "never")
+    if named and distributed.restarted():  # it was continued from there, and has gone on since
+        named = not distributed.from_rank0(lambda: checkpoint.found(run.checkpoints))
     if named:  # before the folder is taken: what does not fit leaves nothing behind
         restore(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
 
@@ -120,7 +132,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             restore(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
         progress = closing.enter_context(ProgressLine(steps, start, enabled=is_main))
         distributed.from_rank0(lambda: run.begin(engine, start))
-        for line in (*engine.reasons, *source.notes):
+        for line in (*engine.reasons, *source.notes, *warnings):
             progress.say(line)
         if replaced:
             progress.say(f"weights: head replaced ({', '.join(replaced)})")
@@ -132,23 +144,14 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         )
 
         # --------------------------------------------------------------------------------- warm-up
-        shape = (batch_size // distributed.world(), source.channels, *[image_size(config, source)] * 2)
-        blank = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
-        blank = blank.to(memory_format=engine.memory_format)
-        labels = torch.zeros(len(blank), dtype=torch.int64, device=engine.device)
-        if config.data.mixup or config.data.cutmix:
-            labels = torch.zeros(len(blank), classes_of(config, source), device=engine.device)
-        if engine.channels_last:
-            try:
-                check_channels_last(model, (blank[:2], labels[:2]))
-            except AssertionError as error:  # slower, not wrong: said, not fatal
-                progress.say(f"channels_last is lost: {error}")
-        warm_up(step, evaluate, (blank, labels), curve_loader, say=progress.say)
+        warm_up(step, evaluate, blank, curve_loader, say=progress.say)
 
         # --------------------------------------------------------------------------------- training
         def save(done: int) -> None:
             """Collective: the state of `done` steps to disk."""
+            distributed.check_equal(model)
             trainer = step.state_dict()
+            watch.beat("saves a checkpoint")
             if is_main:
                 times = {"train_time_s": clock.train_time_s, "wall_time_s": clock.wall_time_s}
                 content = {"step": done, "trainer": trainer, "window": asdict(window), "clock": times}
@@ -159,21 +162,21 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 
         held = None  # the last evaluation
         clock.start()
-        for i, (images, labels) in enumerate(failing_late(train_loader.train(start, steps)), start):
+        for i, (images, labels) in enumerate(watched(train_loader.train(start, steps)), start):
             lr = peak_lr * lr_scale(config.schedule, i, steps)
             step(images, labels, lr, i)
             done = i + 1
 
             evaluates, saves = due(done, config.train.eval_every), due(done, config.run.checkpoint_every)
             logs = evaluates or due(done, config.train.log_every)
-            stopping = distributed.any_rank(stop[0], engine.device) if agrees(done) else 0
+            stopping = distributed.any_rank(stop[0]) if agrees(done) else 0
             if not (logs or saves or stopping):
                 continue
             with clock.paused():
                 totals, bad_step = step.totals.read()
                 if bad_step >= 0:
                     raise Failed(
-                        f"the loss became non-finite at step {bad_step:,}; {kept(run)}; "
+                        f"the loss became non-finite at step {bad_step:,}; {run.kept()}; "
                         "try a smaller --optim.lr or --engine.precision fp32"
                     )
                 if logs:
@@ -187,7 +190,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                              "lr": lr, "images_per_s": speed, "train_time_s": clock.train_time_s}
                         )  # fmt: skip
                 if evaluates:
-                    held = evaluate(failing_late(curve_loader.evaluate()))
+                    held = evaluate(watched(curve_loader.evaluate()))
                     progress.say(
                         f"step {done:,}: {curve_split} loss {held.mean_loss:.4f}, accuracy {held.accuracy:.2%}"
                     )
@@ -203,42 +206,41 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             if stopping and done < steps:
                 if is_main:
                     run.write_history()
-                    progress.say(f"stopped by {signal.Signals(stopping).name} at step {done:,}; {kept(run)}")
+                    progress.say(f"stopped by {signal.Signals(stopping).name} at step {done:,}; {run.kept()}")
                 return 128 + stopping
         clock.stop()
 
         # --------------------------------------------------------------------------------- results
         final = (
-            held
-            if held is not None and curve_split == "test"
-            else evaluate(failing_late(test_loader.evaluate()))
+            held if held is not None and curve_split == "test" else evaluate(watched(test_loader.evaluate()))
         )
         if is_main:
-            save_weights(model, run.folder / "model.safetensors")
-            run.write_history()
-            curve = run.evaluations()
-            at_90 = next((row for row in curve if row["accuracy"] >= 0.9), None)
-            summary = {
-                "recipe": config.recipe,
-                "model": config.model.name,
-                "data": source.name,
-                "test_accuracy": final.accuracy,
-                "test_loss": final.mean_loss,
-                "test_samples": final.samples,
-                "steps": steps,
-                "parameters": parameters,
-                "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
-                "train_time_s": clock.train_time_s,
-                "wall_time_s": clock.wall_time_s,
-                "final_evaluation_s": evaluate.time_s,
-                "first_step_at_90": at_90 and at_90["step"],
-                "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
-                "curve": curve_split,
-                "device": device_name(engine.device),
-                "precision": engine.precision,
-                "seed": config.run.seed,
-            }
-            write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with run.writing():
+                save_weights(model, run.folder / "model.safetensors")
+                run.write_history()
+                curve = run.evaluations()
+                at_90 = next((row for row in curve if row["accuracy"] >= 0.9), None)
+                summary = {
+                    "recipe": config.recipe,
+                    "model": config.model.name,
+                    "data": source.name,
+                    "test_accuracy": final.accuracy,
+                    "test_loss": final.mean_loss,
+                    "test_samples": final.samples,
+                    "steps": steps,
+                    "parameters": parameters,
+                    "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
+                    "train_time_s": clock.train_time_s,
+                    "wall_time_s": clock.wall_time_s,
+                    "final_evaluation_s": evaluate.time_s,
+                    "first_step_at_90": at_90 and at_90["step"],
+                    "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
+                    "curve": curve_split,
+                    "device": device_name(engine.device),
+                    "precision": engine.precision,
+                    "seed": config.run.seed,
+                }
+                write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             progress.say(
                 f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {steps:,} steps in "
                 f"{clock.train_time_s:.1f} s of training; curves: {run.folder / 'history.png'}"
@@ -249,18 +251,30 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 # --------------------------------------------------------------------------------------------- details
 
 
-def failing_late(batches: Iterator[Any]) -> Iterator[Any]:
-    """Data that turns out bad once training has begun ends the run as failed, not as refused."""
+def watched(batches: Any) -> Iterator[Any]:
+    """The batches, with a word to the watch at each. Data that turns out bad once training has begun ends the run as
+    failed, not as refused."""
     try:
-        yield from batches
+        with closing(batches):
+            while True:
+                watch.beat("waits for its data")
+                batch = next(batches, None)
+                watch.beat()
+                if batch is None:
+                    return
+                yield batch
     except Refused as error:
         raise Failed(str(error)) from None
 
 
-def kept(run: Run) -> str:
-    """Where the newest checkpoint is, in words."""
-    newest = checkpoint.found(run.checkpoints)
-    return f"the state is in {newest[0]}" if newest else "there is no checkpoint yet"
+def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
+    """Zeros of the shapes, types and strides of this process's share of a batch."""
+    n, side = config.train.batch_size // distributed.world(), image_size(config, source)
+    images = torch.zeros(n, source.channels, side, side, dtype=engine.dtype, device=engine.device)
+    labels = torch.zeros(n, dtype=torch.int64, device=engine.device)
+    if config.data.mixup or config.data.cutmix:
+        labels = torch.zeros(n, classes_of(config, source), device=engine.device)
+    return images.to(memory_format=engine.memory_format), labels
 
 
 def agrees(done: int) -> bool:

@@ -216,10 +216,36 @@ def _fusable(conv: nn.Conv2d) -> bool:
 
 
 def synchronise(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Makes every BatchNormAct2d of the model share its training statistics with the processes of the group (None: all
-    of them), forward and backward, as torch.nn.SyncBatchNorm does on GPUs. Returns the model."""
+    """Makes every BatchNorm2d of the model, on its device already, share its training statistics with the processes of
+    the group (None: all of them), forward and backward. torch's own become torch.nn.SyncBatchNorm on a GPU; that
+    refuses the CPU, where they become BatchNormAct2d without activation, parameters and keys unchanged. Returns the
+    model."""
     name = (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
+    for parent in list(model.modules()):
+        for child, module in parent.named_children():
+            if type(module) is nn.BatchNorm2d:
+                setattr(parent, child, _shared(module, group))
     for module in model.modules():
         if isinstance(module, BatchNormAct2d):
             module.group_name = name
     return model
+
+
+def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
+    """A norm of the same parameters and statistics that can share the latter."""
+    tensor = next(norm.parameters(), norm.running_mean)
+    if tensor is not None and tensor.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)
+    shared = BatchNormAct2d(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        "none",
+        device="meta",
+    )
+    shared.weight, shared.bias = norm.weight, norm.bias
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(shared, name, buffer)
+    return shared

@@ -30,3 +30,9 @@ def run_fastres(
         timeout=300,
         check=False,
     )
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [further for child in own for further in children(child)]

@@ -115,7 +115,7 @@ def engine(**overrides: Any) -> Engine:
         "compile": False,
         "compile_may_fall_back": False,
         "norm": "torch",
-        "deterministic": False,
+        "compress_gradients": False,
         "reasons": (),
     }
     return Engine(**{**fields, **overrides})

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -27,7 +28,7 @@ from fastres.data import LOADERS
 from fastres.data.formats import decode
 from fastres.data.sources import Source, load_source
 from fastres.errors import Refused
-from tests.commands import users_environment
+from tests.commands import children, users_environment
 from tests.fixtures import coloured_noise, refused, write_image_folder
 from tests.test_loaders import make
 
@@ -352,12 +353,6 @@ class Started:
         return line
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return own + [further for child in own for further in children(child)]
-
-
 @pytest.fixture
 def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Starts runs; ends what a failed test leaves of them."""
@@ -470,7 +465,7 @@ def test_of_two_processes_neither_waits_for_one_whose_file_turns_bad(
     victim = root / "train" / "dog" / "00007.png"
     victim.write_bytes(b"text")
     assert run.end() != 0
-    assert f"fastres: error: cannot read the image {victim}: " in run.err.read_text()
+    assert re.search(rf"fastres: error: rank [01]: cannot read the image {victim}: ", run.err.read_text())
 
 
 def test_two_processes_leave_out_the_same(

@@ -1,0 +1,121 @@
+"""A thread beside the training: it ends a process that would otherwise stay for ever.
+
+Two cases: the launcher is gone, so that nobody would end this process or start another; and no step comes any more
+because a process hangs. Of a process that is gone, the others hear from their connections.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+COMPUTES = "computes"
+LOOK_EVERY_S = 0.5
+ANSWER_S = 5.0  # for all processes to say what they do; they notice within LOOK_EVERY_S of each other
+LEAVE_S = 10.0  # without a launcher: time to reach the step that all save
+
+_last: tuple[float, str] | None = None  # when the training was last heard of, and what it began to do
+
+
+def beat(doing: str = COMPUTES) -> None:
+    """Says that the training goes on, and what it does next: COMPUTES, or what no other process waits for by itself."""
+    global _last
+    _last = (time.monotonic(), doing)
+
+
+def rest() -> None:
+    """Says that there is no training to watch."""
+    global _last
+    _last = None
+
+
+@contextmanager
+def watching(rank: int, world: int, timeout_s: float, token: str) -> Iterator[None]:
+    """Watches this process as long as the block runs. `token`: equal on all processes, and new for each start."""
+    ended = threading.Event()
+    looks = [_no_step(rank, world, timeout_s, token)] if world > 1 else []
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        looks.append(_no_launcher(rank))
+
+    def look() -> None:
+        while not ended.wait(LOOK_EVERY_S):
+            for one in looks:
+                one()
+
+    thread = threading.Thread(target=look, name="fastres-watch", daemon=True)
+    if looks:
+        thread.start()
+    try:
+        yield
+    finally:
+        rest()
+        ended.set()
+
+
+def _no_launcher(rank: int) -> Callable[[], None]:
+    """Looks whether the launcher is there still. Without it: as at SIGTERM, and after LEAVE_S out whatever happens."""
+    launcher, since = os.getppid(), 0.0
+
+    def look() -> None:
+        nonlocal since
+        if os.getppid() == launcher:
+            return
+        if not since:
+            since = time.monotonic()
+            _say(rank, "the launcher is gone; saving, and leaving")
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - since > LEAVE_S:
+            os._exit(128 + signal.SIGTERM)
+
+    return look
+
+
+def _no_step(rank: int, world: int, timeout_s: float, token: str) -> Callable[[], None]:
+    """Looks whether steps still come. Where none has for timeout_s, the processes tell each other what they do, and
+    leave."""
+
+    def look() -> None:
+        if _last is None or time.monotonic() - _last[0] < timeout_s:
+            return
+        verdict = [
+            "the processes cannot reach each other, nor the launcher's store: the network between them is down"
+        ]
+        call = threading.Thread(target=lambda: verdict.insert(0, _roll_call(rank, world, token)), daemon=True)
+        call.start()
+        call.join(3 * ANSWER_S)  # a store behind a dead link never answers
+        _say(rank, f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
+        os._exit(1)
+
+    return look
+
+
+def _roll_call(rank: int, world: int, token: str) -> str:
+    """Who hangs, in words."""
+    assert _last is not None
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=ANSWER_S),
+    )
+    keys = [f"fastres/{token}/{number}" for number in range(world)]
+    store.set(keys[rank], _last[1])
+    deadline = time.monotonic() + ANSWER_S
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    answers = [store.get(key).decode() if store.check([key]) else "does not answer" for key in keys]
+    hanging = [f"rank {n} {answer}" for n, answer in enumerate(answers) if answer != COMPUTES]
+    return ", ".join(hanging) or "all processes wait for one another: is the network between them down?"
+
+
+def _say(rank: int, what: str) -> None:
+    print(f"fastres: error: rank {rank}: {what}", file=sys.stderr, flush=True)

@@ -1,0 +1,298 @@
+"""Several processes: the same result as one, and an end in bounded time whatever becomes of them. Real ones, under
+torchrun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastres import checkpoint
+from tests.commands import children, users_environment
+
+# The smallest ResNet on the digits; log_every 1 makes the metrics the losses.
+DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
+          "--train.log_every 1 --train.eval_every 1000").split()  # fmt: skip
+EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.steps", "100", "--run.checkpoint_every", "50"]
+SHARED = ["--model.sync_norm", "true"]
+# Long enough for anything to happen in the middle of it.
+LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "--train.steps", "120"]
+
+
+class Job:
+    """The command under torchrun, or by itself where processes is 1."""
+
+    def __init__(self, folder: Path, *flags: object, processes: int = 2, restarts: int = 0) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                    f"--max-restarts={restarts}"] if processes > 1 else []  # fmt: skip
+        self.folder, self.said = folder, folder.with_suffix(".said")
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags), "--run.dir", str(folder)],
+                stdout=said, stderr=said, env=users_environment(),
+            )  # fmt: skip
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns once that step is logged."""
+        deadline = time.monotonic() + 240
+        while step not in losses(self.folder):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.01)
+
+    def wait_for_text(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while text not in self.text():
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def worker(self, rank: int) -> int:
+        """The process of that rank."""
+        for pid in children(self.process.pid):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return pid
+        raise AssertionError(f"rank {rank} is not there: {self.text()}")
+
+    def end(self) -> int:
+        return self.process.wait(timeout=240)
+
+    def text(self) -> str:
+        return self.said.read_text()
+
+    def errors(self) -> list[str]:
+        """What fastres itself complained of."""
+        return [line for line in self.text().splitlines() if line.startswith("fastres: error: ")]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Starts jobs in the test's folder, and sees to it that none outlives the test."""
+    jobs = []
+
+    def start(name: str, *flags: object, **how: int) -> Job:
+        jobs.append(Job(tmp_path / name, *flags, **how))
+        return jobs[-1]
+
+    yield start
+    for one in jobs:
+        for pid in [*children(one.process.pid), one.process.pid] if one.process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        one.process.wait()
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Of each training step."""
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+def sha256(run: Path) -> str:
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+
+
+def finished(folder: Path, *flags: object, processes: int) -> Path:
+    job = Job(folder, *flags, processes=processes)
+    assert job.end() == 0, job.text()
+    return folder
+
+
+# ---- the same result -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, 100 steps in float64."""
+    return finished(tmp_path_factory.mktemp("one") / "run", *EXACT, *SHARED, processes=1)
+
+
+@pytest.mark.parametrize(("processes", "norm"), [(2, "fused"), (4, "fused"), (2, "torch")])
+def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_checkpoints(
+    one: Path, tmp_path: Path, processes: int, norm: str
+) -> None:
+    several = finished(tmp_path / "run", *EXACT, *SHARED, "--model.norm", norm, processes=processes)
+    expected = losses(one)
+    assert len(expected) == 100
+    assert losses(several) == pytest.approx(expected, rel=1e-8)
+    assert json.loads((several / "summary.json").read_text())["test_samples"] == 360
+    # From the middle of the one in the other number of processes: 2 -> 1 and 1 -> 2.
+    writer, reader = ((several, 1), (one, 2)) if processes == 2 else ((several, 1), (several, 1))
+    for (run, count), name in zip((writer, reader), ("a", "b"), strict=True):
+        if norm == "torch" or (processes == 4 and name == "b"):
+            break
+        state = run / "checkpoints/step-00000050.pt"
+        again = finished(tmp_path / name, *EXACT, *SHARED, "--run.resume", state, processes=count)
+        assert losses(again) == pytest.approx({s: expected[s] for s in range(51, 101)}, rel=1e-8)
+
+
+def test_parts_of_a_batch_are_to_the_gradient_what_processes_are(tmp_path: Path) -> None:
+    """BatchNorm sees a part, or a process's share, by itself."""
+    apart = finished(tmp_path / "apart", *EXACT, processes=2)
+    accumulated = finished(tmp_path / "accumulated", *EXACT, "--train.accumulate", 2, processes=1)
+    assert losses(accumulated) == pytest.approx(losses(apart), rel=1e-8)
+    both = finished(tmp_path / "both", *EXACT, "--train.accumulate", 2, processes=2)
+    four = finished(tmp_path / "four", *EXACT, "--train.accumulate", 4, processes=1)
+    assert losses(both) == pytest.approx(losses(four), rel=1e-8)
+
+
+def test_compressed_gradients_are_other_gradients_and_still_train(tmp_path: Path) -> None:
+    flags = [*DIGITS, "--engine.precision", "fp32", "--train.steps", 30]
+    plain = finished(tmp_path / "plain", *flags, processes=2)
+    compressed = finished(tmp_path / "compressed", *flags, "--engine.compress_gradients", "true", processes=2)
+    assert losses(compressed)[1] == losses(plain)[1]  # before the first exchange
+    assert losses(compressed) != losses(plain)
+    assert losses(compressed)[30] == pytest.approx(losses(plain)[30], rel=0.1)
+
+
+# ---- failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LONG on two processes, left alone."""
+    return finished(tmp_path_factory.mktemp("undisturbed") / "run", *LONG, processes=2)
+
+
+def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undisturbed_run(
+    job: Callable[..., Job], undisturbed: Path
+) -> None:
+    run = job("run", *LONG, restarts=2)
+    for rank, step in ((1, 12), (0, 40)):
+        run.wait_for_step(step)
+        assert not (run.folder / "summary.json").exists()
+        os.kill(run.worker(rank), signal.SIGKILL)
+        run.wait_for_text(f"fastres: error: rank {1 - rank}: lost the connection to another process (")
+    assert run.end() == 0, run.text()
+    assert run.text().count("continued at step") == 2
+    assert sha256(run.folder) == sha256(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    job: Callable[..., Job], undisturbed: Path, number: signal.Signals
+) -> None:
+    run = job("run", *LONG)
+    run.wait_for_step(12)
+    os.kill(run.worker(1), number)
+    assert run.end() != 0
+    newest = checkpoint.found(run.folder / "checkpoints")[0]
+    assert f"stopped by {number.name} at step {int(newest.stem[5:])}; the state is in {newest}" in run.text()
+    assert run.errors() == []
+    again = job("run", *LONG)
+    assert again.end() == 0, again.text()
+    assert sha256(run.folder) == sha256(undisturbed)
+
+
+def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
+    run = job("run", *LONG, "--train.steps", 1_000_000)
+    run.wait_for_step(5)
+    workers = [run.worker(0), run.worker(1)]
+    run.process.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, run.text()
+        time.sleep(0.05)
+    assert "the launcher is gone; saving, and leaving" in run.text()
+    assert "stopped by SIGTERM at step" in run.text()
+
+
+def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job]) -> None:
+    run = job("run", *LONG, "--train.steps", 1_000_000, "--run.timeout_s", 3)
+    run.wait_for_step(12)
+    stopped = run.worker(1)
+    os.kill(stopped, signal.SIGSTOP)
+    run.wait_for_text(
+        "fastres: error: rank 0: no step for 3 s: rank 1 does not answer; the last checkpoint is"
+    )
+    os.kill(stopped, signal.SIGKILL)  # torchrun gives it 30 s
+    assert run.end() != 0
+    assert checkpoint.latest(run.folder / "checkpoints") is not None
+
+
+def script(tmp_path: Path, text: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs it on two processes; each line that both print comes twice."""
+    file = tmp_path / "script.py"
+    file.write_text("import os, sys, time, torch\nfrom fastres import distributed, watch\n" + text)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file],
+        capture_output=True, text=True, env=users_environment(), timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_a_process_whose_data_does_not_come_says_so_itself(tmp_path: Path) -> None:
+    done = script(
+        tmp_path,
+        """
+with distributed.group(torch.device("cpu"), timeout_s=2):
+    watch.beat("computes" if distributed.rank() == 0 else "waits for its data")
+    time.sleep(60)
+""",
+    )
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"fastres: error: rank {rank}: no step for 2 s: rank 1 waits for its data; " in done.stderr
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all(tmp_path: Path) -> None:
+    done = script(
+        tmp_path,
+        """
+from fastres.step import DeviceTotals
+with distributed.group(torch.device("cpu")):
+    totals = DeviceTotals(torch.device("cpu"))
+    for step in range(6):
+        bad = distributed.rank() == 1 and step >= 4
+        totals.add(torch.tensor(float("nan") if bad else 1.0), torch.tensor(1), 2, step)
+    print("first bad step", totals.read()[1], flush=True)
+os._exit(0)
+""",
+    )
+    assert done.stdout.count("first bad step 4") == 2, done.stderr
+
+
+def test_weights_that_drifted_apart_are_not_saved(tmp_path: Path) -> None:
+    """As they would where a backward outside of DDP has come first: the processes exchange no gradients then."""
+    done = script(
+        tmp_path,
+        """
+from fastres.errors import run_command
+def main():
+    with distributed.group(torch.device("cpu")):
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+        distributed.check_equal(model)
+        print("equal", flush=True)
+        with torch.no_grad():
+            model.bias[0] += distributed.rank() * 1e-7
+        distributed.check_equal(model)
+run_command(main)
+""",
+    )
+    assert done.stdout.count("equal") == 2 and done.returncode != 0
+    assert done.stderr.count("the processes' weights differ") == 2
+
+
+def test_what_rank_0_refuses_is_said_once(job: Callable[..., Job], undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(undisturbed)
+    run = job("run", *LONG, "--optim.lr", 0.02)
+    assert run.end() != 0
+    (line,) = run.errors()
+    assert line.startswith("fastres: error: rank 0: run.dir ") and "optim.lr: 0.01 -> 0.02" in line
+
+
+def test_two_processes_train_what_every_process_saves(undisturbed: Path) -> None:
+    """The statistics are rank 0's; the weights are those of both (fastres.distributed.check_equal, at each save)."""
+    weights = load_file(undisturbed / "model.safetensors")
+    state = checkpoint.latest(undisturbed / "checkpoints")
+    assert state is not None and state["step"] == 120
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state["trainer"]["model"].items())
