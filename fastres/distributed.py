@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -61,9 +63,13 @@ def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
     try:
         # The watch comes first, because it can say who hangs.
         later = timedelta(seconds=timeout_s + 60)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=later)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, _, _ = next(dist.rendezvous("env://", timeout=later))
+        session = _session(store, timeout_s)
+        store = dist.PrefixStore(session, store)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=later)
         _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
-        with watching(rank(), world(), timeout_s, from_rank0(lambda: uuid.uuid4().hex)):
+        with watching(rank(), world(), timeout_s, session):
             yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -73,6 +79,29 @@ def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
             f"lost the connection to another process ({why}); its own line says what happened to it"
         ) from None
     dist.destroy_process_group()
+
+
+def _session(store: dist.Store, timeout_s: float) -> str:
+    """A name that all processes of this start have in common, and no start before it had.
+
+    torchrun's store outlives the processes that it starts again: without a name of their own they read where those
+    before them could be reached, and wait for the dead (pytorch#135712; seen with torch 2.14).
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank() > 0:
+        store.set(f"fastres/hello/{rank()}", me)
+        session = store.get(f"fastres/welcome/{me}").decode()  # waits for it
+        store.set(f"fastres/{session}/{rank()}", "here")
+        return session
+    others = {number: f"fastres/hello/{number}" for number in range(1, world())}
+    while missing := [number for number in others if not store.check([f"fastres/{me}/{number}"])]:
+        if time.monotonic() > deadline:
+            raise Failed(f"rank {missing[0]} of {world()} processes has not come within {timeout_s:g} s")
+        for number in missing:
+            if store.check([others[number]]):  # perhaps from its life before: nobody waits for that answer
+                store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)
+        time.sleep(0.01)
+    return me
 
 
 def check_batch(batch_size: int, accumulate: int) -> None:
@@ -95,13 +124,16 @@ def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = Fal
 
 def data_parallel(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
     """DDP around the module; BatchNorm's running statistics stay each process's own. Collective."""
-    wrapped = DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=True,
-    )
+    with warnings.catch_warnings():
+        # torch 2.14 prefers forward_sync_buffers, which torch 2.11 has not.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped = DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
     if compress_gradients:
         try:
             dist.all_reduce(torch.ones(1, dtype=torch.bfloat16, device=device))
@@ -144,9 +176,14 @@ def from_rank0(work: Callable[[], T]) -> T:
 
 
 def rank0_first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0, which may download and write, and then on the others, which find it done."""
+    """Runs `work` on rank 0, which may download and write, then on one process of each other host, which may have a disk
+    of its own, and then on the rest, which find it done."""
     done: list[T] = []
     from_rank0(lambda: done.append(work()))
+    if not done and local_rank() == 0:
+        done.append(work())
+    if world() > 1:
+        dist.barrier(_hosts)
     return done[0] if done else work()
 
 

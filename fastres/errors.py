@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Refused(Exception):
@@ -29,9 +32,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except (Refused, Failed) as error:
         who = f"rank {os.environ['RANK']}: " if several else ""
+        line = " ".join(str(error).split())
         if not error.said:
-            line = " ".join(str(error).split())
             print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last words repeat it
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
         status = error.status
     if several:
         # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26

@@ -80,8 +80,11 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         norm=engine.norm,
         **model_options(config.model),
     )
-    replaced = load_weights(model, config.model.weights) if config.model.weights else []
+    replaced: list[str] = []
+    if config.model.weights:  # the parameters reach the other processes as DDP goes around them
+        replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
     model = model.to(engine.device, engine.weights_dtype).to(memory_format=engine.memory_format)
+    distributed.broadcast_buffers(model)
     if config.model.sync_norm:
         distributed.share_statistics(model)
     blank = blank_batch(config, source, engine)

@@ -107,7 +107,7 @@ def _roll_call(rank: int, world: int, token: str) -> str:
         wait_for_workers=False,
         timeout=timedelta(seconds=ANSWER_S),
     )
-    keys = [f"fastres/{token}/{number}" for number in range(world)]
+    keys = [f"fastres/{token}/does/{number}" for number in range(world)]
     store.set(keys[rank], _last[1])
     deadline = time.monotonic() + ANSWER_S
     while not store.check(keys) and time.monotonic() < deadline:
