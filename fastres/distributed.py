@@ -176,8 +176,8 @@ def from_rank0(work: Callable[[], T]) -> T:
 
 
 def rank0_first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0, which may download and write, then on one process of each other host, which may have a disk
-    of its own, and then on the rest, which find it done."""
+    """Runs `work` on rank 0, which may download and write, then on one process of each other host, which may have a
+    disk of its own, and then on the rest, which find it done."""
     done: list[T] = []
     from_rank0(lambda: done.append(work()))
     if not done and local_rank() == 0:
