@@ -21,7 +21,7 @@ import pytest
 from fastres import checkpoint
 from fastres.config import RunConfig
 from fastres.log import read_metrics
-from tests.commands import users_environment
+from tests.commands import run_fastres, users_environment
 from tests.test_train import sha256
 
 STEPS = 150
@@ -38,10 +38,10 @@ class Host:
         self.holder = holder
         self.address = address
         self.enter = enter
-        self.namespace = os.readlink(f"/proc/{holder.pid}/ns/net")
+        self.namespace = Path(f"/proc/{holder.pid}/ns/net").readlink()
 
     def do(self, command: str) -> None:
-        done = subprocess.run([*self.enter, *command.split()], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self.enter, "sh", "-c", command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def cut(self) -> None:
@@ -55,7 +55,8 @@ class Host:
         """Ends what still runs in the namespace, and nothing else."""
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # one that has just ended
-                if os.readlink(process / "ns/net") == self.namespace and int(process.name) != self.holder.pid:
+                here = (process / "ns/net").readlink() == self.namespace
+                if here and int(process.name) != self.holder.pid:
                     os.kill(int(process.name), signal.SIGKILL)
 
 
@@ -76,8 +77,9 @@ def host(address: str, beside: Host | None = None) -> Iterator[Host]:
             if holder.stdout.readline() != "ready\n":
                 failures.append(holder.stderr.read().strip())
                 continue
-            user = ["--user", "--preserve-credentials"] if flags or (beside and "--user" in beside.enter) else []
-            made = Host(holder, address, ["nsenter", f"--target={holder.pid}", *user, "--net"])
+            users = bool(flags) or (beside is not None and "--user" in beside.enter)
+            into = ["--user", "--preserve-credentials"] if users else []
+            made = Host(holder, address, ["nsenter", f"--target={holder.pid}", *into, "--net"])
             try:
                 yield made
             finally:
@@ -195,3 +197,32 @@ def test_a_cut_of_seconds_is_waited_for(hosts: tuple[Host, Host], one_host: str,
     hosts[1].mend()
     assert [launcher.ends() for launcher in launchers] == [0, 0], launchers[0].log.read_text()
     assert sha256(tmp_path / "a/model.safetensors") == one_host
+
+
+@pytest.mark.skipif(not hasattr(RunConfig, "timeout_s"), reason="run.timeout_s is not in this version")
+def test_a_cut_for_good_ends_both_hosts_and_the_run_goes_on_elsewhere(
+    hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    # torchrun's launcher on the second host waits on its connection to the first one for as long as TCP keeps it: 16
+    # minutes unless told otherwise. Retransmitting 6 times takes 25 s, which is more than the run's own 15.
+    for end in hosts:
+        end.do("echo 6 > /proc/sys/net/ipv4/tcp_retries2")
+    launchers = launch(hosts, tmp_path, "--run.timeout_s", 15)
+    wait_for("step 50", lambda: step_of(tmp_path / "a") >= 50, launchers)
+    hosts[1].cut()
+    assert [launcher.ends() for launcher in launchers] == [1, 1]
+    assert step_of(tmp_path / "a") < STEPS, "cut too late to show anything"
+    for launcher in launchers:
+        said = launcher.log.read_text()
+        lines = [line for line in said.splitlines() if "fastres: error: " in line]
+        assert len(lines) == 1 and "fastres/train.py" not in said, said  # a line, and no traceback of ours
+
+    kept = checkpoint.found(tmp_path / "a/checkpoints")
+    assert int(kept[0].stem[5:]) >= 40
+    for path in kept:
+        checkpoint.load(path)  # intact
+    assert not (tmp_path / "b").exists()
+    again = run_fastres("train", *FLAGS, "--run.timeout_s", "15", "--run.dir", tmp_path / "a")
+    assert again.returncode == 0, again.stderr
+    assert f"continued at step {int(kept[0].stem[5:])}" in again.stdout
+    assert step_of(tmp_path / "a") == STEPS
