@@ -7,6 +7,7 @@ read with weights_only, so that nothing in it runs.
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ State = dict[str, Any]
 def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """Writes the state of step `step` into the folder and removes all but the newest `keep`. Returns its path."""
     path = folder / f"step-{step:08d}.pt"
+    # To memory first: torch's writer answers a full disk with an assertion about positions.
+    content = io.BytesIO()
+    torch.save({"state": state, "sha256": digest(state)}, content)
     try:
         folder.mkdir(exist_ok=True)
         with whole_file(path) as file:
-            torch.save({"state": state, "sha256": digest(state)}, file)
+            file.write(content.getbuffer())
     except OSError as error:
         raise Failed(
             f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"

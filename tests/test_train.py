@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,69 @@ def test_a_non_finite_loss_ends_the_run_with_its_step_and_the_checkpoint_kept(
     state = checkpoint.load(tmp_path / "run/checkpoints/step-00000016.pt")
     assert all(tensor.isfinite().all() for tensor in state["trainer"]["model"].values())
     assert not (tmp_path / "run/summary.json").exists()
+
+
+# ---- disks --------------------------------------------------------------------------------------------------
+
+DISK = [*SHORT, "--model.name", "resnet8", "--train.log_every", "1"]
+
+
+@pytest.mark.parametrize(
+    ("largest", "flags", "what"),
+    [
+        # metrics.jsonl grows by some 200 bytes a step, a checkpoint has 0.6 MB, model.safetensors half of that.
+        (2_000, "--run.checkpoint_every 1000", "cannot write to run.dir {run}: File too large; there is no checkpoint"),
+        (100_000, "", "cannot write checkpoint {run}/checkpoints/step-00000008.pt: File too large; the ones before"),
+        (30_000, "--train.steps 0 --schedule.warmup_steps 0", "cannot write to run.dir {run}: File too large; there"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_ends_the_run_in_a_line(
+    tmp_path: Path, largest: int, flags: str, what: str
+) -> None:
+    """The system's limit on the size of a file stands for that of the disk: the same call fails."""
+    run = tmp_path / "run"
+    done = subprocess.run(
+        ["prlimit", f"--fsize={largest}", sys.executable, "-m", "fastres.train", *DISK, *flags.split(),
+         "--run.dir", run],
+        capture_output=True, text=True, env=users_environment({"PYTHONDONTWRITEBYTECODE": "1"}), check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("fastres: error: " + what.format(run=run)) and done.stderr.count("\n") == 1
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("a disk of 2 MB can be made by root only")
+    try:
+        flags = [*DISK, "--run.keep_checkpoints", "9"]
+        process = start(*flags, "--run.dir", disk / "run")
+        out = process.communicate()[0]
+        assert process.returncode == 1 and "No space left on device; the ones before it are intact" in out, (
+            out
+        )
+        shutil.copytree(disk / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    kept = [path.name for path in checkpoint.found(tmp_path / "run/checkpoints")]
+    assert kept == ["step-00000024.pt", "step-00000016.pt", "step-00000008.pt"]
+    assert train(*flags, "--run.dir", tmp_path / "run") == 0
+
+
+def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
+    process = start(*DISK, "--train.steps", 1_000_000, "--run.dir", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 12, process)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    out = process.communicate()[0]
+    assert process.returncode == 1
+    assert out.splitlines()[-1].startswith(
+        f"fastres: error: cannot write to run.dir {tmp_path / 'run'}: No such file"
+    )
+    assert checkpoint.latest(tmp_path / "elsewhere/checkpoints") is not None
 
 
 # ---- processes ----------------------------------------------------------------------------------------------
