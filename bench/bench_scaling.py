@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from bench.steps import Net, engine_for, engine_training
+from bench.steps import PLAIN, Net, engine_for, engine_training
+from fastres.engine import resolve
 from fastres.timing import interleaved
 
 GPU = torch.cuda.is_available()
@@ -57,6 +59,40 @@ def bench_step(benchmark: Any, sweep: str) -> None:
         fixed_s=float(fixed_s),  # of the straight line through all sizes
         slope_s=float(slope_s),
         n=ROUNDS,
+        precision=engine.precision,
+    )
+
+
+COSTS: dict[str, dict[str, bool]] = {
+    "DDP on one process": {"ddp": True},
+    "engine.deterministic": {"deterministic": True},
+}
+
+
+@pytest.mark.parametrize("what", COSTS)
+def bench_cost(benchmark: Any, what: str) -> None:
+    """What a way of running costs by itself: ResNet-20 without it and with it, in turns."""
+    _, engine = engine_for()
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        steps = {
+            "without": engine_training(net(20, 128)),
+            "with": engine_training(net(20, 128), **COSTS[what]),
+        }
+        regions = {name: (lambda take=take: take(STEPS)) for name, take in steps.items()}
+        timings = benchmark.pedantic(lambda: interleaved(regions, 3 * ROUNDS, engine.device), rounds=1)
+    finally:
+        dist.destroy_process_group()
+        resolve(PLAIN)  # switches deterministic algorithms off
+    ratio = timings["without"].ratio_to(timings["with"])
+    benchmark.extra_info.update(
+        sweep="cost",
+        what=what,
+        ratio=ratio.of_medians,
+        ratio_20_80=[float(q) for q in np.quantile(ratio.of_pairs, (0.2, 0.8))],
+        step_s={name: timing.median_s / STEPS for name, timing in timings.items()},
+        raw_s={name: list(timing.seconds) for name, timing in timings.items()},
+        n=timings["with"].n,
         precision=engine.precision,
     )
 
@@ -110,6 +146,11 @@ def bench_processes(benchmark: Any, tmp_path: Path) -> None:
 def summary(infos: list[dict[str, Any]]) -> list[str]:
     lines = []
     for info in infos:
+        if info["sweep"] == "cost":
+            low, high = info["ratio_20_80"]
+            cost = f"{info['ratio']:.3f} x the step without it ({low:.3f} to {high:.3f}), n={info['n']}"
+            lines.append(f"{info['what']}: {cost}")
+            continue
         for i, (size, rate) in enumerate(zip(info["sizes"], info["images_per_s"], strict=True)):
             if info["sweep"] == "processes":
                 cost = f"{info['ratio'][i]:.2f} x one process, {info['n']} runs each"

@@ -167,6 +167,7 @@ def plot_time_to_90(rows: Sequence[Row]) -> Any:
 
 def plot_scaling(rows: Sequence[Row]) -> Any:
     """A panel for each sweep: the cost of a step, and images/s by processes."""
+    rows = [row for row in rows if "sizes" in row.info]
     figure, panels = plt.subplots(
         1, len(rows), figsize=(4 * len(rows), 3.4), layout="constrained", squeeze=False
     )

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.interleaved import interleaved
 from fastres import build_model
 from fastres.config import Config, EngineConfig, ModelConfig
+from fastres.distributed import data_parallel
 from fastres.engine import Engine, resolve
 from fastres.hardware import peaks_of
 from fastres.optim import build_optimizer
@@ -97,11 +98,14 @@ def engine_for(**fields: Any) -> tuple[Config, Engine]:
     return config, resolve(config)
 
 
-def engine_training(net: Net, **fields: Any) -> Steps:
-    """The engine's TrainStep under these fields of EngineConfig, and `norm`."""
+def engine_training(net: Net, ddp: bool = False, **fields: Any) -> Steps:
+    """The engine's TrainStep under these fields of EngineConfig, and `norm`; inside DDP where that is asked for, in the
+    process group that is there."""
     config, engine = engine_for(**fields)
     model = net.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
+    if ddp:
+        step.forward_loss = data_parallel(step.forward_loss, engine.device)
     images, labels = net.batch_on(engine.device, engine.dtype)
     images = images.to(memory_format=engine.memory_format)
 

@@ -119,7 +119,9 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     if wanted.deterministic:
         # cuBLAS asks for it before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(wanted.deterministic)
+    # It would write to all memory that is about to be written: for finding what reads before, not for equal runs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Engine(
         device=device,
         precision=precision,
