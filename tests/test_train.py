@@ -131,6 +131,11 @@ def test_its_config_fed_back_repeats_the_run(train: Train, undisturbed: Path, tm
     assert sha256(tmp_path / "again/model.safetensors") == sha256(undisturbed / "model.safetensors")
 
 
+def test_a_cpu_is_deterministic_without_being_told(train: Train, undisturbed: Path, tmp_path: Path) -> None:
+    assert train(*SHORT, "--engine.deterministic", "true", "--run.dir", tmp_path / "run") == 0
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
 def test_another_seed_is_another_run(train: Train, undisturbed: Path, tmp_path: Path) -> None:
     assert train(*SHORT, "--run.seed", 1, "--run.dir", tmp_path / "run") == 0
     assert sha256(tmp_path / "run/model.safetensors") != sha256(undisturbed / "model.safetensors")
@@ -348,6 +353,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, tmp_
     kept = [path.name for path in checkpoint.found(tmp_path / "run/checkpoints")]
     assert kept == ["step-00000024.pt", "step-00000016.pt", "step-00000008.pt"]
     assert train(*flags, "--run.dir", tmp_path / "run") == 0
+
+
+def test_a_disk_that_is_read_only_is_refused(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a read-only disk can be made by root only")
+    try:
+        process = start(*DISK, "--run.dir", tmp_path / "run")
+        out = process.communicate()[0]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert process.returncode == 2 and out.count("\n") == 1
+    assert f"cannot write to run.dir {tmp_path / 'run'}: Read-only file system; choose another" in out
 
 
 def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
