@@ -102,7 +102,7 @@ def engine_training(net: Net, ddp: bool = False, **fields: Any) -> Steps:
     """The engine's TrainStep under these fields of EngineConfig, and `norm`; inside DDP where that is asked for, in the
     process group that is there."""
     config, engine = engine_for(**fields)
-    model = net.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
+    model = engine.place(net.build(engine.norm))
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
     if ddp:
         step.forward_loss = data_parallel(step.forward_loss, engine.device)
@@ -120,7 +120,7 @@ def engine_training(net: Net, ddp: bool = False, **fields: Any) -> Steps:
 def engine_inference(net: Net, **fields: Any) -> Steps:
     """The engine's evaluation step: logits, loss and right answers."""
     config, engine = engine_for(**fields)
-    model = net.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
+    model = engine.place(net.build(engine.norm))
     evaluate = Evaluator(model.eval(), engine)
     images, labels = net.batch_on(engine.device, engine.dtype)
     images = images.to(memory_format=engine.memory_format)

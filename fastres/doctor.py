@@ -134,7 +134,7 @@ def loss_of_step(engine: Engine) -> float:
     from fastres.step import TrainStep
 
     torch.manual_seed(0)
-    model = build_model("resnet20").to(engine.device).to(memory_format=engine.memory_format)
+    model = engine.place(build_model("resnet20"))
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, OptimConfig(), lr))
     images = torch.randn(2, 3, 32, 32, device=engine.device, dtype=engine.dtype)
     images = images.to(memory_format=engine.memory_format)

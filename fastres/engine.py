@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastres.config import Config
 from fastres.errors import Refused
@@ -46,13 +47,13 @@ class Engine:
         return DTYPES[self.precision]
 
     @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of parameters, statistics and the optimizer's state."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in the engine's memory format; weights in fp32, or fp64 where the activations are."""
+        weights_dtype = torch.promote_types(self.dtype, torch.float32)
+        return model.to(self.device, weights_dtype).to(memory_format=self.memory_format)
 
 
 def resolve(config: Config, local_rank: int = 0) -> Engine:

@@ -93,7 +93,7 @@ class Contestant:
     def __init__(self, subject: Subject, engine: Engine) -> None:
         torch.manual_seed(0)
         self.subject, self.engine = subject, engine
-        self.model = subject.build(engine.norm).to(engine.device).to(memory_format=engine.memory_format)
+        self.model = engine.place(subject.build(engine.norm))
         self.model.train()
         torch.manual_seed(0)  # again: the same batch, whatever building has drawn
         images, self.labels = torch.randn(subject.shape), torch.randint(subject.classes, subject.shape[:1])

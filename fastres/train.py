@@ -83,7 +83,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
         replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
-    model = model.to(engine.device, engine.weights_dtype).to(memory_format=engine.memory_format)
+    model = engine.place(model)
     distributed.broadcast_buffers(model)
     if config.model.sync_norm:
         distributed.share_statistics(model)
