@@ -51,7 +51,7 @@ class Engine:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in the engine's memory format; weights in fp32, or fp64 where the activations are."""
+        """On the device, in the engine's memory format; weights in fp32, or in fp64 where activations are."""
         weights_dtype = torch.promote_types(self.dtype, torch.float32)
         return model.to(self.device, weights_dtype).to(memory_format=self.memory_format)
 
