@@ -44,12 +44,27 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
 
     lr: () float32 on the model's device; filling it in place changes the learning rate without recompiling.
     """
-    parameters = list(model.parameters())
+    scaled = norm_biases(model) if config.norm_bias_lr_scale != 1 else []
+    parameters = [p for p in model.parameters() if all(p is not bias for bias in scaled)]
     if config.decay_norm_and_bias:
-        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+        groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
     else:  # BatchNorm's parameters and all biases are the ones of one dimension
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
+    if scaled:
+        own_rate = {"lr": lr.clone(), "lr_scale": config.norm_bias_lr_scale}
+        groups.append({"params": scaled, "weight_decay": 0.0} | own_rate)
     return OPTIMIZERS[config.name](groups, lr, config)
+
+
+def norm_biases(model: nn.Module) -> list[Tensor]:
+    """The biases of the model's BatchNorms."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [norm.bias for norm in norms if norm.bias is not None]
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:
+    """The tensors that the optimizer reads its learning rates from, each with its multiple of the schedule's."""
+    return {group["lr"]: group.get("lr_scale", 1.0) for group in optimizer.param_groups}

@@ -22,6 +22,7 @@ from fastres import distributed
 from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
 from fastres.errors import Refused
+from fastres.optim import learning_rates
 
 Batch = tuple[
     Tensor, Tensor
@@ -136,6 +137,7 @@ class TrainStep:
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
         self.optimizer = build_optimizer(model, self.lr)
+        self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
         self.totals = DeviceTotals(engine.device)
         self.forward_loss: nn.Module = ForwardLoss(model, engine, "mean", label_smoothing)
@@ -146,7 +148,8 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
         """Takes step `step` on this process's share of the batch."""
-        self.lr.fill_(lr)
+        for tensor, scale in self.learning_rates.items():
+            tensor.fill_(lr * scale)
         if not self.model.training:  # train() walks through all modules
             self.model.train()
         *parts, last = self._parts(images, labels)
@@ -196,9 +199,10 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        filled = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr  # load_state_dict put a copy there that nobody fills
+        for group, lr in zip(self.optimizer.param_groups, filled, strict=True):
+            group["lr"] = lr  # load_state_dict put a copy there that nobody fills
         self.scaler.load_state_dict(state["scaler"])
         self.totals.load_state_dict(state["totals"])
 

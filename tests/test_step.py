@@ -152,6 +152,38 @@ def test_what_is_decayed(name: str, everything: bool) -> None:
         assert torch.allclose(parameter, torch.tensor(kept)), key
 
 
+def norm_biases_of(model: nn.Module) -> set[str]:
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    return {
+        key for key, _ in model.named_parameters() if key.endswith("bias") and key.rpartition(".")[0] in norms
+    }
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_norm_biases_learn_at_their_own_rate_and_are_not_decayed(everything: bool) -> None:
+    model = a_net()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    biases = norm_biases_of(model)
+    assert biases and "fc.bias" not in biases
+    optim = {"momentum": 0.0, "weight_decay": 0.1, "decay_norm_and_bias": everything}
+    step = a_step(model, norm_bias_lr_scale=64.0, **optim)
+    oracle = a_step(copy.deepcopy(model), **optim)
+    for bias in biases:  # were they decayed, it would show
+        for net in (model, oracle.model):
+            net.get_parameter(bias).data.fill_(0.5)
+    images, labels = a_batch()
+    gradients = {}
+    for name, p in oracle.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))
+    step(images, labels, 0.01, 0)
+    oracle(images, labels, 0.01, 0)
+    for name, p in model.named_parameters():
+        if name in biases:
+            assert torch.allclose(p, 0.5 - 0.64 * gradients[name]), name
+        else:
+            assert torch.equal(p, oracle.model.get_parameter(name)) and not torch.equal(p, before[name]), name
+
+
 def test_momentum_can_be_left_out() -> None:
     model = a_net()
     oracle = copy.deepcopy(model)
@@ -367,15 +399,20 @@ def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
 # ---- state --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_restored_step_goes_on_as_the_first_would(precision: str, tmp_path: Path) -> None:
-    uninterrupted = a_step(a_net(), precision, nesterov=True)
+@pytest.mark.parametrize(
+    ("precision", "bias_scale"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp32", 64.0)]
+)
+def test_a_restored_step_goes_on_as_the_first_would(
+    precision: str, bias_scale: float, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"nesterov": True, "norm_bias_lr_scale": bias_scale}
+    uninterrupted = a_step(a_net(), precision, **options)
     take(uninterrupted, 3)
     path = checkpoint.save(tmp_path, 3, uninterrupted.state_dict(), keep=1)
     take(uninterrupted, 3, first=3, lr=0.05)
 
     torch.manual_seed(1)
-    restored = a_step(a_net(), precision, nesterov=True)
+    restored = a_step(a_net(), precision, **options)
     restored.load_state_dict(checkpoint.load(path))
     take(restored, 3, first=3, lr=0.05)
     assert checkpoint.digest(restored.state_dict()) == checkpoint.digest(uninterrupted.state_dict())
