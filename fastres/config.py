@@ -41,7 +41,7 @@ class ModelConfig:
     name: str = "resnet20"
     """Network: resnetN or plainN (N = 6n+2, CIFAR family), resnet18 to resnet152, resnext50_32x4d,
     resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2 (ImageNet family), cifar_resnet
-    (with options.blocks_per_stage), mini_resnet."""
+    (with options.blocks_per_stage), mini_resnet, speed_resnet (with options.widths)."""
 
     shortcut: Literal["pad", "maxpool_pad", "conv1x1"] | None = None
     """Shortcut of the CIFAR family where the shape changes (null: the paper's, pad)."""

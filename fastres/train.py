@@ -21,7 +21,7 @@ import torch
 from fastres import checkpoint, distributed, watch
 from fastres.clock import Clock
 from fastres.config import Config, model_options, parse
-from fastres.data import build_loader, classes_of, image_size
+from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Failed, Refused, run_command
@@ -83,6 +83,8 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
         replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
+    elif whiten := getattr(model, "whiten", None):
+        whiten(sample_images(config, source, training))
     model = engine.place(model)
     distributed.broadcast_buffers(model)
     if config.model.sync_norm:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastres.models import MODELS, build_model
 from fastres.models.blocks import SHORTCUTS, BasicBlock, Bottleneck, global_pool, norm_act
 from fastres.models.mini import IdentityBlock
+from fastres.models.speedrun import PooledConv, SpeedStage, WhiteningConv
 from fastres_kernels import BatchNormAct2d
 
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
@@ -89,7 +90,9 @@ def test_stages_halve_the_image_and_double_the_width() -> None:
     assert sizes == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet", "speed_resnet"]
+)
 def test_channels_classes_and_image_size_are_free(name: str) -> None:
     model = build_model(name, in_channels=1, num_classes=7)
     assert model(torch.randn(2, 1, 40, 36)).shape == (2, 7)
@@ -204,6 +207,7 @@ def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> N
         ("resnet18", {"stem": "small"}),
         ("resnet50", {"stem": "small"}),
         ("mini_resnet", {}),
+        ("speed_resnet", {}),
     ],
 )
 @pytest.mark.parametrize("norm", [FusingNorm, BatchNormAct2d])
@@ -239,7 +243,7 @@ def test_global_pool_is_the_mean_over_the_image() -> None:
 
 
 def test_every_imagenet_net_has_a_torchvision_original() -> None:
-    assert set(MODELS) - {"cifar_resnet", "mini_resnet"} == set(TORCHVISION)
+    assert set(MODELS) - {"cifar_resnet", "mini_resnet", "speed_resnet"} == set(TORCHVISION)
     assert len(TORCHVISION) == 10
 
 
@@ -352,6 +356,66 @@ def test_identity_block_adds_its_input_at_any_kernel_size(kernel_size: int) -> N
     assert torch.equal(block(x), expected)
 
 
+# ---- the speed-run's network ---------------------------------------------------------------------------------
+
+
+def images_of_smooth_noise(n: int = 64, channels: int = 3, side: int = 12) -> Tensor:
+    """Neighbours and channels correlate, and the mean is not zero: (n, channels, side, side) float64."""
+    noise = torch.randn(n, channels, side + 2, side + 2, dtype=torch.float64)
+    return F.avg_pool2d(noise + noise.roll(1, 1), 3, 1) + 0.3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitened_patches_have_unit_covariance(channels: int) -> None:
+    images = images_of_smooth_noise(channels=channels)
+    stem = WhiteningConv(channels, 2).double()
+    stem.fit(images, epsilon=0.0)
+    whitened = stem(images).permute(1, 0, 2, 3).flatten(1)  # a row for each filter
+    identity = torch.eye(4 * channels, dtype=torch.float64)
+    assert error(whitened.cov(), torch.kron(torch.tensor([[1, -1], [-1, 1]]), identity)) < 1e-10
+
+
+def test_whitening_does_not_blow_up_what_hardly_varies() -> None:
+    images = images_of_smooth_noise()
+    images[:, 2] = images[:, 1]  # four of the twelve directions are constant
+    model = build_model("speed_resnet").double()
+    model.whiten(images)
+    variances = model.conv1(images).var((0, 2, 3))
+    assert variances.max() < 1 and sorted(variances)[7] < 1e-9 and sorted(variances)[8] > 0.5
+
+
+def test_the_stem_is_frozen_and_the_same_for_the_same_images() -> None:
+    images, stems = images_of_smooth_noise(), []
+    for _ in range(2):  # initialised differently
+        model = build_model("speed_resnet")
+        before = model.conv1.weight.clone()
+        model.whiten(images.float())
+        assert not torch.equal(model.conv1.weight, before)
+        stems.append(model.conv1.weight)
+    assert torch.equal(*stems)
+    assert "conv1.weight" in model.state_dict()
+    assert "conv1.weight" not in dict(model.named_parameters())  # so no optimizer decays it
+
+
+def test_the_speed_nets_convolutions_start_as_the_identity() -> None:
+    for stage in build_model("speed_resnet", widths=[64, 96]).stages:
+        for conv in (stage.conv1, stage.conv2):
+            x = torch.randn(2, conv.in_channels, 8, 8)
+            expected = F.max_pool2d(x, 2) if isinstance(conv, PooledConv) else x
+            assert torch.equal(conv(x)[:, : conv.in_channels], expected)
+            assert conv.in_channels == conv.out_channels or conv(x)[:, conv.in_channels :].std() > 0.1
+
+
+def test_the_speed_nets_sizes() -> None:
+    model = build_model("speed_resnet")
+    assert parameters(model) == 1_160_960
+    names = ("conv1", "stages.0", "stages.1", "stages.2")
+    for side, sides in ((32, (31, 15, 7, 4)), (8, (7, 3, 1, 1))):
+        channels = (24, 64, 128, 256)
+        expected = [(c, s, s) for c, s in zip(channels, sides, strict=True)]
+        assert output_sizes(build_model("speed_resnet"), torch.randn(2, 3, side, side), *names) == expected
+
+
 # ---- memory format and compilation -------------------------------------------------------------------------
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -363,6 +427,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
     ("resnext50_32x4d", {}),
     ("mini_resnet", {}),
+    ("speed_resnet", {}),
+    ("speed_resnet", {"widths": [8, 16]}),
 ]
 
 
@@ -385,7 +451,7 @@ def test_channels_last_forward_and_backward(name: str, options: dict[str, Any], 
         check(f"{name} output", out)
         out.register_hook(partial(check, f"{name} gradient"))
 
-    kinds = (nn.Conv2d, nn.BatchNorm2d, BasicBlock, Bottleneck, IdentityBlock)
+    kinds = (nn.Conv2d, nn.BatchNorm2d, BasicBlock, Bottleneck, IdentityBlock, SpeedStage)
     watched = {key: module for key, module in model.named_modules() if isinstance(module, kinds)}
     for key, module in watched.items():
         module.register_forward_hook(partial(hook, key))
@@ -444,6 +510,10 @@ def test_compiles_without_graph_breaks(name: str, options: dict[str, Any]) -> No
         ("resnet34", {"replace_stride_with_dilation": [False, False, True]}, ["BasicBlock", "dilation"]),
         ("resnext50_32x4d", {"groups": 16}, ["resnext50_32x4d", "groups=32", "groups=16"]),
         ("mini_resnet", {"shortcut": "pad"}, ["mini_resnet", "'shortcut'"]),
+        ("speed_resnet", {"widths": 64}, ["widths", "whole number", "64"]),
+        ("speed_resnet", {"widths": []}, ["widths", "[]"]),
+        ("speed_resnet", {"widths": [64, 0]}, ["widths", "[64, 0]"]),
+        ("speed_resnet", {"depth": 9}, ["speed_resnet", "'depth'", "widths"]),
         ("resnet20", {"norm": "batch"}, ["norm", "'batch'", "torch"]),
         ("resnet20", {"norm_layer": 3}, ["norm_layer", "3"]),
         ("resnet20", {"num_classes": 0}, ["num_classes", "at least 1", "0"]),

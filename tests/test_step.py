@@ -327,6 +327,8 @@ def a_net_with_a_copy(place: str, backward: bool) -> nn.Module:
         ("resnet18", 33, 3),
         ("resnet50", 33, 3),
         ("mini_resnet", 28, 1),
+        ("speed_resnet", 8, 1),
+        ("speed_resnet", 32, 3),
     ],
 )
 def test_every_family_is_channels_last_throughout(name: str, size: int, channels: int) -> None:

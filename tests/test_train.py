@@ -19,9 +19,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fastres import checkpoint
+from fastres.config import parse
+from fastres.data import sample_images
+from fastres.data.sources import load_source
+from fastres.engine import resolve
 from fastres.errors import run_command
+from fastres.evaluate import evaluate_run, load_run
+from fastres.export import export
+from fastres.models import build_model
 from fastres.train import main
 from tests.commands import users_environment
 from tests.fixtures import write_image_folder, write_mnist_idx
@@ -213,6 +221,37 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     )
     old, new = load_file(weights), load_file(tmp_path / "run/model.safetensors")
     assert torch.equal(old["conv1.weight"], new["conv1.weight"]) and new["fc.weight"].shape == (12, 64)
+
+
+def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path) -> None:
+    def stem_of(run: str) -> Tensor:
+        return load_file(tmp_path / run / "model.safetensors")["conv1.weight"]
+
+    flags = [*SHORT, "--model.name", "speed_resnet", "--train.steps", 24, "--optim.norm_bias_lr_scale", 64]
+    assert train(*flags, "--run.dir", tmp_path / "whole") == 0
+    config = parse([*map(str, flags)])
+    source = load_source(config.data)
+    expected = build_model("speed_resnet", in_channels=1)
+    expected.whiten(sample_images(config, source, source.train))
+    assert torch.equal(stem_of("whole"), expected.conv1.weight)
+
+    # A resumed run takes it from the checkpoint, whatever it would fit itself.
+    state = tmp_path / "whole/checkpoints/step-00000008.pt"
+    assert train(*flags, "--run.resume", state, "--run.dir", tmp_path / "resumed") == 0
+    assert sha256(tmp_path / "resumed/model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
+
+    # So does one that starts from weights: the layers behind fit this stem.
+    others = ["--data.validation", 700, "--train.steps", 0, "--schedule.warmup_steps", 0]
+    assert train(*flags, *others, "--run.dir", tmp_path / "others") == 0
+    assert not torch.equal(stem_of("others"), stem_of("whole"))
+    weights = ["--model.weights", tmp_path / "whole/model.safetensors"]
+    assert train(*flags, *others, *weights, "--run.dir", tmp_path / "started") == 0
+    assert torch.equal(stem_of("started"), stem_of("whole"))
+
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    run_config, tensors = load_run(tmp_path / "whole")
+    assert evaluate_run(run_config, resolve(run_config), tensors).accuracy == summary["test_accuracy"]
+    assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
 def test_tensorboard_events_are_written_where_asked_for(train: Train, tmp_path: Path) -> None:

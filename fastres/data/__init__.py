@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastres.config import Config
+from fastres.data.augment import normalize, resize_and_center_crop
 from fastres.data.dali import DaliLoader
 from fastres.data.dataloader import HostLoader
 from fastres.data.resident import ResidentLoader
@@ -19,7 +21,7 @@ from fastres.data.sources import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.errors import Refused
 
-__all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader"]
+__all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_images"]
 
 
 class Loader(Protocol):
@@ -85,6 +87,21 @@ def build_loader(
         world=world,
     )
     return LOADERS[data.loader](split, spec)
+
+
+def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
+    """n images of the split, evenly spaced in it, as an evaluation sees them but in float32 on the host: (n, C, S, S).
+
+    The same ones on every process, whatever the loader.
+    """
+    part = split.subset(np.linspace(0, len(split) - 1, min(n, len(split))).astype(np.int64))
+    size = image_size(config, source)
+    if config.data.augment == "resized_crop":
+        pixels = [resize_and_center_crop(part.image(i), size) for i in range(len(part))]
+    else:
+        pixels = [part.sized_image(i, size, size) for i in range(len(part))]
+    mean, std = torch.tensor(source.mean), torch.tensor(source.std)
+    return normalize(torch.from_numpy(np.stack(pixels)), mean, std, torch.float32)
 
 
 def image_size(config: Config, source: Source) -> int:

@@ -14,6 +14,7 @@ from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, unknown
 from fastres.models.cifar import cifar_resnet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import mini_resnet
+from fastres.models.speedrun import SpeedResNet
 from fastres_kernels import fuse_convolutions
 
 # Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
@@ -30,6 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), width_per_group=128),
     "wide_resnet101_2": partial(ResNet, Bottleneck, (3, 4, 23, 3), width_per_group=128),
     "mini_resnet": mini_resnet,
+    "speed_resnet": SpeedResNet,
 }
 
 
