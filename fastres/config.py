@@ -177,7 +177,7 @@ class OptimConfig:
     """Decay BatchNorm parameters and biases too, as He et al. do."""
 
     norm_bias_lr_scale: PositiveFloat = 1.0
-    """BatchNorm's biases learn at this many times lr (64 in cifar10-airbench), and then without weight decay."""
+    """BatchNorm's biases learn at this many times lr (64 in cifar10-airbench); decayed, they are so no faster."""
 
     scale_lr: bool = False
     """Multiply lr by the number of processes (for a batch size that was scaled likewise)."""

@@ -54,8 +54,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
     if scaled:
-        own_rate = {"lr": lr.clone(), "lr_scale": config.norm_bias_lr_scale}
-        groups.append({"params": scaled, "weight_decay": 0.0} | own_rate)
+        scale = config.norm_bias_lr_scale
+        # So that a step takes the same share of them as of other parameters.
+        decay = config.weight_decay / scale if config.decay_norm_and_bias else 0.0
+        groups.append({"params": scaled, "weight_decay": decay, "lr": lr.clone(), "lr_scale": scale})
     return OPTIMIZERS[config.name](groups, lr, config)
 
 
