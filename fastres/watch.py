@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -88,7 +89,12 @@ def _no_step(rank: int, world: int, timeout_s: float, token: str) -> Callable[[]
         verdict = [
             "the processes cannot reach each other, nor the launcher's store: the network between them is down"
         ]
-        call = threading.Thread(target=lambda: verdict.insert(0, _roll_call(rank, world, token)), daemon=True)
+
+        def answer() -> None:
+            with suppress(OSError, RuntimeError):  # no connection: the verdict is there already
+                verdict.insert(0, _roll_call(rank, world, token))
+
+        call = threading.Thread(target=answer, daemon=True)
         call.start()
         call.join(3 * ANSWER_S)  # a store behind a dead link never answers
         _say(rank, f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
@@ -100,12 +106,11 @@ def _no_step(rank: int, world: int, timeout_s: float, token: str) -> Callable[[]
 def _roll_call(rank: int, world: int, token: str) -> str:
     """Who hangs, in words."""
     assert _last is not None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Raises where nobody can be reached: torch would try again and again, and print a stack each time.
+    socket.create_connection((address, port), ANSWER_S).close()
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=ANSWER_S),
+        address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S)
     )
     keys = [f"fastres/{token}/does/{number}" for number in range(world)]
     store.set(keys[rank], _last[1])
