@@ -65,7 +65,7 @@ def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
         later = timedelta(seconds=timeout_s + 60)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store, _, _ = next(dist.rendezvous("env://", timeout=later))
-        session = _session(store, timeout_s)
+        session = _session(store, later.total_seconds())
         store = dist.PrefixStore(session, store)
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=later)
         _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
@@ -76,18 +76,18 @@ def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
             raise
         why = str(error).rpartition("] ")[2].partition(". ")[0]  # gloo's begin with a place in its source
         raise Failed(
-            f"lost the connection to another process ({why}); its own line says what happened to it"
+            f"lost the connection to another process ({why}); its own line, if any, says what happened to it"
         ) from None
     dist.destroy_process_group()
 
 
-def _session(store: dist.Store, timeout_s: float) -> str:
+def _session(store: dist.Store, wait_s: float) -> str:
     """A name that all processes of this start have in common, and no start before it had.
 
     torchrun's store outlives the processes that it starts again: without a name of their own they read where those
     before them could be reached, and wait for the dead (pytorch#135712; seen with torch 2.14).
     """
-    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    me, deadline = uuid.uuid4().hex, time.monotonic() + wait_s
     if rank() > 0:
         store.set(f"fastres/hello/{rank()}", me)
         session = store.get(f"fastres/welcome/{me}").decode()  # waits for it
@@ -96,7 +96,7 @@ def _session(store: dist.Store, timeout_s: float) -> str:
     others = {number: f"fastres/hello/{number}" for number in range(1, world())}
     while missing := [number for number in others if not store.check([f"fastres/{me}/{number}"])]:
         if time.monotonic() > deadline:
-            raise Failed(f"rank {missing[0]} of {world()} processes has not come within {timeout_s:g} s")
+            raise Failed(f"rank {missing[0]} of {world()} processes has not come within {wait_s:g} s")
         for number in missing:
             if store.check([others[number]]):  # perhaps from its life before: nobody waits for that answer
                 store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)
