@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import subprocess
@@ -146,11 +147,12 @@ class Run:
             | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
             for row in self.evaluations()
         ]
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, HISTORY)
+        writer.writeheader()
+        writer.writerows(rows)
         with self.writing():
-            with (self.folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, HISTORY)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_text(self.folder / "history.csv", table.getvalue())
             if rows:
                 plot_curves({self.folder.name: read_history(self.folder)}, self.folder / "history.png")
 

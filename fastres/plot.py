@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastres.errors import Refused, run_command
+from fastres.files import whole_file
 
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
     ("train_loss", "train loss"),
@@ -65,7 +66,8 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.yaxis.set_minor_formatter("{x:g}")
         if len(runs) > 1:
             axes.legend()
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix.removeprefix(".") or "png")
 
 
 def table_of(runs: list[Path]) -> Table:

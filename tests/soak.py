@@ -1,0 +1,542 @@
+"""`python -m tests.soak`: runs killed at random moments and started again, hundreds of times; nothing may be lost.
+
+A victim is a small run of fastres.train, killed with SIGKILL and started again until it is complete. After every kill,
+what lies in its folder has to be whole: each checkpoint loads, the newest is at most one interval behind the metrics,
+and every other file is as an undisturbed run has it, or not there. At the end weights and metrics have to be those of
+the undisturbed run, bit for bit.
+
+Most victims are forked from a process that has imported everything and done nothing else, which saves the seconds that
+importing torch takes; they are processes of their own, and a share of the starts is the whole `python -m
+fastres.train`, kills while it imports among them. With --processes 2 all run under torchrun. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+STEPS, EVAL_EVERY = 24, 6
+FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.eval_every {EVAL_EVERY} "
+         "--train.log_every 1 --train.batch_size 32 --schedule.warmup_steps 3 --engine.precision fp32"
+         ).split()  # fmt: skip
+TIMES = {"images_per_s", "train_time_s"}  # of a row of metrics: all that may differ
+AIMS = {"any moment": 0.5, "a write": 0.35, "an evaluation": 0.15}  # shares of the kills
+FULL_SHARE = 0.1  # of the starts, where the others are forked
+LAUNCHER_SHARE = 0.25  # of the kills under torchrun
+PHASES = ("start-up", "training", "checkpoint write", "evaluation", "end")
+PNG_END = b"IEND\xaeB`\x82"
+TICK_S = 0.0005
+HANGS_AFTER_S = 300.0
+
+Row = dict[str, Any]
+
+
+# ---- processes ----------------------------------------------------------------------------------------------
+
+
+class Zygote:
+    """A process that has imported fastres.train and forks a victim whenever it is asked to."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "tests.soak", "--zygote"]
+        self._pipe = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+
+    def ask(self, *request: Any) -> Any:
+        assert self._pipe.stdin is not None and self._pipe.stdout is not None
+        with self._lock:
+            print(json.dumps(request), file=self._pipe.stdin, flush=True)
+            return json.loads(self._pipe.stdout.readline())
+
+    def close(self) -> None:
+        assert self._pipe.stdin is not None
+        self._pipe.stdin.close()
+        self._pipe.wait()
+
+
+def zygote() -> None:
+    """Answers requests, one a line: ["fork", argv, log] with a pid, ["poll", pid] with its status or null."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import matplotlib.ticker  # noqa: F401
+    import sklearn.datasets
+    import sklearn.model_selection  # noqa: F401 - imported by a run, but not at its beginning
+
+    from fastres import train
+    from fastres.errors import run_command
+
+    for line in sys.stdin:
+        kind, *rest = json.loads(line)
+        if kind == "poll":
+            pid, status = os.waitpid(rest[0], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+            continue
+        # A thread of the parent's would be missing in the child, with whatever lock it held.
+        assert len(list(Path("/proc/self/task").iterdir())) == 1, "the zygote has threads"
+        if not (pid := os.fork()):
+            argv, log = rest
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            for source, target in ((nothing, 0), (output, 1), (output, 2)):
+                os.dup2(source, target)
+            run_command(lambda: train.main(argv))  # noqa: B023 - it runs at once, and exits
+        print(json.dumps(pid), flush=True)
+
+
+class Forked:
+    """A victim forked from the zygote."""
+
+    def __init__(self, zygote: Zygote, argv: list[str], log: Path) -> None:
+        self._zygote, self.pid, self._status = zygote, zygote.ask("fork", argv, str(log)), None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            self._status = self._zygote.ask("poll", self.pid)
+        return self._status
+
+
+def started(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A command in a session of its own, which writes into `log`."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def workers_of(folder: Path) -> dict[int, int]:
+    """The processes that torchrun has started for the run in `folder`: pid and rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in (process / "cmdline").read_bytes().split(b"\0"):
+                for variable in (process / "environ").read_bytes().split(b"\0"):
+                    if variable.startswith(b"RANK="):
+                        found[int(process.name)] = int(variable[5:])
+    return found
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + HANGS_AFTER_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Lost(f"{what} after {HANGS_AFTER_S:.0f} s")
+        time.sleep(0.005)
+
+
+# ---- what a run leaves behind -------------------------------------------------------------------------------
+
+
+class Lost(Exception):
+    """Something was lost, corrupt or other than it should be."""
+
+
+def metrics_of(folder: Path) -> tuple[list[Row], bool]:
+    """The whole rows of metrics.jsonl without times, and whether another one was cut short."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    rows = [json.loads(line) for line in lines[:-1]]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows], lines[-1] != ""
+
+
+def history_of(folder: Path) -> list[Row]:
+    with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Undisturbed:
+    """What a run leaves behind that nobody kills."""
+
+    def __init__(self, folder: Path) -> None:
+        import yaml
+
+        self.config = yaml.safe_load((folder / "config.yaml").read_text())
+        self.rows, _ = metrics_of(folder)
+        self.history = history_of(folder)
+        self.summary = set(json.loads((folder / "summary.json").read_text()))
+        self.environment = set(json.loads((folder / "env.json").read_text()))
+        self.weights = sha256(folder / "model.safetensors")
+
+    def compare(self, folder: Path, every: int) -> int:
+        """Raises Lost where a file in the folder is not whole, or not this run's. Returns the newest step kept."""
+        import yaml
+
+        from fastres import checkpoint
+        from fastres.errors import Refused
+
+        def there(name: str) -> bool:
+            return (folder / name).exists()
+
+        def same(what: str, found: Any, wanted: Any) -> None:
+            if found != wanted:
+                raise Lost(f"{what} is {str(found)[:200]}, not {str(wanted)[:200]}")
+
+        newest = 0
+        for path in checkpoint.found(folder / "checkpoints"):
+            try:
+                step = checkpoint.load(path)["step"]
+            except Refused as error:
+                raise Lost(str(error)) from None
+            same(path.name, path.stem, f"step-{step:08d}")
+            newest = max(newest, step)
+        try:
+            if there("config.yaml"):
+                wanted = {**self.config, "run": {**self.config["run"], "checkpoint_every": every}}
+                same("config.yaml", yaml.safe_load((folder / "config.yaml").read_text()), wanted)
+            elif newest:
+                raise Lost("config.yaml is not there, but a checkpoint")
+            if there("env.json"):
+                same("env.json", set(json.loads((folder / "env.json").read_text())), self.environment)
+            if there("summary.json"):
+                same("summary.json", set(json.loads((folder / "summary.json").read_text())), self.summary)
+            if there("history.csv"):
+                rows = history_of(folder)
+                same("history.csv", rows, self.history[: len(rows)] or "a header and rows")
+            rows, _ = metrics_of(folder)
+            same("metrics.jsonl", rows, self.rows[: len(rows)])
+        except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise Lost(f"a file of {folder} cannot be read: {type(error).__name__}: {error}") from None
+        if there("history.png") and not (folder / "history.png").read_bytes().endswith(PNG_END):
+            raise Lost("history.png is cut short")
+        if there("model.safetensors"):
+            same("model.safetensors", sha256(folder / "model.safetensors"), self.weights)
+        logged = rows[-1]["step"] if rows else 0
+        # A step is logged first and saved after that, so the last one may not have been saved.
+        if newest < (logged - 1) // every * every:
+            raise Lost(f"step {logged} was logged, and the newest checkpoint is of step {newest}")
+        return newest
+
+
+# ---- a victim -----------------------------------------------------------------------------------------------
+
+
+class Victim:
+    """A run in a folder of its own that is killed and started again until it is complete."""
+
+    def __init__(self, soak: Soak, number: int) -> None:
+        self.soak, self.random = soak, random.Random(f"{soak.seed} {number}")
+        self.folder, self.log = soak.scratch / f"victim{number}", soak.scratch / f"victim{number}.log"
+        self.every = self.random.choice((1, 2, 3))
+        self.argv = [*FLAGS, f"--run.checkpoint_every={self.every}", "--run.dir", str(self.folder)]
+        self.newest = 0  # step of the newest checkpoint
+        self.process: Forked | subprocess.Popen[bytes] | None = None
+        self.kind = ""  # how it was started
+
+    def until_complete(self) -> None:
+        try:
+            while (status := self.life()) is None:
+                pass
+            if status != 0:
+                raise Lost(f"it ended with status {status}: {self.log.read_text()[-1500:]}")
+            self.soak.undisturbed.compare(self.folder, self.every)
+            rows, cut = metrics_of(self.folder)
+            if rows != self.soak.undisturbed.rows or cut:
+                raise Lost("metrics.jsonl does not have each row of the undisturbed run once")
+            if history_of(self.folder) != self.soak.undisturbed.history:
+                raise Lost("history.csv is not that of the undisturbed run")
+            self.soak.completed(sha256(self.folder / "model.safetensors"))
+        except Lost as loss:
+            self.soak.lost(f"{self.folder.name}, checkpoints every {self.every}: {loss}")
+        finally:
+            if self.process is not None:
+                kill(self.process.pid)
+                self.process.poll()
+            for pid in workers_of(self.folder):
+                kill(pid)
+
+    def life(self) -> int | None:
+        """From a start to a kill or to the end. Returns the exit status, None where it was killed."""
+        began = time.monotonic()
+        self.env_at_start, self.step_at_start = self.changed("env.json"), self.newest
+        self.old = dict(self.temporaries())
+        if self.process is None:  # else torchrun starts it again
+            self.process = self.start()
+        killing = self.soak.may_kill()
+        aim, now = self.aim() if killing else ("", lambda: False)
+        while (status := self.process.poll()) is None and not now():
+            time.sleep(TICK_S if killing else 0.01)
+            if time.monotonic() - began > HANGS_AFTER_S:
+                raise Lost(f"it hangs: {self.log.read_text()[-1500:]}")
+        if status is not None:
+            self.process = None
+            self.soak.spared(killing)
+            return status
+        struck = self.strike()
+        phase, other = self.phase()
+        self.soak.killed(phase, other, f"{self.kind} {struck}", aim)
+        newest = self.soak.undisturbed.compare(self.folder, self.every)
+        if newest < self.newest:
+            raise Lost(f"the newest checkpoint is of step {newest}; there was one of step {self.newest}")
+        self.newest = newest
+        return None
+
+    def start(self) -> Forked | subprocess.Popen[bytes]:
+        if self.soak.zygote is not None and self.random.random() >= FULL_SHARE:
+            self.kind = "forked"
+            return Forked(self.soak.zygote, self.argv, self.log)
+        self.kind = "torchrun's" if self.soak.processes > 1 else "whole"
+        return started(
+            [*self.soak.launcher, "-m", "fastres.train", *self.argv], self.log, self.soak.environment
+        )
+
+    def aim(self) -> tuple[str, Callable[[], bool]]:
+        """What the kill is aimed at, and whether the moment has come."""
+        aim = self.random.choices(list(AIMS), list(AIMS.values()))[0]
+        at = time.monotonic() + self.random.uniform(0, self.soak.lifetime[self.kind])
+        nth, seen = self.random.randrange(1, 7), set[tuple[Path, int]]()
+        delay = self.random.choice((0.0, self.random.uniform(0, 0.01)))
+        env = self.env_at_start
+
+        def any_moment() -> bool:
+            return time.monotonic() >= at
+
+        def write() -> bool:
+            fresh = self.temporaries().items() - self.old.items()
+            seen.update((path, 0) for path, _ in fresh)
+            if fresh and len(seen) >= nth:
+                time.sleep(delay)
+                return True
+            return False
+
+        def evaluation() -> bool:
+            if self.changed("env.json") != env and self.evaluates():
+                time.sleep(delay)
+                return True
+            return False
+
+        return aim, {"any moment": any_moment, "a write": write, "an evaluation": evaluation}[aim]
+
+    def strike(self) -> str:
+        """Kills a process of the run and waits until none is left that knows of it. Returns which one it was."""
+        assert self.process is not None
+        workers = workers_of(self.folder) if self.soak.processes > 1 else {}
+        if not workers or self.random.random() < LAUNCHER_SHARE:
+            kill(self.process.pid)
+            wait_until(lambda: self.process is None or self.process.poll() is not None, "it is not dead")
+            # Workers that have lost their launcher go on, and hold the folder until they are done.
+            wait_until(
+                lambda: not workers_of(self.folder) if workers else True, "workers without a launcher run"
+            )
+            self.process = None
+            return "launcher" if self.soak.processes > 1 else "process"
+        pid, rank = self.random.choice(list(workers.items()))
+        kill(pid)
+        wait_until(lambda: not workers.keys() & workers_of(self.folder).keys(), "its other workers run")
+        return f"worker {rank}"
+
+    # -------------------------------------------------------------------------------- what its files tell
+
+    def changed(self, name: str) -> int:
+        path = self.folder / name
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def temporaries(self) -> dict[Path, int]:
+        """Files that are being written, or whose writer was killed, with the time of their last change."""
+        found = {}
+        for folder in (self.folder / "checkpoints", self.folder):
+            for path in folder.glob("*.tmp"):
+                with contextlib.suppress(OSError):
+                    found[path] = path.stat().st_mtime_ns
+        return found
+
+    def evaluates(self) -> bool:
+        """Whether the last row is that of a step which is followed by an evaluation."""
+        with contextlib.suppress(ValueError):  # half a line
+            rows, _ = metrics_of(self.folder)
+            return bool(rows) and rows[-1]["split"] == "train" and rows[-1]["step"] % EVAL_EVERY == 0
+        return False
+
+    def phase(self) -> tuple[str, bool]:
+        """Where the kill fell, and whether into the write of a file other than a checkpoint."""
+        cut = [path for path, changed in self.temporaries().items() if self.old.get(path) != changed]
+        writes = any(path.suffix == ".tmp" and path.parent == self.folder for path in cut)
+        rows, _ = metrics_of(self.folder)
+        last = rows[-1] if rows else {"step": 0, "split": ""}
+        if any(path.parent != self.folder for path in cut):
+            return "checkpoint write", writes
+        if self.changed("env.json") == self.env_at_start:
+            return "start-up", writes
+        if last["step"] == STEPS and last["split"] == "test":
+            return "end", writes
+        if last["step"] <= self.step_at_start:
+            return "start-up", writes
+        return "evaluation" if self.evaluates() else "training", writes
+
+
+# ---- all of them --------------------------------------------------------------------------------------------
+
+
+class Soak:
+    """The victims together: how many kills there are to be, and what came of them."""
+
+    def __init__(
+        self, scratch: Path, *, kills: int, processes: int, seed: int, minutes: float, jobs: int
+    ) -> None:
+        self.scratch, self.kills, self.processes, self.seed, self.jobs = scratch, kills, processes, seed, jobs
+        self.began = time.monotonic()
+        self.ends = self.began + 60 * minutes
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.launcher: list[str] = []
+        if processes > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            self.launcher = [*torchrun, "--max-restarts=1000"]
+        self.zygote = Zygote(self.environment) if processes == 1 else None
+        self.lifetime: dict[str, float] = {}
+        self.granted = self.victims = 0
+        self.phases, self.ways, self.aims = Counter[str](), Counter[str](), Counter[str]()
+        self.hashes, self.losses = Counter[str](), list[str]()
+        self._lock = threading.Lock()
+
+    def run(self) -> int:
+        """All of it. Returns the number of losses."""
+        self.undisturbed = self.reference()
+        self.say(f"undisturbed: {STEPS} steps, model.safetensors {self.undisturbed.weights[:16]}")
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for job in [pool.submit(self.victims_in_turn) for _ in range(self.jobs)]:
+                job.result()
+        if self.zygote is not None:
+            self.zygote.close()
+        return len(self.losses)
+
+    def reference(self) -> Undisturbed:
+        """What the victims are compared with; it measures how long a run takes, too."""
+        ways = ["torchrun's"] if self.processes > 1 else ["whole", "forked", "forked"]
+        for number, way in enumerate(ways):
+            folder, log, began = (
+                self.scratch / f"undisturbed{number}",
+                self.scratch / f"{number}.log",
+                time.monotonic(),
+            )
+            argv = [*FLAGS, "--run.checkpoint_every=1", "--run.dir", str(folder)]
+            command = [*self.launcher, "-m", "fastres.train", *argv]
+            process = (
+                Forked(self.zygote, argv, log)
+                if way == "forked" and self.zygote is not None
+                else started(command, log, self.environment)
+            )
+            wait_until(lambda process=process: process.poll() is not None, "the undisturbed run runs")
+            self.lifetime[way] = time.monotonic() - began
+            if process.poll() != 0:
+                raise SystemExit(
+                    f"the undisturbed run ended with status {process.poll()}: {log.read_text()[-1500:]}"
+                )
+            found = Undisturbed(folder)
+            if number == 0:
+                first = found
+            elif found.weights != first.weights or found.rows != first.rows:
+                raise SystemExit("two undisturbed runs, one of them forked, differ")
+        return first
+
+    def victims_in_turn(self) -> None:
+        while True:
+            with self._lock:
+                if self.granted >= self.kills or time.monotonic() > self.ends:
+                    return
+                self.victims += 1
+                victim = Victim(self, self.victims)
+            victim.until_complete()
+
+    # What victims report, from threads.
+
+    def may_kill(self) -> bool:
+        with self._lock:
+            allowed = self.granted < self.kills and time.monotonic() < self.ends
+            self.granted += allowed
+            return allowed
+
+    def spared(self, was_to_be_killed: bool) -> None:
+        with self._lock:
+            self.granted -= was_to_be_killed
+
+    def killed(self, phase: str, writes: bool, way: str, aim: str) -> None:
+        with self._lock:
+            self.phases[phase] += 1
+            self.phases["of these while another file was written"] += writes
+            self.ways[way] += 1
+            self.aims[aim] += 1
+            kills = self.ways.total()
+        if kills % 10 == 0:
+            self.say(
+                f"{kills} of {self.kills} kills, {self.hashes.total()} runs complete, {len(self.losses)} losses"
+            )
+
+    def completed(self, weights: str) -> None:
+        with self._lock:
+            self.hashes[weights] += 1
+
+    def lost(self, line: str) -> None:
+        with self._lock:
+            self.losses.append(line)
+        self.say(f"LOST: {line}")
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.0f} s  {line}", flush=True)
+
+    def summary(self) -> None:
+        kills, seconds = self.ways.total(), time.monotonic() - self.began
+        print(f"\n{kills} kills of {self.victims} runs in {seconds:.0f} s, seed {self.seed}")
+        print("where they fell:", ", ".join(f"{name} {self.phases[name]}" for name in PHASES))
+        print("in the write of another file:", self.phases["of these while another file was written"])
+        print("what was killed:", ", ".join(f"{way} {count}" for way, count in sorted(self.ways.items())))
+        print("aimed at:", ", ".join(f"{aim} {count}" for aim, count in sorted(self.aims.items())))
+        print(f"lost or corrupt: {len(self.losses)}")
+        for line in self.losses:
+            print(f"  {line}")
+        for weights, count in self.hashes.items():
+            print(f"{count} runs complete with model.safetensors {weights}")
+        print(f"the undisturbed run has           model.safetensors {self.undisturbed.weights}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--kills", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), default=1,
+        help="2: under torchrun, where a worker or the launcher is killed (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="no more kills after that time (default: %(default)s)"
+    )
+    options = vars(parser.parse_args(argv))
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        soak = Soak(Path(scratch), **options)
+        soak.run()
+        soak.summary()
+    return 1 if soak.losses else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--zygote"]:
+        zygote()
+    else:
+        sys.exit(main())
