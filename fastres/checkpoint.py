@@ -43,6 +43,11 @@ def load(path: Path) -> State:
     """The state in a file, on the CPU. Refused where it is missing, truncated, altered or not a checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
+            raise Refused(f"{path} is not a checkpoint of fastres")
+        state, found = content["state"], digest(content["state"])
+    except Refused:
+        raise
     except FileNotFoundError:
         raise Refused(f"there is no checkpoint {path}") from None
     except Exception as error:  # bytes from anywhere may make the unpickler raise anything
@@ -51,13 +56,13 @@ def load(path: Path) -> State:
         raise Refused(
             f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint"
         ) from None
-    if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
-        raise Refused(f"{path} is not a checkpoint of fastres")
-    if digest(content["state"]) != content["sha256"]:
+    if found != content["sha256"]:
         raise Refused(
             f"checkpoint {path} is corrupt: its content does not have the checksum it was written with"
         )
-    return content["state"]
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise Refused(f"{path} is not a checkpoint of fastres")
+    return state
 
 
 def found(folder: Path) -> list[Path]:

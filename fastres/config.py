@@ -31,6 +31,7 @@ from fastres.errors import Refused
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")
+MOST_VALUES = 10_000  # in a configuration file: nine lines of YAML's anchors can stand for billions
 LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is
 
 
@@ -58,7 +59,8 @@ class ModelConfig:
     weights: str | None = None
     """File to start from: .safetensors or a torchvision state_dict; a head of another size is replaced."""
 
-    options: dict[str, Any] = field(default_factory=dict)
+    # Plain values, not Any: for Any jsonargparse takes {class_path: ...} as a class to import and to call.
+    options: dict[str, bool | int | float | list[bool] | str | None] = field(default_factory=dict)
     """Further options of build_model, such as {stem: small, zero_init_residual: true}."""
 
 
@@ -308,7 +310,10 @@ def load_file(path: Path) -> dict[str, Any]:
     """A configuration file (YAML or JSON) as a nested dict; the tutorial's flat config.json is translated."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(content, default=str)  # a file that refers to itself would never end
+        if _count(content) > MOST_VALUES:
+            raise Refused(
+                f"{path} holds more than {MOST_VALUES:,} values, those that it repeats by * counted"
+            )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise Refused(f"cannot read configuration file {path}: {reason}") from None
@@ -342,7 +347,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def translate_tutorial(flat: dict[str, Any], path: Path) -> dict[str, Any]:
     """The tutorial's config.json (height, width, label, num_layer, model_mode, zero_padding) in our sections."""
-    if unknown := sorted(set(flat) - set(TUTORIAL_KEYS)):
+    if unknown := sorted(set(flat) - set(TUTORIAL_KEYS), key=str):
         raise Refused(f"{path}: unknown key {unknown[0]!r}; the tutorial's are {', '.join(TUTORIAL_KEYS)}")
     mode, n = flat.get("model_mode", "resnet"), flat.get("num_layer", 3)
     if mode not in ("resnet", "cnn"):
@@ -384,6 +389,11 @@ def check(config: Config) -> None:
                 isinstance(value, float) and not math.isfinite(value),
                 f"{section}.{name}: {value} is not finite",
             )
+            for number in value if isinstance(value, tuple) else (value,):
+                refuse_if(
+                    isinstance(number, int) and number >= 2**63 and name != "seed",
+                    f"{section}.{name}: a number of {len(str(number))} digits does not fit into 64 bits",
+                )
     data, train, optim, schedule = config.data, config.train, config.optim, config.schedule
     refuse_if(train.label_smoothing >= 1, f"train.label_smoothing: {train.label_smoothing} is not below 1")
     refuse_if(optim.momentum >= 1, f"optim.momentum: {optim.momentum} is not below 1")
@@ -433,15 +443,16 @@ def check(config: Config) -> None:
             f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
         )
     refuse_if(
-        config.model.sync_norm and config.model.options.get("fused_convolutions", False),
+        config.model.sync_norm and bool(config.model.options.get("fused_convolutions")),
         "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
     )
     try:
         with torch.device("meta"):
             norm = "fused" if config.model.norm == "fused" else "torch"
-            build_model(config.model.name, norm=norm, **model_options(config.model))
-    except (ValueError, TypeError) as error:
-        raise Refused(f"model: {error}") from None
+            sizes: dict[str, Any] = {"num_classes": config.model.num_classes or 10, "in_channels": 3}
+            build_model(config.model.name, norm=norm, **sizes, **model_options(config.model))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise Refused(f"model: {str(error).splitlines()[0]}") from None
 
 
 def model_options(model: ModelConfig) -> dict[str, Any]:
@@ -496,8 +507,25 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
             raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
         for name, value in fields.items():
             key = f"{section}.{name}"
+            if key not in _fields():  # jsonargparse would import the module of a field class_path
+                raise Refused(f"{path}: unknown field {key}{_nearest(key, _fields())}; --help lists them all")
             if value is None and key in _fields() and "null" not in _describe(key):
                 raise Refused(f"{path}: {key}: null is not {_describe(key)}")
+
+
+def _count(value: Any, known: dict[int, int] | None = None) -> int:
+    """How many values there are in a value, repeated ones each time. ValueError where one holds itself."""
+    known = {} if known is None else known
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0  # until it is known
+        known[id(value)] = 1 + sum(
+            _count(item, known) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    if known[id(value)] == 0:
+        raise ValueError("a value holds itself")
+    return known[id(value)]
 
 
 def _sections() -> list[str]:
@@ -567,7 +595,7 @@ def _refuse_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> A
     """Runs `read`; jsonargparse's several lines of what was wrong become one that names field and remedy."""
     try:
         return read()
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         text = " ".join(str(error).split())
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]

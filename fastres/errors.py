@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,21 +25,27 @@ class Failed(Exception):
     said = False
 
 
+def complain(what: str, said: bool = False) -> None:
+    """One line on stderr, unless another process has said it; of several processes, with this one's rank. What torchrun
+    says at its end repeats it."""
+    # It may repeat what a file says: nothing in it may move a terminal's cursor or fail to be encoded.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
+    if not said:
+        who = f"rank {os.environ['RANK']}: " if _several() else ""
+        print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # a launcher that is gone has taken its folder with it
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main() and exits: its return value (None is 0), or one line on stderr and 2 or 1. Of several
-    processes, each names its rank."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Runs a command's main() and exits: its return value (None is 0), or one line on stderr and 2 or 1."""
     try:
         status = main() or 0
     except (Refused, Failed) as error:
-        who = f"rank {os.environ['RANK']}: " if several else ""
-        line = " ".join(str(error).split())
-        if not error.said:
-            print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last words repeat it
-            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
+        complain(str(error), error.said)
         status = error.status
-    if several:
+    if _several():
         # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26
         # runs of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch
         # 2.14, gloo). And after a failure, taking the group down would wait for processes that are gone.
@@ -46,3 +53,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -36,7 +37,10 @@ def load_run(
     # Trackers off: what they need is not needed to read the run.
     config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
     if file is not None:
-        return config, checkpoint.load(file)["trainer"]["model"]
+        try:
+            return config, _checked(checkpoint.load(file)["trainer"]["model"])
+        except (KeyError, TypeError) as error:
+            raise Refused(f"{file} is not a checkpoint of fastres ({error})") from None
     final = folder / "model.safetensors"
     if not final.is_file():
         newest = next(iter(checkpoint.found(folder / "checkpoints")), "FILE")
@@ -45,9 +49,18 @@ def load_run(
             f"or give --checkpoint {newest}"
         )
     try:
-        return config, safetensors.torch.load_file(final)
-    except (OSError, safetensors.SafetensorError) as error:
+        return config, _checked(safetensors.torch.load_file(final))
+    except Exception as error:  # whatever a damaged file provokes
         raise Refused(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
+
+
+def _checked(weights: Any) -> dict[str, Tensor]:
+    """Weights with the two tensors whose shapes say what the network is. KeyError, TypeError where they are not."""
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise TypeError("its weights are not all tensors")
+    if weights["conv1.weight"].ndim != 4 or weights["fc.weight"].ndim != 2:
+        raise TypeError("a tensor is of another shape")
+    return weights
 
 
 def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
@@ -64,7 +77,7 @@ def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> 
             **options,
         )
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise Refused(
             f"the weights are not those of the run's {config.model.name} ({reason}): give files of one run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -73,7 +74,7 @@ class Run:
         try:
             old = yaml.safe_load(known.read_text(encoding="utf-8"))
             changed = differences(old, to_dict(self.config))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
             raise Refused(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
             raise Refused(
@@ -81,7 +82,16 @@ class Run:
                 "choose another --run.dir, or give the values it was started with"
             )
         summary = self.folder / "summary.json"
-        return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+        if not summary.exists():
+            return None
+        try:
+            content = json.loads(summary.read_text(encoding="utf-8"))
+            float(content["test_accuracy"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise Refused(
+                f"{summary} is not a summary of fastres: remove it to finish the run again"
+            ) from None
+        return content
 
     def claim(self) -> None:
         """Takes the folder: nobody else may write here until this process ends."""
@@ -158,14 +168,22 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of a metrics.jsonl that are rows; one that a kill cut short, say, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            if _is_row(row := json.loads(line)):
+                rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether all is there that a history needs."""
+    if not isinstance(row, dict) or row.get("split") not in ("train", "test", "validation"):
+        return False
+    numbers = ["loss", "accuracy", "lr", "train_time_s"]
+    numbers += ["train_loss", "train_accuracy"] if row["split"] != "train" else []
+    return type(row.get("step")) is int and all(type(row.get(name)) in (int, float) for name in numbers)
 
 
 def write_text(path: Path, text: str) -> None:

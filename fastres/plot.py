@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastres.errors import Refused, run_command
@@ -21,6 +22,7 @@ PANELS = (  # (column, title): rows loss and accuracy, columns train and validat
     ("train_accuracy", "train accuracy"),
     ("eval_accuracy", "{} accuracy"),
 )
+SPLITS = ("test", "validation")
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
@@ -28,12 +30,18 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     try:
         with (run / "history.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
+        history = [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
+        needed = {"step", "eval_split", *(column for column, _ in PANELS)}
+        if not all(needed <= row.keys() and row["eval_split"] in SPLITS for row in history):
+            raise ValueError("a column is not there")
+        return history
     except FileNotFoundError:
         raise Refused(
             f"{run} holds no history.csv: give folders of runs that have evaluated at least once"
         ) from None
-    except (ValueError, TypeError, csv.Error, UnicodeDecodeError):
+    except OSError as error:
+        raise Refused(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
+    except (ValueError, TypeError, csv.Error):
         raise Refused(f"{run / 'history.csv'} is not a history of fastres") from None
 
 
@@ -80,19 +88,20 @@ def table_of(runs: list[Path]) -> Table:
     for run in runs:
         try:
             s = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            table.add_row(run.name, *["–"] * 6, "not finished")
-            continue
-        table.add_row(
-            run.name,
-            s["model"],
-            f"{s['parameters']:,}",
-            f"{s['steps']:,}",
-            str(s["seed"]),
-            f"{s['test_accuracy']:.4f}",
-            f"{s['test_loss']:.4f}",
-            f"{s['train_time_s']:.0f} s",
-        )
+            cells = [
+                str(s["model"]),
+                f"{s['parameters']:,}",
+                f"{s['steps']:,}",
+                str(s["seed"]),
+                f"{s['test_accuracy']:.4f}",
+                f"{s['test_loss']:.4f}",
+                f"{s['train_time_s']:.0f} s",
+            ]
+        except FileNotFoundError:
+            cells = [*["–"] * 6, "not finished"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            cells = [*["–"] * 6, "no summary of fastres"]
+        table.add_row(*map(escape, (run.name, *cells)))  # a name such as [/x] is no markup
     return table
 
 

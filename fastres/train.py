@@ -119,7 +119,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             step.load_state_dict(state["trainer"])
             start, window = state["step"], Totals(**state["window"])
             clock = Clock(engine.device.type, **state["clock"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from None
         if start > steps:
             raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")

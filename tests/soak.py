@@ -221,7 +221,12 @@ class Undisturbed:
                 rows = history_of(folder)
                 same("history.csv", rows, self.history[: len(rows)] or "a header and rows")
             rows, _ = metrics_of(folder)
-            same("metrics.jsonl", rows, self.rows[: len(rows)])
+            for number, row in enumerate(rows):
+                same(
+                    f"row {number} of metrics.jsonl",
+                    row,
+                    self.rows[number] if number < len(self.rows) else None,
+                )
         except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise Lost(f"a file of {folder} cannot be read: {type(error).__name__}: {error}") from None
         if there("history.png") and not (folder / "history.png").read_bytes().endswith(PNG_END):

@@ -316,15 +316,21 @@ def test_what_an_image_folder_lacks_is_named(tmp_path: Path) -> None:
         load("imagefolder", root)
 
 
-def test_links_stay_inside_the_data_folder(tmp_path: Path) -> None:
+def test_links_are_followed_and_those_that_lead_out_are_said(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images")
     (root / "train" / "cat" / "again.jpg").symlink_to(root / "train" / "cat" / "00000.jpg")
-    assert len(load("imagefolder", root).train) == 9
+    source = load("imagefolder", root)
+    assert len(source.train) == 9 and source.notes == ()
     outside = write_image_folder(tmp_path / "outside")
-    for link, target in (("cat/link.jpg", "train/cat/00000.jpg"), ("lynx", "train/cat")):
+    for link, target, count in (("cat/link.jpg", "train/cat/00000.jpg", 10), ("lynx", "train/cat", 13)):
         (root / "train" / link).symlink_to(outside / target)
-        with refused(root / "train" / link, "leads out of"):
-            load("imagefolder", root)
+        source = load("imagefolder", root)
+        assert len(source.train) == count
+        (note,) = source.notes
+        assert note.startswith(
+            f"1 links lead out of {root} and are followed; the first is {root / 'train' / link}"
+        )
+        assert note.endswith(str(outside / target))
         (root / "train" / link).unlink()
     (root / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
     with refused("loop.jpg", root):

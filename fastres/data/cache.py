@@ -65,7 +65,7 @@ def kept_images(
             _write_images(entry, folder, paths, wanted, config.workers)
             notes.append(f"images are decoded once, into {entry.parent}: later runs find them there")
 
-        return _once(entry, folder, lambda: _read_images(entry, wanted), make), notes
+        return _once(entry, folder, lambda: _read_images(entry, wanted, len(paths)), make), notes
     except OSError as error:
         return None, [_not_kept(error, config)]
 
@@ -82,11 +82,10 @@ def sizes_and_reasons(
 
         def read() -> list[Size | str] | None:
             kept = _read_json(file, wanted)
-            return (
-                None
-                if kept is None
-                else [one if isinstance(one, str) else tuple(one) for one in kept["files"]]
-            )
+            files = kept.get("files") if kept else None
+            if not isinstance(files, list) or len(files) != len(paths) or not all(map(_is_size, files)):
+                return None
+            return [one if isinstance(one, str) else tuple(one) for one in files]
 
         def make() -> None:
             found.extend(itertools.chain.from_iterable(_each(size_or_reason, paths, config.workers)))
@@ -196,8 +195,15 @@ def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if content["fingerprint"] == wanted else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _is_size(one: Any) -> bool:
+    """Whether it is what stands for a file in .sizes: height and width, or a reason."""
+    return isinstance(one, str) or (
+        isinstance(one, list) and len(one) == 2 and all(type(side) is int and side > 0 for side in one)
+    )
 
 
 def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint: str, workers: int) -> None:
@@ -219,17 +225,19 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
     _write_json(entry.with_suffix(".json"), description | {"sha256": digest.hexdigest()})
 
 
-def _read_images(entry: Path, wanted: str) -> np.ndarray | None:
+def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
     """The array, mapped; None where there is none, of other files, or not as it was written."""
     description = _read_json(entry.with_suffix(".json"), wanted)
     try:
         with entry.with_suffix(".npy").open("rb") as file:  # once: another process may replace it meanwhile
             if description and hashlib.file_digest(file, "sha256").hexdigest() == description["sha256"]:
                 shape = tuple(description["shape"])
+                if len(shape) != 4 or shape[0] != count:
+                    return None
                 offset = file.tell() - math.prod(shape)
                 # Copied where written to, which nobody does: torch takes no arrays that it must not write to.
                 return np.memmap(file, np.uint8, "c", offset, shape)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         pass
     return None
 

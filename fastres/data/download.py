@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -19,6 +21,7 @@ from fastres.errors import Refused
 
 CONNECT_TIMEOUT_S = 10
 CHUNK_BYTES = 1 << 20
+MOST_BYTES = 1 << 30  # of a file in an archive; the largest that is asked for has 155 MB
 REMEDIES = (
     "Point --data.root at a folder that has it or --data.mirror at a server that does, "
     "or use --recipe digits, which needs no download"
@@ -87,8 +90,16 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same file system: moves are atomic
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
+                for name in names:
+                    member = tar.getmember(
+                        f"{folder.name}/{name}"
+                    )  # these alone: no path comes from the archive
+                    content = tar.extractfile(member) if member.isreg() else None
+                    if content is None or member.size > MOST_BYTES:
+                        raise OSError(f"{member.name} is no file, or one of more than {MOST_BYTES:,} bytes")
+                    with Path(scratch, name).open("xb") as file:
+                        shutil.copyfileobj(content, file, CHUNK_BYTES)
             for name in names:
-                Path(scratch, folder.name, name).replace(folder / name)
-    except (OSError, tarfile.TarError, EOFError) as error:
+                Path(scratch, name).replace(folder / name)
+    except (OSError, KeyError, tarfile.TarError, EOFError, zlib.error) as error:
         raise Refused(f"cannot unpack {archive} into {folder}: {error}") from error

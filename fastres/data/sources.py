@@ -310,7 +310,8 @@ def imagefolder(config: DataConfig) -> Source:
         absent = "test (or val)" if (root / "train").is_dir() else "train"
         raise Refused(f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*")
 
-    parts = {part: _class_files(root, part, broken=config.skip_bad) for part in ("train", held[0])}
+    outside: list[Path] = []
+    parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", held[0])}
     classes = tuple(parts["train"])
     unknown = [name for name in parts[held[0]] if name not in classes]
     if unknown:
@@ -318,6 +319,11 @@ def imagefolder(config: DataConfig) -> Source:
             f"{root / held[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
         )
     notes = [f"{root} has both test and val: test is used"] if len(held) == 2 else []
+    if outside:
+        notes.append(_one_line(
+            f"{len(outside):,} links lead out of {root} and are followed; the first is {outside[0]}, "
+            f"to {os.path.realpath(outside[0])}"
+        ))  # fmt: skip
     if config.skip_bad:
         parts, said = _without_bad(root, parts, config)
         notes += said
@@ -392,12 +398,17 @@ def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig
         f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}"
         + (f"; all are listed in {listed}" if listed else "")
     )
+    return _one_line(note)
+
+
+def _one_line(note: str) -> str:
     return " ".join(note.encode("utf-8", "backslashreplace").decode().split())  # a file may have any name
 
 
-def _class_files(root: Path, part: str, broken: bool) -> ClassFiles:
+def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> ClassFiles:
     """The image files of each class folder of root/part, both in the order of their names; with those that are links to
-    nothing, where `broken`, else Refused."""
+    nothing, where `broken`, else Refused. Links that lead out of root are added to `outside`: shared data sets are
+    often linked together, so they are read, and said."""
     folder = root / part
     inside = Path(os.path.realpath(root))
 
@@ -406,12 +417,12 @@ def _class_files(root: Path, part: str, broken: bool) -> ClassFiles:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
 
     def checked(path: Path, broken: bool = False) -> Path:
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-            raise Refused(f"{path} is a link that leads out of {root}: copy what it points to, or remove it")
         if path.is_symlink() and not path.exists() and not broken:
             raise Refused(
                 f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it"
             )
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            outside.append(path)
         return path
 
     def images(of_class: Path) -> Iterator[Path]:

@@ -17,6 +17,8 @@ from fastres.models.blocks import (
     unknown,
 )
 
+MOST_BLOCKS = 10_000  # per stage, a depth of 60,002: a slip of the finger should not fill the memory
+
 
 class CifarResNet(nn.Module):
     """Stem 3×3 of 16 channels, three stages of n blocks (16, 32, 64), linear head; depth 6n+2.
@@ -60,6 +62,8 @@ def cifar_resnet(
     """The net of depth 6·blocks_per_stage + 2. `shortcut`: a name in SHORTCUTS (None: the paper's, pad);
     `plain`: no shortcut in any block, for the degradation experiment (section 4.2, figure 6).
     """
+    if blocks_per_stage > MOST_BLOCKS:
+        raise ValueError(f"blocks_per_stage {blocks_per_stage} is more than {MOST_BLOCKS:,}")
     if plain and shortcut is not None:
         raise ValueError(f"a plain net has no shortcut: leave out shortcut={shortcut!r}, or ask for a resnet")
     if shortcut is not None and shortcut not in SHORTCUTS:

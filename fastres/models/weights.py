@@ -75,9 +75,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(_is_dense(*item) for item in state.items()):
         raise Refused(f"weights file {path} holds no state_dict; save model.state_dict() into it")
     return dict(state)
+
+
+def _is_dense(key: Any, tensor: Any) -> bool:
+    return (
+        isinstance(key, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized)
+    )
 
 
 def _shape(tensor: Tensor) -> str:
