@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from fastres.errors import complain
 
 COMPUTES = "computes"
 LOOK_EVERY_S = 0.5
@@ -44,7 +45,7 @@ def watching(rank: int, world: int, timeout_s: float, token: str) -> Iterator[No
     ended = threading.Event()
     looks = [_no_step(rank, world, timeout_s, token)] if world > 1 else []
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        looks.append(_no_launcher(rank))
+        looks.append(_no_launcher())
 
     def look() -> None:
         while not ended.wait(LOOK_EVERY_S):
@@ -61,7 +62,7 @@ def watching(rank: int, world: int, timeout_s: float, token: str) -> Iterator[No
         ended.set()
 
 
-def _no_launcher(rank: int) -> Callable[[], None]:
+def _no_launcher() -> Callable[[], None]:
     """Looks whether the launcher is there still. Without it: as at SIGTERM, and after LEAVE_S out whatever happens."""
     launcher, since = os.getppid(), 0.0
 
@@ -71,7 +72,7 @@ def _no_launcher(rank: int) -> Callable[[], None]:
             return
         if not since:
             since = time.monotonic()
-            _say(rank, "the launcher is gone; saving, and leaving")
+            complain("the launcher is gone; saving, and leaving")
             os.kill(os.getpid(), signal.SIGTERM)
         elif time.monotonic() - since > LEAVE_S:
             os._exit(128 + signal.SIGTERM)
@@ -97,7 +98,7 @@ def _no_step(rank: int, world: int, timeout_s: float, token: str) -> Callable[[]
         call = threading.Thread(target=answer, daemon=True)
         call.start()
         call.join(3 * ANSWER_S)  # a store behind a dead link never answers
-        _say(rank, f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
+        complain(f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
         os._exit(1)
 
     return look
@@ -120,7 +121,3 @@ def _roll_call(rank: int, world: int, token: str) -> str:
     answers = [store.get(key).decode() if store.check([key]) else "does not answer" for key in keys]
     hanging = [f"rank {n} {answer}" for n, answer in enumerate(answers) if answer != COMPUTES]
     return ", ".join(hanging) or "all processes wait for one another: is the network between them down?"
-
-
-def _say(rank: int, what: str) -> None:
-    print(f"fastres: error: rank {rank}: {what}", file=sys.stderr, flush=True)

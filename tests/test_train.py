@@ -443,6 +443,23 @@ def test_two_processes_share_the_batch_and_count_every_sample_once(train: Train,
     assert json.loads((tmp_path / "one/summary.json").read_text())["steps"] == 40
 
 
+def test_two_processes_that_are_started_again_end_with_the_same_weights(tmp_path: Path) -> None:
+    """What rank 0 saves is the state of both: their gradients are averaged."""
+    flags = [*SHORT, "--run.keep_checkpoints", 9, "--run.dir", tmp_path / "run"]
+    process = start(*flags, torchrun=2)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    weights, rows = sha256(tmp_path / "run/model.safetensors"), losses(tmp_path / "run", 40)
+    (tmp_path / "run/summary.json").unlink()
+    for path in checkpoint.found(tmp_path / "run/checkpoints")[:-1]:
+        path.unlink()
+    process = start(*flags, torchrun=2)
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "continued at step 8" in out, out
+    assert losses(tmp_path / "run", 40) == rows
+    assert sha256(tmp_path / "run/model.safetensors") == weights
+
+
 def losses(run: Path, steps: int) -> list[float]:
     """Of the training steps up to that one, as logged."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
