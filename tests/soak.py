@@ -42,6 +42,7 @@ LAUNCHER_SHARE = 0.25  # of the kills under torchrun
 PHASES = ("start-up", "training", "checkpoint write", "evaluation", "end")
 PNG_END = b"IEND\xaeB`\x82"
 TICK_S = 0.0005
+ORPHANS_S = 20.0
 HANGS_AFTER_S = 300.0
 
 Row = dict[str, Any]
@@ -346,10 +347,14 @@ class Victim:
         if not workers or self.random.random() < LAUNCHER_SHARE:
             kill(self.process.pid)
             wait_until(lambda: self.process is None or self.process.poll() is not None, "it is not dead")
-            # Workers that have lost their launcher go on, and hold the folder until they are done.
-            wait_until(
-                lambda: not workers_of(self.folder) if workers else True, "workers without a launcher run"
-            )
+            # Workers that have lost their launcher go on and hold the folder until they are done; where they had not
+            # found each other yet, they look for minutes for the store that was the launcher's.
+            patience = time.monotonic() + ORPHANS_S
+            while (orphans := workers_of(self.folder) if workers else {}) and time.monotonic() < patience:
+                time.sleep(0.05)
+            for pid in orphans:
+                kill(pid)
+            wait_until(lambda: not orphans or not workers_of(self.folder), "its workers are not dead")
             self.process = None
             return "launcher" if self.soak.processes > 1 else "process"
         pid, rank = self.random.choice(list(workers.items()))
