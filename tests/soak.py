@@ -283,8 +283,7 @@ class Victim:
         began = time.monotonic()
         self.env_at_start, self.step_at_start = self.changed("env.json"), self.newest
         self.old = dict(self.temporaries())
-        if self.process is None:  # else torchrun starts it again
-            self.process = self.start()
+        self.process = self.start()
         killing = self.soak.may_kill()
         aim, now = self.aim() if killing else ("", lambda: False)
         while (status := self.process.poll()) is None and not now():
@@ -359,7 +358,9 @@ class Victim:
             return "launcher" if self.soak.processes > 1 else "process"
         pid, rank = self.random.choice(list(workers.items()))
         kill(pid)
-        wait_until(lambda: not workers.keys() & workers_of(self.folder).keys(), "its other workers run")
+        wait_until(lambda: self.process is None or self.process.poll() is not None, "its launcher goes on")
+        wait_until(lambda: not workers_of(self.folder), "its other workers run")
+        self.process = None
         return f"worker {rank}"
 
     # -------------------------------------------------------------------------------- what its files tell
@@ -416,8 +417,9 @@ class Soak:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.launcher: list[str] = []
         if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            self.launcher = [*torchrun, "--max-restarts=1000"]
+            # The launcher ends with the worker, and is started again: with --max-restarts, workers started in place
+            # now and then could not connect to each other (torch 2.14, gloo), which is not what is tested here.
+            self.launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
         self.granted = self.victims = 0
