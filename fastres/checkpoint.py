@@ -60,7 +60,7 @@ def load(path: Path) -> State:
         raise Refused(
             f"checkpoint {path} is corrupt: its content does not have the checksum it was written with"
         )
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+    if not isinstance(state, dict) or type(step := state.get("step", 0)) is not int or step < 0:
         raise Refused(f"{path} is not a checkpoint of fastres")
     return state
 
