@@ -60,7 +60,7 @@ class ModelConfig:
     """File to start from: .safetensors or a torchvision state_dict; a head of another size is replaced."""
 
     # Plain values, not Any: for Any jsonargparse takes {class_path: ...} as a class to import and to call.
-    options: dict[str, bool | int | float | list[bool] | str | None] = field(default_factory=dict)
+    options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)
     """Further options of build_model, such as {stem: small, zero_init_residual: true}."""
 
 
