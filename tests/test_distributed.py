@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +33,22 @@ LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "-
 class Job:
     """The command under torchrun, or by itself where processes is 1."""
 
-    def __init__(self, folder: Path, *flags: object, processes: int = 2, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: object,
+        processes: int = 2,
+        restarts: int = 0,
+        torchrun: bool = False,
+        start_new_session: bool = False,
+    ) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                    f"--max-restarts={restarts}"] if processes > 1 else []  # fmt: skip
+                    f"--max-restarts={restarts}"] if torchrun or processes > 1 else []  # fmt: skip
         self.folder, self.said = folder, folder.with_suffix(".said")
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags), "--run.dir", str(folder)],
-                stdout=said, stderr=said, env=users_environment(),
+                stdout=said, stderr=said, env=users_environment(), start_new_session=start_new_session,
             )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
@@ -78,7 +87,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts jobs in the test's folder, and sees to it that none outlives the test."""
     jobs = []
 
-    def start(name: str, *flags: object, **how: int) -> Job:
+    def start(name: str, *flags: object, **how: Any) -> Job:
         jobs.append(Job(tmp_path / name, *flags, **how))
         return jobs[-1]
 
@@ -140,9 +149,10 @@ def test_what_some_processes_saved_others_go_on_from(
     assert len(rest) == 50 and losses(again) == pytest.approx(rest, rel=1e-8)
 
 
-def test_parts_of_a_batch_are_to_the_gradient_what_processes_are(tmp_path: Path) -> None:
+def test_parts_of_a_batch_are_to_the_gradient_what_processes_are(one: Path, tmp_path: Path) -> None:
     """BatchNorm sees a part, or a process's share, by itself."""
     apart = finished(tmp_path / "apart", *EXACT, processes=2)
+    assert losses(apart) != pytest.approx(losses(one), rel=1e-3)
     accumulated = finished(tmp_path / "accumulated", *EXACT, "--train.accumulate", 2, processes=1)
     assert losses(accumulated) == pytest.approx(losses(apart), rel=1e-8)
     both = finished(tmp_path / "both", *EXACT, "--train.accumulate", 2, processes=2)
@@ -298,9 +308,42 @@ def test_what_rank_0_refuses_is_said_once(job: Callable[..., Job], undisturbed: 
     assert line.startswith("fastres: error: rank 0: run.dir ") and "optim.lr: 0.01 -> 0.02" in line
 
 
-def test_two_processes_train_what_every_process_saves(undisturbed: Path) -> None:
-    """The statistics are rank 0's; the weights are those of both (fastres.distributed.check_equal, at each save)."""
+def test_rank_0_speaks_writes_and_counts_for_all(undisturbed: Path) -> None:
+    said = undisturbed.with_suffix(".said").read_text()
+    assert said.count("step 120: test loss") == 1 and "FutureWarning" not in said
+    assert json.loads((undisturbed / "env.json").read_text())["processes"] == 2
+    assert sorted(losses(undisturbed)) == list(range(1, 121))
+    # The statistics are rank 0's; that the weights are those of both, every save has checked.
     weights = load_file(undisturbed / "model.safetensors")
     state = checkpoint.latest(undisturbed / "checkpoints")
     assert state is not None and state["step"] == 120
     assert all(torch.equal(weights[name], tensor) for name, tensor in state["trainer"]["model"].items())
+
+
+def test_torchrun_with_one_process_is_the_plain_command(job: Callable[..., Job], tmp_path: Path) -> None:
+    flags = [*LONG, "--train.steps", 20]
+    alone = finished(tmp_path / "alone", *flags, processes=1)
+    launched = job("launched", *flags, torchrun=True, processes=1)
+    assert launched.end() == 0, launched.text()
+    assert sha256(launched.folder) == sha256(alone)
+
+
+def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -> None:
+    run = job("run", *LONG, start_new_session=True)
+    run.wait_for_step(12)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: the launcher and its workers at once
+    assert run.end() != 0
+    newest = checkpoint.found(run.folder / "checkpoints")[0]
+    assert f"stopped by SIGINT at step {int(newest.stem[5:])}; the state is in {newest}" in run.text()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(job: Callable[..., Job]) -> None:
+    run = job("run", *LONG, "--train.batch_size", 126, "--train.accumulate", 4)
+    assert run.end() != 0
+    remedy = (
+        "2 with --train.accumulate 4 cannot share it equally; use --train.batch_size 120 or another number"
+    )
+    assert all(
+        f"train.batch_size 126 is the batch of all processes and {remedy}" in line for line in run.errors()
+    )
+    assert len(run.errors()) == 2 and not run.folder.exists()

@@ -419,45 +419,7 @@ def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "elsewhere/checkpoints") is not None
 
 
-# ---- processes ----------------------------------------------------------------------------------------------
-
-
-def test_torchrun_alone_is_the_plain_command(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(*SHORT, "--run.dir", tmp_path / "run", torchrun=1)
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
-    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
-
-
-def test_two_processes_share_the_batch_and_count_every_sample_once(train: Train, tmp_path: Path) -> None:
-    process = start(*SHORT, "--run.dir", tmp_path / "run", "--run.checkpoint_every", 30, torchrun=2)
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
-    assert out.count("step 40: test loss") == 1  # rank 0 speaks alone
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["test_samples"] == 360 and summary["test_accuracy"] > 0.15
-    assert json.loads((tmp_path / "run/env.json").read_text())["processes"] == 2
-    # What two processes wrote, one continues: take the last 10 steps again from the state of step 30.
-    state = tmp_path / "run/checkpoints/step-00000030.pt"
-    assert train(*SHORT, "--run.resume", state, "--run.dir", tmp_path / "one") == 0
-    assert json.loads((tmp_path / "one/summary.json").read_text())["steps"] == 40
-
-
-def test_two_processes_that_are_started_again_end_with_the_same_weights(tmp_path: Path) -> None:
-    """What rank 0 saves is the state of both: their gradients are averaged."""
-    flags = [*SHORT, "--run.keep_checkpoints", 9, "--run.dir", tmp_path / "run"]
-    process = start(*flags, torchrun=2)
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
-    weights, rows = sha256(tmp_path / "run/model.safetensors"), losses(tmp_path / "run", 40)
-    (tmp_path / "run/summary.json").unlink()
-    for path in checkpoint.found(tmp_path / "run/checkpoints")[:-1]:
-        path.unlink()
-    process = start(*flags, torchrun=2)
-    out = process.communicate()[0]
-    assert process.returncode == 0 and "continued at step 8" in out, out
-    assert losses(tmp_path / "run", 40) == rows
-    assert sha256(tmp_path / "run/model.safetensors") == weights
+# ---- norms --------------------------------------------------------------------------------------------------
 
 
 def losses(run: Path, steps: int) -> list[float]:
@@ -468,7 +430,7 @@ def losses(run: Path, steps: int) -> list[float]:
 
 EVERY_STEP = ("--train.log_every", "1")  # the last one counts
 # The digits' background is one value: where it comes close to ReLU's corner, rounding decides for thousands of pixels
-# at once. So in float32 only the first steps agree closely; in float64 all do (test_models.py, and below).
+# at once. So in float32 only the first steps agree closely; in float64 all do (test_models.py).
 
 
 def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
@@ -479,94 +441,6 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
     assert losses(tmp_path / "fused", 3) == pytest.approx(losses(tmp_path / "torch", 3), rel=1e-3)
     weights = [set(load_file(tmp_path / norm / "model.safetensors")) for norm in ("torch", "fused")]
     assert weights[0] == weights[1]
-
-
-def test_sync_norm_makes_two_processes_train_as_one(tmp_path: Path) -> None:
-    """auto takes the norm that can. Without it the two halves of a batch are normalised apart: other losses."""
-    for folder, processes, flags in (
-        ("one", 0, ()),
-        ("shared", 2, ("--model.sync_norm", "true")),
-        ("apart", 2, ()),
-    ):
-        process = start(*SHORT, *EVERY_STEP, *flags, "--run.dir", tmp_path / folder, torchrun=processes)
-        out = process.communicate()[0]
-        assert process.returncode == 0, out
-    assert losses(tmp_path / "shared", 2) == pytest.approx(losses(tmp_path / "one", 2), rel=1e-4)
-    assert losses(tmp_path / "apart", 2) != pytest.approx(losses(tmp_path / "one", 2), rel=1e-3)
-
-
-TWO_AS_ONE = """
-import os, sys, torch, torch.nn.functional as F
-from fastres import build_model, distributed
-from fastres_kernels import synchronise
-
-world, rank = distributed.world(), distributed.rank()
-model = build_model("resnet20", norm="fused").double().to(memory_format=torch.channels_last)
-
-def train():
-    if world > 1:
-        synchronise(model)
-    wrapped = distributed.wrap(model, torch.device("cpu"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(10):
-        x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
-        y = torch.randint(10, (8,), generator=generator)
-        loss = F.cross_entropy(wrapped(x.chunk(world)[rank]), y.chunk(world)[rank])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach() / world
-        distributed.all_sum(mean)
-        if rank == 0:
-            print("loss", mean.item())
-    distributed.all_sum(torch.zeros(1))  # nobody leaves before the others
-
-
-with distributed.group(torch.device("cpu")):
-    train()
-sys.stdout.flush()
-os._exit(0)  # at the interpreter's end a thread of gloo's that nobody joined sometimes means SIGABRT (torch 2.14)
-"""
-
-
-def test_in_float64_two_processes_with_sync_norm_have_the_losses_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "two_as_one.py"
-    script.write_text("import torch\ntorch.manual_seed(0)\n" + TWO_AS_ONE)
-    found = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        done = subprocess.run(
-            [sys.executable, *launcher, script],
-            capture_output=True,
-            text=True,
-            env=users_environment(),
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss")])
-    assert len(found[0]) == 10
-    assert found[1] == pytest.approx(found[0], rel=1e-10)
-
-
-def test_ctrl_c_at_torchrun_saves_one_step_of_all_processes(train: Train, tmp_path: Path) -> None:
-    process = start(*SHORT, "--run.dir", tmp_path / "run", torchrun=2, start_new_session=True)
-    wait_for_step(tmp_path / "run", 12, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and its workers at once
-    out = process.communicate()[0]
-    assert process.returncode != 0 and "stopped by SIGINT at step" in out, out
-    step = int(checkpoint.found(tmp_path / "run/checkpoints")[0].stem[5:])
-    assert step % 10 == 0 and f"at step {step}; the state is in" in out
-    assert train(*SHORT, "--run.dir", tmp_path / "run") == 0  # continued by one process
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:
-    process = start(*SHORT, "--train.batch_size", 127, "--run.dir", tmp_path / "run", torchrun=2)
-    out = process.communicate()[0]
-    assert process.returncode != 0
-    assert (
-        "train.batch_size 127 is the batch of all processes and 2 cannot share it equally; use --train" in out
-    )
-    assert not (tmp_path / "run").exists()
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------
