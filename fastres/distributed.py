@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.errors import Failed, Refused
-from fastres.watch import watching
+from fastres.watch import no_step, watching
 from fastres_kernels import synchronise
 
 T = TypeVar("T")
@@ -57,19 +57,19 @@ def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
     """
     global _hosts
     if world() == 1:
-        with watching(0, 1, timeout_s, ""):
+        with watching(alone=True):
             yield
         return
     try:
-        # The watch comes first, because it can say who hangs.
-        later = timedelta(seconds=timeout_s + 60)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store, _, _ = next(dist.rendezvous("env://", timeout=later))
-        session = _session(store, later.total_seconds())
-        store = dist.PrefixStore(session, store)
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=later)
-        _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
-        with watching(rank(), world(), timeout_s, session):
+        with watching(alone=False) as looks:
+            later = timedelta(seconds=timeout_s + 60)  # the watch comes first, because it can say who hangs
+            store, _, _ = next(dist.rendezvous("env://", timeout=later))
+            session = _session(store, later.total_seconds())
+            store = dist.PrefixStore(session, store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=later)
+            _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
+            looks.append(no_step(rank(), world(), timeout_s, session))
             yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

@@ -39,30 +39,31 @@ def rest() -> None:
     _last = None
 
 
+Look = Callable[[], None]
+
+
 @contextmanager
-def watching(rank: int, world: int, timeout_s: float, token: str) -> Iterator[None]:
-    """Watches this process as long as the block runs. `token`: equal on all processes, and new for each start."""
+def watching(alone: bool) -> Iterator[list[Look]]:
+    """Watches this process as long as the block runs: whether its launcher is there, if it has one, and unless it is
+    alone what is added to the list."""
     ended = threading.Event()
-    looks = [_no_step(rank, world, timeout_s, token)] if world > 1 else []
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        looks.append(_no_launcher())
+    looks = [_no_launcher()] if "TORCHELASTIC_RUN_ID" in os.environ else []
 
     def look() -> None:
         while not ended.wait(LOOK_EVERY_S):
             for one in looks:
                 one()
 
-    thread = threading.Thread(target=look, name="fastres-watch", daemon=True)
-    if looks:
-        thread.start()
+    if looks or not alone:
+        threading.Thread(target=look, name="fastres-watch", daemon=True).start()
     try:
-        yield
+        yield looks
     finally:
         rest()
         ended.set()
 
 
-def _no_launcher() -> Callable[[], None]:
+def _no_launcher() -> Look:
     """Looks whether the launcher is there still. Without it: as at SIGTERM, and after LEAVE_S out whatever happens."""
     launcher, since = os.getppid(), 0.0
 
@@ -80,9 +81,9 @@ def _no_launcher() -> Callable[[], None]:
     return look
 
 
-def _no_step(rank: int, world: int, timeout_s: float, token: str) -> Callable[[], None]:
+def no_step(rank: int, world: int, timeout_s: float, token: str) -> Look:
     """Looks whether steps still come. Where none has for timeout_s, the processes tell each other what they do, and
-    leave."""
+    leave. `token`: equal on all processes, and new for each start."""
 
     def look() -> None:
         if _last is None or time.monotonic() - _last[0] < timeout_s:

@@ -346,8 +346,7 @@ class Victim:
         if not workers or self.random.random() < LAUNCHER_SHARE:
             kill(self.process.pid)
             wait_until(lambda: self.process is None or self.process.poll() is not None, "it is not dead")
-            # Workers that have lost their launcher go on and hold the folder until they are done; where they had not
-            # found each other yet, they look for minutes for the store that was the launcher's.
+            # Workers that have lost their launcher save and leave by themselves.
             patience = time.monotonic() + ORPHANS_S
             while (orphans := workers_of(self.folder) if workers else {}) and time.monotonic() < patience:
                 time.sleep(0.05)
@@ -417,8 +416,7 @@ class Soak:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.launcher: list[str] = []
         if processes > 1:
-            # The launcher ends with the worker, and is started again: with --max-restarts, workers started in place
-            # now and then could not connect to each other (torch 2.14, gloo), which is not what is tested here.
+            # The launcher ends with the worker, and is started again; test_distributed.py has --max-restarts.
             self.launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
