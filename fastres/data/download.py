@@ -90,10 +90,8 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same file system: moves are atomic
             with tarfile.open(archive) as tar:
-                for name in names:
-                    member = tar.getmember(
-                        f"{folder.name}/{name}"
-                    )  # these alone: no path comes from the archive
+                for name in names:  # these alone: no path comes from the archive
+                    member = tar.getmember(f"{folder.name}/{name}")
                     content = tar.extractfile(member) if member.isreg() else None
                     if content is None or member.size > MOST_BYTES:
                         raise OSError(f"{member.name} is no file, or one of more than {MOST_BYTES:,} bytes")
