@@ -23,6 +23,7 @@ PANELS = (  # (column, title): rows loss and accuracy, columns train and validat
     ("eval_accuracy", "{} accuracy"),
 )
 SPLITS = ("test", "validation")
+AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time, s")}  # (column, what it says)
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         with (run / "history.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         history = [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
-        needed = {"step", "eval_split", *(column for column, _ in PANELS)}
+        needed = {"step", "train_time_s", "eval_split", *(column for column, _ in PANELS)}
         if not all(needed <= row.keys() and row["eval_split"] in SPLITS for row in history):
             raise ValueError("a column is not there")
         return history
@@ -45,12 +46,13 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         raise Refused(f"{run / 'history.csv'} is not a history of fastres") from None
 
 
-def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws train and validation loss and accuracy over the steps, 2 x 2, a line for each named history."""
+def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str = "step") -> None:
+    """Draws train and validation loss and accuracy, 2 x 2, a line for each named history; `against`: one of AGAINST."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import LogLocator
 
+    x, label = AGAINST[against]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     splits = {row["eval_split"] for rows in runs.values() for row in rows}
@@ -58,14 +60,14 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         for name, rows in runs.items():
             axes.plot(
-                [row["step"] for row in rows],
+                [row[x] for row in rows],
                 [row[column] for row in rows],
                 label=name,
                 linewidth=1.4,
                 marker="o" if len(rows) < 3 else None,
             )
         axes.set_title(title.format(split))
-        axes.set_xlabel("step")
+        axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         if "loss" in column and all(row[column] > 0 for rows in runs.values() for row in rows):
             axes.set_yscale("log")
@@ -110,6 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
                         "run, or comparison.png here for several)")  # fmt: skip
+    parser.add_argument(
+        "--against", choices=AGAINST, default="step", help="what the curves are over (default: step)"
+    )
     arguments = parser.parse_args(argv)
     runs: list[Path] = arguments.runs
     output = arguments.output or (runs[0] / "history.png" if len(runs) == 1 else Path("comparison.png"))
@@ -117,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(r) for r in runs]
     )
     try:
-        plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output)
+        plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output, arguments.against)
     except (OSError, ValueError) as error:
         raise Refused(f"cannot write {output}: {error}") from None
     Console(width=None if sys.stdout.isatty() else 120).print(table_of(runs))
