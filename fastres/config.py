@@ -446,11 +446,16 @@ def check(config: Config) -> None:
         config.model.sync_norm and bool(config.model.options.get("fused_convolutions")),
         "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
     )
+    for name in ("num_classes", "in_channels"):
+        refuse_if(
+            name in config.model.options,
+            f"model.options: {name} comes from the data; --model.num_classes sets the size of the head",
+        )
     try:
         with torch.device("meta"):
             norm = "fused" if config.model.norm == "fused" else "torch"
-            sizes: dict[str, Any] = {"num_classes": config.model.num_classes or 10, "in_channels": 3}
-            build_model(config.model.name, norm=norm, **sizes, **model_options(config.model))
+            classes = config.model.num_classes or 10
+            build_model(config.model.name, norm=norm, num_classes=classes, **model_options(config.model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise Refused(f"model: {str(error).splitlines()[0]}") from None
 

@@ -21,6 +21,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # A pytest that a test starts is nobody's worker: pytest-benchmark measures nothing in one.
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         # But matplotlib's list of fonts, which takes seconds to make, stays where it is.
         patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(users / "matplotlib")))
         yield

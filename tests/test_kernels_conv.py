@@ -105,6 +105,7 @@ def assert_close(ours: Any, oracle: Any, dtype: torch.dtype) -> None:
 def poisoned() -> Iterator[None]:
     """Memory that nobody has written is NaN."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

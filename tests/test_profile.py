@@ -290,6 +290,7 @@ def test_a_variant_is_what_the_engine_makes_of_it() -> None:
         ("resnet20", {}, (2, 3, 32, 32), 10),
         ("resnet18", {}, (2, 3, 224, 224), 1000),
         ("resnet18", {"stem": "small", "num_classes": 7}, (2, 3, 32, 32), 7),
+        ("speed_resnet", {"in_channels": 1}, (2, 1, 32, 32), 10),
         ("mini_resnet", {}, (2, 1, 28, 28), 10),
         ("resnet8", {"in_channels": 1, "shortcut": "conv1x1"}, (2, 1, 32, 32), 10),
     ],

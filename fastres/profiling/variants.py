@@ -20,6 +20,7 @@ from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, in
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import MiniResNet
+from fastres.models.speedrun import SpeedResNet
 
 # ------------------------------------------------------------------------------------------- variants
 
@@ -154,15 +155,24 @@ INPUTS: dict[type[nn.Module], tuple[int, int, int]] = {  # channels, side and cl
     CifarResNet: (3, 32, 10),
     ResNet: (3, 224, 1000),
     MiniResNet: (1, 28, 10),
+    SpeedResNet: (3, 32, 10),
 }
 
 
 def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Subject:
     fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
-    model = ModelConfig(name=name, options=options, norm="fused" if fuses else "torch")
+    of_data = ("num_classes", "in_channels")  # in training these come from the data, here from nowhere else
+    model = ModelConfig(
+        name=name,
+        options={key: value for key, value in options.items() if key not in of_data},
+        norm="fused" if fuses else "torch",
+    )
     check(Config(model=model))
-    with torch.device("meta"):
-        family = type(build_model(name, norm=model.norm, **options))
+    try:
+        with torch.device("meta"):
+            family = type(build_model(name, norm=model.norm, **options))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Refused(f"model: {str(error).splitlines()[0]}") from None
     channels, side, classes = INPUTS[family]
     if options.get("stem") == "small":
         side, classes = INPUTS[CifarResNet][1:]
