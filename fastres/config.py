@@ -234,7 +234,7 @@ class EngineConfig:
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
 
     compress_gradients: bool = False
-    """Processes exchange their gradients in bf16, half the bytes (NCCL only)."""
+    """Processes exchange their gradients in bf16, half the bytes; refused where the backend cannot add bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
