@@ -130,12 +130,12 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     if named:  # before the folder is taken: what does not fit leaves nothing behind
         restore(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
 
-    with ExitStack() as closing:
+    with ExitStack() as stack:
         distributed.from_rank0(run.claim)
-        closing.callback(run.release)
+        stack.callback(run.release)
         if not named:
             restore(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
-        progress = closing.enter_context(ProgressLine(steps, start, enabled=is_main))
+        progress = stack.enter_context(ProgressLine(steps, start, enabled=is_main))
         distributed.from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes, *warnings):
             progress.say(line)
