@@ -225,12 +225,12 @@ def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
 
 
 def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job]) -> None:
-    run = job("run", *LONG, "--train.steps", 1_000_000, "--run.timeout_s", 3)
+    run = job("run", *LONG, "--train.steps", 1_000_000, "--run.timeout_s", 6)
     run.wait_for_step(12)
     stopped = run.worker(1)
     os.kill(stopped, signal.SIGSTOP)
     run.wait_for_text(
-        "fastres: error: rank 0: no step for 3 s: rank 1 does not answer; the last checkpoint is"
+        "fastres: error: rank 0: no step for 6 s: rank 1 does not answer; the last checkpoint is"
     )
     os.kill(stopped, signal.SIGKILL)  # torchrun gives it 30 s
     assert run.end() != 0
