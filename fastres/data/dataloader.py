@@ -92,7 +92,10 @@ def _no_signal_on_death() -> Iterator[None]:
 
 def _fate_of_any(workers: list[BaseProcess]) -> str | None:
     """How one of the processes came to its end, if one did."""
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S)
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S)
+    for worker in workers:
+        if worker.sentinel in ended:  # which it closes a moment before the system knows its status
+            worker.join(DEATH_S)
     for code in (worker.exitcode for worker in workers):
         if code is not None:
             return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
