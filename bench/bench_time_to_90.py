@@ -58,7 +58,7 @@ def flags_of(contest: str, config: pytest.Config) -> list[str]:
             pytest.skip("--jpeg-copy says where CIFAR-10 is as a folder of JPEGs")
         flags += ["--data.root", config.option.jpeg_copy]
     if contest != "digits" and slow:
-        pytest.skip("on a CPU a run takes from 20 minutes on: --full")
+        pytest.skip("on a CPU a run takes 16 minutes and more: --full")
     return flags
 
 

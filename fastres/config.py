@@ -500,6 +500,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check_fields(content: dict[str, Any], path: Path) -> None:
     """What jsonargparse lets pass in a file: flags of the command line, a section that is none, null anywhere."""
+    known = _fields()
     for section, fields in content.items():
         if section == "recipe":
             if not isinstance(fields, str):
@@ -512,9 +513,9 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
             raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
         for name, value in fields.items():
             key = f"{section}.{name}"
-            if key not in _fields():  # jsonargparse would import the module of a field class_path
-                raise Refused(f"{path}: unknown field {key}{_nearest(key, _fields())}; --help lists them all")
-            if value is None and key in _fields() and "null" not in _describe(key):
+            if key not in known:  # jsonargparse would import the module of a field class_path
+                raise Refused(f"{path}: unknown field {key}{_nearest(key, known)}; --help lists them all")
+            if value is None and "null" not in _describe(key):
                 raise Refused(f"{path}: {key}: null is not {_describe(key)}")
 
 

@@ -87,8 +87,7 @@ def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> 
 
 def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Totals:
     """Loss and right answers over the whole test set, every sample once."""
-    model = rebuild(config, weights, engine.norm)
-    model = engine.place(model)
+    model = engine.place(rebuild(config, weights, engine.norm))
     source = load_source(config.data)
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if len(source.classes) > classes or source.channels != channels:
