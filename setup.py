@@ -32,7 +32,11 @@ setup(
         *("fastres", "fastres.data", "fastres.models", "fastres.profiling", "fastres.recipes"),
         "fastres_kernels",
     ],
-    package_data={"fastres": ["py.typed"], "fastres.recipes": ["*.yaml"], "fastres_kernels": ["py.typed"]},
+    package_data={
+        "fastres": ["py.typed"],
+        "fastres.recipes": ["*.yaml"],
+        "fastres_kernels": ["py.typed", "cpu.cpp"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

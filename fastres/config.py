@@ -48,7 +48,8 @@ class ModelConfig:
     """Shortcut of the CIFAR family where the shape changes (null: the paper's, pad)."""
 
     norm: Literal["auto", "torch", "fused", "apex"] = "auto"
-    """BatchNorm implementation; the state_dict's keys are the same under each."""
+    """BatchNorm implementation; the state_dict's keys are the same under each. fused: with ReLU and addition, in Triton
+    on a GPU and in C++ on a CPU with avx512_bf16; auto takes it where it was measured faster."""
 
     sync_norm: bool = False
     """Share BatchNorm statistics between processes (SyncBatchNorm)."""
@@ -232,6 +233,10 @@ class EngineConfig:
 
     deterministic: bool = False
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
+
+    conv: Literal["auto", "torch", "own"] = "auto"
+    """3x3 convolutions of up to 64 channels in training. own: this project's C++ kernels, for a CPU with avx512_bf16
+    in bf16; auto takes them where they were measured faster."""
 
     compress_gradients: bool = False
     """Processes exchange their gradients in bf16, half the bytes; refused where the backend cannot add bf16."""

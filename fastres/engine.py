@@ -17,7 +17,7 @@ from torch import nn
 
 from fastres.config import Config
 from fastres.errors import Refused
-from fastres_kernels import tables
+from fastres_kernels import Conv2d, cpu, tables
 
 DTYPES = {
     "fp32": torch.float32,
@@ -38,6 +38,7 @@ class Engine:
     compile: bool
     compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
     norm: str  # a name in models.blocks.NORMS
+    conv: str  # "torch" or "own": Conv2d.algorithm
     compress_gradients: bool
     reasons: tuple[str, ...]
 
@@ -51,7 +52,11 @@ class Engine:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
-        """On the device, in the engine's memory format; weights in fp32, or in fp64 where activations are."""
+        """On the device, in the engine's memory format, its convolutions as chosen; weights in fp32, or in fp64 where
+        activations are."""
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                module.algorithm = self.conv
         weights_dtype = torch.promote_types(self.dtype, torch.float32)
         return model.to(self.device, weights_dtype).to(memory_format=self.memory_format)
 
@@ -96,7 +101,11 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         raise Refused(f"engine.compile true: {why}")
     if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):
         raise Refused("engine.cuda_graph true: whole-step graphs are not in this version; leave it at auto")
-    norm = choose("norm", config.model.norm, *_faster_norm(device, config.model.sync_norm))
+    in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
+    norm = choose("norm", config.model.norm, *_faster_norm(device, config.model.sync_norm, in_cpp, why))
+    conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
+    if conv == "own" and not in_cpp:
+        raise Refused(f"engine.conv own: {why}; use torch")
     if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
@@ -130,6 +139,7 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         compile=bool(compile_),
         compile_may_fall_back=wanted.compile == "auto",
         norm=norm,
+        conv=conv,
         compress_gradients=wanted.compress_gradients,
         reasons=tuple(reasons),
     )
@@ -169,12 +179,29 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     return True, f"the C++ compiler {compiler} is there"
 
 
-def _faster_norm(device: torch.device, sync: bool) -> tuple[str, str]:
+def _runs_in_cpp(
+    device: torch.device, precision: str, compiles: bool, channels_last: bool
+) -> tuple[bool, str]:
+    """Whether fastres_kernels.cpu has what this run takes, and the reason in words. Asked last, it builds them."""
+    if device.type != "cpu":
+        return False, "the C++ kernels are for CPUs"
+    if precision != "bf16":
+        return False, f"the C++ kernels compute in bf16, not {precision}"
+    if compiles:
+        return False, "torch.compile does not see into the C++ kernels"
+    if not channels_last:
+        return False, "the C++ kernels take channels-last only"
+    if torch.cpu._is_amx_tile_supported():
+        return False, "the C++ kernels were not measured against oneDNN's on a CPU with AMX"
+    return cpu.available()
+
+
+def _faster_norm(device: torch.device, sync: bool, in_cpp: bool, why: str) -> tuple[str, str]:
     """auto's choice of the norm, and the reason in words."""
     if sync:
         return "fused", "it shares statistics between processes"
     if device.type != "cuda":
-        return "torch", "the fused kernels are for GPUs"
+        return ("measured" if in_cpp else "torch"), why
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     if tables.table_of(device) is None:
         return "torch", f"the fused kernels were not measured at compute capability {capability}"

@@ -1,7 +1,8 @@
 """Fused BatchNorm + ReLU (+ residual add) for channels-last training. Imported as `fastres_kernels`.
 
 This package knows nothing of fastres. Start reading at modules.py; ops.py picks between the Triton kernels (bn_*.py)
-and the reference. `python -m fastres_kernels.report` prints what the kernels cost.
+and the reference; cpu.py has what a CPU runs in place of torch's operations. `python -m fastres_kernels.report` prints
+what the kernels cost.
 """
 
 if __name__ != "fastres_kernels":
@@ -11,6 +12,6 @@ if __name__ != "fastres_kernels":
     )
 
 
-from .modules import BatchNormAct2d, NormConv2d, Skip, fuse_convolutions, synchronise
+from .modules import BatchNormAct2d, Conv2d, NormConv2d, Skip, fuse_convolutions, synchronise
 
-__all__ = ["BatchNormAct2d", "NormConv2d", "Skip", "fuse_convolutions", "synchronise"]
+__all__ = ["BatchNormAct2d", "Conv2d", "NormConv2d", "Skip", "fuse_convolutions", "synchronise"]

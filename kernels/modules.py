@@ -9,7 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import cpu
 from .conv_ops import CHANNELS_3X3, conv_norm
+from .launch import INTERPRETED
 from .ops import batch_norm_act, update_running_statistics
 from .tables import fastest
 
@@ -44,10 +46,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """act(BatchNorm2d(x) + residual) in one operation, with the parameters and the state_dict of torch.nn.BatchNorm2d.
 
     (N, C, H, W) channels-last -> (N, C, H, W) channels-last, of x's dtype: bf16, fp16 or fp32 through Triton kernels on
-    a GPU, anything through the reference elsewhere. Parameters and statistics are float32. `act`: "relu" or "none";
-    `algorithm`: "two_pass" for any size, "cooperative" for what fits on the GPU at once, the other elsewhere, or
-    "measured": what tables.py names for the device and the shape, torch's own operations elsewhere. Gradients of
-    gradients are refused by a NotImplementedError.
+    a GPU; bf16 in training through C++ on a CPU that has what cpu.py asks for; anything through the reference
+    elsewhere. Parameters and statistics are float32. `act`: "relu" or "none"; `algorithm`, on a GPU: "two_pass" for any
+    size, "cooperative" for what fits at once, the other elsewhere, or "measured": what tables.py names for the device
+    and the shape, torch's own operations elsewhere. Gradients of gradients are refused by a NotImplementedError.
     """
 
     forks = True  # forward has an argument `fork`
@@ -83,25 +85,20 @@ class BatchNormAct2d(nn.BatchNorm2d):
         on one value per channel.
         """
         algorithm = self.algorithm
+        if isinstance(x, Tensor) and self._runs_in_cpp(x):
+            y, gradient = cpu.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
+            return (y, Skip(y, gradient)) if fork else y
         if algorithm == "measured":
             algorithm = "torch" if isinstance(x, Measured) else fastest(x, residual is not None)
         if algorithm == "torch":
             y = self._unfused(x.z if isinstance(x, Measured) else x, residual)
             return (y, Skip(y, y)) if fork else y
         x, mean, var = self._statistics(x)
-        skip = residual.gradient if isinstance(residual, Skip) else None
-        if isinstance(residual, Skip):
-            residual = residual.y.detach()
-        if residual is not None:
-            if residual.shape != x.shape:
-                raise ValueError(
-                    f"BatchNormAct2d: the residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}"
-                )
-            residual = residual.to(x.dtype)
+        added, skip = _parts(residual, x)
         group = self.group_name if mean is None else ""
         y, used_mean, used_var, count, _, gradient = batch_norm_act(
             x,
-            residual,
+            added,
             skip,
             self.weight,
             self.bias,
@@ -118,6 +115,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         else:
             self._track(used_mean, used_var, x.numel() // x.shape[1])
         return (y, Skip(y, gradient)) if fork else y
+
+    def _runs_in_cpp(self, x: Tensor) -> bool:
+        """Whether cpu.py takes x: not where processes share statistics, nor where Triton's kernels are interpreted."""
+        wanted = self.algorithm == "measured" or not INTERPRETED
+        return wanted and not self.group_name and cpu.normalises(self, x)
 
     def pending(self, x: Tensor | Measured) -> Any:
         """forward(x) for a NormConv2d, which computes it as it reads; forward(x) itself where x brings no statistics,
@@ -171,6 +173,27 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, act={self.act!r}"
 
 
+def _parts(residual: Tensor | Skip | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to x normalised, and where it is a Skip what takes its gradient. ValueError on another shape."""
+    added = residual.y.detach() if isinstance(residual, Skip) else residual
+    if added is not None and added.shape != x.shape:
+        raise ValueError(
+            f"BatchNormAct2d: the residual has shape {tuple(added.shape)}, the input {tuple(x.shape)}"
+        )
+    return None if added is None else added.to(x.dtype), getattr(residual, "gradient", None)
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d; with `algorithm` "own" through the C++ of cpu.py in training, where it takes the tensor."""
+
+    algorithm = "torch"
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.algorithm == "own" and cpu.convolves(self, input):
+            return cpu.conv2d(input, weight, bias, self.stride[0])
+        return super()._conv_forward(input, weight, bias)
+
+
 class NormConv2d(nn.Conv2d):
     """A convolution that normalises its input as it reads, and takes the statistics of its output as it writes.
 
@@ -196,7 +219,7 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
     follows each has to be a BatchNormAct2d. Returns the model."""
     for parent in list(model.modules()):
         for name, conv in parent.named_children():
-            if type(conv) is nn.Conv2d and _fusable(conv):
+            if isinstance(conv, nn.Conv2d) and type(conv) in (nn.Conv2d, Conv2d) and _fusable(conv):
                 size = conv.kernel_size[0]
                 fused = NormConv2d(
                     conv.in_channels, conv.out_channels, size, padding="same", bias=False, device="meta"

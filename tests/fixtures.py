@@ -115,6 +115,7 @@ def engine(**overrides: Any) -> Engine:
         "compile": False,
         "compile_may_fall_back": False,
         "norm": "torch",
+        "conv": "torch",
         "compress_gradients": False,
         "reasons": (),
     }

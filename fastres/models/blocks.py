@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models.apex_norm import ApexBatchNormAct2d
-from fastres_kernels import BatchNormAct2d
+from fastres_kernels import BatchNormAct2d, Conv2d
 
 Norm = Callable[[int], nn.Module]  # channels -> the module that normalises them
 
@@ -112,7 +112,7 @@ def maxpool_pad(in_channels: int, out_channels: int, stride: int, norm: Norm) ->
 def conv1x1(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
     """Option B: 1×1 convolution with the stride, then BN; keys 0.weight, 1.*, as torchvision's downsample."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_only(norm(out_channels))
+        Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_only(norm(out_channels))
     )
 
 
@@ -194,9 +194,9 @@ class BasicBlock(nn.Module):
                 "a Bottleneck net (resnet50 and deeper) can replace stride with dilation"
             )
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = norm(channels)
         self.downsample = make_shortcut(shortcut, in_channels, channels, stride, norm)
 
@@ -232,13 +232,13 @@ class Bottleneck(nn.Module):
         width = int(channels * (base_width / 64)) * groups
         first, second = (stride, 1) if v1 else (1, stride)
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
+        self.conv1 = Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(
+        self.conv2 = Conv2d(
             width, width, 3, second, padding=dilation, dilation=dilation, groups=groups, bias=False
         )
         self.bn2 = norm(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.conv3 = Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm)
 

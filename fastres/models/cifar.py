@@ -16,6 +16,7 @@ from fastres.models.blocks import (
     norm_act_fork,
     unknown,
 )
+from fastres_kernels import Conv2d
 
 MOST_BLOCKS = 10_000  # per stage, a depth of 60,002: a slip of the finger should not fill the memory
 
@@ -36,7 +37,7 @@ class CifarResNet(nn.Module):
             rest = (block(channels, channels) for _ in range(blocks_per_stage - 1))
             return Stage(block(in_channels, channels, stride), *rest)
 
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = norm(16)
         self.layer1 = stage(16, 16, stride=1)
         self.layer2 = stage(16, 32, stride=2)

@@ -20,6 +20,7 @@ from fastres.models.blocks import (
     norm_act,
     unknown,
 )
+from fastres_kernels import Conv2d
 
 STEMS = ("imagenet", "small")
 
@@ -80,7 +81,7 @@ class ResNet(nn.Module):
             return Stage(first, *(make() for _ in range(count - 1)))
 
         small = stem == "small"
-        self.conv1 = nn.Conv2d(
+        self.conv1 = Conv2d(
             in_channels, 64, 3 if small else 7, 1 if small else 2, padding=1 if small else 3, bias=False
         )
         self.bn1 = norm(64)

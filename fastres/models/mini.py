@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastres.models.blocks import Norm, Stage, global_pool, init_weights, norm_act, norm_act_fork
+from fastres_kernels import Conv2d
 
 
 class IdentityBlock(nn.Module):
@@ -20,9 +21,9 @@ class IdentityBlock(nn.Module):
 
     def __init__(self, filters: int, kernel_size: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(filters, filters, kernel_size, padding="same")
+        self.conv1 = Conv2d(filters, filters, kernel_size, padding="same")
         self.bn1 = norm(filters)
-        self.conv2 = nn.Conv2d(filters, filters, kernel_size, padding="same")
+        self.conv2 = Conv2d(filters, filters, kernel_size, padding="same")
         self.bn2 = norm(filters)
         init_weights(self)
 
@@ -39,7 +40,7 @@ class MiniResNet(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, padding="same")
+        self.conv1 = Conv2d(in_channels, 64, 7, padding="same")
         self.bn1 = norm(64)
         self.maxpool = nn.MaxPool2d(3)
         self.layer1 = Stage(IdentityBlock(64, 3, norm), IdentityBlock(64, 3, norm))

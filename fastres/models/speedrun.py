@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models.blocks import Norm, norm_act, norm_act_fork
+from fastres_kernels import Conv2d
 
 LOGIT_SCALE = 1 / 8  # Page's
 EPSILON = 0.02  # of variance 1 a pixel: directions with hardly any, as the colours of a JPEG, stay small
@@ -55,7 +56,7 @@ def _filters_of(directions: Tensor, channels: int, k: int) -> Tensor:
     return torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
 
 
-class PooledConv(nn.Conv2d):
+class PooledConv(Conv2d):
     """conv 3×3 – max-pool 2×2: (N, in_channels, H, W) -> (N, out_channels, ⌊H/2⌋, ⌊W/2⌋), or with `ceil_mode` ⌈⌉."""
 
     def __init__(self, in_channels: int, out_channels: int, *, ceil_mode: bool = False) -> None:
@@ -76,7 +77,7 @@ class SpeedStage(nn.Module):
         super().__init__()
         self.conv1 = PooledConv(in_channels, channels, ceil_mode=ceil_mode)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ TYPE_NAMES = {
     torch.bfloat16: "c10::BFloat16",
     torch.int64: "long int",
     torch.int32: "int",
-    torch.int16: "short",
+    torch.int16: "short int",
     torch.int8: "signed char",
     torch.uint8: "unsigned char",
     torch.bool: "bool",

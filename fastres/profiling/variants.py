@@ -31,7 +31,8 @@ AXES: dict[str, tuple[str, ...]] = {  # the first of each is the plain one, whic
     "precision": ("fp32", "tf32", "bf16", "fp16"),
 }
 DEFAULTS = {  # by device; the first is the baseline
-    "cpu": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16"),
+    "cpu": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
+            "eager-fused-channels_last-bf16"),
     "cuda": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
              "eager-fused-channels_last-bf16", "compile-fused-channels_last-bf16", "graph-fused-channels_last-bf16"),
 }  # fmt: skip
@@ -64,6 +65,7 @@ class Variant:
                 precision=self.precision,  # type: ignore[arg-type]
                 channels_last=self.layout == "channels_last",
                 compile=self.mode != "eager",
+                conv="auto" if self.norm == "fused" else "torch",
                 cuda_graph=self.mode == "graph",
             ),
         )

@@ -1,0 +1,319 @@
+// BatchNorm + ReLU (+ add) and 3x3 convolutions for training on a CPU with AVX-512 and its bf16. Activations are
+// channels-last bf16, parameters and statistics float32. Plain pointers and OpenMP: nothing here knows torch.
+// cpu.py builds this file and says what it takes.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using bf16 = uint16_t;
+using V = __m512;
+
+static V load(const bf16* p, __mmask16 m = 0xffff) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+}
+static void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+// ---- BatchNorm (+ residual) + ReLU -----------------------------------------------------------------------------------
+// For C channels, a divisor of 64, 64 / C pixels count as one pixel of 64 channels: four registers, whatever C is. In
+// chunks of 256 such pixels, the same ones for any number of threads, so that sums are too.
+
+constexpr int64_t CHUNK = 256 * 64;
+
+template <class F>
+static void each_chunk(int64_t values, F f) {  // f(its number, begin, end)
+#pragma omp parallel for schedule(static)
+  for (int64_t k = 0; k < (values + CHUNK - 1) / CHUNK; ++k) f(k, k * CHUNK, std::min((k + 1) * CHUNK, values));
+}
+
+template <class F>
+static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i): values i to i + 15, of channels from 16 u on
+  for (int64_t i = begin; i < end; i += 64)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) f(u, i + u * 16);
+}
+
+struct Channels {  // a float for each of the 64
+  float at[64];
+  V operator[](int u) const { return _mm512_loadu_ps(at + u * 16); }
+};
+
+struct Sums {  // of a and of a * b, per channel: in float32 over a chunk, in float64 over all
+  double first[64] = {}, second[64] = {};
+
+  template <class F>
+  Sums(int64_t values, int64_t C, F f) {  // f(a, b, u, i)
+    std::vector<Channels> chunks((values + CHUNK - 1) / CHUNK * 2);
+    each_chunk(values, [&](int64_t k, int64_t begin, int64_t end) {
+      V s[4] = {}, q[4] = {}, a, b;
+      each_value(begin, end, [&](int u, int64_t i) {
+        f(a, b, u, i);
+        s[u] = _mm512_add_ps(s[u], a), q[u] = _mm512_fmadd_ps(a, b, q[u]);
+      });
+      memcpy(&chunks[2 * k], s, sizeof s), memcpy(&chunks[2 * k + 1], q, sizeof q);
+    });
+    for (size_t k = 0; k < chunks.size(); k += 2)
+      for (int c = 0; c < 64; ++c) first[c] += chunks[k].at[c], second[c] += chunks[k + 1].at[c];
+    for (int c = C; c < 64; ++c) first[c % C] += first[c], second[c % C] += second[c];
+  }
+};
+
+struct Stats {  // what a backward needs: mean, 1 / deviation, weight / deviation
+  Channels mean, invstd, scale;
+};
+
+// x, residual (or null), y: `values` in all, a multiple of 64. passed: a bit for each, whether ReLU let it through; null:
+// no ReLU. Running statistics may be null.
+extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* weight, const float* bias,
+                           float* running_mean, float* running_var, bf16* y, __mmask16* passed, Stats* stats,
+                           int64_t values, int64_t C, double momentum, double eps) {
+  Stats t;
+  Channels origin, shift;  // the first pixel, near the mean: what squares are summed about
+  for (int c = 0; c < 64; ++c) origin.at[c] = _mm_cvtss_f32(_mm512_castps512_ps128(load(x + c % C, 1)));
+  const Sums sums(values, C, [&](V& a, V& b, int u, int64_t i) { a = b = _mm512_sub_ps(load(x + i), origin[u]); });
+  const double count = values / C;
+  for (int i = 0; i < 64; ++i) {
+    const int c = i % C;
+    const double d = sums.first[c] / count, var = std::max(sums.second[c] / count - d * d, 0.0);  // a NaN stays one
+    t.mean.at[i] = origin.at[i] + d;
+    t.invstd.at[i] = 1 / std::sqrt(var + eps);
+    t.scale.at[i] = t.invstd.at[i] * weight[c];
+    shift.at[i] = bias[c];
+    if (i >= C || !running_mean) continue;
+    running_mean[c] += momentum * (t.mean.at[c] - running_mean[c]);
+    running_var[c] += momentum * (var * count / (count - 1) - running_var[c]);
+  }
+  const auto apply = [&](auto plus, auto act) {
+    each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
+      each_value(begin, end, [&](int u, int64_t i) {
+        const V z = _mm512_fmadd_ps(_mm512_sub_ps(load(x + i), t.mean[u]), t.scale[u], shift[u]);
+        store(y + i, act(plus(z, i), i));
+      });
+    });
+  };
+  const auto none = [](V v, int64_t) { return v; };
+  const auto add = [&](V v, int64_t i) { return _mm512_add_ps(v, load(residual + i)); };
+  const auto relu = [&](V v, int64_t i) {
+    passed[i / 16] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    return _mm512_max_ps(_mm512_setzero_ps(), v);
+  };
+  if (passed && residual) apply(add, relu);
+  else if (passed) apply(none, relu);
+  else if (residual) apply(add, none);
+  else apply(none, none);
+  *stats = t;
+}
+
+// g, and g2 (or null): two gradients of y, which are added. dz: the residual's gradient; null without residual and g2.
+extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* passed, const Stats* stats,
+                            bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
+  const Stats t = *stats;
+  const auto let_through = [&](int64_t i) { return passed ? passed[i / 16] : __mmask16(0xffff); };
+  const auto one = [&](int64_t i) { return load(g + i, let_through(i)); };
+  const auto both = [&](int64_t i) { return _mm512_add_ps(one(i), load(g2 + i, let_through(i))); };
+  const auto kept = [&](int64_t i, V v) { return store(dz + i, v), v; };
+  const auto sums = [&](auto gradient) {
+    return Sums(values, C, [&](V& a, V& b, int u, int64_t i) {
+      a = gradient(i), b = _mm512_sub_ps(load(x + i), t.mean[u]);
+    });
+  };
+  const Sums s = g2   ? sums([&](int64_t i) { return kept(i, both(i)); })
+                 : dz ? sums([&](int64_t i) { return kept(i, one(i)); })
+                      : sums(one);
+  Channels b, d;  // dx = scale * dz - b * (x - mean) - d
+  for (int i = 0; i < 64; ++i) {
+    const int c = i % C;
+    dbias[c] = s.first[c], dweight[c] = s.second[c] * t.invstd.at[i];
+    b.at[i] = t.scale.at[i] * t.invstd.at[i] * dweight[c] / (values / C);
+    d.at[i] = t.scale.at[i] * dbias[c] / (values / C);
+  }
+  const auto apply = [&](auto gradient) {
+    each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
+      each_value(begin, end, [&](int u, int64_t i) {
+        const V v = _mm512_fmsub_ps(t.scale[u], gradient(i), d[u]);
+        store(dx + i, _mm512_fnmadd_ps(b[u], _mm512_sub_ps(load(x + i), t.mean[u]), v));
+      });
+    });
+  };
+  if (dz) apply([&](int64_t i) { return load(dz + i); });
+  else apply(one);
+}
+
+// ---- the weight gradient of a 3x3 convolution, padding 1 -----------------------------------------------------------
+// dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], as products of pairs: vdpbf16ps multiplies the two pixels
+// of a pair, side by side in 32 bits, and adds both. A pair of dy, of one channel in all lanes, meets three pairs of x.
+
+// Pixels first, first + step, ... of a row of W in pairs, zeros where it ends, and a pair of zeros after them.
+static void pair_up(const bf16* row, int W, int first, int step, int pairs, int C, uint32_t* out) {
+  for (int j = 0, at = first; j < pairs; ++j, at += 2 * step)
+    for (int c = 0; c < C; c += 16) {
+      const bf16* a = row + at * C + c;
+      __m512i lo = _mm512_setzero_si512(), hi = lo;
+      if (at < W) lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
+      if (at + step < W) hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + step * C)));
+      _mm512_storeu_si512(out + j * C + c, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    }
+  memset(out + pairs * C, 0, C * sizeof *out);
+}
+
+template <int S>
+struct Gradient {
+  int C, K, XH, XW, H, W;       // of x (XH, XW, C), and of dy (H, W, K)
+  int pairs = (W + 1) / 2;      // of a row of dy
+  uint32_t *x[2] = {}, *dy = {};  // in pairs; stride 2: x[0] of even columns, x[1] of odd ones
+  const char *next = {}, *next_end = {};  // what is read after this, to be brought into L2 meanwhile
+
+  int x_row() const { return (pairs + 1) * C; }
+  int dy_row() const { return (pairs + 1) * K; }
+
+  // Row r of the window for input channels c to c + 15 and output channels k to k + 7, of n images.
+  void tile(int n, int k, int r, int c, float* dw) {
+    V sum[8][3];
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; ++i) sum[i / 3][i % 3] = _mm512_loadu_ps(dw + (i / 3 * 9 + i % 3) * C);
+    for (int image = 0; image < n; ++image)
+      for (int h = 0; h < H; ++h) {
+        for (int i = 0; i < 12 && next < next_end; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        const int row = S * h + r - 1;
+        if (row < 0 || row >= XH) continue;  // padding
+        const int from = (image * XH + row) * x_row() + c;
+        const uint32_t *even = x[0] + from, *odd = x[S - 1] + from, *d = dy + (image * H + h) * dy_row() + k;
+        __m512i own = _mm512_loadu_si512(odd), left = _mm512_slli_epi32(own, 16);
+        for (int j = 0; j < pairs; ++j, even += C, odd += C, d += K) {
+          const __m512i after = _mm512_loadu_si512(odd + C), right = _mm512_shrdi_epi32(own, after, 16);
+          const __m512i middle = S == 1 ? own : _mm512_loadu_si512(even), last = S == 1 ? right : own;
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) {
+            const __m512bh g = (__m512bh)_mm512_set1_epi32(d[i]);
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], g, (__m512bh)left);
+            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], g, (__m512bh)middle);
+            sum[i][2] = _mm512_dpbf16_ps(sum[i][2], g, (__m512bh)last);
+          }
+          left = right, own = after;
+        }
+      }
+#pragma GCC unroll 24  // without it the sums live in memory
+    for (int i = 0; i < 24; ++i) _mm512_storeu_ps(dw + (i / 3 * 9 + i % 3) * C, sum[i / 3][i % 3]);
+  }
+
+  void run(const bf16* x_in, const bf16* dy_in, int N, float* dw) {  // dw (K, 3, 3, C) += that of N images
+    const int size = S * XH * x_row() + H * dy_row(), most = std::clamp((1 << 14) / size, 1, N);  // 64 KiB of pairs
+    std::vector<uint32_t> room(most * size);
+    x[0] = room.data(), x[1] = x[0] + most * XH * x_row(), dy = x[S - 1] + most * XH * x_row();
+    for (int i = 0, n = most; i < N; i += n) {
+      n = std::min(most, N - i);
+      for (int h = 0; h < n * XH; ++h, x_in += XW * C)
+        for (int odd = 0; odd < S; ++odd) pair_up(x_in, XW, odd, S, pairs, C, x[odd] + h * x_row());
+      for (int h = 0; h < n * H; ++h, dy_in += W * K) pair_up(dy_in, W, 0, 1, pairs, K, dy + h * dy_row());
+      const int left = std::min(most, N - i - n);
+      for (int k = 0; k < K; k += 8)
+        for (int r = 0; r < 3; ++r)
+          for (int c = 0; c < C; c += 16) {
+            if (r + c == 0 && (k == 0 || k == K / 16 * 8)) {  // x in the first half, dy in the second
+              next = (const char*)(k ? dy_in : x_in);
+              next_end = next + left * 2 * (k ? H * W * K : XH * XW * C);
+            }
+            tile(n, k, r, c, dw + (k * 9 + r * 3) * C + c);
+          }
+    }
+  }
+};
+
+// x (N, XH, XW, C), dy (N, H, W, K), dw (K, 3, 3, C); C a multiple of 16, K of 8, H and W those of x divided by the
+// stride S and rounded up. Each thread adds up its share of the images: deterministic for a number of threads.
+extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_t N, int64_t C, int64_t K, int64_t XH,
+                                 int64_t XW, int64_t S) {
+  const int64_t values = K * 9 * C, threads = omp_get_max_threads(), H = (XH + S - 1) / S, W = (XW + S - 1) / S;
+  std::vector<float> sums(threads * values);
+#pragma omp parallel
+  {
+    const int64_t t = omp_get_thread_num(), T = omp_get_num_threads(), n = N * t / T, share = N * (t + 1) / T - n;
+    const auto run = [&](auto gradient) {
+      if (share) gradient.run(x + n * XH * XW * C, dy + n * H * W * K, share, &sums[t * values]);
+    };
+    if (S == 1) run(Gradient<1>{int(C), int(K), int(XH), int(XW), int(H), int(W)});
+    else run(Gradient<2>{int(C), int(K), int(XH), int(XW), int(H), int(W)});
+#pragma omp barrier
+#pragma omp for
+    for (int64_t i = 0; i < values; ++i) {
+      float sum = 0;
+      for (int64_t s = 0; s < threads; ++s) sum += sums[s * values + i];
+      dw[i] = sum;
+    }
+  }
+}
+
+// ---- 3x3 convolution, stride 1, padding 1; also its input's gradient -------------------------------------------------
+
+// w (K, 3, 3, C) -> [K / 16][3 r][C / 2][3 s][16][2]; or, turned, the weights (C, 3, 3, K) of the input's gradient.
+static void pack(const bf16* w, int K, int C, bool turned, int block, bf16* out) {
+  const int in = turned ? K : C;
+  out += block * 9 * in * 16;
+  for (int r = 0; r < 3; ++r)
+    for (int c = 0; c < in; c += 2)
+      for (int s = 0; s < 3; ++s)
+        for (int k = block * 16; k < block * 16 + 16; ++k)
+          for (int i = 0; i < 2; ++i)
+            *out++ = turned ? w[(((c + i) * 3 + 2 - r) * 3 + 2 - s) * C + k] : w[((k * 3 + r) * 3 + s) * C + c + i];
+}
+
+// R rows of W pixels, 16 output channels; x: the window's corner, in an image with a border of zeros.
+template <int R, int W, int C>
+static void tile(const bf16* x, int x_row, const bf16* w, bf16* y, int y_row, int K) {
+  V sum[R][W] = {};
+  for (int r = 0; r < 3; ++r, x += x_row)
+    for (int c = 0; c < C; c += 2, w += 96) {
+      const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 32),
+                     w2 = (__m512bh)_mm512_loadu_si512(w + 64);
+#pragma GCC unroll 2
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 18
+        for (int j = 0; j < W + 2; ++j) {
+          const __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int*)(x + i * x_row + j * C + c));
+          if (j < W) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], w0, a);
+          if (j >= 1 && j <= W) sum[i][j - 1] = _mm512_dpbf16_ps(sum[i][j - 1], w1, a);
+          if (j >= 2) sum[i][j - 2] = _mm512_dpbf16_ps(sum[i][j - 2], w2, a);
+        }
+    }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < W; ++j) store(y + i * y_row + j * K, sum[i][j]);
+}
+
+// One image; room: (H + 2, W + 2, C), its border zero.
+template <int R, int T, int C>
+static void image(const bf16* x, int H, int W, int K, const bf16* w, bf16* room, bf16* y) {
+  const int row = (W + 2) * C;
+  for (int h = 0; h < H; ++h) memcpy(room + (h + 1) * row + C, x + h * W * C, W * C * sizeof *x);
+  for (int k = 0; k < K; k += 16, w += 9 * C * 16)
+    for (int h = 0; h < H; h += R)
+      for (int j = 0; j < W; j += T) tile<R, T, C>(room + h * row + j * C, row, w, y + (h * W + j) * K + k, W * K, K);
+}
+
+using Convolve = void (*)(const bf16*, int, int, int, const bf16*, bf16*, bf16*);
+
+// For images of 16, 32 or 64 channels, W a multiple of 16, or of 8 and H even.
+static Convolve convolution(int W, int C) {
+  if (W % 16 == 0) return C == 16 ? image<1, 16, 16> : C == 32 ? image<1, 16, 32> : image<1, 16, 64>;
+  return C == 16 ? image<2, 8, 16> : C == 32 ? image<2, 8, 32> : image<2, 8, 64>;
+}
+
+// y (N, H, W, K) of x (N, H, W, C) and w (K, 3, 3, C); turned: y (N, H, W, C), the gradient of the input, of x
+// (N, H, W, K). What is put out has a multiple of 16 channels.
+extern "C" void convolve(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W,
+                         bool turned) {
+  const int64_t in = turned ? K : C, out = turned ? C : K;
+  const Convolve run = convolution(W, in);
+  std::vector<bf16> packed(K * 9 * C);
+#pragma omp parallel
+  {
+#pragma omp for
+    for (int64_t k = 0; k < out / 16; ++k) pack(w, K, C, turned, k, packed.data());
+    std::vector<bf16> room((H + 2) * (W + 2) * in);
+#pragma omp for
+    for (int64_t n = 0; n < N; ++n) run(x + n * H * W * in, H, W, out, packed.data(), room.data(), y + n * H * W * out);
+  }
+}

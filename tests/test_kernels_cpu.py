@@ -1,0 +1,477 @@
+"""The C++ kernels of a CPU against float64 in torch's own operations, and what is not theirs to compute.
+
+In bf16 only: an input is rounded before, so that the oracle sees what the kernels see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastres.config import Config, EngineConfig, ModelConfig
+from fastres.engine import resolve
+from fastres.errors import Refused
+from fastres.models import build_model
+from fastres.profiling.trace import WorkCount
+from fastres_kernels import BatchNormAct2d, Conv2d, Skip, cpu
+from tests.commands import run_fastres, users_environment
+
+HERE, WHY = cpu.available()
+needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
+# A result in bf16 is rounded once, to 8 bits; one in float32 is a sum of products of such, in another order.
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
+SHAPES = [(8, 16, 32, 32), (3, 64, 8, 8), (2, 8, 5, 4), (64, 4, 1, 1), (1, 32, 2, 1), (128, 1, 3, 1)]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1, shift: float = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale + shift
+    return values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def norm_of(channels: int, act: str = "relu", **options: Any) -> BatchNormAct2d:
+    """One that takes the kernels although Triton's are interpreted here, with parameters of its own."""
+    norm = BatchNormAct2d(channels, act=act, algorithm="measured", **options)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias, -1, 1)
+    return norm
+
+
+def assert_close(ours: Tensor, oracle: Tensor, roundings: int = 1) -> None:
+    """Each element within so many roundings of the largest's place: small ones may be what is left of large ones."""
+    assert ours.shape == oracle.shape
+    error = (ours.double() - oracle).abs().max().item()
+    assert error <= roundings * TOLERANCE[ours.dtype] * oracle.abs().max().item() + 1e-12, f"{error:.2e}"
+
+
+def in_float64(norm: BatchNormAct2d, x: Tensor, residual: Tensor | None, grad: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of x, residual, weight and bias for the gradient of y, by torch."""
+    leaves = {"x": x, "weight": norm.weight, "bias": norm.bias}
+    if residual is not None:
+        leaves["residual"] = residual
+    leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    y = F.batch_norm(leaves["x"], None, None, leaves["weight"], leaves["bias"], True, eps=norm.eps)
+    y = y if residual is None else y + leaves["residual"]
+    y = F.relu(y) if norm.act == "relu" else y
+    gradients = torch.autograd.grad(y, list(leaves.values()), grad.double())
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+# ---- BatchNorm + ReLU (+ add) ------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_norms_values_and_gradients_are_float64s(
+    shape: tuple[int, ...], with_residual: bool, act: str, threads: int
+) -> None:
+    norm = norm_of(shape[1], act)
+    x = random(*shape, seed=1, scale=2, shift=3).requires_grad_()
+    residual = random(*shape, seed=2).requires_grad_() if with_residual else None
+    grad = random(*shape, seed=3)
+    y = norm(x, residual)
+    assert "BatchNormAct" in y.grad_fn.name() and y.is_contiguous(memory_format=torch.channels_last)
+    leaves = {"x": x, "weight": norm.weight, "bias": norm.bias} | (
+        {"residual": residual} if residual is not None else {}
+    )
+    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+    oracle = in_float64(norm, x, residual, grad)
+    if act == "relu" and with_residual:
+        # Where the sum is within a rounding of zero, the oracle may let through what is none here, and reversely.
+        doubtful = (oracle["y"] < 0.05) & ((oracle["y"] > 0) != (y > 0))
+        assert not doubtful.any()
+    for name, ours in {"y": y, **gradients}.items():
+        assert_close(ours, oracle[name])
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", ["relu", "none"])
+def test_a_skip_connections_gradient_is_added_to_the_other(act: str) -> None:
+    norm, follower = norm_of(16, act), norm_of(16)
+    x = random(4, 16, 8, 8, scale=2).requires_grad_()
+    z = random(4, 16, 8, 8, seed=1).requires_grad_()
+    y, skip = norm(x, fork=True)
+    assert isinstance(skip, Skip)
+    out = follower(z, skip)
+    grads = random(4, 16, 8, 8, seed=2), random(4, 16, 8, 8, seed=3)
+    dx, dz = torch.autograd.grad([y, out], [x, z], grads)
+    dskip = in_float64(follower, z, y.detach(), grads[1])
+    assert_close(dz, dskip["x"])
+    added = in_float64(norm, x, None, grads[0].double() + dskip["residual"])
+    assert_close(dx, added["x"], roundings=3)  # the skip connection's gradient, the sum, dx
+    # One of the two alone: the skip connection's.
+    y, skip = norm(x, fork=True)
+    (dx,) = torch.autograd.grad(follower(z, skip), x, grads[1])
+    assert_close(dx, in_float64(norm, x, None, dskip["residual"])["x"], roundings=2)
+
+
+@needs_kernels
+def test_a_skip_that_the_reference_made_has_its_gradient_too() -> None:
+    reference = BatchNormAct2d(16)
+    x, z, grad = (random(4, 16, 8, 8, seed=seed) for seed in range(3))
+    x.requires_grad_()
+    _, skip = reference.eval()(x, fork=True)
+    assert skip.gradient is not skip.y
+    norm = norm_of(16)
+    (dx,) = torch.autograd.grad(norm(z, skip), x, grad)
+    dresidual = in_float64(norm, z, skip.y.detach(), grad)["residual"]
+    assert_close(dx, dresidual * (skip.y > 0) / (1 + reference.eps) ** 0.5, roundings=2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 0.0, None])
+def test_running_statistics_are_torchs(momentum: float | None) -> None:
+    ours, theirs = norm_of(16, momentum=momentum), nn.BatchNorm2d(16, momentum=momentum).double()
+    for step in range(5):
+        x = random(4, 16, 5, 4, seed=step, scale=step + 1, shift=step)
+        assert "BatchNormAct" in ours(x).grad_fn.name()
+        theirs(x.double())
+    for name, statistic in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name).double(), statistic.double(), rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+def test_without_running_statistics_none_are_kept() -> None:
+    norm = norm_of(16, track_running_stats=False)
+    assert "BatchNormAct" in norm(random(4, 16, 8, 8)).grad_fn.name() and norm.running_mean is None
+
+
+@needs_kernels
+def test_the_variance_holds_where_the_mean_is_a_thousand_deviations() -> None:
+    # Of bf16 only: 8 bits at 1,000 are steps of 4. Squares about zero would lose it in float32.
+    x = random(64, 16, 16, 16, scale=8, shift=4000)
+    norm = norm_of(16, momentum=1.0)
+    norm(x)
+    torch.testing.assert_close(norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+@needs_kernels
+def test_a_norms_bits_do_not_depend_on_the_number_of_threads() -> None:
+    x, grad = random(16, 16, 32, 32).requires_grad_(), random(16, 16, 32, 32, seed=1)
+
+    def bits(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        norm = norm_of(16)
+        y = norm(x)
+        return [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], grad), *norm.buffers()]
+
+    before = torch.get_num_threads()
+    try:
+        for first, second in pairwise([bits(1), bits(2), bits(3), bits(3)]):
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_a_nan_is_seen_and_not_hidden_by_relu() -> None:
+    x = random(4, 16, 8, 8)
+    x[0, 3, 0, 0] = float("nan")
+    norm = norm_of(16)
+    y = norm(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for tensor in (y, dx):
+        assert tensor[:, 3].isnan().all() and not tensor[:, :3].isnan().any()
+    assert norm.running_mean.isnan().tolist() == [c == 3 for c in range(16)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["expanded", "NCHW", "float32"])
+def test_gradients_and_residuals_of_any_strides_and_type(kind: str) -> None:
+    norm, x, residual = norm_of(16), random(4, 16, 8, 8).requires_grad_(), random(4, 16, 8, 8, seed=1)
+    grad = random(4, 16, 1, 1, seed=2).expand(4, 16, 8, 8)
+    other = {"expanded": grad, "NCHW": grad.contiguous(), "float32": grad.float()}[kind]
+    given = {"expanded": residual, "NCHW": residual.contiguous(), "float32": residual.float()}[kind]
+    y = norm(x, given.requires_grad_())
+    dx, dresidual = torch.autograd.grad(y.to(other.dtype), [x, given], other)
+    oracle = in_float64(norm, x, residual, grad)
+    assert_close(y, oracle["y"])
+    assert_close(dx, oracle["x"])
+    assert_close(dresidual.bfloat16(), oracle["residual"])
+
+
+@needs_kernels
+def test_what_the_norm_does_not_take_is_torchs_to_the_bit() -> None:
+    plain = nn.BatchNorm2d(24)
+    for channels, shape, dtype, training in (
+        (24, (4, 24, 8, 8), torch.bfloat16, True),  # no divisor of 64
+        (128, (4, 128, 8, 8), torch.bfloat16, True),
+        (16, (1, 16, 1, 3), torch.bfloat16, True),  # 48 values
+        (16, (4, 16, 8, 8), torch.float32, True),
+        (16, (4, 16, 8, 8), torch.bfloat16, False),
+    ):
+        ours, plain = norm_of(channels).train(training), nn.BatchNorm2d(channels).train(training)
+        plain.load_state_dict(ours.state_dict())
+        x = random(*shape).to(dtype)
+        assert torch.equal(ours(x), F.relu(plain(x))), (channels, shape, dtype, training)
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
+@needs_kernels
+def test_bad_input_is_refused_as_by_torch() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_of(64)(random(1, 64, 1, 1))
+    with pytest.raises(ValueError, match=r"residual has shape \(4, 16, 4, 4\), the input \(4, 16, 8, 8\)"):
+        norm_of(16)(random(4, 16, 8, 8), random(4, 16, 4, 4))
+    assert norm_of(16)(random(0, 16, 8, 8)).shape == (0, 16, 8, 8)
+
+
+# ---- 3×3 convolutions --------------------------------------------------------------------------------------
+
+
+def conv_of(c: int, k: int, stride: int = 1, bias: bool = False) -> Conv2d:
+    conv = Conv2d(c, k, 3, stride, padding=1, bias=bias).to(memory_format=torch.channels_last)
+    conv.algorithm = "own"
+    return conv
+
+
+@needs_kernels
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "shape",  # (N, C, K, H, W)
+    [(4, 16, 16, 32, 32), (3, 32, 32, 16, 16), (3, 64, 64, 8, 8), (5, 16, 48, 12, 24), (2, 64, 32, 9, 9),
+     (3, 16, 8, 7, 5), (1, 32, 16, 1, 1), (2, 16, 16, 2, 1), (130, 16, 16, 1, 16)],
+    ids=str,
+)  # fmt: skip
+def test_a_convolutions_values_and_gradients_are_float64s(
+    shape: tuple[int, ...], stride: int, threads: int
+) -> None:
+    n, c, k, h, w = shape
+    conv = conv_of(c, k, stride, bias=k == 32)
+    x = random(n, c, h, w).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    assert y.grad_fn.name() == "_Conv2dBackward" and y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    grad = random(*y.shape, seed=1)
+    dx, *ours = torch.autograd.grad(y, [x, *conv.parameters()], grad)
+    leaves = [x, *(p.bfloat16() for p in conv.parameters())]
+    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    oracle = F.conv2d(*leaves, stride=stride, padding=1)
+    dx64, dw64, *db64 = torch.autograd.grad(oracle, leaves, grad.double())
+    assert_close(y, oracle)
+    assert_close(dx, dx64)
+    assert ours[0].dtype == torch.float32
+    assert_close(ours[0], dw64)
+    for db, theirs in zip(ours[1:], db64, strict=True):
+        assert_close(db.bfloat16(), theirs)
+
+
+@needs_kernels
+def test_the_weight_gradient_is_the_same_again() -> None:
+    x, dy = random(32, 16, 16, 16), random(32, 32, 8, 8, seed=1)
+    first = torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2)
+    assert all(torch.equal(torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2), first) for _ in range(5))
+
+
+@needs_kernels
+def test_what_the_convolution_does_not_take_is_torchs() -> None:
+    def used(conv: nn.Conv2d, x: Tensor, autocast: bool = True) -> str:
+        conv.algorithm = "own"  # type: ignore[assignment]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = conv(x)
+        return y.grad_fn.name() if y.grad_fn else "none"
+
+    x = random(2, 16, 8, 8)
+    own = "_Conv2dBackward"
+    assert used(Conv2d(16, 16, 3, padding=1), x) == own
+    assert used(Conv2d(16, 16, 3, padding="same"), x) == own
+    assert used(Conv2d(16, 16, 3, padding=1).bfloat16(), x, autocast=False) == own
+    for conv in (
+        Conv2d(16, 16, 3),  # no padding
+        Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        Conv2d(16, 16, 3, padding=2, dilation=2),
+        Conv2d(16, 16, 3, padding=1, groups=2),
+        Conv2d(16, 16, 3, 3, padding=1),  # stride 3
+        Conv2d(16, 16, 1),
+        Conv2d(16, 12, 3, padding=1),
+        Conv2d(16, 128, 3, padding=1),
+    ):
+        assert used(conv, x) != own, conv
+    assert used(Conv2d(16, 16, 3, padding=1), x.float()) != own
+    assert used(Conv2d(16, 16, 3, padding=1).requires_grad_(False), x) == "none"
+    with torch.no_grad():
+        assert used(Conv2d(16, 16, 3, padding=1), x) == "none"
+
+
+# ---- both --------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["norm", "conv"])
+def test_gradients_of_gradients_are_refused_by_name(kind: str) -> None:
+    module: nn.Module = norm_of(16) if kind == "norm" else conv_of(16, 16).bfloat16()
+    x = random(4, 16, 8, 8).requires_grad_()
+    with pytest.raises(NotImplementedError, match="has no double backward; use model"):
+        torch.autograd.grad(module(x).sum(), x, create_graph=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name, options", [("resnet20", {}), ("mini_resnet", {}), ("speed_resnet", {})])
+def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> None:
+    """Losses of ten steps stay about as near to those in float32 as those of torch in bf16 do."""
+    side = 28 if name == "mini_resnet" else 32
+    images = torch.randn(32, 3, side, side).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (32,))
+
+    def losses(precision: Any, norm: Any = "auto", conv: Any = "auto") -> tuple[Tensor, set[str]]:
+        fields = EngineConfig(precision=precision, conv=conv)
+        engine = resolve(Config(model=ModelConfig(norm=norm), engine=fields))
+        torch.manual_seed(0)
+        model = engine.place(build_model(name, norm=engine.norm, **options))
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        seen, used = [], set()
+        for _ in range(10):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = F.cross_entropy(model(images).float(), labels)
+            used |= backwards_of(loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        return torch.stack(seen), used
+
+    exact, _ = losses("fp32")
+    theirs, _ = losses("bf16", norm="torch", conv="torch")
+    ours, used = losses("bf16")
+    assert {"_BatchNormActBackward", "_Conv2dBackward"} <= used
+    assert (ours - exact).abs().max() <= 3 * (theirs - exact).abs().max() + 0.01
+
+
+@needs_kernels
+def test_what_counts_operators_sees_them() -> None:
+    x, flops, calls = random(2, 16, 8, 8).requires_grad_(), {}, {}
+    for algorithm in ("torch", "own"):
+        net = nn.Sequential(conv_of(16, 16), norm_of(16), conv_of(16, 32, 2), conv_of(32, 32))
+        for module in (net[0], net[2], net[3]):
+            module.algorithm = algorithm
+        with FlopCounterMode(display=False) as counter, WorkCount() as work:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = net(x)
+            y.backward(torch.ones_like(y))
+        flops[algorithm] = counter.get_total_flops()
+        assert work.flops == flops[algorithm]
+        calls[algorithm] = {key[0]: n for key, n in work.calls.items() if "cpp" in key[0]}
+    assert flops["own"] == flops["torch"] > 0
+    assert {name.removeprefix("fastres_kernels::cpp_") for name in calls["own"]} == {
+        "batch_norm_act", "batch_norm_act_backward", "convolution", "weight_gradient",
+    }  # fmt: skip
+
+
+def backwards_of(loss: Tensor) -> set[str]:
+    """The names of the autograd nodes behind it."""
+    seen, new = set(), [loss.grad_fn]
+    while new:
+        node = new.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            new += [parent for parent, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+# ---- the engine's choice -----------------------------------------------------------------------------------
+
+
+def choice(**engine: Any) -> tuple[str, str, str]:
+    """norm, conv, and the reason for the latter."""
+    resolved = resolve(Config(engine=EngineConfig(device="cpu", **engine)))
+    return resolved.norm, resolved.conv, next(r for r in resolved.reasons if r.startswith("conv: "))
+
+
+@needs_kernels
+def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
+    assert choice(precision="bf16") == ("measured", "own", f"conv: own ({WHY})")
+    for fields, why in (
+        ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
+        ({"precision": "bf16", "compile": True}, "torch.compile does not see into the C++ kernels"),
+        ({"precision": "bf16", "channels_last": False}, "the C++ kernels take channels-last only"),
+    ):
+        assert choice(**fields) == ("torch", "torch", f"conv: torch ({why})")
+        with pytest.raises(Refused, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
+            resolve(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
+
+
+@needs_kernels
+def test_under_compile_the_modules_are_torchs() -> None:
+    torch._dynamo.reset()
+    norm, conv = norm_of(16), conv_of(16, 16).bfloat16()
+    y = torch.compile(lambda x: norm(conv(x)), fullgraph=True, backend="aot_eager")(random(4, 16, 8, 8))
+    assert y.shape == (4, 16, 8, 8)
+
+
+def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "ISA", ("sse2", "avx4096f", "amx_fp256"))
+    assert cpu.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
+
+
+ASK = "from fastres_kernels import cpu; print(*cpu.available())"
+
+
+def ask(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=users_environment(environment),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@needs_kernels
+def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None:
+    assert ask(CXX="no-such-g++") == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert ask(CXX=str(broken)) == f"False {broken} did not build kernels/cpu.cpp: sorry, unimplemented"
+    done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
+                       "--run.dir", tmp_path / "run",
+                       env={"CXX": str(broken)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"conv: torch ({broken} did not build kernels/cpu.cpp: sorry, unimplemented)" in done.stdout
+
+
+@needs_kernels
+def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -> None:
+    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    (kept,) = (tmp_path / "fastres").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_mtime_ns == before
+
+
+@needs_kernels
+def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "fastres").write_text("a file where the folder would be")
+    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+
+
+@needs_kernels
+def test_the_library_shares_torchs_threads() -> None:
+    """A second OpenMP in the process would be a second pool of threads, spinning beside torch's."""
+    find = f"{ASK}; print(*{{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}})"
+    done = subprocess.run(
+        [sys.executable, "-c", find], env=users_environment(), capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()[-1].split()) == 1, done.stdout
