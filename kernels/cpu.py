@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def build(compiler: str) -> ctypes.CDLL:
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
     kept = cache / f"kernels-{key}.so"
-    if kept.exists():
+    with suppress(OSError):  # not there, or damaged: then it is built anew
         return load(kept)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ _library: list[ctypes.CDLL] = []  # the one, once it is there
 
 
 def _ready(x: Tensor) -> bool:
-    """Whether x is of the kind that the kernels take, and they are there, for nobody who wants to see inside."""
+    """Whether x is of the kind that the kernels take, they are there, and torch.compile is not looking."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -127,8 +128,8 @@ def _ready(x: Tensor) -> bool:
 
 
 def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether batch_norm_act takes x, (N, C, H, W), in training: bf16, a divisor of 64 channels, a
-    multiple of 64 values and at least two of each channel; parameters and statistics in float32."""
+    """Whether batch_norm_act takes x, (N, C, H, W), in training: bf16, a divisor of 64 channels, a multiple of 64
+    values and at least two of each channel; parameters and statistics in float32."""
     c = norm.num_features
     return (
         norm.training
@@ -152,9 +153,10 @@ def batch_norm_act(
     """y = act(BatchNorm(x) + residual), channels-last, bf16, with x's statistics, and y again, as a skip: the gradients
     of the two are added in the backward's first pass. Moves the running statistics as torch does.
 
-    Two passes over x forward, and two over x and the gradient backward, which keeps ReLU's mask as bits: of ReLU and
-    residual 8 bytes an element forward, 14 backward. Sums are float32 over 16,384 values, then float64, in an order
-    that does not depend on the number of threads. Gradients of gradients are refused by a NotImplementedError.
+    Two passes over x forward and two over x and the gradient backward, ReLU's mask as bits between them: with residual
+    8 bytes an element forward and 12 backward, 14 where two gradients come. Sums are float32 over 16,384 values, then
+    float64, in an order that does not depend on the number of threads. Gradients of gradients are refused by a
+    NotImplementedError.
     """
     state: tuple[Any, ...] = (None, None, 0.0)
     if norm.track_running_stats:
