@@ -16,6 +16,8 @@ from torch import Tensor
 from fastres.data.permutation import Samples
 from fastres.data.spec import BatchSpec
 
+Draws = dict[str, Tensor]  # fields of Samples as tensors, only those that images are made from: (n, ...) each
+
 
 class Finish:
     """From cropped pixels to what the network sees: normalised, cut out, mixed. The last step of every loader."""
@@ -24,26 +26,31 @@ class Finish:
         self.spec = spec
         self.mean = torch.tensor(spec.mean, device=spec.device)
         self.std = torch.tensor(spec.std, device=spec.device)
+        self.fields = (*("cutout",) * bool(spec.cutout), *("blend", "box") * spec.mixes)
 
-    def __call__(
-        self, pixels: Tensor, labels: Tensor, samples: Samples | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """pixels: (n, S, S, C) uint8, labels: (n,) int64, both on the device. samples: where they are to train on.
+    def draws(self, samples: Samples) -> Draws:
+        """What it takes of the samples, on the device."""
+        return on_device(samples, self.fields, self.spec.device)
+
+    def __call__(self, pixels: Tensor, labels: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """pixels: (n, S, S, C) uint8, labels: (n,) int64, both on the device, as `draws` are: with them it is a batch
+        to train on. Nothing here waits for the device, so that a graph may hold it.
 
         Returns images (n, C, S, S) channels-last in the spec's dtype, and labels, (n, classes) float32 where mixed.
         """
         images = normalize(pixels, self.mean, self.std, self.spec.dtype)
-        if samples is not None and self.spec.cutout:
-            images = cutout(images, self._on_device(samples.cutout), self.spec.cutout)
-        if samples is not None and self.spec.mixes:
-            shares = F.one_hot(labels, self.spec.classes).to(torch.float32)
-            images, labels = mix(
-                images, shares, self._on_device(samples.blend).float(), self._on_device(samples.box)
-            )
+        if draws is not None and self.spec.cutout:
+            images = cutout(images, draws["cutout"], self.spec.cutout)
+        if draws is not None and self.spec.mixes:
+            # Not F.one_hot, which on a CPU reads the labels on the host to check them.
+            classes = torch.arange(self.spec.classes, device=labels.device)
+            shares = (labels[:, None] == classes).to(torch.float32)
+            images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
         return images.contiguous(memory_format=torch.channels_last), labels  # masks may cost the order
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.spec.device)
+
+def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -> Draws:
+    return {name: torch.from_numpy(getattr(samples, name)).to(device) for name in fields}
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class DaliLoader:
         order = self.spec.order(len(self.split))
         steps = (order.samples(step, step + 1) for step in range(first_step, last_step))
         for samples, pixels in self._batches(steps, self._feed_train, lambda samples: samples.index):
-            yield self.finish(pixels, self._labels(samples.index), samples)
+            yield self.finish(pixels, self._labels(samples.index), self.finish.draws(samples))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.spec.eval_batches(len(self.split))

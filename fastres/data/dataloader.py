@@ -37,7 +37,7 @@ class HostLoader:
         samples = _TrainSamples(self.split, self.spec, order, first_step, last_step)
         batches = self._batches(samples, order.local_batch)
         for step, (pixels, labels) in zip(range(first_step, last_step), batches, strict=True):
-            yield self.finish(pixels, labels, order.samples(step, step + 1))
+            yield self.finish(pixels, labels, self.finish.draws(order.samples(step, step + 1)))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_share):

@@ -1,5 +1,7 @@
 """The device-resident loader: the split lives on the device as uint8 and is augmented there, a block of steps
-at a time, so that a step costs the host nothing but a slice."""
+at a time, so that a step costs the host nothing but a slice. Or a step's images are made inside of a recorded step
+(fastres/graph.py), by the same functions from the same draws.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Finish, crop_and_flip, crop_windows
+from fastres.data.augment import Draws, Finish, crop_and_flip, crop_windows, on_device
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
@@ -28,6 +30,7 @@ class ResidentLoader:
         self.channels = images.shape[3]
         self.windows = crop_windows(images, spec.image_size, self.order.pad, spec.pad_mode)
         self.finish = Finish(spec)
+        self.fields = ("index", "dy", "dx", "flip", *self.finish.fields)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         b = self.order.local_batch
@@ -41,28 +44,47 @@ class ResidentLoader:
             images = self._empty(len(samples.index))
             labels = []
             for first in range(0, len(images), CHUNK):
-                part = samples.part(first, first + CHUNK)
-                index = self._on_device(part.index)
-                crops = self._crops(index, part.dy, part.dx, part.flip)
-                images[first : first + CHUNK], shares = self.finish(crops, self.labels[index], part)
+                part = on_device(samples.part(first, first + CHUNK), self.fields, self.spec.device)
+                images[first : first + CHUNK], shares = self.batch(part)
                 labels.append(shares)
             yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         for share, count in self.spec.eval_batches(self.order.n):
-            index, still = self._on_device(share), np.full_like(share, self.order.pad)
-            crops = self._crops(index, still, still, np.zeros(len(share), dtype=bool))
-            images, labels = self.finish(crops, self.labels[index])
-            labels[count:] = IGNORED
-            yield images, labels
+            yield self.eval_batch(torch.from_numpy(share).to(self.spec.device), count)
 
-    def _crops(self, index: Tensor, dy: np.ndarray, dx: np.ndarray, flip: np.ndarray) -> Tensor:
-        return crop_and_flip(self.windows, index, *map(self._on_device, (dy, dx, flip)))
+    # ---- in parts, for who records a step ------------------------------------------------------------------
+
+    def draws(self, first_step: int, last_step: int) -> Draws:
+        """What the batches of the steps [first_step, last_step) are made from: (steps, b, ...) each, on the host."""
+        samples, steps = self.order.samples(first_step, last_step), last_step - first_step
+        drawn = on_device(samples, self.fields, torch.device("cpu"))
+        return {
+            name: values.reshape(steps, self.order.local_batch, *values.shape[1:])
+            for name, values in drawn.items()
+        }
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """n augmented images and their labels. draws: (n, ...) each, on the device, which nothing waits for."""
+        index = draws["index"]
+        crops = crop_and_flip(self.windows, index, draws["dy"], draws["dx"], draws["flip"])
+        return self.finish(crops, self.labels[index], draws)
+
+    def eval_draws(self) -> Draws:
+        """What the batches of an evaluation are made from: index (batches, b) int64, count (batches,) int64."""
+        shares, counts = zip(*self.spec.eval_batches(self.order.n), strict=True)
+        return {"index": torch.from_numpy(np.stack(shares)), "count": torch.tensor(counts)}
+
+    def eval_batch(self, index: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+        """index: (b,) int64. count: how many of them count; the others' label is IGNORED."""
+        still = torch.full_like(index, self.order.pad)
+        crops = crop_and_flip(self.windows, index, still, still, torch.zeros_like(index, dtype=torch.bool))
+        images, labels = self.finish(crops, self.labels[index])
+        filled_up = torch.arange(len(index), device=index.device) >= count
+        return images, labels.masked_fill(filled_up, IGNORED)
 
     def _empty(self, n: int) -> Tensor:
-        size, spec = self.spec.image_size, self.spec
-        images = torch.empty((n, self.channels, size, size), dtype=spec.dtype, device=spec.device)
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.spec.device)
+        """As the batches' own strides are, one channel's too, which contiguous() would leave as it finds it."""
+        shape = (n, self.channels, self.spec.image_size, self.spec.image_size)
+        spec, order = self.spec, torch.channels_last
+        return torch.empty(shape, dtype=spec.dtype, device=spec.device, memory_format=order)
