@@ -229,7 +229,8 @@ class EngineConfig:
     """torch.compile of forward and loss without graph breaks; auto does so on a GPU where Triton is there."""
 
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Replay the whole step as one CUDA graph."""
+    """Replay the whole step, its batch included, as one CUDA graph; auto does so on a GPU with data.loader resident,
+    one process and optim.name sgd."""
 
     deterministic: bool = False
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""

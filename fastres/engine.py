@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastres import distributed
 from fastres.config import Config
 from fastres.errors import Refused
 from fastres_kernels import Conv2d, cpu, tables
@@ -40,6 +41,8 @@ class Engine:
     norm: str  # a name in models.blocks.NORMS
     conv: str  # "torch" or "own": Conv2d.algorithm
     compress_gradients: bool
+    cuda_graph: bool = False  # whole steps are recorded and replayed: fastres/graph.py
+    cuda_graph_may_fall_back: bool = False  # auto's choice, as compile's
     reasons: tuple[str, ...]
 
     @property
@@ -99,8 +102,10 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         compile_ = choose("compile", wanted.compile, compiles, why)
     if compile_ and not compiles:
         raise Refused(f"engine.compile true: {why}")
-    if choose("cuda_graph", wanted.cuda_graph, False, "whole-step graphs are not in this version"):
-        raise Refused("engine.cuda_graph true: whole-step graphs are not in this version; leave it at auto")
+    graphs, why, remedy = can_graph(config, device)
+    cuda_graph = choose("cuda_graph", wanted.cuda_graph, graphs, why)
+    if cuda_graph and not graphs:
+        raise Refused(f"engine.cuda_graph true: {why}; {remedy}")
     in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
     norm = choose("norm", config.model.norm, *_faster_norm(device, config.model.sync_norm, in_cpp, why))
     conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
@@ -141,6 +146,8 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         norm=norm,
         conv=conv,
         compress_gradients=wanted.compress_gradients,
+        cuda_graph=bool(cuda_graph),
+        cuda_graph_may_fall_back=wanted.cuda_graph == "auto",
         reasons=tuple(reasons),
     )
 
@@ -177,6 +184,22 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return False, "no Python headers: apt-get install python3-dev"
     return True, f"the C++ compiler {compiler} is there"
+
+
+def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:
+    """Whether this run's steps can be CUDA graphs, the reason in words, and the remedy where they cannot."""
+    if device.type != "cuda":
+        return False, "CUDA graphs are for GPUs", "leave it at auto"
+    if distributed.world() > 1:
+        why = f"{distributed.world()} processes exchange gradients in every step, which is not captured"
+        return False, why, "use one, or leave it at auto"
+    if config.data.loader != "resident":
+        why = f"the batches of data.loader {config.data.loader} are made outside of the step"
+        return False, why, "use --data.loader resident, or leave it at auto"
+    if config.optim.name != "sgd":
+        why = f"optim.name {config.optim.name} reads the learning rate on the host"
+        return False, why, "use --optim.name sgd, or leave it at auto"
+    return True, "one process, and the data set is on the GPU", ""
 
 
 def _runs_in_cpp(

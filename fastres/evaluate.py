@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     # Eager unless asked otherwise: one pass does not earn back what compiling takes.
-    flags = {"engine.compile": "false"} | {k: v for k, v in vars(arguments).items() if "." in k}
+    flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
+    flags |= {k: v for k, v in vars(arguments).items() if "." in k}
     config, weights = load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )

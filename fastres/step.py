@@ -85,8 +85,9 @@ class DeviceTotals:
         self.correct, self.samples = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # the first of non-finite loss
 
-    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor, step: int = -1) -> None:
-        """loss: () summed over the samples. The first step of non-finite loss is remembered."""
+    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor, step: int | Tensor = -1) -> None:
+        """loss: () summed over the samples. step: its number, or where a graph takes it () int64 on the device. The
+        first step of non-finite loss is remembered."""
         self.loss += loss
         self.correct += correct
         self.samples += samples
@@ -97,6 +98,10 @@ class DeviceTotals:
         sums, bad = self.state_dict(), self.bad_step.clone()
         distributed.all_max(bad)
         return Totals(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.loss, self.correct, self.samples, self.bad_step
 
     def reset(self) -> None:
         for tensor in (self.loss, self.correct, self.samples):
@@ -150,6 +155,11 @@ class TrainStep:
         """Takes step `step` on this process's share of the batch."""
         for tensor, scale in self.learning_rates.items():
             tensor.fill_(lr * scale)
+        self.take(images, labels, step)
+
+    def take(self, images: Tensor, labels: Tensor, step: int | Tensor) -> None:
+        """The step at the learning rates that are there. Its work on the device is the same every time, and nothing
+        in it depends on values there: it can be recorded and replayed (fastres/graph.py)."""
         if not self.model.training:  # train() walks through all modules
             self.model.train()
         *parts, last = self._parts(images, labels)
@@ -171,22 +181,40 @@ class TrainStep:
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Compiles everything by running forward and backward, and leaves no trace in the model's state."""
-        with _restored(self.model):
+        with unchanged(self.model.buffers()):
             self.model.train()
             loss, _ = self.forward_loss(*self._parts(images, labels)[0])
             self.backward(loss)
+        self.model.zero_grad()
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[Batch]:
         if self.accumulate == 1:
             return [(images, labels)]
         return list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
 
-    def _add(self, part: Batch, step: int) -> None:
+    def _add(self, part: Batch, step: int | Tensor) -> None:
         """Adds one part of the batch to the gradients and to the totals."""
         images, labels = part
         loss, correct = self.forward_loss(images, labels)
         self.backward(loss)
         self.totals.add(loss.detach() * len(labels), correct, len(labels), step)
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """All that a step changes, in place."""
+        scaler: list[Any] = []
+        if self.scaler.is_enabled():
+            self.scaler.scale(self.lr)  # it makes its tensors when it is first used
+            scaler = [self.scaler._scale, self.scaler._growth_tracker]
+        state = [value for _, _, value in self._optimizer_tensors()]
+        model = [*self.model.parameters(), *self.model.buffers()]
+        return [*model, *state, *self.learning_rates, *scaler, *self.totals.tensors]
+
+    def _optimizer_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
+        state = self.optimizer.state.items()
+        return [
+            (p, key, value) for p, of_p in state for key, value in of_p.items() if isinstance(value, Tensor)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on. Collective."""
@@ -198,11 +226,15 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: a recorded step goes on from it."""
         self.model.load_state_dict(state["model"])
+        held = self._optimizer_tensors()
         filled = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, filled, strict=True):
             group["lr"] = lr  # load_state_dict put a copy there that nobody fills
+        for p, key, tensor in held:  # and others in place of these, which a graph has by their address
+            self.optimizer.state[p][key] = tensor.copy_(self.optimizer.state[p][key])
         self.scaler.load_state_dict(state["scaler"])
         self.totals.load_state_dict(state["totals"])
 
@@ -219,17 +251,21 @@ class Evaluator:
             self.forward_loss.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def __call__(self, batches: Iterable[Batch]) -> Totals:
+    def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Totals:
         start = time.perf_counter()
         self.model.eval()
         distributed.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
         self.totals.reset()
-        for images, labels in batches:
-            loss, correct = self.forward_loss(images, labels)
-            self.totals.add(loss, correct, (labels != IGNORED).sum())
+        for batch in batches:
+            if batch:  # an empty one stands for a replay, which has added its own
+                self.add(*batch)
         totals, _ = self.totals.read()  # waits for the device
         self.time_s = time.perf_counter() - start
         return totals
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        loss, correct = self.forward_loss(images, labels)
+        self.totals.add(loss, correct, (labels != IGNORED).sum())
 
 
 def warm_up(
@@ -275,7 +311,7 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     handles = [module.register_forward_hook(watch(name)) for name, module in layers]
     try:
-        with _restored(model):
+        with unchanged(model.buffers()):
             model.train()
             images, labels = batch[0][:2], batch[1][:2]
             loss = F.cross_entropy(model(images.to(next(model.parameters()).dtype)), labels)
@@ -289,13 +325,12 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers back afterwards and drops its gradients."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts the tensors' values back afterwards."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
-        model.zero_grad()
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for tensor, values in before:
+                tensor.copy_(values)

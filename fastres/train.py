@@ -25,6 +25,7 @@ from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Failed, Refused, run_command
+from fastres.graph import recorded
 from fastres.log import ProgressLine, Run, device_name, write_text
 from fastres.models import build_model
 from fastres.models.weights import load_weights, save_weights
@@ -108,6 +109,9 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     )
     evaluate = Evaluator(model, engine)
 
+    def lr_at(i: int) -> float:
+        return peak_lr * lr_scale(config.schedule, i, steps)
+
     # ------------------------------------------------------------------------------------- resume
     start, window, clock = 0, Totals(), Clock(engine.device.type)
 
@@ -150,6 +154,10 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 
         # --------------------------------------------------------------------------------- warm-up
         warm_up(step, evaluate, blank, curve_loader, say=progress.say)
+        # As CUDA graphs, where the engine has them: then a batch is empty, and made inside of the step.
+        take, train_loader, curve_loader = recorded(
+            step, evaluate, train_loader, curve_loader, lr_at, say=progress.say
+        )
 
         # --------------------------------------------------------------------------------- training
         def save(done: int) -> None:
@@ -167,9 +175,9 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 
         held = None  # the last evaluation
         clock.start()
-        for i, (images, labels) in enumerate(watched(train_loader.train(start, steps)), start):
-            lr = peak_lr * lr_scale(config.schedule, i, steps)
-            step(images, labels, lr, i)
+        for i, batch in enumerate(watched(train_loader.train(start, steps)), start):
+            lr = lr_at(i)
+            take(*batch, lr, i)
             done = i + 1
 
             evaluates, saves = due(done, config.train.eval_every), due(done, config.run.checkpoint_every)
@@ -275,11 +283,12 @@ def watched(batches: Any) -> Iterator[Any]:
 def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
     """Zeros of the shapes, types and strides of this process's share of a batch."""
     n, side = config.train.batch_size // distributed.world(), image_size(config, source)
-    images = torch.zeros(n, source.channels, side, side, dtype=engine.dtype, device=engine.device)
+    shape = (n, source.channels, side, side)
+    images = torch.empty(shape, dtype=engine.dtype, device=engine.device, memory_format=engine.memory_format)
     labels = torch.zeros(n, dtype=torch.int64, device=engine.device)
     if config.data.mixup or config.data.cutmix:
         labels = torch.zeros(n, classes_of(config, source), device=engine.device)
-    return images.to(memory_format=engine.memory_format), labels
+    return images.zero_(), labels
 
 
 def agrees(done: int) -> bool:
