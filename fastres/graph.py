@@ -55,7 +55,7 @@ class Recording(Protocol):
 class Recorder(Protocol):
     def record(self, work: Work, changed: Sequence[Tensor]) -> Recording:
         """Records what `work` does on the device; none of it shows afterwards. changed: all tensors from outside
-        that it writes to. Whatever else it makes has to be gone when it returns."""
+        that it writes to. What it makes and leaves behind, a replay makes anew in the same place."""
 
 
 def recorder_for(device: torch.device) -> Recorder:
@@ -83,13 +83,14 @@ class FixedBatch:
     """The same batch at every step, for measurements."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.held = images, labels
+        self.images, self.labels = images, labels
 
     def draws(self, first_step: int, last_step: int) -> Draws:
         return {}
 
     def batch(self, draws: Draws) -> Batch:
-        return self.held
+        # If it asks for a gradient, for one that goes with the step.
+        return self.images.detach().requires_grad_(self.images.requires_grad), self.labels
 
 
 class Rows:
@@ -289,11 +290,17 @@ class HostRecorder:
         self.device = device
 
     def record(self, work: Work, changed: Sequence[Tensor]) -> Recording:
+        watches, kept = list[_Watch](), list[int]()
         for _ in range(WARM_UP):
-            watch = _Watch(self.device)
-            with unchanged(changed), watch.watching():
+            watches.append(_Watch(self.device))
+            with unchanged(changed), watches[-1].watching():
                 work()
-            watch.check(changed)
+            watches[-1].check(changed)
+            kept.append(sum(watch.kept_bytes() for watch in watches))
+        if kept[-1] > kept[-2]:
+            raise CannotRecord(
+                f"the work holds {kept[-1] - kept[-2]} bytes more each time: replays would all write to the same ones"
+            )
         recording = _HostRecording()
         with unchanged(changed), _Watch(self.device, recording).watching():
             work()
@@ -374,13 +381,12 @@ class _Watch(TorchDispatchMode):
             self.recording.calls.append(_Call(operator, *kept))
         return out
 
+    def kept_bytes(self) -> int:
+        """What the work has made and is still there."""
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
     def check(self, changed: Sequence[Tensor]) -> None:
-        """After the work: that it kept nothing, and wrote to nothing but what is said to change."""
-        kept = sum(size for storage, size in self.made.values() if not storage.expired())
-        if kept:
-            raise CannotRecord(
-                f"{kept} bytes that the work made are held after it: each replay would write to the same ones"
-            )
+        """That the work wrote to nothing but what is said to change."""
         told = {_storage(tensor) for tensor in changed}
         for storage, (tensor, before) in self.found.items():
             if storage not in told and not torch.equal(_bytes(tensor), before):

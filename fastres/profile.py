@@ -10,7 +10,9 @@ takes a few steps under torch's profiler. What is measured:
 
 profiling/ has what can be compared (variants), what a trace says (trace), and what is left behind (report).
 
-Not yet run on a GPU: the lines that name CUDA (NVTX ranges, memory history, peak memory, tf32's switches).
+A variant of mode graph is compiled and replayed as a whole, and so it is timed: a replay has no parts.
+
+Not yet run on a GPU: the lines that name CUDA (NVTX ranges, memory history, peak memory, tf32's switches), and graphs.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from fastres import hardware
 from fastres.config import Config
 from fastres.engine import Engine, resolve
 from fastres.errors import Failed, Refused, run_command
+from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text
 from fastres.optim import build_optimizer
 from fastres.profiling import trace
@@ -101,6 +104,7 @@ class Contestant:
         self.images = images.requires_grad_(subject.is_block)
         self.labels = self.labels.to(engine.device)
         self.step = TrainStep(self.model, engine, lambda m, lr: build_optimizer(m, Config().optim, lr))
+        self.graph: GraphedStep | None = None
         self.logits: Tensor | None = None
         # Never removed, and never reading what it writes: compiled code would notice, and be compiled again.
         self.model.register_forward_hook(self._keep_logits)
@@ -108,7 +112,17 @@ class Contestant:
     def _keep_logits(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
         self.logits = out.detach()
 
+    def capture(self) -> None:
+        """Records the step, where that is the variant. Not yet run on a GPU."""
+        if self.engine.cuda_graph:
+            batch, recorder = FixedBatch(self.images, self.labels), recorder_for(self.engine.device)
+            self.graph = GraphedStep(self.step, batch, lambda i: LR, recorder)
+
     def whole_steps(self, steps: int) -> None:
+        if self.graph:
+            for i, batch in enumerate(self.graph.train(0, steps)):
+                self.graph(*batch, LR, i)
+            return
         for i in range(steps):
             self.images.grad = None
             self.step(self.images, self.labels, LR, i)
@@ -204,6 +218,7 @@ def prepare(
             contestant = Contestant(subject, switch())
             with _named_kernels(contestant.engine):
                 outcome = contestant.outcome()
+                contestant.capture()
             prepare_s = time.perf_counter() - start
             work = contestant.work()
         except Exception as error:  # of the compiler, of the memory: the others still count
@@ -246,8 +261,9 @@ def measure(
     for name, prepared in ready.items():
         in_parts = f"{name} in parts"
         regions[name] = partial(prepared.contestant.whole_steps, steps)
-        regions[in_parts] = partial(prepared.contestant.steps_in_parts, steps, watches[name].part)
         by_region[name] = by_region[in_parts] = prepared.switch
+        if not prepared.contestant.graph:
+            regions[in_parts] = partial(prepared.contestant.steps_in_parts, steps, watches[name].part)
     timings = interleaved(regions, rounds, device, warm_up=WARM_UP, before=lambda region: by_region[region]())
     matmul_flops: dict[str, float] = {}
     for prepared in ready.values():
@@ -268,7 +284,9 @@ def measure(
             record(prepared.contestant, path)
             events = trace.load(path)
         files, peak_bytes = [path.name], trace.peak_bytes(events)
-        if device.type == "cuda":
+        if prepared.contestant.graph:
+            peak_bytes = None  # its memory was set aside when it was recorded
+        elif device.type == "cuda":
             history = folder / f"memory-{name}.pickle"
             peak_bytes = peak_on_gpu(prepared.contestant, history if keep_traces else None)
             files.append(history.name)
@@ -331,7 +349,10 @@ def record(contestant: Contestant, path: Path) -> None:
     with torch.profiler.profile(activities=activities):
         pass  # the first one starts the tracer
     with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
-        contestant.steps_in_parts(TRACED_STEPS, named)
+        if contestant.graph:
+            contestant.whole_steps(TRACED_STEPS)
+        else:
+            contestant.steps_in_parts(TRACED_STEPS, named)
         wait_for(contestant.engine.device)
     profiler.export_chrome_trace(str(path))
 

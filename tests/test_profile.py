@@ -9,22 +9,27 @@ import math
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import build_model, profile
 from fastres.config import Config, EngineConfig
-from fastres.engine import can_compile, resolve
+from fastres.engine import Engine, can_compile, resolve
 from fastres.errors import Failed, Refused
 from fastres.optim import build_optimizer
-from fastres.profile import Contestant, Outcome, difference, prepare, step_in_parts
+from fastres.profile import Contestant, Outcome, difference, measure, prepare, step_in_parts
 from fastres.profiling import trace
+from fastres.profiling.report import plot, rows_of, show
 from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
 from fastres.profiling.variants import (
     ALL,
@@ -73,7 +78,7 @@ def test_the_terminal_has_every_variant_and_why_others_are_not_there(
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]) == 3
     assert "aten::convolution_backward" in done.stdout
     assert "measured here and now: a copy moves" in done.stdout
-    assert "not here: graph-nchw-fp32: whole-step CUDA graphs are not in this version" in done.stdout
+    assert "not here: graph-nchw-fp32: engine.cuda_graph true: CUDA graphs are for GPUs" in done.stdout
     assert "not here: eager-fused-nchw-fp32: model.norm fused: the kernels take channels-last" in done.stdout
 
 
@@ -416,6 +421,31 @@ def test_a_variant_that_fails_leaves_the_others() -> None:
     assert len(said) == 1 and said[0].startswith(f"{REFERENCE.name}: ready after")
     with pytest.raises(Failed, match="compile-nchw-fp32: failed: MemoryError"):
         prepare(subject, {broken: failing(MemoryError())}, {}, CPU, said.append)
+
+
+@pytest.mark.parametrize("kind", ["network", "block"])
+def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
+    subject = model_subject("resnet8", {}, 2, 8) if kind == "network" else block_subject("basic", 8, 2, 4)
+    graph = Variant("graph", "torch", "channels_last", "fp32")
+    plain = Variant("eager", "torch", "channels_last", "fp32")
+
+    def switch(replayed: bool) -> Engine:  # on a CPU the engine itself refuses
+        return replace(resolve(plain.config(subject.model, "cpu")), cuda_graph=replayed)
+
+    switches = {graph: partial(switch, True), plain: partial(switch, False)}
+    profile = measure(
+        subject, switches, absent := {}, rounds=2, steps=2, folder=tmp_path, keep_traces=True, say=lambda line: None
+    )  # fmt: skip
+    assert not absent
+    whole, parted = profile.results
+    assert whole.parts == {} and set(parted.parts) == set(PARTS) and whole.peak_bytes is None
+    assert whole.step.n == parted.step.n == 2 and whole.difference == parted.difference
+    rows = rows_of(profile)
+    assert rows[0]["forward_ms"] is None and rows[0]["steps_in_parts"] == 0 and rows[0]["step_ms"] > 0
+    plot(profile, tmp_path / "profile.png")
+    show(profile, Console(file=(out := StringIO()), width=140))
+    line = next(line for line in out.getvalue().splitlines() if line.startswith(f"│ {graph.name} "))
+    assert line.count("in one replay") == len(PARTS)
 
 
 # ---- work and traces

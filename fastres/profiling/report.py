@@ -27,7 +27,7 @@ MEMORY = {  # by device: where the figure is from, and where the course of it is
     "cpu": "peak: held, and what torch's profiler saw allocated on the CPU; the course is in the traces, [memory]",
     "cuda": "peak: held, and torch.cuda.max_memory_allocated; memory-*.pickle is for pytorch.org/memory_viz",
 }
-COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a"}
+COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a", "replay": "#8c8c8c"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Result:
     variant: Variant
     prepare_s: float  # building, compiling, the first forward and backward
     step: Timing  # rounds of Profile.steps steps
-    parts: dict[str, Timing]  # single steps, by the names in PARTS
+    parts: dict[str, Timing]  # single steps, by the names in PARTS; none of a replayed graph
     flops: int  # of a step
     bytes: (
         int | None
@@ -91,14 +91,15 @@ def rows_of(profile: Profile) -> list[Row]:
             "step_ms": 1e3 * step_s,
         }
         for part in PARTS:
-            timing = result.parts[part]
-            row[f"{part}_ms"] = 1e3 * timing.median_s
-            row[f"{part}_ms_20"], row[f"{part}_ms_80"] = (1e3 * s for s in timing.quantiles_s)
+            timing = result.parts.get(part)
+            row[f"{part}_ms"] = timing and 1e3 * timing.median_s
+            low_ms, high_ms = (1e3 * s for s in timing.quantiles_s) if timing else (None, None)
+            row[f"{part}_ms_20"], row[f"{part}_ms_80"] = low_ms, high_ms
         peak = peaks.flops.get(result.variant.precision) if peaks else None
         flops_per_s = result.flops / step_s
         bytes_per_s = None if result.bytes is None else result.bytes / step_s
         row |= {
-            "steps_in_parts": result.parts["forward"].n,
+            "steps_in_parts": result.parts["forward"].n if result.parts else 0,
             "launches": result.launches,
             "kernels_busy": None if result.kernel_s is None else result.kernel_s / step_s,
             "peak_mb": None if result.peak_bytes is None else (result.held_bytes + result.peak_bytes) / 1e6,
@@ -201,9 +202,11 @@ def plot(profile: Profile, path: Path) -> None:
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    left = [0.0] * len(rows)
+    # A replay has no parts.
+    left = [0.0 if row["steps_in_parts"] else row["step_ms"] for row in rows]
+    axes.barh(range(len(rows)), left, 0.62, color=COLORS["replay"], label="replay" if any(left) else None)
     for part in PARTS:
-        widths = [row[f"{part}_ms"] for row in rows]
+        widths = [row[f"{part}_ms"] or 0.0 for row in rows]
         axes.barh(range(len(rows)), widths, 0.62, left=left, label=part, color=COLORS[part])
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for i, (row, end) in enumerate(zip(rows, left, strict=True)):
@@ -312,7 +315,9 @@ def _short(name: str, most: int = 44) -> str:
     return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"
 
 
-def _spread(median: float, low: float, high: float) -> str:
+def _spread(median: float | None, low: float | None, high: float | None) -> str:
+    if median is None:
+        return "in one replay"
     return f"{_three_digits(median)} ({_three_digits(low)} to {_three_digits(high)})"
 
 

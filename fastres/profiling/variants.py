@@ -36,8 +36,6 @@ DEFAULTS = {  # by device; the first is the baseline
     "cuda": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
              "eager-fused-channels_last-bf16", "compile-fused-channels_last-bf16", "graph-fused-channels_last-bf16"),
 }  # fmt: skip
-# Words of which the engine knows nothing yet. Once it captures whole steps: a replay has no parts to time.
-NOT_YET = {"graph": "whole-step CUDA graphs are not in this version"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,6 @@ def resolved(
     switches: dict[Variant, Callable[[], Engine]] = {}
     absent: dict[str, str] = {}
     for variant in variants:
-        if reason := next((NOT_YET[word] for word in variant.words if word in NOT_YET), None):
-            absent[variant.name] = reason
-            continue
         switch = partial(resolve, variant.config(subject.model, device))
         try:
             switch()
