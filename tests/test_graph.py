@@ -1,0 +1,450 @@
+"""Whole steps as recordings: what is replayed is the step bit for bit, and what would not be is refused.
+
+On a CPU the recorder is the stand-in, under a CUDA graph's rules; CudaRecorder has not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres import checkpoint, graph
+from fastres.config import parse
+from fastres.data import build_loader
+from fastres.data.resident import ResidentLoader
+from fastres.data.sources import load_source
+from fastres.engine import Engine, can_graph, resolve
+from fastres.errors import Failed
+from fastres.graph import (
+    CannotRecord,
+    GraphedEvaluation,
+    GraphedStep,
+    HostRecorder,
+    Recording,
+    Rows,
+    recorded,
+)
+from fastres.models import build_model
+from fastres.optim import build_optimizer
+from fastres.step import Evaluator, TrainStep
+from fastres.train import train
+from tests.commands import run_fastres
+from tests.fixtures import refused
+
+CPU = torch.device("cpu")
+# Epochs of 22.5 steps, blocks of 7: neither ends where an evaluation or a checkpoint falls, and the last block has 2.
+BLOCK = 7
+SHORT = ("--recipe digits --model.name resnet8 --model.norm torch --train.batch_size 64 --train.steps 30 "
+         "--train.eval_every 13 --train.eval_batch_size 100 --train.log_every 1 --schedule.warmup_steps 10 "
+         "--engine.precision fp32 --run.checkpoint_every 8 --run.keep_checkpoints 9").split()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "BLOCK_STEPS", BLOCK)
+
+
+def run(folder: Path, *flags: object, graphed: bool) -> Path:
+    """The run's folder. On a CPU the engine refuses graphs; nothing else is told otherwise."""
+    config = parse([*SHORT, *map(str, flags), "--run.dir", str(folder)])
+    engine = replace(resolve(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
+    assert train(config, engine, [0]) == 0
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every row of the run, without what time it took."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "train_time_s")} for row in rows]
+
+
+def states(folder: Path, first: int = 0) -> dict[str, str]:
+    """Of each checkpoint from step `first` on: weights, statistics, momentum, loss scale, totals."""
+    contents = {path.name: checkpoint.load(path) for path in checkpoint.found(folder / "checkpoints")}
+    return {
+        name: checkpoint.digest({"trainer": content["trainer"], "window": content["window"]})
+        for name, content in contents.items()
+        if content["step"] >= first
+    }
+
+
+# ---- a run that is replayed ---------------------------------------------------------------------------------
+
+RUNS = {
+    "as it is": "",
+    "three channels": "--data.source synthetic --data.synthetic_samples 300 --data.image_size 12",
+    "in parts": "--train.accumulate 2 --train.label_smoothing 0.1",
+    "bf16": "--engine.precision bf16",
+    "fp16": "--engine.precision fp16",
+    "fp64, NCHW": "--engine.precision fp64 --engine.channels_last false",
+    "nesterov, two rates": "--optim.nesterov true --optim.norm_bias_lr_scale 64",
+    "no momentum": "--optim.momentum 0",
+    "no augmentation": "--data.augment none",
+    "all augmentation": "--data.cutout 3 --data.mixup 0.3 --data.cutmix 0.5 --data.flip alternating "
+                        "--data.pad_mode reflect --data.pad 2",
+    "samples held out": "--data.validation 237",
+    "speed_resnet": "--model.name speed_resnet --optim.norm_bias_lr_scale 64 --optim.nesterov true",
+    "mini_resnet": "--model.name mini_resnet --train.batch_size 8",
+    "resnet18": "--model.name resnet18 --model.options.stem small --train.batch_size 4 --train.steps 12",
+    "more than an epoch a step": "--data.source synthetic --data.synthetic_samples 40 --data.image_size 8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> None:
+    """Each step's loss, each evaluation, each checkpoint, and the weights at the end."""
+    plain = run(tmp_path / "plain", *flags.split(), graphed=False)
+    replayed = run(tmp_path / "replayed", *flags.split(), graphed=True)
+    assert metrics(replayed) == metrics(plain) and len(metrics(plain)) > 9
+    assert states(replayed) == states(plain) and len(states(plain)) >= 2
+    ends = [(folder / "model.safetensors").read_bytes() for folder in (plain, replayed)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_either_goes_on_from_the_others_checkpoint(step: int, precision: str, tmp_path: Path) -> None:
+    flags = ("--engine.precision", precision)
+    folders = {graphed: run(tmp_path / f"{graphed}", *flags, graphed=graphed) for graphed in (False, True)}
+    for graphed, folder in folders.items():
+        state = folder / f"checkpoints/step-{step:08}.pt"
+        resumed = run(tmp_path / f"from-{graphed}", *flags, "--run.resume", state, graphed=not graphed)
+        assert states(resumed, step + 1) == states(folder, step + 1)
+        assert metrics(resumed) == [row for row in metrics(folder) if row["step"] > step]
+
+
+def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
+    reasons = []
+    for graphed in (False, True):
+        flags = ("--optim.lr", 1e30, "--train.log_every", 30, "--run.checkpoint_every", 100)
+        with pytest.raises(Failed) as caught:
+            run(tmp_path / f"{graphed}", *flags, "--train.eval_every", 30, graphed=graphed)
+        reasons.append(str(caught.value).partition(";")[0])
+    assert reasons[0] == reasons[1] and "the loss became non-finite at step " in reasons[0]
+    assert 0 < int(reasons[0].rpartition(" ")[2]) < 29  # not the last
+
+
+# ---- a step that is replayed --------------------------------------------------------------------------------
+
+
+def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoader, Evaluator]:
+    """As train() does."""
+    config = parse([*SHORT, *flags])
+    engine, source = resolve(config), load_source(config.data)
+    loader = build_loader(
+        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
+    )
+    torch.manual_seed(0)
+    model = engine.place(build_model("resnet8", in_channels=source.channels))
+    if not recordable:
+        model = nn.Sequential(model, Scaled())
+    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
+    return step, loader, Evaluator(model, engine)
+
+
+class Scaled(nn.Module):
+    """Of logits; the host looks how large they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / max(1.0, x.abs().max().item())
+
+
+def lr_at(step: int) -> float:
+    return 0.1 / (step + 1)
+
+
+def take(step: TrainStep | GraphedStep, loader: Any, first: int, last: int) -> None:
+    for i, batch in enumerate(loader.train(first, last), first):
+        step(*batch, lr_at(i), i)
+
+
+def graphed_step(step: TrainStep, loader: ResidentLoader) -> GraphedStep:
+    return GraphedStep(step, loader, lr_at, HostRecorder(CPU))
+
+
+def test_the_learning_rate_is_the_steps_own_in_every_group() -> None:
+    step, loader, _ = build("--optim.norm_bias_lr_scale", "64")
+    replayed = graphed_step(step, loader)
+    for i, batch in enumerate(replayed.train(0, 2 * BLOCK)):
+        replayed(*batch, lr_at(i), i)
+        for rate, scale in zip(step.learning_rates, (1, 64), strict=True):
+            assert torch.equal(rate, torch.zeros(()).fill_(lr_at(i) * scale)), i
+
+
+def test_python_numbers_stay_what_they_were() -> None:
+    """So a recording of TrainStep's own call would keep its first learning rate."""
+    step, loader, _ = build()
+    batch, lr = next(loader.train(0, 1)), [0.5]
+    recording = HostRecorder(CPU).record(lambda: step(*batch, lr[0], 0), step.changed)
+    lr[0] = 0.25
+    recording.replay()
+    assert step.lr == 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_recording_leaves_no_trace(precision: str) -> None:
+    step, loader, evaluate = build("--engine.precision", precision)
+    take(step, loader, 0, 3)
+    before = checkpoint.digest(step.state_dict())
+    graphed_step(step, loader)
+    GraphedEvaluation(evaluate, loader, HostRecorder(CPU))
+    assert checkpoint.digest(step.state_dict()) == before
+    assert all(p.grad is None for p in step.model.parameters())
+    take(step, loader, 3, 5)  # and a step may still be taken without it
+    (expected, *_), again = build("--engine.precision", precision), loader
+    take(expected, again, 0, 5)
+    assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
+
+
+def test_a_recorded_step_goes_on_from_a_state_that_is_loaded_later() -> None:
+    step, loader, _ = build("--engine.precision", "fp16")
+    replayed = graphed_step(step, loader)
+    take(replayed, replayed, 0, 9)
+    state = copy.deepcopy(step.state_dict())
+    take(replayed, replayed, 9, 15)
+    ended = checkpoint.digest(step.state_dict())
+    step.load_state_dict(state)
+    take(replayed, replayed, 9, 15)
+    assert checkpoint.digest(step.state_dict()) == ended
+
+
+def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale() -> None:
+    weights = []
+    for record in (False, True):
+        step, loader, _ = build("--engine.precision", "fp16")
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        before = copy.deepcopy(list(step.model.parameters()))
+        steps = graphed_step(step, loader) if record else step
+        batches = steps if isinstance(steps, GraphedStep) else loader
+        take(steps, batches, 0, 1)
+        assert step.scaler.get_scale() == 2.0**39
+        assert all(torch.equal(p, q) for p, q in zip(step.model.parameters(), before, strict=True))
+        take(steps, batches, 1, 40)  # until some steps are taken
+        assert step.scaler.get_scale() < 2.0**20
+        assert not torch.equal(before[0], next(step.model.parameters()))
+        weights.append(checkpoint.digest(step.state_dict()))
+    assert weights[0] == weights[1]
+
+
+def test_steps_are_taken_in_their_order_each_once() -> None:
+    step, loader, _ = build()
+    replayed = graphed_step(step, loader)
+    with pytest.raises(
+        ValueError, match=r"step 0 at learning rate 0\.1 is not what was filled in: step None"
+    ):
+        replayed(lr_at(0), 0)
+    batches = replayed.train(0, 3)
+    next(batches)
+    with pytest.raises(ValueError, match="is not what was filled in: step 0"):
+        replayed(lr_at(1), 1)
+    next(replayed.train(5, 9))
+    with pytest.raises(ValueError, match=r"step 5 at learning rate 1\.0 is not"):
+        replayed(1.0, 5)
+
+
+def test_a_replay_runs_no_python_of_the_step_and_no_new_memory() -> None:
+    step, loader, _ = build()
+    replayed = graphed_step(step, loader)
+    held = replayed.recording.held_bytes
+    forward = step.model.forward
+    step.model.forward = None  # type: ignore[method-assign]
+    take(replayed, replayed, 0, 2 * BLOCK)
+    assert replayed.recording.held_bytes == replayed.recording.count_bytes() == held
+    step.model.forward = forward  # type: ignore[method-assign]
+    expected, *_ = build()
+    take(expected, loader, 0, 2 * BLOCK)
+    assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
+
+
+def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
+    step, loader, evaluate = build()
+    replayed = GraphedEvaluation(evaluate, loader, HostRecorder(CPU))  # 15 batches of 100, the last filled up
+    seen = []
+    for i in range(3):
+        totals = evaluate(replayed.evaluate())
+        assert totals == evaluate(loader.evaluate()) and totals.samples == 1437
+        seen.append(totals.loss)
+        take(step, loader, i, i + 1)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("flags", ["", RUNS["all augmentation"]])
+def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
+    _, loader, _ = build(*flags.split())
+    drawn = loader.draws(20, 27)
+    for k, (images, labels) in enumerate(loader.train(20, 27)):  # an epoch ends in it
+        mine, shares = loader.batch({name: values[k] for name, values in drawn.items()})
+        assert torch.equal(mine, images) and torch.equal(shares, labels)
+        assert mine.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
+    rows = Rows({"a": torch.zeros(0, 2)}, 3, CPU)
+    taken = torch.zeros(2)
+    recording = HostRecorder(CPU).record(lambda: taken.copy_(rows.take()["a"]), [taken, *rows.changed])
+    for table in (torch.arange(6.0).reshape(3, 2), torch.full((2, 2), 7.0), torch.full((1, 2), 8.0)):
+        rows.fill({"a": table})
+        for row in table:
+            recording.replay()
+            assert torch.equal(taken, row)
+
+
+# ---- what cannot be recorded --------------------------------------------------------------------------------
+
+SCALE, MASK = torch.tensor(3.0), torch.tensor([True, False, True, True])
+REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "a number read": (lambda x: x * x.sum().item(), "aten._local_scalar_dense.default makes the host wait"),
+    "a truth read": (lambda x: x if x.sum() > 0 else -x, "aten._local_scalar_dense.default makes the host wait"),
+    "a comparison": (lambda x: torch.equal(x, x + 1), "aten.equal.default makes the host wait"),
+    "a list": (lambda x: x.tolist(), "Tensor.tolist makes the host wait"),
+    "an array": (lambda x: x.numpy(), "Tensor.numpy makes the host wait"),
+    "something printed": (lambda x: f"{x!r}", "Tensor.__repr__ makes the host wait"),
+    "places of non-zeros": (lambda x: x.nonzero(), "aten.nonzero.default makes the host wait"),
+    "a selection": (lambda x: x.masked_select(MASK), "aten.masked_select.default makes the host wait"),
+    "a mask": (lambda x: x[MASK], "aten.index.Tensor makes the host wait"),
+    "what is unique": (lambda x: x.unique(), "makes the host wait"),
+    "classes checked": (lambda x: F.one_hot(x.long()), "makes the host wait"),
+    "numbers from the host": (lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), "made from numbers on the host"),
+    "another device": (lambda x: x.to("meta"), "from or to another device than cpu"),
+    "randomness": (lambda x: x + torch.rand(4), "draws random numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("work", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_waits_or_comes_from_the_host_is_refused_by_its_name_and_place(
+    work: Callable[[Tensor], object], why: str
+) -> None:
+    x = torch.ones(4)
+    with pytest.raises(CannotRecord) as caught:
+        HostRecorder(CPU).record(lambda: work(x), [])
+    assert why in str(caught.value) and f"({__name__}, line " in str(caught.value)
+
+
+def test_memory_that_grows_is_refused() -> None:
+    x, losses = torch.ones(4), list[Tensor]()
+    with pytest.raises(CannotRecord, match="the work holds 16 bytes more each time"):
+        HostRecorder(CPU).record(lambda: losses.append(x * 2), [])
+
+
+def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
+    """As a GPU's graph would: a gradient, an output."""
+    x, out = torch.ones(4), dict[str, Tensor]()
+    recording = HostRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
+    held = out["doubled"]
+    x.fill_(5)
+    recording.replay()
+    assert out["doubled"] is held and torch.equal(held, torch.full((4,), 10.0))
+
+
+def test_a_write_that_nobody_was_told_of_is_refused() -> None:
+    x, kept = torch.ones(4), torch.zeros(4)
+    with pytest.raises(CannotRecord, match=r"the work writes to a tensor \(4,\), not said to change"):
+        HostRecorder(CPU).record(lambda: kept.add_(x), [])
+    norm = nn.BatchNorm2d(2)  # whose operator does not say that it writes
+    with pytest.raises(CannotRecord, match="not said to change"):
+        HostRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [])
+    HostRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [*norm.buffers()])
+
+
+def test_state_that_is_made_at_the_first_step_is_refused() -> None:
+    """Its first values would be those of the warm-up."""
+    weight, grad = torch.ones(4), torch.ones(4)
+    state = dict[str, Tensor]()
+
+    def work() -> None:
+        state.setdefault("momentum", torch.zeros(4)).add_(grad)
+        weight.sub_(state["momentum"])
+
+    with pytest.raises(CannotRecord, match="not said to change"):
+        HostRecorder(CPU).record(work, [weight])
+
+
+def test_memory_that_moves_is_noticed_at_the_replay() -> None:
+    x, out = torch.ones(4), torch.zeros(4)
+    recording: Recording = HostRecorder(CPU).record(lambda: out.copy_(x * 2), [out])
+    x.resize_(1000)
+    with pytest.raises(CannotRecord, match="has changed what it holds"):
+        recording.replay()
+
+
+# ---- what the engine makes of it ----------------------------------------------------------------------------
+
+
+def engine_of(*flags: str) -> Engine:
+    return resolve(parse([*SHORT, *flags]))
+
+
+def test_a_cpu_has_no_graphs_and_says_why() -> None:
+    engine = engine_of()
+    assert not engine.cuda_graph
+    assert "cuda_graph: false (CUDA graphs are for GPUs)" in engine.reasons
+    assert not any("cuda_graph" in line for line in engine_of("--engine.cuda_graph", "false").reasons)
+    with refused("engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto"):
+        engine_of("--engine.cuda_graph", "true")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the flag asks for")
+def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Path) -> None:
+    done = run_fastres("train", *SHORT, "--engine.device", "cpu", "--engine.cuda_graph", "true", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr == "fastres: error: engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    done = run_fastres(
+        "train", *SHORT, "--train.steps", "0", "--schedule.warmup_steps", "0", "--run.dir", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cuda_graph: false (CUDA graphs are for GPUs)" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "why", "remedy"),
+    [
+        ("", "1", None, ""),
+        ("", "2", "2 processes exchange gradients in every step, which is not captured", "leave it at auto"),
+        ("--data.loader dataloader", "1", "the batches of data.loader dataloader are made outside of the step",
+         "use --data.loader resident"),
+        ("--data.loader dali", "1", "the batches of data.loader dali", "use --data.loader resident"),
+        ("--optim.name apex_sgd", "1", "apex_sgd reads the learning rate on the host", "use --optim.name sgd"),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_needs_for_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, world: str, why: str | None, remedy: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    found, reason, todo = can_graph(parse([*SHORT, *flags.split()]), torch.device("cuda"))
+    assert found == (why is None)
+    assert (why or "the data set is on the GPU") in reason and remedy in todo
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_for(asked_for: bool) -> None:
+    step, loader, evaluate = build(recordable=False)
+    step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=not asked_for)
+    before, said = checkpoint.digest(step.state_dict()), list[str]()
+    why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_graph, line "
+    if asked_for:
+        with pytest.raises(Failed) as caught:
+            recorded(step, evaluate, loader, loader, lr_at, said.append)
+        line = str(caught.value)
+        assert (
+            line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("leave it at auto")
+        )
+        return
+    taken, training, evaluation = recorded(step, evaluate, loader, loader, lr_at, said.append)
+    (line,) = said
+    assert line.startswith("cuda_graph: false (") and why in line
+    assert (taken, training, evaluation) == (step, loader, loader)
+    assert checkpoint.digest(step.state_dict()) == before
+    take(taken, training, 0, 2)
+    assert step.totals.read()[0].samples == 2 * 64
