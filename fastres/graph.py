@@ -282,8 +282,7 @@ READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.__rep
 class HostRecorder:
     """Operators with the tensors that they read and wrote, as autograd and the optimizer called them, called again.
 
-    What is made on the way stays in memory, so this is for small networks. What inductor compiles and what kernels'
-    own modules call in C it does not see.
+    What is made on the way stays in memory, so this is for small networks. What inductor compiles it does not see.
     """
 
     def __init__(self, device: torch.device) -> None:
