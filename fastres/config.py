@@ -150,6 +150,10 @@ class TrainConfig:
     eval_batch_size: PositiveInt = 1_000
     """Samples of one evaluation batch over all processes; it changes the speed, not the figures."""
 
+    eval_mirrored: bool = False
+    """Evaluate by the mean of the logits of an image and of its mirror image (test-time augmentation); the summary's
+    test_views is then 2."""
+
     log_every: PositiveInt = 100
     """Steps between lines of metrics; the device is synchronised only there."""
 

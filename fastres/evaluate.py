@@ -98,7 +98,7 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
     test = build_loader(
         config, source, source.test, device=engine.device, dtype=engine.dtype, rank=0, world=1
     )
-    return Evaluator(model, engine)(test.evaluate())
+    return Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
 
 
 def agreement(totals: Totals, path: Path) -> str:

@@ -30,20 +30,28 @@ Batch = tuple[
 
 
 class ForwardLoss(nn.Module):
-    """(images, labels) -> (loss, number of right answers), both () and on the device."""
+    """(images, labels) -> (loss, number of right answers), both () and on the device.
+
+    mirrored: the logits are the mean of an image's and its mirror image's.
+    """
 
     def __init__(
-        self, model: nn.Module, engine: Engine, reduction: str, label_smoothing: float = 0.0
+        self,
+        model: nn.Module,
+        engine: Engine,
+        reduction: str,
+        label_smoothing: float = 0.0,
+        mirrored: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.engine, self.reduction, self.label_smoothing = engine, reduction, label_smoothing
+        self.mirrored = mirrored
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = self.engine.precision in ("bf16", "fp16")
-        with torch.autocast(self.engine.device.type, self.engine.dtype if mixed else None, enabled=mixed):
-            logits = self.model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self._logits(images)
+        if self.mirrored:
+            logits = (logits + self._logits(images.flip(3))) / 2
         loss = F.cross_entropy(
             logits,
             labels.to(logits.dtype) if labels.is_floating_point() else labels,
@@ -54,6 +62,13 @@ class ForwardLoss(nn.Module):
         # The right answer for a mixture is the larger part of it.
         right = labels.argmax(1) if labels.is_floating_point() else labels
         return loss, (logits.argmax(1) == right).sum()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """(N, classes), float32 or wider."""
+        mixed = self.engine.precision in ("bf16", "fp16")
+        with torch.autocast(self.engine.device.type, self.engine.dtype if mixed else None, enabled=mixed):
+            logits = self.model(images)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass
@@ -240,13 +255,13 @@ class TrainStep:
 
 
 class Evaluator:
-    """Loss and accuracy over all samples of a loader, on all processes."""
+    """Loss and accuracy over all samples of a loader, on all processes. mirrored: see ForwardLoss."""
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, mirrored: bool = False) -> None:
         self.model = model
         self.totals = DeviceTotals(engine.device)
         self.time_s = 0.0  # of the last one
-        self.forward_loss = ForwardLoss(model, engine, "sum")
+        self.forward_loss = ForwardLoss(model, engine, "sum", mirrored=mirrored)
         if engine.compile:
             self.forward_loss.compile(fullgraph=True, dynamic=False)
 

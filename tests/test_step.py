@@ -383,6 +383,17 @@ def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
     assert checkpoint.digest(model.state_dict()) == before
 
 
+def test_mirrored_evaluation_is_the_mean_of_the_logits_of_both_views() -> None:
+    model = a_net().eval()
+    images, labels = a_batch()
+    totals = Evaluator(model, engine(), mirrored=True)([(images, labels)])
+    with torch.no_grad():
+        logits = (model(images) + model(images.flip(3))) / 2
+        assert not torch.allclose(logits, model(images), atol=1e-4)
+    assert totals.correct == (logits.argmax(1) == labels).sum()
+    assert totals.mean_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
 def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
     totals = DeviceTotals(torch.device("cpu"))
     for step, loss in enumerate([1.0, 2.0]):
