@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from bench.interleaved import interleaved
-from bench.steps import DEVICE, Net, engine_training
+from bench.steps import DEVICE, Batches, Net, engine_training
 from fastres.config import Config, DataConfig, RunConfig, TrainConfig
-from fastres.data import build_loader
+from fastres.data import Loader, build_loader
 from fastres.data.sources import load_source
 from fastres.engine import resolve
 from fastres.timing import interleaved as timed
@@ -67,23 +67,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def region_of(loader: str, fields: dict[str, Any], batches: int) -> Callable[[], None]:
     """Starts the loader and takes that many batches."""
-    workers = os.cpu_count() or 1
-    config = Config(
-        data=DataConfig(loader=loader, workers=workers, **fields),
-        train=TrainConfig(batch_size=BATCH),
-        run=RunConfig(),
-    )
-    engine = resolve(config)
-    source = load_source(config.data)
-    made = build_loader(
-        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
-    )
+    made = built(loader, fields, BATCH)
 
     def region() -> None:
         for _ in made.train(0, batches):
             pass
 
     return region
+
+
+def built(loader: str, fields: dict[str, Any], batch: int) -> Loader:
+    workers = os.cpu_count() or 1
+    config = Config(
+        data=DataConfig(loader=loader, workers=workers, **fields),
+        train=TrainConfig(batch_size=batch),
+        run=RunConfig(),
+    )
+    engine = resolve(config)
+    source = load_source(config.data)
+    return build_loader(
+        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
+    )
+
+
+def fed_by_dali(batch: int, folders: dict[str, Path]) -> Batches:
+    """Photographs at 224 px for ever, in the engine's precision."""
+    fields = {**CASES["jpeg_224px"][0], "root": str(folders["jpeg_224px"]), "cache": str(folders["cache"])}
+    return iter(built("dali", fields, batch).train(0, 10**9))
 
 
 @cache

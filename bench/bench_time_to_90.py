@@ -9,9 +9,6 @@ process from its start to its end, everything included. The accuracy is that of 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import json
 import subprocess
 import sys
@@ -22,17 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import ttest_1samp
 
-from fastres.config import parse
-from fastres.data.sources import Source, load_source
-from fastres.engine import resolve
-from fastres.train import train
+from bench.runs import data_flags, warm_runs
 
 GOAL, LEVEL = 0.9, 0.01
 
-# What is run: its flags. The length of each was chosen on held-out training samples, never on the test set.
+# By a name in runs.DATA what is run: its flags. The length of each was chosen on held-out training samples, never on
+# the test set.
 CONTESTS: dict[str, list[str]] = {
     # 0.957 on 287 held-out digits, mean of 5 seeds, where 40 steps had 0.882
     "digits": [
@@ -40,52 +34,13 @@ CONTESTS: dict[str, list[str]] = {
         *("--schedule.warmup_steps", "15"),
     ],
     "cifar10": ["--recipe", "cifar10-speedrun"],
-    "jpeg_copy": ["--recipe", "cifar10-speedrun", "--data.source", "imagefolder"],
+    "jpeg_copy": ["--recipe", "cifar10-speedrun"],
 }
 
 
 def flags_of(contest: str, config: pytest.Config) -> list[str]:
     """Its flags with the place of the data. Skips what cannot be run here, or only with patience."""
-    flags = list(CONTESTS[contest])
-    slow = not torch.cuda.is_available() and not config.option.full
-    if contest == "cifar10":
-        root = Path(config.option.data_root)
-        if not (root / "cifar-10-batches-py").is_dir():
-            pytest.skip(f"no cifar-10-batches-py in {root}: --data-root says where it is")
-        flags += ["--data.root", str(root)]
-    if contest == "jpeg_copy":
-        if config.option.jpeg_copy is None:
-            pytest.skip("--jpeg-copy says where CIFAR-10 is as a folder of JPEGs")
-        flags += ["--data.root", config.option.jpeg_copy]
-    if contest != "digits" and slow:
-        pytest.skip("on a CPU a run takes 16 minutes and more: --full")
-    return flags
-
-
-def with_random_labels(source: Source) -> Source:
-    labels = np.random.default_rng(0).permutation(source.train.labels)
-    return dataclasses.replace(source, train=dataclasses.replace(source.train, labels=labels))
-
-
-def warm_runs(flags: list[str], folder: Path) -> Callable[[int], tuple[float, dict[str, Any]]]:
-    """A function from a seed to the seconds of its run, and its summary."""
-    source = load_source(parse(flags).data)
-
-    def run(seed: int, source: Source) -> dict[str, Any]:
-        where = folder / f"{seed}"
-        config = parse([*flags, "--run.seed", str(seed), "--run.dir", str(where)])
-        with contextlib.redirect_stdout(io.StringIO()):
-            status = train(config, resolve(config), [0], source)
-        assert status == 0
-        return json.loads((where / "summary.json").read_text(encoding="utf-8"))
-
-    run(10_000, with_random_labels(source))
-
-    def measured(seed: int) -> tuple[float, dict[str, Any]]:
-        summary = run(seed, source)
-        return summary["train_time_s"] + summary["final_evaluation_s"], summary
-
-    return measured
+    return CONTESTS[contest] + data_flags(contest, config)
 
 
 def cold_runs(flags: list[str], folder: Path) -> Callable[[int], tuple[float, dict[str, Any]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.interleaved import interleaved
 from fastres import build_model
-from fastres.config import Config, EngineConfig, ModelConfig
+from fastres.config import Config, EngineConfig, ModelConfig, OptimConfig
 from fastres.distributed import data_parallel
 from fastres.engine import Engine, resolve
 from fastres.hardware import peaks_of
@@ -24,9 +25,11 @@ from fastres.timing import seconds_of
 
 # Takes that many steps. First it sets torch's switches, tf32's for one, which belong to the whole process.
 Steps = Callable[[int], None]
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN = Config(engine=EngineConfig(precision="fp32", compile=False))
+HE = OptimConfig()  # lr 0.1, momentum 0.9, weight decay 1e-4
 
 ROUND_S = 0.4  # of the engine: long against the timer and one wait, short against a drift
 BUDGET_S = 14.0  # of a comparison, warm-up apart
@@ -56,24 +59,83 @@ class Net:
         return images, torch.randint(self.classes, (self.batch,), device=device)
 
 
+def held(net: Net, engine: Engine, dtype: torch.dtype) -> Batches:
+    """The same batch for ever: what a step costs without its data."""
+    images, labels = net.batch_on(engine.device, dtype)
+    return itertools.repeat((images.to(memory_format=engine.memory_format), labels))
+
+
 # ---- plain: eager, fp32, NCHW, torch.optim.SGD ------------------------------------------------------------------
 
 
-def plain_training(net: Net, model: torch.nn.Module | None = None) -> Steps:
-    """The loop of the tutorials; of `model` where it is somebody else's."""
-    model = (net.build() if model is None else model).to(DEVICE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images, labels = net.batch_on(DEVICE, torch.float32)
+class PlainLoop:
+    """One step of the loop of the tutorials. `tuned` (bf16 autocast, channels-last, fused SGD) and `compiled` are what
+    one switches on next."""
 
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        tuned: bool = False,
+        compiled: bool = False,
+        deterministic: bool = False,
+        optim: OptimConfig = HE,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        assert optim.norm_bias_lr_scale == 1 and optim.decay_norm_and_bias, "one group of parameters"
+        self.config = Config(
+            engine=EngineConfig(
+                precision="bf16" if tuned else "fp32",
+                compile=False,
+                cuda_graph=False,
+                channels_last=tuned,
+                deterministic=deterministic,
+            ),
+            model=ModelConfig(norm="torch"),
+        )
+        self.engine = self.switch()
+        self.model, self.tuned, self.label_smoothing = self.engine.place(model), tuned, label_smoothing
+        self.forward: Any = torch.compile(self.model) if compiled else self.model
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov,
+            fused=tuned or None,
+        )
+
+    def switch(self) -> Engine:
+        """torch's switches, which belong to the whole process, to this loop's; before its steps."""
+        return resolve(self.config)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float = 0.1) -> torch.Tensor:
+        """images: (b, C, S, S) in the engine's memory format, labels: (b,) -> the loss, () on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.tuned):
+            loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.label_smoothing)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def loop_training(loop: PlainLoop, batches: Batches) -> Steps:
     def steps(n: int) -> None:
-        resolve(PLAIN)
-        model.train()
+        loop.switch()
+        loop.model.train()
         for _ in range(n):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+            images, labels = next(batches)
+            loop(images.contiguous(memory_format=loop.engine.memory_format), labels)
 
     return steps
+
+
+def plain_training(net: Net, model: torch.nn.Module | None = None) -> Steps:
+    """The loop of the tutorials on a batch that stays; of `model` where it is somebody else's."""
+    loop = PlainLoop(net.build() if model is None else model)
+    return loop_training(loop, held(net, loop.engine, torch.float32))
 
 
 def plain_inference(net: Net) -> Steps:
@@ -98,21 +160,30 @@ def engine_for(**fields: Any) -> tuple[Config, Engine]:
     return config, resolve(config)
 
 
-def engine_training(net: Net, ddp: bool = False, **fields: Any) -> Steps:
+def engine_training(
+    net: Net,
+    ddp: bool = False,
+    batches: Batches | None = None,
+    inductor: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Steps:
     """The engine's TrainStep under these fields of EngineConfig, and `norm`; inside DDP where that is asked for, in the
-    process group that is there."""
+    process group that is there; compiled under these settings of inductor's in place of its own."""
     config, engine = engine_for(**fields)
     model = engine.place(net.build(engine.norm))
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
+    if inductor is not None:
+        # As options, not as a patch of the configuration: dynamo takes what it compiled for another step of the same
+        # network, unless the backend is another one.
+        step.forward_loss.compile(fullgraph=True, dynamic=False, options=inductor)
     if ddp:
         step.forward_loss = data_parallel(step.forward_loss, engine.device)
-    images, labels = net.batch_on(engine.device, engine.dtype)
-    images = images.to(memory_format=engine.memory_format)
+    batches = held(net, engine, engine.dtype) if batches is None else batches
 
     def steps(n: int) -> None:
         resolve(config)
         for i in range(n):
-            step(images, labels, 0.1, i)
+            step(*next(batches), 0.1, i)
 
     return steps
 
