@@ -2,6 +2,7 @@
 
     python -m bench.report                  bench/results/ -> bench/RESULTS.md, bench/results/plots/
     python -m bench.report A.json B.json    these only, to the terminal; refused where they are of different devices
+    python -m bench.report --claims         what is to be reached on a GPU beside what was, to the terminal
 
 Of each benchmark the newest run is in the tables, and of ratios all runs are listed: they say how far one run can be
 trusted. Nothing is compared across devices, nor summed up.
@@ -24,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from bench import claims
 from bench.tables import Row, tables
 from fastres.errors import Refused, run_command
 
@@ -44,6 +46,10 @@ class Run:
     @property
     def device(self) -> str:
         return self.environment["device"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.environment["cudnn"] is not None
 
     @property
     def rows(self) -> list[Row]:
@@ -95,6 +101,8 @@ def ratios(runs: Sequence[Run]) -> dict[str, list[float]]:
 def section(device: str, runs: Sequence[Run], plots: Sequence[Path]) -> list[str]:
     """One device's part of RESULTS.md, or of the terminal where there are no plots."""
     lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
+    if any(run.on_gpu for run in runs):
+        lines += ["### what is to be reached", "", "```", *claims.lines(newest(runs)), "```", ""]
     for title, rows in tables(newest(runs)):
         lines += [f"### {title}", "", "```", *rows, "```", ""]
     several = {name: values for name, values in ratios(runs).items() if len(values) > 1}
@@ -235,10 +243,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)"
     )
-    files = parser.parse_args(argv).files
+    parser.add_argument(
+        "--claims", action="store_true", help="what is to be reached on a GPU, beside what was"
+    )
+    args = parser.parse_args(argv)
+    files = args.files
     runs = read(files or sorted((HERE / "results").rglob("*.json")))
     if not runs:
         raise Refused(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
+    if args.claims:
+        by_gpu: dict[str, list[Run]] = defaultdict(list)
+        for run in runs:
+            if run.on_gpu:
+                by_gpu[run.device].append(run)
+        for device, of_device in by_gpu.items() or [("no GPU yet", [])]:
+            print("\n".join([device, *claims.lines(newest(of_device))]))
+        return 0
     devices = list(dict.fromkeys(run.device for run in runs))
     if files:
         for other in runs[1:]:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import bench_kernels, bench_peers, bench_scaling, bench_time_to_90
+from bench import (
+    bench_accuracy,
+    bench_compile,
+    bench_kernel_times,
+    bench_kernels,
+    bench_peers,
+    bench_scaling,
+    bench_schedule,
+    bench_time_to_90,
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,20 @@ def _of_infos(lines: Callable[[list[dict[str, Any]]], list[str]]) -> Callable[[S
 # By file: the title of its table, and its benchmarks as lines.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "bench_throughput.py": ("images/s, interleaved with the plain loop", throughput_lines),
+    "bench_schedule.py": (
+        "images/s of the schedule, data included, interleaved",
+        _of_infos(bench_schedule.summary),
+    ),
+    "bench_accuracy.py": ("accuracy at the last step", _of_infos(bench_accuracy.summary)),
     "bench_time_to_90.py": ("time to 90 %", _of_infos(bench_time_to_90.summary)),
     "bench_peers.py": ("images/s against peers, interleaved", _of_infos(bench_peers.summary)),
     "bench_scaling.py": ("cost of a step", _of_infos(bench_scaling.summary)),
     "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", loader_lines),
+    "bench_kernel_times.py": ("a step's kernels and gaps", _of_infos(bench_kernel_times.summary)),
+    "bench_compile.py": (
+        "images/s under inductor's settings, interleaved with the default",
+        _of_infos(bench_compile.summary),
+    ),
     "bench_kernels.py": (
         "us per call (20 to 80 %), interleaved with the baseline",
         _of_infos(bench_kernels.summary),

@@ -1,0 +1,111 @@
+"""Where the time of a training step goes on a GPU: its kernels by time, and the gaps between them.
+
+    pytest bench/bench_kernel_times.py --benchmark-only
+
+Steps of the engine under torch's profiler, many in a row, as in training. The profiler slows the host down and not the
+kernels, so the time of a step without it is measured too: kernels plus gaps can only be more. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.steps import DEVICE, Net, engine_for, engine_training
+from fastres.profiling import trace
+from fastres.timing import interleaved, wait_for
+
+GPU = torch.cuda.is_available()
+NETS = {
+    "resnet20": Net(name="resnet20", batch=128, side=32),
+    "resnet50": Net(name="resnet50", batch=256, side=224, classes=1_000),
+}
+WARM_UP, TRACED, TIMED, ROUNDS = 20, 20, 100, 10
+SHOWN = 25  # kernels in the table; the JSON has all
+
+
+@pytest.mark.parametrize("name", NETS)
+def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str) -> None:
+    if not GPU:
+        pytest.skip("a CPU has no kernels: python -m fastres.profile shows its operators")
+    net, (_, engine) = NETS[name], engine_for()
+    take = engine_training(net)
+    take(WARM_UP)
+    timing = interleaved({name: lambda: take(TIMED)}, ROUNDS, DEVICE)[name]
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities):
+        take(1)  # the first one starts the tracer
+    path = tmp_path / "trace.json.gz"
+
+    def traced() -> None:
+        with torch.profiler.profile(activities=activities) as profiler:
+            take(TRACED)
+            wait_for(DEVICE)
+        profiler.export_chrome_trace(str(path))
+
+    benchmark.pedantic(traced, rounds=1)
+    benchmark.extra_info.update(
+        model=name,
+        batch=net.batch,
+        precision=engine.precision,
+        norm=engine.norm,
+        step_us=1e6 * timing.median_s / TIMED,
+        step_us_20_80=[1e6 * s / TIMED for s in timing.quantiles_s],
+        n=ROUNDS,
+        **kernel_times(trace.load(path), TRACED),
+    )
+
+
+def kernel_times(events: list[trace.Event], steps: int) -> dict[str, Any]:
+    """Of a trace of `steps` steps, each figure that of one step, in us.
+
+    A gap is time in which nothing runs on the GPU, from the start of the first kernel to the end of the last.
+    """
+    kernels = sorted(
+        (event for event in events if event.get("cat") in trace.KERNELS), key=lambda event: event["ts"]
+    )
+    by_name: dict[str, list[float]] = defaultdict(list)
+    gaps, busy_until = list[float](), kernels[0]["ts"]
+    for kernel in kernels:
+        by_name[kernel["name"]].append(kernel["dur"])
+        if kernel["ts"] > busy_until:
+            gaps.append(kernel["ts"] - busy_until)
+        busy_until = max(busy_until, kernel["ts"] + kernel["dur"])
+    span = busy_until - kernels[0]["ts"]
+    rows = [
+        {"name": name, "calls": len(us) / steps, "us": sum(us) / steps, "median_us": statistics.median(us)}
+        for name, us in by_name.items()
+    ]
+    return {
+        "traced_steps": steps,
+        "kernels": len(kernels) / steps,
+        "span_us": span / steps,
+        "busy_us": (span - sum(gaps)) / steps,
+        "gaps_us": sum(gaps) / steps,
+        "gaps": len(gaps) / steps,
+        "largest_gaps_us": sorted(gaps, reverse=True)[:10],
+        "by_kernel": sorted(rows, key=lambda row: -row["us"]),
+    }
+
+
+def summary(infos: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for info in infos:
+        low, high = info["step_us_20_80"]
+        lines += [
+            f"{info['model']} at batch {info['batch']} in {info['precision']}, norm {info['norm']}: "
+            f"{info['step_us']:,.1f} us a step ({low:,.1f} to {high:,.1f}), n={info['n']}",
+            f"  traced: {info['kernels']:,.1f} kernels, busy {info['busy_us']:,.1f} us, {info['gaps']:,.1f} gaps of "
+            f"{info['gaps_us']:,.1f} us together; a mean of {info['traced_steps']} steps",
+        ]
+        for row in info["by_kernel"][:SHOWN]:
+            share = row["us"] / info["busy_us"]
+            lines.append(f"  {row['us']:>8,.1f} us {share:>4.0%} {row['calls']:>6,.1f} x  {row['name'][:70]}")
+        if rest := info["by_kernel"][SHOWN:]:
+            lines.append(f"  {sum(row['us'] for row in rest):>8,.1f} us       in {len(rest)} more kernels")
+    return lines

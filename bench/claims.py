@@ -1,0 +1,154 @@
+"""What has to be reached on a GPU, beside what was measured: the table that `python -m bench.report --claims` prints.
+
+A row that nobody has measured says so; one whose evidence is too thin to tell says what is missing. All figures are of
+one device, each row's from one run in which the contestants took turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.bench_accuracy import not_lower
+from bench.bench_schedule import BASELINES
+from bench.bench_time_to_90 import LEVEL
+from bench.runs import same
+from bench.tables import Row
+
+SCHEDULE_STEPS, SCHEDULE_S = 64_000, (30.0, 20.0)  # s of training: the target, the stretch
+TIMES_PLAIN, TIMES_COMPILED, TIMES_PEER = 15.0, 3.0, 1.10
+LEAST_SEEDS, LEAST_RUNS_TO_90 = 5, 25
+
+Info = dict[str, Any]  # a benchmark's extra_info
+YES, NO = "reached", "not reached"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured, and whether it is enough: YES, NO, or what is missing to say so."""
+
+    text: str
+    verdict: str
+
+
+Measured = Callable[[Sequence[Row]], Finding | None]
+
+
+def at_least(needed: float) -> Callable[[float], str]:
+    return lambda value: YES if value >= needed else NO
+
+
+def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
+    """Of a file's rows those that have these values; what is of the data set itself before what is of a copy."""
+    found = [
+        row.info
+        for row in rows
+        if row.file == file and all(row.info.get(name) == value for name, value in wanted.items())
+    ]
+    return sorted(found, key=lambda info: info.get("data") != "cifar10")
+
+
+def parity(rows: Sequence[Row]) -> Info | None:
+    whole = {"what": "parity", "model": "resnet20", "steps": SCHEDULE_STEPS}
+    return next(iter(infos(rows, "bench_accuracy.py", **whole)), None)
+
+
+def whole_schedule(rows: Sequence[Row]) -> Finding | None:
+    if (info := parity(rows)) is None:
+        return None
+    mean, sd, (target, stretch) = info["mean_train_time_s"], info["sd_train_time_s"], SCHEDULE_S
+    spread = "" if sd is None else f" ± {sd:.2f}"
+    text = f"{mean:.2f}{spread} s, n={info['n']}"
+    return Finding(text, f"{YES}, stretch too" if mean <= stretch else YES if mean <= target else NO)
+
+
+def against_plain(rows: Sequence[Row]) -> Finding | None:
+    for info in infos(rows, "bench_schedule.py", what="schedule"):
+        ratio = info["times_as_fast"]["plain"]
+        return Finding(f"{ratio:.2f} x, n={info['n']}", at_least(TIMES_PLAIN)(ratio))
+    return None
+
+
+def against_compiled(rows: Sequence[Row]) -> Finding | None:
+    """Against the faster one of those that are compiled."""
+    for info in infos(rows, "bench_schedule.py", what="schedule"):
+        compiled = {
+            n: info["times_as_fast"][n] for n in BASELINES if n != "plain" and n in info["times_as_fast"]
+        }
+        if not compiled:
+            return None
+        each = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in compiled.items())
+        return Finding(f"{each}, n={info['n']}", at_least(TIMES_COMPILED)(min(compiled.values())))
+    return None
+
+
+def accuracy(rows: Sequence[Row]) -> Finding | None:
+    if (info := parity(rows)) is None:
+        return None
+    ours, plain = (info["mean_accuracy"][name] for name in ("fastres", "plain"))
+    error = "" if info["standard_error"] is None else f" ± {info['standard_error']:.4f}"
+    text = f"{ours:.4f} to {plain:.4f}: {info['difference']:+.4f}{error} on {info['data']}, n={info['n']}"
+    if info["twin"] is None or not same(info["twin"]):
+        return Finding(text, "not shown: the twin is not the loop, bit for bit")
+    if info["n"] < LEAST_SEEDS:
+        return Finding(text, f"not shown: n below {LEAST_SEEDS}")
+    return Finding(text, YES if not_lower(info) else NO)
+
+
+def time_to_90(rows: Sequence[Row]) -> Finding | None:
+    for info in infos(rows, "bench_peers.py", peer="airbench"):
+        ours, theirs = (info["median_s"][name] for name in ("fastres", "airbench"))
+        text = f"{ours:.3f} s to airbench's {theirs:.3f} s on {info['data']}, n={info['n']}"
+        short = [name for name, p in info["p_values"].items() if p is None or p >= LEVEL]
+        if info["n"] < LEAST_RUNS_TO_90:
+            return Finding(text, f"not shown: n below {LEAST_RUNS_TO_90}")
+        if "fastres" in short:
+            return Finding(text, "not shown: 90 % is not")
+        # A peer that falls short was timed too short, which is in its favour.
+        return Finding(text, YES if ours < theirs else NO)
+    return None
+
+
+def against_peer(peer: str, feed: str) -> Measured:
+    def found(rows: Sequence[Row]) -> Finding | None:
+        for info in infos(rows, "bench_peers.py", peer=peer, feed=feed, compiled=True):
+            low, high = info["images_per_s_20_80"]
+            text = f"{info['ratio']:.3f} x; {info['images_per_s']:,.0f} images/s ({low:,.0f} to {high:,.0f})"
+            return Finding(f"{text}, n={info['n']}", at_least(TIMES_PEER)(info["ratio"]))
+        return None
+
+    return found
+
+
+def graphed(rows: Sequence[Row]) -> Finding | None:
+    found = infos(rows, "bench_schedule.py", what="graphed")
+    if not found:
+        return None
+    each = ", ".join(f"{info['precision']} after {info['steps']:,} steps" for info in found)
+    return Finding(each, YES if all(map(same, found)) else NO)
+
+
+# What is claimed, what is needed, what was found.
+CLAIMS: list[tuple[str, str, Measured]] = [
+    ("ResNet-20, batch 128, 64,000 steps: training", "at most 30 s; stretch 20 s", whole_schedule),
+    ("  against a plain eager fp32 loop", f"{TIMES_PLAIN:g} x", against_plain),
+    ("  against torch.compile alone", f"{TIMES_COMPILED:g} x", against_compiled),
+    ("  accuracy against plain fp32", "not lower by two standard errors, n=5", accuracy),
+    ("time to 90 %, warm, against airbench's", "faster, n=25", time_to_90),
+    *(
+        (f"ResNet-50, bf16, 224 px, {feed}, against {peer}", f"{TIMES_PEER:.2f} x", against_peer(peer, feed))
+        for feed in ("synthetic", "dali")
+        for peer in ("timm", "torchvision, tuned by hand")
+    ),
+    ("graphed steps compute what ungraphed ones do", "every bit", graphed),
+]
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    table = []
+    for what, needed, measured in CLAIMS:
+        finding = measured(rows) or Finding("", NOT_MEASURED)
+        table.append(f"{what:<72}  {needed:<38}  {finding.verdict:<12}  {finding.text}".rstrip())
+    return table

@@ -1,0 +1,282 @@
+#!/usr/bin/env bash
+# All that has to be measured on a GPU, with one command. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bench/run_on_gpu.sh --data DIR [--essential | --only NAME...] [--list]
+
+Measures on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200) what fastres claims, in stages, the
+essential ones first, cheapest first. Results go to bench/results/ as the suite's JSON; the end prints the claims beside
+what was found, and what to commit. A stage that fails does not keep the others from running.
+
+  --data DIR      holds cifar-10-batches-py, or CIFAR-10 as JPEGs in train/CLASS/ and test/CLASS/
+  --essential     only the stages marked so: 25 minutes on an H100, by estimate
+  --only NAME     only this stage, even if it is not essential; may be repeated
+  --again         stages that are done too
+  --list          the stages, what each needs, and which are done; runs nothing
+  --stages FILE   stages from a file in place of the built-in ones: lines as in this script's list
+  --record DIR    where the marks of what is done are kept (default: bench/results/on_gpu)
+  --logs DIR      where the stages' output goes (default: runs/on_gpu)
+  --help
+
+A stage is done where it has succeeded with this code, torch and device; run the same command again after an interruption
+and it goes on with the next one. To set up, in the checkout:
+
+  python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev,peers]'
+
+Exit status: 0 all done, 1 a stage failed, 2 something that it needs is missing, 130 interrupted.
+END
+}
+
+# name | minutes on an H100, an estimate | minutes after which it is stopped | essential | needs | what | command
+# Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the function bench.
+builtin_stages() {
+    cat <<'END'
+doctor       |  1 |  5 | yes | gpu      | what this machine has                              | "$PYTHON" -m fastres.doctor
+kernel_times |  2 | 10 | yes | gpu      | a step's kernels, their times and gaps             | bench kernel_times
+graphed      |  2 | 10 | yes | gpu      | graphed steps are the ungraphed ones, bit for bit  | bench schedule -k graphed
+schedule     |  3 | 15 | yes | gpu      | the schedule's steps beside plain, compiled loops' | bench schedule -k "not graphed"
+airbench     |  3 | 15 | yes | gpu,data | time to 90 % beside airbench's, n=25 each          | bench peers -k airbench --seeds 25
+resnet50     |  4 | 20 | yes | gpu      | ResNet-50 beside timm's, torchvision's, DALI-fed   | bench peers -k resnet50
+parity       | 10 | 60 | yes | gpu,data | 64,000 steps, 5 seeds, beside the plain loop's     | bench accuracy -k "parity and not digits"
+loaders      |  3 | 15 | no  | gpu      | the loaders, DALI on the GPU among them            | bench loaders
+scaling      |  4 | 20 | no  | gpu      | the cost of a step by batch size and depth         | bench scaling
+throughput   |  6 | 30 | no  | gpu      | every family in training and inference             | bench throughput
+tests        | 10 | 40 | no  | gpu      | the test suite                                     | "$PYTHON" -m pytest -n auto --dist loadfile
+time_to_90   | 12 | 40 | no  | gpu,data | time to 90 %, warm and cold, n=25                  | bench time_to_90 --seeds 25
+kernels      | 12 | 45 | no  | gpu      | the fused kernels, and lines for kernels/tables.py | bench kernels
+compile      | 20 | 60 | no  | gpu      | inductor's settings one by one                     | bench compile
+models       | 25 | 90 | no  | gpu,data | the other networks of He et al., 64,000 steps each | bench accuracy -k model
+END
+}
+
+# A file of the suite; what runs nothing, because all is skipped, has not succeeded.
+bench() {
+    local file=$1 json=$LOG.json
+    shift
+    rm -f "$json"
+    set -- "$PYTHON" -m pytest "bench/bench_$file.py" --benchmark-only --benchmark-json="$json" "$@"
+    [[ -z $DATA ]] || set -- "$@" "$DATA_OPTION" "$DATA"
+    echo "$*"
+    "$@" && if [[ ! -s $json ]]; then echo "nothing was measured: the reasons are above" && false; fi
+}
+export -f bench
+
+refuse() {
+    echo "run_on_gpu: error: $*" >&2
+    exit 2
+}
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+DATA="" stages_file="" essential="" list="" again=""
+only=()
+called_in=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+record=bench/results/on_gpu logs=runs/on_gpu
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$called_in/$1" ;; esac }
+
+while (($#)); do
+    case $1 in
+        --data | --only | --stages | --record | --logs)
+            (($# > 1)) || refuse "$1 needs a value; --help lists all"
+            case $1 in
+                --data) DATA=$(absolute "$2") ;;
+                --only) only+=("$2") ;;
+                --stages) stages_file=$(absolute "$2") ;;
+                --record) record=$(absolute "$2") ;;
+                --logs) logs=$(absolute "$2") ;;
+            esac
+            shift 2
+            ;;
+        --essential) essential=1 && shift ;;
+        --again) again=1 && shift ;;
+        --list) list=1 && shift ;;
+        --help | -h) usage && exit 0 ;;
+        *) refuse "unknown argument $1; --help lists all" ;;
+    esac
+done
+[[ -z $essential || ${#only[@]} -eq 0 ]] || refuse "--essential and --only: one of the two"
+[[ -z $stages_file || -r $stages_file ]] || refuse "cannot read $stages_file"
+
+# ---- the stages -------------------------------------------------------------------------------------------------
+
+trimmed() {
+    local text=$1
+    text=${text#"${text%%[![:space:]]*}"}
+    echo "${text%"${text##*[![:space:]]}"}"
+}
+
+names=() minutes=() limits=() essentials=() needs=() whats=() commands=()
+while IFS='|' read -r name estimate limit is_essential need what command; do
+    name=$(trimmed "$name")
+    [[ -n $name && $name != \#* ]] || continue
+    command=$(trimmed "$command") estimate=$(trimmed "$estimate") limit=$(trimmed "$limit")
+    [[ -n $command && $estimate =~ ^[0-9]+$ && $limit =~ ^[0-9.]+[smh]?$ ]] ||
+        refuse "stage $name is not: name | minutes | limit | essential | needs | what | command"
+    [[ $limit =~ [smh]$ ]] || limit+=m
+    names+=("$name") minutes+=("$estimate") limits+=("$limit") essentials+=("$(trimmed "$is_essential")")
+    needs+=("$(trimmed "$need")") whats+=("$(trimmed "$what")") commands+=("$command")
+done < <(if [[ -n $stages_file ]]; then cat "$stages_file"; else builtin_stages; fi)
+
+chosen=()
+for i in "${!names[@]}"; do
+    if ((${#only[@]})); then
+        for name in "${only[@]}"; do
+            if [[ $name == "${names[i]}" ]]; then chosen+=("$i"); fi
+        done
+    elif [[ -z $essential || ${essentials[i]} == yes ]]; then
+        chosen+=("$i")
+    fi
+done
+for name in ${only[@]+"${only[@]}"}; do
+    [[ " ${names[*]} " == *" $name "* ]] || refuse "there is no stage $name; --list names them"
+done
+((${#chosen[@]})) || refuse "no stages to run; --list names them"
+
+needed() {
+    for i in "${chosen[@]}"; do
+        [[ ",${needs[i]}," != *",$1,"* ]] || return 0
+    done
+    return 1
+}
+
+# ---- what they need ---------------------------------------------------------------------------------------------
+
+PYTHON=${PYTHON:-python}
+DATA_OPTION=--data-root
+[[ -z $DATA || -d $DATA/cifar-10-batches-py || ! -d $DATA/train ]] || DATA_OPTION=--jpeg-copy
+export PYTHON DATA DATA_OPTION
+
+# The device and torch, or "no GPU", or an error.
+see_gpu='
+import torch
+if torch.cuda.is_available():
+    print("%s|%d.%d|torch %s" % (torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), torch.__version__))
+else:
+    print("no GPU|0.0|torch %s" % torch.__version__)
+'
+device="no GPU" capability=0.0 torch=""
+if needed gpu; then
+    found=$("$PYTHON" -c "$see_gpu" 2>/dev/null) ||
+        found="nothing|0.0|"
+    IFS='|' read -r device capability torch <<<"$found"
+fi
+
+if [[ -z $list ]]; then
+    if needed gpu; then
+        [[ $device != nothing ]] ||
+            refuse "$PYTHON has no torch: pip install -e '.[dev,peers]' in this checkout, and activate its environment"
+        [[ $device != "no GPU" ]] ||
+            refuse "torch sees no GPU here: run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
+        ((${capability%.*} >= 8)) ||
+            refuse "$device has compute capability $capability, and 8.0 is needed: an A100, H100 or H200"
+        "$PYTHON" -c "import fastres, fastres_kernels, pytest_benchmark" 2>/dev/null ||
+            refuse "fastres or pytest-benchmark is not installed: pip install -e '.[dev,peers]' in this checkout"
+        free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
+        ((free_kib >= 5 * 1024 * 1024)) ||
+            refuse "$((free_kib / 1024)) MiB are free in $PWD, and 5 GiB are needed"
+    fi
+    if needed data; then
+        [[ -n $DATA ]] || refuse "--data DIR says where CIFAR-10 is; --help says in what form"
+        [[ -d $DATA/cifar-10-batches-py || (-d $DATA/train && -d $DATA/test) ]] ||
+            refuse "$DATA holds neither cifar-10-batches-py nor train/ and test/: --data DIR says where CIFAR-10 is"
+    fi
+    command -v timeout >/dev/null || refuse "there is no timeout on the PATH: install GNU coreutils"
+fi
+
+# ---- what is done -----------------------------------------------------------------------------------------------
+
+slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9\n' '-')
+record=$record/${slug%-} logs=$logs/${slug%-}
+# Results do not change it, so that committing them leaves what is done done.
+code=$(find fastres kernels bench tests setup.py pyproject.toml \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' \) \
+    -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+
+mark_of() { # of a stage's number: what its mark says where it is done
+    local place=""
+    [[ ",${needs[$1]}," != *,data,* ]] || place=$DATA_OPTION
+    sha256sum <<<"$code $torch $place ${commands[$1]}" | cut -c1-16
+}
+
+is_done() {
+    [[ -z $again && -f $record/${names[$1]}.done && $(head -n 1 "$record/${names[$1]}.done") == "$(mark_of "$1")" ]]
+}
+
+if [[ -n $list ]]; then
+    printf '%-14s %8s  %-9s  %-9s  %-5s  %s\n' stage minutes essential needs 'done' what
+    total=0
+    for i in "${chosen[@]}"; do
+        done_yet=""
+        if is_done "$i"; then done_yet=yes; fi
+        printf '%-14s %8s  %-9s  %-9s  %-5s  %s\n' \
+            "${names[i]}" "${minutes[i]}" "${essentials[i]}" "${needs[i]}" "$done_yet" "${whats[i]}"
+        total=$((total + minutes[i]))
+    done
+    echo "$total minutes together on an H100: estimates, not measured"
+    exit 0
+fi
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+mkdir -p "$record" "$logs"
+running=""
+interrupted() {
+    [[ -z $running ]] || kill -INT -- "-$running" 2>/dev/null || true
+    echo "run_on_gpu: interrupted; the same command goes on from here" >&2
+    exit 130
+}
+trap interrupted INT TERM
+
+[[ $device == "no GPU" ]] || echo "$device, $torch"
+results=() failures=0
+for i in "${chosen[@]}"; do
+    name=${names[i]} LOG=$logs/${names[i]} log=$logs/${names[i]}.log
+    export LOG
+    if is_done "$i"; then
+        results+=("$(printf '%-14s done before' "$name")")
+        echo "== $name: done before"
+        continue
+    fi
+    echo "== $name: ${whats[i]}; about ${minutes[i]} min, output in $log"
+    rm -f "$record/$name.done"
+    started=$SECONDS status=0
+    # In a process group of its own, so that an interrupt reaches all of it. What pytest has measured by then, it keeps.
+    set -m
+    timeout --signal=INT --kill-after=60 "${limits[i]}" bash -c "${commands[i]}" >"$log" 2>&1 </dev/null &
+    running=$!
+    set +m
+    wait "$running" || status=$?
+    running="" taken=$((SECONDS - started))
+    case $status in
+        0)
+            printf '%s\n%s\n' "$(mark_of "$i")" "$(date -u +%FT%TZ), $taken s: ${commands[i]}" >"$record/$name.done"
+            results+=("$(printf '%-14s done in %d s' "$name" "$taken")")
+            ;;
+        124 | 137) outcome="stopped after ${limits[i]}" ;;
+        *) outcome="failed with status $status after $taken s" ;;
+    esac
+    if ((status)); then
+        failures=$((failures + 1))
+        results+=("$(printf '%-14s %s: %s' "$name" "$outcome" "$log")")
+        echo "   $outcome; the last lines of $log:"
+        tail -n 5 "$log" | sed 's/^/   | /'
+    fi
+done
+
+# ---- the end ----------------------------------------------------------------------------------------------------
+
+echo
+echo "== stages"
+printf '%s\n' "${results[@]}"
+if needed gpu; then
+    echo
+    "$PYTHON" -m bench.report || failures=$((failures + 1))
+    echo "== claims"
+    "$PYTHON" -m bench.report --claims || failures=$((failures + 1))
+    echo
+    echo "to commit: git add bench/results bench/RESULTS.md"
+    echo "by hand: the last lines of $logs/kernels.log into kernels/tables.py, then the same command once more"
+fi
+((failures == 0))
