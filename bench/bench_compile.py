@@ -79,7 +79,8 @@ def summary(infos: list[dict[str, Any]]) -> list[str]:
         low, high = info["images_per_s_20_80"]
         rate = f"{info['images_per_s']:>9,.0f} images/s ({low:,.0f} to {high:,.0f})"
         lines.append(
-            f"{info['model']} {info['settings']:<36} {rate}  {info['ratio']:.3f} x the default's {info['baseline_images_per_s']:,.0f}, n={info['n']}; "
+            f"{info['model']} {info['settings']:<36} {rate}  "
+            f"{info['ratio']:.3f} x the default's {info['baseline_images_per_s']:,.0f}, n={info['n']}; "
             f"first step {info['first_s']:.0f} s"
         )
     return lines

@@ -54,11 +54,10 @@ PEERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
     "torchvision, tuned by hand": (torchvision, True),
     "timm": (timm, True),
 }
-# What feeds both: a batch that stays, or DALI. On a CPU the feeding is bench_loaders' business.
-FEEDS = {"synthetic": (), "dali": () if GPU else pytest.mark.full}
+# What feeds both: a batch that stays, or DALI.
 CASES = [
-    pytest.param(peer, feed, id=peer if feed == "synthetic" else f"{peer}, fed by {feed}", marks=marks)
-    for feed, marks in FEEDS.items()
+    pytest.param(peer, feed, id=peer if feed == "synthetic" else f"{peer}, fed by {feed}")
+    for feed in ("synthetic", "dali")
     for peer, (_, tuned) in PEERS.items()
     if tuned or feed == "synthetic"
 ]
@@ -66,6 +65,8 @@ CASES = [
 
 @pytest.mark.parametrize(("peer", "feed"), CASES)
 def bench_resnet50(benchmark: Any, request: pytest.FixtureRequest, peer: str, feed: str) -> None:
+    if feed == "dali" and not (GPU or request.config.option.full):
+        pytest.skip("on a CPU bench_loaders.py says what feeding costs: --full")
     build, tuned = PEERS[peer]
     _, engine = engine_for()
     loop = PlainLoop(build(), tuned=tuned, compiled=tuned and engine.compile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def _leave_nothing() -> Iterator[None]:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-benchmark's, which is a wrapper too
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """A benchmark that an interrupt ended before its first round has no figures, and for want of them pytest-benchmark
+    would keep nothing of the others either."""
+    if (made := getattr(session.config, "_benchmarksession", None)) is not None:
+        made.benchmarks[:] = [one for one in made.benchmarks if one.stats.data]
+    return (yield)
 
 
 # ---- the record -------------------------------------------------------------------------------------------------

@@ -223,7 +223,14 @@ fi
 mkdir -p "$record" "$logs"
 running=""
 interrupted() {
-    [[ -z $running ]] || kill -INT -- "-$running" 2>/dev/null || true
+    if [[ -n $running ]]; then # pytest needs a moment to keep what it has
+        kill -INT -- "-$running" 2>/dev/null || true
+        for _ in {1..100}; do
+            kill -0 -- "-$running" 2>/dev/null || break
+            sleep 0.2
+        done
+        kill -KILL -- "-$running" 2>/dev/null || true
+    fi
     echo "run_on_gpu: interrupted; the same command goes on from here" >&2
     exit 130
 }
@@ -248,6 +255,7 @@ for i in "${chosen[@]}"; do
     running=$!
     set +m
     wait "$running" || status=$?
+    kill -KILL -- "-$running" 2>/dev/null || true # what the stage has left behind
     running="" taken=$((SECONDS - started))
     case $status in
         0)

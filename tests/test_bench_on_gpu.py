@@ -1,0 +1,363 @@
+"""bench/run_on_gpu.sh, run as a user does on stages of a file; its benches as far as a CPU goes; and the claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.bench_accuracy import compared, not_lower
+from bench.bench_kernel_times import kernel_times
+from bench.bench_peers import last_row
+from bench.bench_schedule import same_run
+from bench.claims import lines
+from bench.runs import PlainRun, difference, run, same
+from bench.tables import Row
+from fastres.config import parse
+from fastres.data.sources import load_source
+from tests.commands import users_environment
+
+CHECKOUT = Path(__file__).parent.parent
+SCRIPT = CHECKOUT / "bench" / "run_on_gpu.sh"
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+
+# ---- the script -------------------------------------------------------------------------------------------------
+
+
+def script(*args: str | Path, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPT, *map(str, args)], cwd=cwd, env=users_environment(NO_GPU), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+class Stages:
+    """Stages of a file, with marks and logs beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.arguments = (
+            "--stages",
+            folder / "stages",
+            "--record",
+            folder / "done",
+            "--logs",
+            folder / "logs",
+        )
+
+    def write(self, **commands: str) -> None:
+        stages = (f"{name} | 1 | 1 | no | - | what it is | {command}" for name, command in commands.items())
+        (self.folder / "stages").write_text("# a comment\n\n" + "\n".join(stages) + "\n", "utf-8")
+
+    def run(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
+        return script(*self.arguments, *args)
+
+    def log(self, name: str) -> str:
+        (path,) = self.folder.glob(f"logs/*/{name}.log")
+        return path.read_text("utf-8")
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    return Stages(tmp_path)
+
+
+def test_help_says_how() -> None:
+    done = script("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--data DIR" in done.stdout and "pip install -e '.[dev,peers]'" in done.stdout
+
+
+def test_the_list_has_every_stage_and_the_essential_part_is_within_25_minutes() -> None:
+    everything, essential = script("--list"), script("--list", "--essential")
+    assert everything.returncode == essential.returncode == 0, everything.stderr + essential.stderr
+    rows = [line.split() for line in everything.stdout.splitlines()[1:-1]]
+    marked = [row for row in rows if row[2] == "yes"]
+    assert [row[0] for row in marked] == [line.split()[0] for line in essential.stdout.splitlines()[1:-1]]
+    assert sum(int(row[1]) for row in marked) <= 25
+    for part in (marked, [row for row in rows if row[2] == "no"]):  # the essential first, each cheapest first
+        assert [int(row[1]) for row in part] == sorted(int(row[1]) for row in part)
+    assert rows[: len(marked)] == marked
+
+
+def test_every_stage_names_a_bench_that_is_there() -> None:
+    files = {
+        word
+        for line in SCRIPT.read_text("utf-8").splitlines()
+        if line.count("|") == 6 and "| bench " in line
+        for word in [line.rpartition("| bench ")[2].split()[0]]
+    }
+    assert {"schedule", "accuracy", "peers", "kernels", "kernel_times", "compile"} <= files
+    assert all((CHECKOUT / "bench" / f"bench_{name}.py").is_file() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--data", "."), "torch sees no GPU here"),
+        (("--data",), "--data needs a value"),
+        (("--everything",), "unknown argument --everything"),
+        (("--only", "nothing"), "there is no stage nothing"),
+        (("--essential", "--only", "doctor"), "one of the two"),
+        (("--stages", "nowhere"), "cannot read"),
+    ],
+)
+def test_what_is_missing_is_refused_in_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = script(*args, "--record", tmp_path) if args != ("--data",) else script(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("run_on_gpu: error: ") and said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_needs_data_is_refused_without(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "stages").write_text('reads | 1 | 1 | no | data | its data | ls "$DATA"; echo $DATA_OPTION\n')
+    for args, said in (((), "--data DIR says where"), (("--data", tmp_path), "neither cifar-10-batches-py")):
+        done = stages.run(*args)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    for part in ("train", "test"):
+        (tmp_path / "a copy" / part).mkdir(parents=True)
+    assert stages.run("--data", tmp_path / "a copy").returncode == 0
+    assert stages.log("reads").split() == ["test", "train", "--jpeg-copy"]
+    (tmp_path / "a copy" / "cifar-10-batches-py").mkdir()
+    assert "reads          done in" in stages.run("--data", tmp_path / "a copy").stdout  # it is other data
+    assert "--data-root" in stages.log("reads")
+
+
+def test_a_failure_is_reported_with_its_log_and_the_others_go_on(stages: Stages) -> None:
+    stages.write(first="echo one | tr a-z A-Z", fails="echo the reason; exit 3", last="echo two")
+    done = stages.run()
+    assert done.returncode == 1
+    assert stages.log("first") == "ONE\n" and stages.log("last") == "two\n"
+    assert "   | the reason" in done.stdout
+    summary = done.stdout.partition("== stages\n")[2].splitlines()
+    assert [line.split()[:2] for line in summary] == [
+        ["first", "done"],
+        ["fails", "failed"],
+        ["last", "done"],
+    ]
+    assert "with status 3" in summary[1] and summary[1].endswith("fails.log")
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(stages: Stages) -> None:
+    stages.write(counts=f"echo x >>{stages.folder}/count", waits=f"test -e {stages.folder}/ready")
+    count = stages.folder / "count"
+    assert stages.run().returncode == 1
+    (stages.folder / "ready").touch()
+    done = stages.run()
+    assert done.returncode == 0
+    assert "counts         done before" in done.stdout and "waits          done in" in done.stdout
+    assert count.read_text() == "x\n"
+    assert stages.run("--list").stdout.splitlines()[1].split()[:5] == ["counts", "1", "no", "-", "yes"]
+    assert stages.run("--again", "--only", "counts").returncode == 0
+    assert count.read_text() == "x\nx\n"
+    stages.write(counts=f"echo another command >>{count}", waits="true")
+    assert stages.run().returncode == 0 and count.read_text().endswith("another command\n")
+
+
+def test_a_stage_that_hangs_is_stopped_and_the_others_go_on(stages: Stages, tmp_path: Path) -> None:
+    stages.write(after="true")
+    (tmp_path / "stages").write_text(
+        "hangs | 1 | 1s | no | - | hangs | sleep 1000\n" + (tmp_path / "stages").read_text(), "utf-8"
+    )
+    done = stages.run()
+    assert done.returncode == 1
+    assert "hangs          stopped after 1s" in done.stdout and "after          done in" in done.stdout
+
+
+def test_an_interrupt_ends_the_stage_and_all_that_it_started(stages: Stages) -> None:
+    stages.write(first="true", sleeps=f"sh -c 'echo $$ >{stages.folder}/pid; sleep 1000'", last="true")
+    running = subprocess.Popen(
+        [SCRIPT, *map(str, stages.arguments)], env=users_environment(NO_GPU), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pid = stages.folder / "pid"
+    while not (pid.exists() and pid.read_text().endswith("\n")):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted; the same command goes on from here" in said
+    assert ended(int(pid.read_text()))
+    stages.write(first="true", sleeps="true", last="true")
+    assert "first          done before" in stages.run().stdout
+
+
+def ended(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_bench_that_skips_all_is_not_done(stages: Stages) -> None:
+    stages.write(kernel_times="bench kernel_times -p no:cacheprovider")
+    done = stages.run()
+    assert done.returncode == 1
+    assert "nothing was measured" in done.stdout and "a CPU has no kernels" in done.stdout
+
+
+# ---- its benches ------------------------------------------------------------------------------------------------
+
+DIGITS = (
+    "--recipe digits --model.name resnet8 --train.steps 6 --train.eval_every 6 --train.log_every 1 "
+    "--train.batch_size 32 --schedule.warmup_steps 2"
+).split()
+
+
+def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
+    """Weights, batches, schedule and the loss of every step: all that is not the way of computing."""
+    flags = [*DIGITS, "--engine.precision", "fp32", "--model.norm", "torch"]
+    config = parse(flags)
+    source = load_source(config.data)
+    losses = PlainRun(config, source).steps(0, 6)
+    run(flags, 0, tmp_path / "ours", source)
+    rows = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text("utf-8").splitlines())
+    ours = [row["loss"] for row in rows if row["split"] == "train"]
+    assert ours == pytest.approx(losses.tolist(), rel=1e-4)
+
+
+def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:
+    config, other = parse(DIGITS), parse([*DIGITS, "--run.seed", "1"])
+    source = load_source(config.data)
+    assert same(difference(PlainRun(config, source), PlainRun(config, source, deterministic=True), 3))
+    found = difference(PlainRun(config, source), PlainRun(other, source), 3)
+    assert found["first_different_step"] == 0 and not found["state_equal"]
+    for name, seed in (("a", 0), ("b", 1)):
+        run(DIGITS, seed, tmp_path / name, source)
+    found = same_run(tmp_path / "a", tmp_path / "b")
+    assert found["first_different_step"] == 1 and not found["state_equal"]
+
+
+def test_the_parts_of_a_step_from_a_trace() -> None:
+    """Two steps of a 3 us and a 2 us kernel; 1 us between them, 4 us between the steps, and a copy that overlaps."""
+
+    def ran(name: str, start: float, us: float, cat: str = "kernel") -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": us}
+
+    events = [
+        ran("aten::conv2d", 0, 100, "cpu_op"),
+        *(ran("conv", 10, 3), ran("norm", 14, 2), ran("conv", 20, 3), ran("norm", 24, 2)),
+        ran("Memcpy", 11, 1, "gpu_memcpy"),
+    ]
+    found = kernel_times(events, 2)
+    assert (found["kernels"], found["span_us"], found["busy_us"]) == (2.5, 8, 5)
+    assert (found["gaps"], found["gaps_us"], found["largest_gaps_us"]) == (1.5, 3, [4, 1, 1])
+    rows = [(row["name"], row["calls"], row["us"]) for row in found["by_kernel"]]
+    assert rows == [("conv", 1, 3), ("norm", 1, 2), ("Memcpy", 0.5, 0.5)]
+
+
+def test_airbenchs_last_row() -> None:
+    said = """\
+-------------------------------------------------------------------------------------------------
+|  run     |  epoch  |  train_loss  |  train_acc  |  val_acc  |  tta_val_acc  |  total_time_seconds  |
+-------------------------------------------------------------------------------------------------
+|       0  |      0  |      1.5713  |     0.5498  |   0.5270  |               |              0.4075  |
+|          |      1  |      1.2038  |     0.7529  |   0.7420  |               |              0.8090  |
+|          |   eval  |      1.2038  |     0.7529  |   0.7420  |       0.7421  |              0.8312  |
+-------------------------------------------------------------------------------------------------
+"""
+    assert last_row(said) == (0.8312, 0.7421)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "verdict"),
+    [
+        ([0.91, 0.92], [0.90, 0.91], True),
+        ([0.90, 0.92], [0.91, 0.93], True),  # lower, by 0.01; two standard errors are 0.028
+        ([0.900, 0.901], [0.910, 0.911], False),
+        ([0.9], [0.9, 0.9], None),
+    ],
+)
+def test_not_lower_by_more_than_two_standard_errors(
+    ours: list[float], plain: list[float], verdict: bool | None
+) -> None:
+    assert not_lower(compared(ours, plain)) is verdict
+
+
+# ---- the claims -------------------------------------------------------------------------------------------------
+
+
+def found_in(*rows: tuple[str, dict[str, Any]]) -> dict[str, str]:
+    """Of each claim the text after what is needed."""
+    made = lines([Row(f"bench/bench_{file}.py::bench_it[{i}]", info) for i, (file, info) in enumerate(rows)])
+    return {line[:72].strip(): line[114:] for line in made}
+
+
+PARITY = {
+    "what": "parity", "model": "resnet20", "steps": 64_000, "data": "cifar10", "n": 5,
+    "mean_train_time_s": 25.0, "sd_train_time_s": 0.1, "mean_accuracy": {"fastres": 0.915, "plain": 0.916},
+    "difference": -0.001, "standard_error": 0.001, "twin": {"first_different_step": None, "state_equal": True},
+}  # fmt: skip
+TRAINING, ACCURACY = "ResNet-20, batch 128, 64,000 steps: training", "accuracy against plain fp32"
+
+
+def test_what_nobody_measured_says_so() -> None:
+    assert set(found_in().values()) == {"not measured"}
+    short = PARITY | {"steps": 60, "model": "resnet8"}
+    assert set(found_in(("accuracy", short)).values()) == {"not measured"}
+
+
+def test_what_was_measured_is_reached_or_not() -> None:
+    found = found_in(("accuracy", PARITY))
+    assert found[TRAINING] == "reached       25.00 ± 0.10 s, n=5"
+    assert found[ACCURACY].startswith("reached ") and "on cifar10, n=5" in found[ACCURACY]
+    found = found_in(("accuracy", PARITY | {"mean_train_time_s": 31.0, "difference": -0.0021}))
+    assert found[TRAINING].startswith("not reached") and found[ACCURACY].startswith("not reached")
+    assert found_in(("accuracy", PARITY | {"mean_train_time_s": 19.0}))[TRAINING].startswith(
+        "reached, stretch"
+    )
+
+
+def test_what_is_too_little_to_tell_is_not_reached() -> None:
+    for missing in ({"n": 4}, {"twin": None}, {"twin": {"first_different_step": 7, "state_equal": False}}):
+        assert found_in(("accuracy", PARITY | missing))[ACCURACY].startswith("not shown")
+
+
+def test_the_data_set_itself_goes_before_a_copy() -> None:
+    copy = PARITY | {"data": "CIFAR-10 (JPEG copy)", "mean_train_time_s": 99.0}
+    assert "25.00" in found_in(("accuracy", copy), ("accuracy", PARITY))[TRAINING]
+
+
+def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
+    info = {"what": "schedule", "n": 5}
+    both = {"plain": 16.0, "torch.compile": 4.0, "torch.compile, bf16, channels-last": 2.5}
+    found = found_in(("schedule", info | {"times_as_fast": both}))
+    assert found["against a plain eager fp32 loop"].startswith("reached")
+    assert found["against torch.compile alone"].startswith("not reached")
+    found = found_in(("schedule", info | {"times_as_fast": {"plain": 2.0}}))  # as on a CPU
+    assert found["against torch.compile alone"] == "not measured"
+
+
+def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
+    info = {
+        "peer": "airbench", "data": "cifar10", "n": 25, "median_s": {"fastres": 0.9, "airbench": 1.1},
+        "p_values": {"fastres": 1e-5, "airbench": 0.2},
+    }  # fmt: skip
+    claim = "time to 90 %, warm, against airbench's"
+    assert found_in(("peers", info))[claim].startswith("reached")
+    assert found_in(("peers", info | {"n": 24}))[claim].startswith("not shown")
+    assert found_in(("peers", info | {"p_values": {"fastres": 0.01, "airbench": 0}}))[claim].startswith(
+        "not shown"
+    )
+    slower = info | {"median_s": {"fastres": 1.2, "airbench": 1.1}}
+    assert found_in(("peers", slower))[claim].startswith("not reached")
+
+
+def test_a_peer_counts_compiled_and_on_the_feed_that_is_claimed() -> None:
+    info = {
+        "peer": "timm", "feed": "dali", "compiled": True, "ratio": 1.1, "images_per_s": 2_000.0, "n": 15,
+        "images_per_s_20_80": [1_990.0, 2_010.0],
+    }  # fmt: skip
+    found = found_in(("peers", info), ("peers", info | {"feed": "synthetic", "compiled": False}))
+    assert found["ResNet-50, bf16, 224 px, dali, against timm"].startswith("reached")
+    assert found["ResNet-50, bf16, 224 px, synthetic, against timm"] == "not measured"
