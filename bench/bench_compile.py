@@ -45,11 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# As text, which pytest evaluates where it knows its options.
+@pytest.mark.skipif(
+    "not GPU and not config.option.full", reason="the engine does not compile on a CPU: --full measures it"
+)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", NETS)
-def bench_setting(benchmark: Any, request: pytest.FixtureRequest, name: str, settings: str) -> None:
-    if not (GPU or request.config.option.full):
-        pytest.skip("the engine does not compile on a CPU; --full measures it there")
+def bench_setting(benchmark: Any, name: str, settings: str) -> None:
     measure(benchmark, NETS[name], SETTINGS[settings], ROUNDS)
     benchmark.extra_info.update(model=name, settings=settings)
 

@@ -29,10 +29,9 @@ WARM_UP, TRACED, TIMED, ROUNDS = 20, 20, 100, 10
 SHOWN = 25  # kernels in the table; the JSON has all
 
 
+@pytest.mark.skipif(not GPU, reason="a CPU has no kernels: python -m fastres.profile shows its operators")
 @pytest.mark.parametrize("name", NETS)
 def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str) -> None:
-    if not GPU:
-        pytest.skip("a CPU has no kernels: python -m fastres.profile shows its operators")
     net, (_, engine) = NETS[name], engine_for()
     take = engine_training(net)
     take(WARM_UP)

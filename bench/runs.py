@@ -44,14 +44,14 @@ def data_flags(data: str, config: pytest.Config) -> list[str]:
     """The flags of a name in DATA. Skips what cannot be run here, or only with patience."""
     place: list[str] = []
     if data == "cifar10":
-        root = Path(config.option.data_root)
+        root = Path(config.option.data_root).resolve()  # a benchmark may change the folder
         if not (root / "cifar-10-batches-py").is_dir():
             pytest.skip(f"no cifar-10-batches-py in {root}: --data-root says where it is")
         place = ["--data.root", str(root)]
     if data == "jpeg_copy":
         if config.option.jpeg_copy is None:
             pytest.skip("--jpeg-copy says where CIFAR-10 is as a folder of JPEGs")
-        place = ["--data.root", config.option.jpeg_copy]
+        place = ["--data.root", str(Path(config.option.jpeg_copy).resolve())]
     if data != "digits":
         needs_patience(config)
     return DATA[data] + place
@@ -156,6 +156,7 @@ class GraphedTwin(PlainRun):
         super().__init__(config, source, deterministic=True)
         self.stream = torch.cuda.Stream(self.loop.engine.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.loss: Tensor | None = None
         self.captured_lr: float | None = None
         self.taken = 0
 
@@ -175,13 +176,15 @@ class GraphedTwin(PlainRun):
             self.capture(images, labels, lr)
         self.images.copy_(images)
         self.labels.copy_(labels)
-        assert self.graph is not None
+        assert self.graph is not None and self.loss is not None
         self.graph.replay()
         return self.loss.clone()
 
     def capture(self, images: Tensor, labels: Tensor, lr: float) -> None:
         """Capturing runs nothing: weights and momentum stay as they are."""
-        self.graph = None  # and its memory with it
+        # What lies in the former graph's memory goes before the capture, which must not be disturbed by freeing it.
+        self.graph = self.loss = None
+        self.loop.optimizer.zero_grad()
         self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):

@@ -53,7 +53,7 @@ class Stages:
         )
 
     def write(self, **commands: str) -> None:
-        stages = (f"{name} | 1 | 1 | no | - | what it is | {command}" for name, command in commands.items())
+        stages = (f"{name} | 1 | 5 | no | - | what it is | {command}" for name, command in commands.items())
         (self.folder / "stages").write_text("# a comment\n\n" + "\n".join(stages) + "\n", "utf-8")
 
     def run(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -224,6 +224,35 @@ def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
     rows = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text("utf-8").splitlines())
     ours = [row["loss"] for row in rows if row["split"] == "train"]
     assert ours == pytest.approx(losses.tolist(), rel=1e-4)
+
+
+def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
+    """A real run of what a CPU has of the schedule, and of accuracy beside the plain loop."""
+    rows = tmp_path / "rows.json"
+    storage = f"--benchmark-storage={(tmp_path / 'kept').as_uri()}"
+    for command in (
+        ("-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", storage, f"--benchmark-json={rows}",
+         "bench/bench_schedule.py", "bench/bench_accuracy.py", "--seeds", "2"),
+        ("-m", "bench.report", str(rows)),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command], cwd=CHECKOUT, env=users_environment(NO_GPU), capture_output=True, text=True,
+            timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    kept = {row["name"]: row["extra_info"] for row in json.loads(rows.read_text("utf-8"))["benchmarks"]}
+    schedule, parity = kept["bench_schedule"], kept["bench_parity[digits]"]
+    assert {name: len(turn["seconds"]) for name, turn in schedule["turns"].items()} == {
+        "plain": 3,
+        "fastres": 3,
+    }
+    assert schedule["times_as_fast"]["plain"] > 0
+    for of in parity["accuracies"].values():
+        assert len(of) == parity["n"] == 2 and min(of) > 0.7
+    assert parity["twin"] is None and parity["plain_is"] == "the loop"  # which needs no twin on a CPU
+    report = done.stdout
+    assert "images/s of the schedule" in report and "fastres " in report and "difference " in report
+    assert "what is to be reached" not in report  # that is for a GPU
 
 
 def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:
