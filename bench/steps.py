@@ -18,6 +18,7 @@ from fastres import build_model
 from fastres.config import Config, EngineConfig, ModelConfig, OptimConfig
 from fastres.distributed import data_parallel
 from fastres.engine import Engine, resolve
+from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.hardware import peaks_of
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
@@ -178,12 +179,29 @@ def engine_training(
         step.forward_loss.compile(fullgraph=True, dynamic=False, options=inductor)
     if ddp:
         step.forward_loss = data_parallel(step.forward_loss, engine.device)
+    if engine.cuda_graph and batches is None and not ddp:
+        return replayed(step, held(net, engine, engine.dtype), lambda: resolve(config))
     batches = held(net, engine, engine.dtype) if batches is None else batches
 
     def steps(n: int) -> None:
         resolve(config)
         for i in range(n):
             step(*next(batches), 0.1, i)
+
+    return steps
+
+
+def replayed(step: TrainStep, batches: Batches, switch: Callable[[], object]) -> Steps:
+    """The step as one recording, on a batch that stays: on a GPU as a CUDA graph, as fastres.train takes it."""
+    images, labels = next(batches)
+    step.warm_up(images, labels)
+    recorder = recorder_for(step.engine.device)
+    graphed = GraphedStep(step, FixedBatch(images, labels), lambda i: 0.1, recorder)
+
+    def steps(n: int) -> None:
+        switch()
+        for i, batch in enumerate(graphed.train(0, n)):
+            graphed(*batch, 0.1, i)
 
     return steps
 
