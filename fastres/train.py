@@ -240,7 +240,9 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                     "test_accuracy": final.accuracy,
                     "test_loss": final.mean_loss,
                     "test_samples": final.samples,
-                    "test_views": 2 if config.train.eval_mirrored else 1,  # of an image, whose logits are averaged
+                    "test_views": 2
+                    if config.train.eval_mirrored
+                    else 1,  # of an image, whose logits are averaged
                     "steps": steps,
                     "parameters": parameters,
                     "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
