@@ -220,7 +220,8 @@ def recorded(
         return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
     except Exception as error:
         step.optimizer.zero_grad()
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        first = error.__context__ or error  # the end of a capture that has failed is an error of its own
+        why = (str(first).splitlines() or [type(first).__name__])[0]
         if not engine.cuda_graph_may_fall_back:
             raise Failed(
                 f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto"
