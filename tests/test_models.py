@@ -418,6 +418,17 @@ def test_the_speed_nets_sizes() -> None:
         assert output_sizes(build_model("speed_resnet"), torch.randn(2, 3, side, side), *names) == expected
 
 
+@pytest.mark.parametrize("norm", ["torch", "fused"])
+def test_the_speed_nets_statistics_move_as_fast_as_they_are_told(norm: str) -> None:
+    x, means = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last), []
+    for options in ({}, {"norm_momentum": 0.4}):
+        torch.manual_seed(0)
+        model = build_model("speed_resnet", widths=[8, 8], norm=norm, **options)
+        model.to(memory_format=torch.channels_last)(x)
+        means.append(torch.cat([value for key, value in model.state_dict().items() if "running_mean" in key]))
+    assert error(means[1], 4 * means[0]) < 1e-6
+
+
 # ---- memory format and compilation -------------------------------------------------------------------------
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -515,6 +526,8 @@ def test_compiles_without_graph_breaks(name: str, options: dict[str, Any]) -> No
         ("speed_resnet", {"widths": 64}, ["widths", "whole number", "64"]),
         ("speed_resnet", {"widths": []}, ["widths", "[]"]),
         ("speed_resnet", {"widths": [64, 0]}, ["widths", "[64, 0]"]),
+        ("speed_resnet", {"norm_momentum": 0}, ["norm_momentum", "above 0", "not 0"]),
+        ("speed_resnet", {"norm_momentum": True}, ["norm_momentum", "True"]),
         ("speed_resnet", {"depth": 9}, ["speed_resnet", "'depth'", "widths"]),
         ("resnet20", {"norm": "batch"}, ["norm", "'batch'", "torch"]),
         ("resnet20", {"norm_layer": 3}, ["norm_layer", "3"]),

@@ -89,7 +89,7 @@ class SpeedResNet(nn.Module):
     """Whitening stem 2×2 – ReLU, a SpeedStage for each of `widths`, global max-pool, linear head without bias.
 
     (N, in_channels, H, W) -> (N, num_classes) logits, H and W from 8 for three stages. A new run gives `whiten` images
-    of its training set.
+    of its training set. `norm_momentum`: the share of a batch in BatchNorm's running statistics.
     """
 
     def __init__(
@@ -99,11 +99,14 @@ class SpeedResNet(nn.Module):
         in_channels: int = 3,
         norm: Norm = nn.BatchNorm2d,
         widths: Sequence[int] = (64, 128, 256),
+        norm_momentum: float = 0.1,
     ) -> None:
         super().__init__()
         kinds = [type(width) for width in widths] if isinstance(widths, (list, tuple)) else []
         if set(kinds) != {int} or min(widths) < 1:
             raise ValueError(f"widths takes channels, a whole number for each stage, not {widths!r}")
+        if type(norm_momentum) not in (int, float) or not 0 < norm_momentum <= 1:
+            raise ValueError(f"norm_momentum takes a number above 0 and up to 1, not {norm_momentum!r}")
         self.conv1 = WhiteningConv(in_channels, 2)
         before = [self.conv1.weight.shape[0], *widths]
         last = len(widths) - 1  # there the pool drops no row or column: of 32 px it leaves 4, of 8 px 1
@@ -113,6 +116,8 @@ class SpeedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # the first filters pass on their input, the rest stay torch's
                 nn.init.dirac_(module.weight.data[: module.in_channels])
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = norm_momentum
 
     def whiten(self, images: Tensor) -> None:
         """Fits the stem to images (N, in_channels, H, W), normalised as in training."""
