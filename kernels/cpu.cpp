@@ -18,11 +18,25 @@ static V load(const bf16* p, __mmask16 m = 0xffff) {
 }
 static void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
+struct Ahead {  // what is read after this, to be brought into L2 meanwhile, a few lines of 64 bytes at a time
+  const char *next = nullptr, *end = nullptr;
+  void fetch(int lines) {
+    for (; lines > 0 && next < end; --lines, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
+
 // ---- BatchNorm (+ residual) + ReLU -----------------------------------------------------------------------------------
 // For C channels, a divisor of 64, 64 / C pixels count as one pixel of 64 channels: four registers, whatever C is. In
 // chunks of 256 such pixels, the same ones for any number of threads, so that sums are too.
 
 constexpr int64_t CHUNK = 256 * 64;
+
+// Values i to i + 15, whose line of 32 is fetched 2 KB ahead: a backward pass from memory takes 0.5 to 0.6 x the time of
+// one that leaves it to the hardware.
+static V read(const bf16* p, int u, int64_t i, __mmask16 m = 0xffff) {
+  if (u % 2 == 0) _mm_prefetch((const char*)(p + i + 1024), _MM_HINT_T0);
+  return load(p + i, m);
+}
 
 template <class F>
 static void each_chunk(int64_t values, F f) {  // f(its number, begin, end)
@@ -74,7 +88,7 @@ extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* wei
   Stats t;
   Channels origin, shift;  // the first pixel, near the mean: what squares are summed about
   for (int c = 0; c < 64; ++c) origin.at[c] = _mm_cvtss_f32(_mm512_castps512_ps128(load(x + c % C, 1)));
-  const Sums sums(values, C, [&](V& a, V& b, int u, int64_t i) { a = b = _mm512_sub_ps(load(x + i), origin[u]); });
+  const Sums sums(values, C, [&](V& a, V& b, int u, int64_t i) { a = b = _mm512_sub_ps(read(x, u, i), origin[u]); });
   const double count = values / C;
   for (int i = 0; i < 64; ++i) {
     const int c = i % C;
@@ -90,21 +104,22 @@ extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* wei
   const auto apply = [&](auto plus, auto act) {
     each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
       each_value(begin, end, [&](int u, int64_t i) {
-        const V z = _mm512_fmadd_ps(_mm512_sub_ps(load(x + i), t.mean[u]), t.scale[u], shift[u]);
-        store(y + i, act(plus(z, i), i));
+        const V z = _mm512_fmadd_ps(_mm512_sub_ps(read(x, u, i), t.mean[u]), t.scale[u], shift[u]);
+        store(y + i, act(plus(z, u, i), i));
       });
     });
   };
+  const auto alone = [](V v, int, int64_t) { return v; };
+  const auto add = [&](V v, int u, int64_t i) { return _mm512_add_ps(v, read(residual, u, i)); };
   const auto none = [](V v, int64_t) { return v; };
-  const auto add = [&](V v, int64_t i) { return _mm512_add_ps(v, load(residual + i)); };
   const auto relu = [&](V v, int64_t i) {
     passed[i / 16] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
     return _mm512_max_ps(_mm512_setzero_ps(), v);
   };
   if (passed && residual) apply(add, relu);
-  else if (passed) apply(none, relu);
+  else if (passed) apply(alone, relu);
   else if (residual) apply(add, none);
-  else apply(none, none);
+  else apply(alone, none);
   *stats = t;
 }
 
@@ -113,16 +128,16 @@ extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const 
                             bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
   const Stats t = *stats;
   const auto let_through = [&](int64_t i) { return passed ? passed[i / 16] : __mmask16(0xffff); };
-  const auto one = [&](int64_t i) { return load(g + i, let_through(i)); };
-  const auto both = [&](int64_t i) { return _mm512_add_ps(one(i), load(g2 + i, let_through(i))); };
+  const auto one = [&](int u, int64_t i) { return read(g, u, i, let_through(i)); };
+  const auto both = [&](int u, int64_t i) { return _mm512_add_ps(one(u, i), read(g2, u, i, let_through(i))); };
   const auto kept = [&](int64_t i, V v) { return store(dz + i, v), v; };
   const auto sums = [&](auto gradient) {
     return Sums(values, C, [&](V& a, V& b, int u, int64_t i) {
-      a = gradient(i), b = _mm512_sub_ps(load(x + i), t.mean[u]);
+      a = gradient(u, i), b = _mm512_sub_ps(read(x, u, i), t.mean[u]);
     });
   };
-  const Sums s = g2   ? sums([&](int64_t i) { return kept(i, both(i)); })
-                 : dz ? sums([&](int64_t i) { return kept(i, one(i)); })
+  const Sums s = g2   ? sums([&](int u, int64_t i) { return kept(i, both(u, i)); })
+                 : dz ? sums([&](int u, int64_t i) { return kept(i, one(u, i)); })
                       : sums(one);
   Channels b, d;  // dx = scale * dz - b * (x - mean) - d
   for (int i = 0; i < 64; ++i) {
@@ -134,12 +149,12 @@ extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const 
   const auto apply = [&](auto gradient) {
     each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
       each_value(begin, end, [&](int u, int64_t i) {
-        const V v = _mm512_fmsub_ps(t.scale[u], gradient(i), d[u]);
-        store(dx + i, _mm512_fnmadd_ps(b[u], _mm512_sub_ps(load(x + i), t.mean[u]), v));
+        const V v = _mm512_fmsub_ps(t.scale[u], gradient(u, i), d[u]);
+        store(dx + i, _mm512_fnmadd_ps(b[u], _mm512_sub_ps(read(x, u, i), t.mean[u]), v));
       });
     });
   };
-  if (dz) apply([&](int64_t i) { return load(dz + i); });
+  if (dz) apply([&](int u, int64_t i) { return read(dz, u, i); });
   else apply(one);
 }
 
@@ -165,7 +180,7 @@ struct Gradient {
   int C, K, XH, XW, H, W;       // of x (XH, XW, C), and of dy (H, W, K)
   int pairs = (W + 1) / 2;      // of a row of dy
   uint32_t *x[2] = {}, *dy = {};  // in pairs; stride 2: x[0] of even columns, x[1] of odd ones
-  const char *next = {}, *next_end = {};  // what is read after this, to be brought into L2 meanwhile
+  Ahead ahead = {};
 
   int x_row() const { return (pairs + 1) * C; }
   int dy_row() const { return (pairs + 1) * K; }
@@ -177,7 +192,7 @@ struct Gradient {
     for (int i = 0; i < 24; ++i) sum[i / 3][i % 3] = _mm512_loadu_ps(dw + (i / 3 * 9 + i % 3) * C);
     for (int image = 0; image < n; ++image)
       for (int h = 0; h < H; ++h) {
-        for (int i = 0; i < 12 && next < next_end; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        ahead.fetch(12);
         const int row = S * h + r - 1;
         if (row < 0 || row >= XH) continue;  // padding
         const int from = (image * XH + row) * x_row() + c;
@@ -214,8 +229,8 @@ struct Gradient {
         for (int r = 0; r < 3; ++r)
           for (int c = 0; c < C; c += 16) {
             if (r + c == 0 && (k == 0 || k == K / 16 * 8)) {  // x in the first half, dy in the second
-              next = (const char*)(k ? dy_in : x_in);
-              next_end = next + left * 2 * (k ? H * W * K : XH * XW * C);
+              ahead.next = (const char*)(k ? dy_in : x_in);
+              ahead.end = ahead.next + left * 2 * (k ? H * W * K : XH * XW * C);
             }
             tile(n, k, r, c, dw + (k * 9 + r * 3) * C + c);
           }
@@ -286,11 +301,15 @@ static void tile(const bf16* x, int x_row, const bf16* w, bf16* y, int y_row, in
 // One image; room: (H + 2, W + 2, C), its border zero.
 template <int R, int T, int C>
 static void image(const bf16* x, int H, int W, int K, const bf16* w, bf16* room, bf16* y) {
-  const int row = (W + 2) * C;
-  for (int h = 0; h < H; ++h) memcpy(room + (h + 1) * row + C, x + h * W * C, W * C * sizeof *x);
+  const int row = (W + 2) * C, bytes = H * W * C * 2, tiles = K / 16 * (H / R) * (W / T);
+  for (int h = 0; h < H; ++h) memcpy(room + (h + 1) * row + C, x + h * W * C, W * C * 2);
+  Ahead ahead{(const char*)x + bytes, (const char*)x + 2 * bytes};  // the next image
   for (int k = 0; k < K; k += 16, w += 9 * C * 16)
     for (int h = 0; h < H; h += R)
-      for (int j = 0; j < W; j += T) tile<R, T, C>(room + h * row + j * C, row, w, y + (h * W + j) * K + k, W * K, K);
+      for (int j = 0; j < W; j += T) {
+        ahead.fetch(bytes / 64 / tiles + 1);
+        tile<R, T, C>(room + h * row + j * C, row, w, y + (h * W + j) * K + k, W * K, K);
+      }
 }
 
 using Convolve = void (*)(const bf16*, int, int, int, const bf16*, bf16*, bf16*);
