@@ -55,6 +55,7 @@ from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Refused, run_command
+from fastres.graph import READS, waits
 from fastres.models import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, ForwardLoss, TrainStep
@@ -70,7 +71,7 @@ TORCH = ".".join(torch.__version__.split(".")[:2])
 EVERY_TORCH = "every torch"  # the place in the file of what does not depend on its version
 RECIPE = (
     "--recipe cifar10-resnet20 --data.source synthetic --data.image_size 32 "
-    "--model.norm torch --engine.device cpu --engine.compile false"
+    "--model.norm torch --engine.conv torch --engine.device cpu --engine.compile false"
 )
 BATCH = 8  # images of a step whose operators are counted: more would be the same calls
 
@@ -87,11 +88,7 @@ Counts = dict[str, Count]
 
 
 PARTS = ("forward", "backward", "optimizer", "the rest")
-# Reads that on a CPU no operator sees.
-READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.__repr__)
 COPIES = (Tensor.cuda, torch.tensor, torch.as_tensor)
-# Torch's tags of operators that give, or whose size is, what only the device knows.
-WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 @dataclass
@@ -144,14 +141,6 @@ class Operators(TorchDispatchMode):
         if waits(operator, args):
             self.watched.reads.append(here(str(operator)))
         return operator(*args, **(kwargs or {}))
-
-
-def waits(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host has to have a device's values before it can go on."""
-    if operator in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
-        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        return masked and (len(args) < 3 or args[2].numel() > 1)  # one value only fills where the mask is
-    return not WAITS.isdisjoint(operator.tags)
 
 
 def ours(frame: FrameType) -> bool:

@@ -90,6 +90,7 @@ class PlainLoop:
                 compile=False,
                 cuda_graph=False,
                 channels_last=tuned,
+                conv="torch",
                 deterministic=deterministic,
             ),
             model=ModelConfig(norm="torch"),
@@ -157,6 +158,8 @@ def plain_inference(net: Net) -> Steps:
 def engine_for(**fields: Any) -> tuple[Config, Engine]:
     """What the engine makes of these fields here; `norm` is the model's. Raises Refused where they cannot be had."""
     norm = fields.pop("norm", "auto")
+    if norm == "torch":  # the word says whose operations they are, the convolutions' too
+        fields.setdefault("conv", "torch")
     config = Config(model=ModelConfig(norm=norm), engine=EngineConfig(**fields))
     return config, resolve(config)
 

@@ -402,13 +402,17 @@ class _Reads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _why_not(operator: Any, args: tuple[Any, ...]) -> str | None:
-    """What keeps an operator out of a graph, if something does."""
-    waits = not WAITS.isdisjoint(operator.tags)
+def waits(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host has to have a device's values before it can go on."""
     if operator in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        waits = masked and (len(args) < 3 or args[2].numel() > 1)  # one value only fills where the mask is
-    if waits:
+        return masked and (len(args) < 3 or args[2].numel() > 1)  # one value only fills where the mask is
+    return not WAITS.isdisjoint(operator.tags)
+
+
+def _why_not(operator: Any, args: tuple[Any, ...]) -> str | None:
+    """What keeps an operator out of a graph, if something does."""
+    if waits(operator, args):
         return "makes the host wait for the device"
     if operator is torch.ops.aten.lift_fresh.default:
         return "takes a tensor that was made from numbers on the host, which would have to be copied at each replay"
