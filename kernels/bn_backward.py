@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_forward import affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
+from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
 from .launch import launchable, pointers
 from .tiles import WARPS, Tiles, matrix_shape
 
@@ -32,14 +32,16 @@ def gate_from_input(x, mean, scale, shift, dtype: tl.constexpr):
 @triton.jit
 def gated_gradient(
     dy, dskip, mask, dz_out, value, dtype: tl.constexpr, mean, scale, shift, start, cols, inside, M, C,
-    HAS_SKIP: tl.constexpr, GATE: tl.constexpr, STORE_DZ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SKIP: tl.constexpr, GATE: tl.constexpr, STORE_DZ: tl.constexpr, AGAIN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz of a tile, (BLOCK_M, BLOCK_C) float32 of rows from `start`, 0 outside; stored with STORE_DZ. `value`: x there.
 
-    GATE: "none", the "bits" of the mask, or recomputed from the "input".
+    GATE: "none", the "bits" of the mask, or recomputed from the "input". AGAIN: what a second pass does with dy,
+    "evict_last" where it reads it, else "evict_first".
     """
     corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
-    dz = tl.load(dy + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    dz = tl.load(dy + corner + at, valid, other=0.0, eviction_policy=AGAIN).to(tl.float32)
     if HAS_SKIP:
         dz += tl.load(dskip + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if GATE == "bits":
@@ -89,13 +91,13 @@ def channel_sums_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     projected = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     first = pid * ROWS
-    for i in range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)):
+    for i in tl.range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M), num_stages=STAGES):
         start = first + i * BLOCK_M
         corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dz = gated_gradient(
             dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
-            HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
+            HAS_SKIP, GATE, STORE_DZ, "evict_first" if STORE_DZ else "evict_last", BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if STORE_DX:
             tl.store(dx + corner + at, (dz * scale[None, :]).to(dx.dtype.element_ty), valid)
@@ -108,16 +110,16 @@ def channel_sums_kernel(
 
 @triton.jit
 def sum_partials(partials, cols, inside, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(P, 2, C) -> Σ over P of each, (BLOCK_C,) twice."""
-    total = tl.zeros([BLOCK_C], tl.float32)
-    projected = tl.zeros([BLOCK_C], tl.float32)
+    """(P, 2, C) -> Σ over P of each, (BLOCK_C,) twice. Slot by slot, as merge_partials."""
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    projected = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         there = (p < P)[:, None] & inside[None, :]
         at = partials + p[:, None] * (2 * C) + cols[None, :]
-        total += tl.sum(tl.load(at, there, other=0.0), 0)
-        projected += tl.sum(tl.load(at + C, there, other=0.0), 0)
-    return total, projected
+        total += tl.load(at, there, other=0.0)
+        projected += tl.load(at + C, there, other=0.0)
+    return tl.sum(total, 0), tl.sum(projected, 0)
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def input_gradient_kernel(
 
     first = pid * ROWS
     tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
-    for i in range(0, tiles):
+    for i in tl.range(0, tiles, num_stages=STAGES):
         start = first + (tiles - 1 - i) * BLOCK_M
         corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)

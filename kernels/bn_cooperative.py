@@ -38,11 +38,13 @@ INTERPRETED_AS = 128  # multiprocessors
 
 @triton.jit
 def grid_barrier(arrived):
-    """Returns when every program of the grid has called it. arrived: () int32, 0 before."""
+    """Returns when every program of the grid has called it. arrived: () int32, of which the sign counts: all programs
+    together add 2³¹, so it changes when the last one comes, and nobody sets it back (as inductor's x_grid_barrier)."""
     programs = tl.num_programs(0) * tl.num_programs(1)
+    first = tl.program_id(0) + tl.program_id(1) == 0
     tl.debug_barrier()  # all threads' stores before the one thread's release
-    tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < programs:
+    before = tl.atomic_add(arrived, tl.where(first, -(2**31) - (programs - 1), 1), sem="release")
+    while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
         pass
     tl.debug_barrier()
 
@@ -54,7 +56,7 @@ def forward_kernel(
     weight,  # (C,)
     bias,  # (C,)
     partials,  # (P, 2, C) float32: mean about origin and M2 of each program's rows
-    arrived,  # () int32, 0
+    arrived,  # () int32, grid_barrier's
     y,  # [M, C]
     mask,  # (⌈M/8⌉, C) uint8
     mean_out,  # (C,) float32
@@ -118,7 +120,7 @@ def backward_kernel(
     mean,  # (C,) float32
     var,  # (C,) float32
     partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
-    arrived,  # () int32, 0
+    arrived,  # () int32, grid_barrier's
     dz_out,  # [M, C], with STORE_DZ
     dx,  # [M, C]
     dweight,  # (C,) float32
@@ -148,7 +150,7 @@ def backward_kernel(
     value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
     dz = gated_gradient(
         dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
-        HAS_SKIP, GATE, STORE_DZ, BLOCK_M, BLOCK_C,
+        HAS_SKIP, GATE, STORE_DZ, "evict_first", BLOCK_M, BLOCK_C,
     )  # fmt: skip
     normalised = (value - centre[None, :]) * invstd[None, :]
 
@@ -249,9 +251,17 @@ def backward(
     return dx, dz, dbias, dweight
 
 
+_arrived: dict[
+    tuple[torch.device, int], Tensor
+] = {}  # by device and stream, whose kernels run one after another
+
+
 def _scratch(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Partials (P, 2, C) and the barrier's counter ()."""
-    return empty_partials(x, tiles), torch.zeros((), dtype=torch.int32, device=x.device)
+    """Partials (P, 2, C), and the counter of the barrier, ()."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    if (x.device, stream) not in _arrived:
+        _arrived[x.device, stream] = torch.zeros((), dtype=torch.int32, device=x.device)
+    return empty_partials(x, tiles), _arrived[x.device, stream]
 
 
 def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:

@@ -18,21 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launchable, pointers
+from .tiles import STAGES as STAGES_OF_A_LOOP
 from .tiles import WARPS, Tiles, ceil_div, matrix_shape
+
+STAGES = tl.constexpr(STAGES_OF_A_LOOP)
 
 
 @triton.jit
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """(count, mean, M2 = Σ(v - mean)²) of two sets together (Chan, Golub & LeVeque 1979, equation 2.1)."""
     count = count_a + count_b
-    share = tl.where(count > 0, count_b / tl.maximum(count, 1), 0.0)
+    share = count_b / tl.maximum(count, 1)
     delta = mean_b - mean_a
     return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
 
 
 @triton.jit
 def merge_rows(count, mean, m2):
-    """(R, B) of each -> (B,) of each: the sets of one column merged, about their common mean."""
+    """(R, B) of mean and M2, (R, 1) or (R, B) of count -> (B,) of each, or (1,): the sets of one column merged, about
+    their common mean."""
     total = tl.sum(count, 0)
     common = tl.sum(count * mean, 0) / tl.maximum(total, 1)
     delta = mean - common[None, :]
@@ -41,19 +45,20 @@ def merge_rows(count, mean, m2):
 
 @triton.jit
 def merge_partials(partials, cols, inside, M, C, ROWS, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(count, mean about origin, M2), each (BLOCK_C,), of the P partials (P, 2, C), each of ROWS rows but the last."""
-    count = tl.zeros([BLOCK_C], tl.float32)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
+    """(count, mean about origin, M2), each (BLOCK_C,), of the P partials (P, 2, C), each of ROWS rows but the last.
+
+    Merged slot by slot, and over the slots at the end: a reduction costs barriers, and each program waits for it."""
+    count = tl.zeros([BLOCK_P, 1], tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         there = (p < P)[:, None] & inside[None, :]
         at = partials + p[:, None] * (2 * C) + cols[None, :]
-        counts = tl.minimum(tl.maximum(M - p * ROWS, 0), ROWS).to(tl.float32)
-        counts = tl.where(there, counts[:, None], 0.0)
-        block = merge_rows(counts, tl.load(at, there, other=0.0), tl.load(at + C, there, other=0.0))
-        count, mean, m2 = merge(count, mean, m2, block[0], block[1], block[2])
-    return count, mean, m2
+        counts = tl.minimum(tl.maximum(M - p * ROWS, 0), ROWS).to(tl.float32)[:, None]
+        means, m2s = tl.load(at, there, other=0.0), tl.load(at + C, there, other=0.0)
+        count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
+    return merge_rows(count, mean, m2)
 
 
 @triton.jit
@@ -128,7 +133,7 @@ def statistics_kernel(
     mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     first = pid * ROWS
-    for i in range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)):
+    for i in tl.range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M), num_stages=STAGES):
         start = first + i * BLOCK_M
         corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         # Kept in the L2 for the second pass.
@@ -215,7 +220,7 @@ def normalise_kernel(
 
     first = pid * ROWS
     tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
-    for i in range(0, tiles):
+    for i in tl.range(0, tiles, num_stages=STAGES):
         start = first + (tiles - 1 - i) * BLOCK_M
         corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
         value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)

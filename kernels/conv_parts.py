@@ -215,21 +215,21 @@ def statistics_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     origin = tl.load(partials + k, k < K, other=0.0)
     across = tl.cdiv(WIDTH, COLUMNS)
-    count = tl.zeros([BLOCK_K], tl.float32)
-    mean = tl.zeros([BLOCK_K], tl.float32)
-    m2 = tl.zeros([BLOCK_K], tl.float32)
+    count = tl.zeros([BLOCK_P, 1], tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         there = (p < P)[:, None] & (k < K)[None, :]
         # The last piece of a row, and those of the last row, may be smaller.
         columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
         rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
-        counts = tl.where(p < P, columns * rows, 0).to(tl.float32)
+        counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
         at = partials + p[:, None] * (3 * K) + k[None, :]
         means = tl.load(at, there, other=0.0) - origin[None, :] + tl.load(at + K, there, other=0.0)
         m2s = tl.load(at + 2 * K, there, other=0.0)
-        counts, means, m2s = merge_rows(counts[:, None], means, m2s)
         count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
+    count, mean, m2 = merge_rows(count, mean, m2)
     tl.store(mean_z + k, origin + mean, k < K)
     tl.store(var_z + k, m2 / count, k < K)
 

@@ -1,22 +1,27 @@
 """How a channels-last tensor, seen as a matrix [M = N·H·W, C], is cut into tiles and given to programs.
 
-None of it has been measured on a GPU yet. The sizes come from arithmetic: of a tile of 2,048 elements each thread of 4
-warps has 16, 32 bytes of bf16, in flight; four such programs on each of 132 multiprocessors keep 2 MB in flight,
-which is 3 TB/s at 700 ns of latency. Every second-pass program reads all partials of its channels from the L2: hence
-not more of them.
+None of it has been measured on a GPU yet. The sizes come from arithmetic. Of a tile of 2,048 elements each thread of 4
+warps has 16, 32 bytes of bf16, and the loops have STAGES of them in flight: two such programs on each of 132
+multiprocessors keep 4 MB in flight, where 3 TB/s at 700 ns of latency take 2. Every second-pass program reads all
+partials of its channels from the L2, and waits for them. All programs together read 8·P²·C bytes so, P being the
+programs along M: so few along M, and where a tensor is small, many along C.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 TILE = 2048  # elements of a tile
 WARPS = 4
-MAX_BLOCK_C = 64  # 64 channels of 2 bytes: whole cache lines of 128 bytes
+STAGES = 4  # tiles of a loop that are fetched ahead
+# Channels of a tile. 16 of 2 bytes are a sector of 32 bytes, which is what the L2 gives. Memory gives more: of a tensor
+# that may not be in the L2, whole cache lines of 128 bytes are read.
+SMALL, SMALL_BLOCK_C, MAX_BLOCK_C = 2**23, 16, 64  # elements of a tensor, 16 MB in bf16; channels
+LEAST_PROGRAMS = 256  # two on each of an H100's multiprocessors
 MAX_PARTIALS = 256  # programs along M
-PROGRAMS = 1024  # along M and C together, about
 H100 = 132  # its multiprocessors
 
 
@@ -69,11 +74,13 @@ class Tiles:
 
 def two_pass_tiles(m: int, c: int) -> Tiles:
     """For the kernels that walk. m rows, c channels, both ≥ 1."""
-    block_c = min(next_power_of_two(c), MAX_BLOCK_C)
+    block_c = _channels(m, c)
     c_blocks = ceil_div(c, block_c)
     # A tile no taller than the tensor, and in whole bytes of mask bits.
     block_m = max(8, min(TILE // block_c, next_power_of_two(m)))
-    wanted = max(1, min(MAX_PARTIALS, PROGRAMS // c_blocks, ceil_div(m, block_m)))
+    # More than the least of programs only where reading the partials stays under half of the tensor's own bytes.
+    wanted = max(LEAST_PROGRAMS // c_blocks, math.isqrt(m // 8), 1)
+    wanted = min(wanted, MAX_PARTIALS, ceil_div(m, block_m))
     rows = ceil_div(ceil_div(m, wanted), block_m) * block_m
     return _tiles(m, block_m, block_c, rows, c_blocks)
 
@@ -82,12 +89,17 @@ def one_pass_tiles(m: int, c: int, held: Held, multiprocessors: int) -> Tiles | 
     """For the cooperative kernels, whose programs hold a tile each and are on the GPU all at once. None where the
     tensor does not fit there.
     """
-    block_c = min(next_power_of_two(c), MAX_BLOCK_C)
+    block_c = _channels(m, c)
     c_blocks = ceil_div(c, block_c)
     block_m = max(8, min(held.tile // block_c, next_power_of_two(m)))
     if ceil_div(m, block_m) * c_blocks > held.programs * multiprocessors:
         return None
     return _tiles(m, block_m, block_c, block_m, c_blocks)
+
+
+def _channels(m: int, c: int) -> int:
+    """Of a tile of a tensor of m rows and c channels."""
+    return min(next_power_of_two(c), SMALL_BLOCK_C if m * c <= SMALL else MAX_BLOCK_C)
 
 
 def _tiles(m: int, block_m: int, block_c: int, rows: int, c_blocks: int) -> Tiles:
