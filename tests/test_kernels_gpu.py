@@ -1,0 +1,37 @@
+"""The Triton kernels as a GPU runs them. In the interpreter, where the other tests have them, programs run one after
+another: it has no barrier to meet at, no cache to find old values in, and no race."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import users_environment
+
+
+def check_on(device: str, repeats: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.kernels_on_device", device, str(repeats)],
+        cwd=Path(__file__).parent.parent,
+        env=users_environment(environment),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_they_are_right_and_repeat_bit_for_bit_called_and_replayed() -> None:
+    done = check_on("cuda", 2_000)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_checked_there_holds_in_the_interpreter() -> None:
+    done = check_on("cpu", 1, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("norms") == 4 and done.stdout.count("convolutions") == 1
