@@ -168,8 +168,8 @@ def last_row(said: str) -> tuple[float, float]:
 def seconds_to_whiten(flags: list[str], source: Source) -> float:
     """What the engine does of the kind before its clock starts."""
     config = parse(flags)
-    model: Any = build_model(config.model.name, **model_options(config.model))
-    return seconds_of(lambda: model.whiten(sample_images(config, source, source.train)), DEVICE)
+    model: Any = build_model(config.model.name, **model_options(config.model)).to(DEVICE)
+    return seconds_of(lambda: model.whiten(sample_images(config, source, source.train).to(DEVICE)), DEVICE)
 
 
 def summary(infos: list[dict[str, Any]]) -> list[str]:

@@ -26,6 +26,7 @@ from fastres.config import Config, model_options, parse
 from fastres.data import build_loader, classes_of
 from fastres.data.sources import Source, load_source
 from fastres.engine import resolve
+from fastres.graph import capturing
 from fastres.schedule import lr_scale
 from fastres.step import Evaluator
 from fastres.train import train
@@ -68,10 +69,15 @@ def needs_patience(config: pytest.Config) -> None:
 def run(flags: Sequence[str], seed: int, folder: Path, source: Source | None = None) -> dict[str, Any]:
     """One run of fastres.train in this process, and its summary. `source` stands in for the configured one."""
     config = parse([*flags, "--run.seed", str(seed), "--run.dir", str(folder)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = train(config, resolve(config), [0], source)
+    engine, said = resolve(config), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = train(config, engine, [0], source)
     assert status == 0
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    ran = {name: summary[name] for name in ("compile", "cuda_graph")}
+    chosen = {name: getattr(engine, name) for name in ran}
+    assert ran == chosen, f"it fell back, and would be measured as something else:\n{said.getvalue()}"
+    return summary
 
 
 def with_random_labels(source: Source) -> Source:
@@ -187,7 +193,7 @@ class GraphedTwin(PlainRun):
         self.loop.optimizer.zero_grad()
         self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with capturing(graph, stream=self.stream):
             self.loss = super().take(self.images, self.labels, lr)
         self.graph, self.captured_lr = graph, lr
 

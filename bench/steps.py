@@ -268,11 +268,15 @@ def compare(
 
 
 def peak_memory(steps: Steps) -> int | None:
-    """Bytes that a step takes at most on a GPU; None on a CPU, where nobody counts."""
+    """Bytes that a step takes at most on a GPU; None on a CPU, where nobody counts, and of a replay, which allocates
+    nothing: its memory is the graph's own."""
     if DEVICE.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(DEVICE)
+    allocations = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
     steps(1)
+    if torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] == allocations:
+        return None
     return torch.cuda.max_memory_allocated(DEVICE)
 
 

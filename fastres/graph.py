@@ -18,6 +18,8 @@ Not yet run on a GPU: CudaRecorder.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,9 +115,11 @@ class Rows:
         return [self._next]
 
     def fill(self, columns: Draws) -> None:
-        """The first rows, of which the next one is the first."""
+        """The first rows, of which the next one is the first. The device takes them when it comes to it: what is queued
+        before still has the former ones."""
         for name, values in columns.items():
-            self._columns[name][: len(values)].copy_(values)
+            rows = self._columns[name][: len(values)]
+            rows.copy_(values.pin_memory() if rows.is_cuda else values, non_blocking=True)
         self.rewind()
 
     def rewind(self) -> None:
@@ -144,12 +148,16 @@ class GraphedStep:
 
     def train(self, first_step: int, last_step: int) -> Iterator[NoBatch]:
         """As a loader's: what a step has to be called with, for each of [first_step, last_step)."""
-        for start in range(first_step, last_step, self._rows.rows):
-            block = range(start, min(start + self._rows.rows, last_step))
-            self._rows.fill(self._columns(block))
+        rows = self._rows.rows
+        blocks = [range(i, min(i + rows, last_step)) for i in range(first_step, last_step, rows)]
+        columns = self._columns(blocks[0]) if blocks else {}
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            self._rows.fill(columns)
             self._due = iter(block)
-            for _ in block:
+            for i in block:
                 yield ()
+                if following and i == block[len(block) // 2]:  # while the device has steps to take
+                    columns = self._columns(following)
 
     def __call__(self, lr: float, step: int) -> None:
         """Takes step `step`, which has to be the next one of train(), at the learning rate lr_at(step)."""
@@ -255,19 +263,25 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             # Capturing runs nothing: there is nothing to put back. Its error mode stays "global", the strictest: no
             # other thread has to do with the device meanwhile, but autograd's, which is a part of it.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with capturing(graph, pool=self.pool, stream=self.stream):
                 work()
         current.wait_stream(self.stream)
-        return _CudaRecording(graph, work)
+        return graph  # who asked for it holds what it has the addresses of
 
 
-@dataclass
-class _CudaRecording:
-    graph: torch.cuda.CUDAGraph
-    work: Work  # holds what the graph has the addresses of
-
-    def replay(self) -> None:
-        self.graph.replay()
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
+    """torch.cuda.graph, during which no garbage is collected: a graph that is destroyed meanwhile, of an earlier run in
+    this process, ends the capture (pytorch#195397)."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **how):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 # ------------------------------------------------------------------------------------------- on a CPU

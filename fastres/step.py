@@ -70,6 +70,14 @@ class ForwardLoss(nn.Module):
             logits = self.model(images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    @property
+    def compiled(self) -> bool:
+        return self._compiled_call_impl is not None
+
+    def run_eagerly(self) -> None:
+        """Takes compile() back."""
+        self._compiled_call_impl = None
+
 
 @dataclass
 class Totals:
@@ -160,11 +168,11 @@ class TrainStep:
         self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
         self.totals = DeviceTotals(engine.device)
-        self.forward_loss: nn.Module = ForwardLoss(model, engine, "mean", label_smoothing)
+        self.inner = ForwardLoss(model, engine, "mean", label_smoothing)
         if engine.compile:
-            self.forward_loss.compile(fullgraph=True, dynamic=False)
+            self.inner.compile(fullgraph=True, dynamic=False)
         # DDP goes around what is compiled: inside, its hooks would break the graph.
-        self.forward_loss = distributed.wrap(self.forward_loss, engine.device, engine.compress_gradients)
+        self.forward_loss = distributed.wrap(self.inner, engine.device, engine.compress_gradients)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
         """Takes step `step` on this process's share of the batch."""
@@ -298,7 +306,8 @@ def warm_up(
         if not (train_step.engine.compile and train_step.engine.compile_may_fall_back):
             raise
         say(f"compile: false (the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
-        torch.compiler.set_stance("force_eager")
+        for forward_loss in (train_step.inner, evaluate.forward_loss):
+            forward_loss.run_eagerly()
         train_step.warm_up(*batch)
 
 

@@ -81,12 +81,12 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         norm=engine.norm,
         **model_options(config.model),
     )
+    model = engine.place(model)
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
         replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
     elif whiten := getattr(model, "whiten", None):
-        whiten(sample_images(config, source, training))
-    model = engine.place(model)
+        whiten(sample_images(config, source, training).to(engine.device))
     distributed.broadcast_buffers(model)
     if config.model.sync_norm:
         distributed.share_statistics(model)
@@ -254,6 +254,8 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                     "curve": curve_split,
                     "device": device_name(engine.device),
                     "precision": engine.precision,
+                    "compile": step.inner.compiled,
+                    "cuda_graph": take is not step,
                     "seed": config.run.seed,
                 }
                 write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")

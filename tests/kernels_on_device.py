@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
 def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str) -> Work:
-    """BatchNorm + ReLU whose output forks, BatchNorm + add + ReLU of the skip, and the gradients of all that has one."""
+    """BatchNorm + ReLU whose output forks, BatchNorm + add + ReLU of the skip, and all gradients."""
     first, second = (
         BatchNormAct2d(shape[1], algorithm=algorithm).to(device, _parameters_of(dtype)) for _ in range(2)
     )
@@ -112,7 +112,9 @@ def main(device: torch.device, repeats: int) -> None:
                 print(f"norms {shape} {dtype} {algorithm}", flush=True)
                 check("norms", shape, device, dtype, algorithm, repeats)
     for shape in SHAPES[:3] if on_gpu else [(2, 16, 6, 5)]:
-        for dtype in TOLERANCE if on_gpu else [torch.float32]:  # the interpreter has no dot in bf16: triton#11584
+        for dtype in (
+            TOLERANCE if on_gpu else [torch.float32]
+        ):  # the interpreter has no dot in bf16: triton#11584
             print(f"convolutions {shape} {dtype}", flush=True)
             check("convolutions", shape, device, dtype, "", repeats)
 
