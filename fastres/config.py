@@ -165,8 +165,9 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer; learning rates are those of the global batch."""
 
-    name: Literal["sgd", "apex_sgd"] = "sgd"
-    """sgd is torch's, fused; apex_sgd is apex's FusedSGD, where a genuine apex is installed."""
+    name: Literal["sgd", "muon", "apex_sgd"] = "sgd"
+    """sgd is torch's, fused; muon is Muon (Jordan et al. 2024) for the weights of convolutions, and sgd for the rest;
+    apex_sgd is apex's FusedSGD, where a genuine apex is installed."""
 
     lr: PositiveFloat = 0.1
     """Peak learning rate."""
@@ -185,6 +186,12 @@ class OptimConfig:
 
     norm_bias_lr_scale: PositiveFloat = 1.0
     """BatchNorm's biases learn at this many times lr (64 in cifar10-airbench); decayed, they are so no faster."""
+
+    muon_lr: PositiveFloat = 0.24
+    """Peak learning rate of the weights that muon takes: the length of a step, whatever the gradient."""
+
+    muon_momentum: NonNegativeFloat = 0.6
+    """Their momentum, Nesterov's, in [0, 1). They are not decayed: their norm stays the same."""
 
     scale_lr: bool = False
     """Multiply lr by the number of processes (for a batch size that was scaled likewise)."""
@@ -303,6 +310,8 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     merged: dict[str, Any] = {}
     for name, layer in layers:
         _refuse_errors(partial(parser.parse_object, layer), where=f"{name}: ", given=layer)
+        if layer.keys() >= set(_sections()):  # a whole run, as dump() writes it
+            merged = {}  # a field that it does not have, of a later version, was not the recipe's of today
         merged = _merge(merged, layer)
     merged["recipe"] = recipe
     base = parser.parse_object(merged)
@@ -406,8 +415,14 @@ def check(config: Config) -> None:
                 )
     data, train, optim, schedule = config.data, config.train, config.optim, config.schedule
     refuse_if(train.label_smoothing >= 1, f"train.label_smoothing: {train.label_smoothing} is not below 1")
-    refuse_if(optim.momentum >= 1, f"optim.momentum: {optim.momentum} is not below 1")
+    for name in ("momentum", "muon_momentum"):
+        share = getattr(optim, name)
+        refuse_if(share >= 1, f"optim.{name}: {share} is not below 1")
     refuse_if(optim.nesterov and optim.momentum == 0, "optim.nesterov: needs optim.momentum above 0")
+    refuse_if(
+        optim.name == "muon" and config.engine.precision == "fp16",
+        "optim.name muon: does not know of fp16's loss scale; use engine.precision bf16 or fp32",
+    )
     refuse_if(
         list(schedule.milestones) != sorted(set(schedule.milestones))
         or min(schedule.milestones, default=1) < 1,

@@ -196,7 +196,7 @@ def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:
     if config.data.loader != "resident":
         why = f"the batches of data.loader {config.data.loader} are made outside of the step"
         return False, why, "use --data.loader resident, or leave it at auto"
-    if config.optim.name != "sgd":
+    if config.optim.name == "apex_sgd":
         why = f"optim.name {config.optim.name} reads the learning rate on the host"
         return False, why, "use --optim.name sgd, or leave it at auto"
     return True, "one process, and the data set is on the GPU", ""

@@ -138,6 +138,16 @@ def test_every_recipe_parses_and_survives_the_round_trip(name: str, file: Any) -
     assert parse(file(dump(config))) == config
 
 
+def test_a_run_of_an_earlier_version_does_not_get_what_its_recipe_has_today(file: Any) -> None:
+    written = to_dict(parse(["--recipe", "cifar10-speedrun"]))
+    assert written["train"].pop("eval_mirrored") is True  # before there was such a field
+    config = parse([*file(yaml.safe_dump(written)), "--train.log_every", "7"])
+    assert config.train.eval_mirrored is False
+    assert (config.recipe, config.train.log_every) == ("cifar10-speedrun", 7)
+    # A file of some fields builds on the recipe that it names.
+    assert parse(file("recipe: cifar10-speedrun\ntrain: {log_every: 7}")).train.eval_mirrored is True
+
+
 def test_print_config_prints_what_would_run_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse(["--print_config", "--optim.lr", "0.3"])
@@ -334,6 +344,8 @@ def test_a_number_that_is_not_finite_is_refused(value: str, file: Any) -> None:
 IMPOSSIBLE = {
     "--train.label_smoothing 1": ("train.label_smoothing", "below 1"),
     "--optim.momentum 1": ("optim.momentum", "below 1"),
+    "--optim.muon_momentum 1": ("optim.muon_momentum", "below 1"),
+    "--optim.name muon --engine.precision fp16": ("muon", "fp16", "use engine.precision bf16"),
     "--optim.nesterov true --optim.momentum 0": ("optim.nesterov", "optim.momentum"),
     "--schedule.milestones [5,3]": ("schedule.milestones", "ascending"),
     "--schedule.milestones [3,3]": ("schedule.milestones", "ascending"),

@@ -89,6 +89,8 @@ RUNS = {
     "fp64, NCHW": "--engine.precision fp64 --engine.channels_last false",
     "nesterov, two rates": "--optim.nesterov true --optim.norm_bias_lr_scale 64",
     "no momentum": "--optim.momentum 0",
+    "muon": "--optim.name muon --optim.nesterov true --optim.norm_bias_lr_scale 64",
+    "muon in bf16": "--optim.name muon --engine.precision bf16 --model.norm auto",
     "no augmentation": "--data.augment none",
     "all augmentation": "--data.cutout 3 --data.mixup 0.3 --data.cutmix 0.5 --data.flip alternating "
                         "--data.pad_mode reflect --data.pad 2",
@@ -109,6 +111,8 @@ def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> No
     assert states(replayed) == states(plain) and len(states(plain)) >= 2
     ends = [(folder / "model.safetensors").read_bytes() for folder in (plain, replayed)]
     assert ends[0] == ends[1]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (plain, replayed)]
+    assert [summary["cuda_graph"] for summary in summaries] == [False, True]
 
 
 @pytest.mark.parametrize("step", [8, 16])

@@ -18,7 +18,7 @@ from fastres import checkpoint
 from fastres.config import OptimConfig
 from fastres.data import IGNORED
 from fastres.models import build_model
-from fastres.optim import build_optimizer
+from fastres.optim import build_optimizer, orthogonal
 from fastres.step import DeviceTotals, Evaluator, TrainStep, check_channels_last, warm_up
 from tests.fixtures import engine
 
@@ -195,6 +195,71 @@ def test_momentum_can_be_left_out() -> None:
         assert torch.allclose(p, q - 0.1 * q.grad)
 
 
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """As published (Jordan et al. 2024), in the precision that it comes in."""
+    x = matrix / matrix.norm()
+    if wide := matrix.shape[0] > matrix.shape[1]:
+        x = x.T
+    for _ in range(3):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if wide else x
+
+
+def test_muon_takes_the_filters_and_sgd_all_else() -> None:
+    model = a_net().double()
+    oracle = copy.deepcopy(model)
+    how = {"momentum": 0.85, "nesterov": True, "weight_decay": 1e-2}
+    step = a_step(model, "fp64", name="muon", lr=0.125, muon_lr=0.25, muon_momentum=0.6, **how)
+    filters = {name: p for name, p in oracle.named_parameters() if p.ndim == 4}
+    momenta = {name: torch.zeros_like(p) for name, p in filters.items()}
+    sgd = torch.optim.SGD([p for p in oracle.parameters() if p.ndim != 4], lr=0.125, **how)
+    assert len(filters) > 5
+    for i, lr in enumerate(
+        [0.125, 0.0625, 0.25]
+    ):  # exact in float32; the filters' rate stays twice the others'
+        images, labels = a_batch(seed=i)
+        step(images.double(), labels, lr, i)
+
+        oracle.train()
+        F.cross_entropy(oracle(images.double()), labels).backward()
+        sgd.param_groups[0]["lr"] = lr
+        sgd.step()
+        with torch.no_grad():
+            for name, weight in filters.items():
+                momenta[name] = 0.6 * momenta[name] + weight.grad
+                matrix = (weight.grad + 0.6 * momenta[name]).flatten(1)
+                weight *= math.sqrt(len(weight)) / weight.norm()
+                weight -= 2 * lr * newton_schulz(matrix).view(weight.shape)
+        oracle.zero_grad()
+    for (name, a), b in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 3, 3, 3), (64, 16, 3, 3), (64, 8, 1, 1), (10, 20, 1, 1), (1, 4, 3, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_orthogonal_filters_have_singular_values_near_one(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float
+) -> None:
+    torch.manual_seed(0)
+    filters = scale * torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last)
+    before = torch.linalg.svd(filters.flatten(1).double(), full_matrices=False)
+    assert before.S.min() > 0.02 * before.S.norm()
+    out = orthogonal(filters)
+    assert out.shape == filters.shape
+    # in the singular vectors of what came in, so of its own directions; bf16 has three digits
+    after = (before.U.T @ out.flatten(1).double() @ before.Vh.T).diagonal()
+    slack = 0.02 if dtype == torch.float32 else 1e-6
+    assert 0.68 - slack < after.min() and after.max() < 1.21 + slack
+
+
+def test_orthogonal_leaves_zeros_as_they_are() -> None:
+    assert not orthogonal(torch.zeros(4, 2, 3, 3)).any()
+
+
 # ---- what is compiled ---------------------------------------------------------------------------------------
 
 
@@ -254,7 +319,6 @@ def broken_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         yield
-    torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
 
@@ -273,6 +337,7 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(
         return
     warm_up(step, evaluate, a_batch(), Held(), said.append)
     assert len(said) == 1 and said[0].startswith("compile: false") and "\n" not in said[0]
+    assert not step.inner.compiled  # and says so, for the summary
     take(step, 2)
     take(eager := a_step(oracle), 2)
     assert_equal_weights(model, oracle)
