@@ -35,7 +35,7 @@ setup(
     package_data={
         "fastres": ["py.typed"],
         "fastres.recipes": ["*.yaml"],
-        "fastres_kernels": ["py.typed", "cpu.cpp"],
+        "fastres_kernels": ["py.typed", "cpu.cpp", "fastest.json"],
     },
     install_requires=[
         "torch>=2.11",

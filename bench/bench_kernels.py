@@ -8,7 +8,8 @@ calls, replayed from a CUDA graph ("graph") or launched from Python ("plain"), a
 host's. The tensors are random, and more than the L2 holds from one turn to the next. What is fast but wrong is not
 timed: results are first compared to the baseline's.
 
-The last lines are for fastres_kernels/tables.py. On a CPU the reference runs, to show that all of this does.
+With --write-table the winners go to kernels/fastest.json, for the engine to take. On a CPU the reference runs, to show
+that all of this does.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from fastres.config import Config
 from fastres.engine import DTYPES, find_apex, resolve
 from fastres.log import cpu_name
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
-from fastres_kernels import BatchNormAct2d, Skip
+from fastres_kernels import BatchNormAct2d, Skip, tables
 from fastres_kernels.launch import INTERPRETED
+from fastres_kernels.tables import Table
 from fastres_kernels.tiles import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 
 pytestmark = pytest.mark.skipif(
@@ -488,7 +490,7 @@ def summary(rows: list[Row]) -> list[str]:
         lines += ["  " + line(row) for row in of_case]
     absent = dict.fromkeys(reason for row in rows for reason in row["absent"].items())
     lines += [f"no {variant}: {reason}" for variant, reason in absent]
-    return lines + fastest_lines(rows)
+    return lines
 
 
 def line(row: Row) -> str:
@@ -503,31 +505,40 @@ def line(row: Row) -> str:
     return text
 
 
-def fastest_lines(rows: list[Row]) -> list[str]:
-    """What tables.FASTEST should say of this device: the fused kernel that beat inductor by most, forward and backward
-    together in a CUDA graph, where 20 to 80 % of the one and of the other do not overlap.
+def fastest(rows: list[Row]) -> tuple[tuple[int, int], Table] | None:
+    """What fastres_kernels/fastest.json should say of this device: of each shape the fused kernel that beat inductor by
+    most, forward and backward together in a CUDA graph, where 20 to 80 % of the one and of the other do not overlap;
+    "torch" where none did. None on a CPU.
     """
     capability, precision = (
         rows[0]["capability"],
         rows[0]["dtype"],
     )  # the table knows of one: what `auto` chooses
     if capability is None:
-        return []
-    fastest: dict[tuple[int, int, bool], Row] = {}
+        return None
+    best: dict[tuple[int, int, bool], Row | None] = {}
     for row in rows:
         if (
-            row["variant"] in ("two_pass", "cooperative")
-            and row["what"] in BYTES["two_pass"]
-            and (row["direction"], row["mode"], row["dtype"]) == ("full", "graph", precision)
-            and row["us_20_80"][1] < row["baseline_us_20_80"][0]
+            row["variant"] not in ("two_pass", "cooperative")
+            or row["what"] not in BYTES["two_pass"]
+            or (row["direction"], row["mode"], row["dtype"]) != ("full", "graph", precision)
         ):
-            n, c, h, w = row["shape"]
-            key = n * h * w, c, row["what"] == "bn_add_relu"
-            if key not in fastest or row["ratio"] > fastest[key]["ratio"]:
-                fastest[key] = row
-    return [
-        "for FASTEST in fastres_kernels/tables.py:",
-        f"    {tuple(capability)}: {{",
-        *(f'        {key}: "{row["variant"]}",' for key, row in fastest.items()),
-        "    },",
-    ]
+            continue
+        n, c, h, w = row["shape"]
+        key = n * h * w, c, row["what"] == "bn_add_relu"
+        before = best.setdefault(key, None)
+        if row["us_20_80"][1] < row["baseline_us_20_80"][0] and (
+            not before or row["ratio"] > before["ratio"]
+        ):
+            best[key] = row
+    major, minor = capability
+    return (major, minor), {key: row["variant"] if row else "torch" for key, row in best.items()}
+
+
+def write_table(rows: list[Row]) -> str:
+    """Puts that into the file. Returns a line about it."""
+    if (found := fastest(rows)) is None:
+        return "--write-table: on a CPU there is nothing to write"
+    tables.write(*found)
+    ours = sum(algorithm != "torch" for algorithm in found[1].values())
+    return f"--write-table: the fused kernels are faster at {ours} of {len(found[1])} shapes: {tables.FILE}"

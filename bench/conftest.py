@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.bench_kernels import write_table
 from bench.tables import Row, tables
 from fastres.config import Config
 from fastres.engine import resolve
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="data",
         metavar="DIR",
         help="where bench_time_to_90 and bench_peers look for CIFAR-10",
+    )
+    group.addoption(
+        "--write-table",
+        action="store_true",
+        help="put the kernels that bench_kernels found faster into kernels/fastest.json",
     )
     group.addoption(
         "--jpeg-copy", metavar="DIR", help="folder of CIFAR-10 as JPEGs: bench_time_to_90 runs on it too"
@@ -111,3 +117,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
+    timed = [row.info for row in rows if row.file == "bench_kernels.py" and row.info]
+    if config.option.write_table and timed:
+        terminalreporter.write_line(write_table(timed))

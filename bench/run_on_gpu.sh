@@ -33,21 +33,23 @@ END
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the function bench.
 builtin_stages() {
     cat <<'END'
-doctor       |  1 |  5 | yes | gpu      | what this machine has                              | "$PYTHON" -m fastres.doctor
-kernel_times |  2 | 10 | yes | gpu      | a step's kernels, their times and gaps             | bench kernel_times
-graphed      |  2 | 10 | yes | gpu      | graphed steps are the ungraphed ones, bit for bit  | bench schedule -k graphed
-schedule     |  3 | 15 | yes | gpu      | the schedule's steps beside plain, compiled loops' | bench schedule -k "not graphed"
-airbench     |  3 | 15 | yes | gpu,data | time to 90 % beside airbench's, n=25 each          | bench peers -k airbench --seeds 25
-resnet50     |  4 | 20 | yes | gpu      | ResNet-50 beside timm's, torchvision's, DALI-fed   | bench peers -k resnet50
-parity       | 10 | 60 | yes | gpu,data | 64,000 steps, 5 seeds, beside the plain loop's     | bench accuracy -k "parity and not digits"
-loaders      |  3 | 15 | no  | gpu      | the loaders, DALI on the GPU among them            | bench loaders
-scaling      |  4 | 20 | no  | gpu      | the cost of a step by batch size and depth         | bench scaling
-throughput   |  6 | 30 | no  | gpu      | every family in training and inference             | bench throughput
-tests        | 10 | 40 | no  | gpu      | the test suite                                     | "$PYTHON" -m pytest -n auto --dist loadfile
-time_to_90   | 12 | 40 | no  | gpu,data | time to 90 %, warm and cold, n=25                  | bench time_to_90 --seeds 25
-kernels      | 12 | 45 | no  | gpu      | the fused kernels, and lines for kernels/tables.py | bench kernels
-compile      | 20 | 60 | no  | gpu      | inductor's settings one by one                     | bench compile
-models       | 25 | 90 | no  | gpu,data | the other networks of He et al., 64,000 steps each | bench accuracy -k model
+doctor       |  1 | 15 | yes | gpu      | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py
+table        |  2 | 15 | yes | gpu      | which kernels ResNet-20 takes: kernels/fastest.json | bench kernels -k "relu-128x and full-graph" --write-table
+graphed      |  2 | 10 | yes | gpu      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
+kernel_times |  2 | 10 | yes | gpu      | a step's kernels, their times and gaps              | bench kernel_times
+resnet50     |  2 | 15 | yes | gpu      | ResNet-50 beside timm's and torchvision's tuned     | bench peers -k "resnet50 and (timm or tuned) and not dali"
+schedule     |  3 | 15 | yes | gpu      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
+airbench     |  3 | 15 | yes | gpu,data | time to 90 % beside airbench's, n=25 each           | bench peers -k airbench --seeds 25
+parity       | 10 | 60 | yes | gpu,data | 64,000 steps, 5 seeds, beside the plain loop's      | bench accuracy -k "parity and not digits"
+loaders      |  3 | 15 | no  | gpu      | the loaders, DALI on the GPU among them             | bench loaders
+peers        |  4 | 20 | no  | gpu      | ResNet-50 fed by DALI, and beside a plain loop      | bench peers -k "resnet50 and (dali or plain)"
+scaling      |  4 | 20 | no  | gpu      | the cost of a step by batch size and depth          | bench scaling
+throughput   |  6 | 30 | no  | gpu      | every family in training and inference              | bench throughput
+tests        | 10 | 40 | no  | gpu      | the test suite                                      | "$PYTHON" -m pytest -n auto --dist loadfile
+time_to_90   | 12 | 40 | no  | gpu,data | time to 90 %, warm and cold, n=25                   | bench time_to_90 --seeds 25
+kernels      | 12 | 45 | no  | gpu      | the fused kernels, all shapes: kernels/fastest.json | bench kernels --write-table
+compile      | 20 | 60 | no  | gpu      | inductor's settings one by one                      | bench compile
+models       | 25 | 90 | no  | gpu,data | the other networks of He et al., 64,000 steps each  | bench accuracy -k model
 END
 }
 
@@ -190,14 +192,18 @@ fi
 
 slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9\n' '-')
 record=$record/${slug%-} logs=$logs/${slug%-}
-# Results do not change it, so that committing them leaves what is done done.
-code=$(find fastres kernels bench tests setup.py pyproject.toml \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' \) \
-    -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+# Of the code, and of the table of kernels, which the first stages write. Results do not change it, so that committing them
+# leaves what is done done.
+code() {
+    find fastres kernels bench/*.py tests setup.py pyproject.toml -type f \
+        \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' -o -name fastest.json \) -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+}
 
 mark_of() { # of a stage's number: what its mark says where it is done
     local place=""
     [[ ",${needs[$1]}," != *,data,* ]] || place=$DATA_OPTION
-    sha256sum <<<"$code $torch $place ${commands[$1]}" | cut -c1-16
+    sha256sum <<<"$(code) $torch $place ${commands[$1]}" | cut -c1-16
 }
 
 is_done() {
@@ -284,7 +290,6 @@ if needed gpu; then
     echo "== claims"
     "$PYTHON" -m bench.report --claims || failures=$((failures + 1))
     echo
-    echo "to commit: git add bench/results bench/RESULTS.md"
-    echo "by hand: the last lines of $logs/kernels.log into kernels/tables.py, then the same command once more"
+    echo "to commit: git add bench/results bench/RESULTS.md kernels/fastest.json"
 fi
 ((failures == 0))

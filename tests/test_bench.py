@@ -1,4 +1,4 @@
-"""bench/bench_kernels.py runs without a GPU, and makes of a GPU's rows the lines that tables.py wants."""
+"""bench/bench_kernels.py runs without a GPU, and makes of a GPU's rows the table that the kernels are taken by."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastres_kernels import tables
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the reference and not the kernels: it claims nothing" in done.stdout
-    assert "FASTEST" not in done.stdout
+    assert "kernels/fastest.json" not in done.stdout
     rows = [row["extra_info"] for row in json.loads((tmp_path / "rows.json").read_text())["benchmarks"]]
     for row in rows:
         assert all(row[name] > 0 for name in NUMBERS)
@@ -99,10 +100,6 @@ def test_the_lines_of_a_gpu(kernels: Any) -> None:
         "  full, graph     two_pass      1,000.0 us (990.0 to 1,010.0)      1.50 x inductor's 1,500.0, n=20"
         ", 1,234 GB/s, 50% of a copy's",
         "no apex: NVIDIA's apex is not installed",
-        "for FASTEST in fastres_kernels/tables.py:",
-        "    (9, 0): {",
-        '        (131072, 16, False): "two_pass",',
-        "    },",
     ]
 
 
@@ -124,13 +121,35 @@ def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in
         row("cooperative", 40.0, 30.0, shape=small),  # lost
         row("two_pass", 20.0, 30.0, shape=small),
     ]
-    assert kernels.fastest_lines(rows)[1:] == [
-        "    (9, 0): {",
-        '        (131072, 16, False): "cooperative",',
-        '        (131072, 16, True): "two_pass",',
-        '        (8192, 64, False): "two_pass",',
-        "    },",
-    ]
+    assert kernels.fastest(rows) == (
+        (9, 0),
+        {
+            (131072, 16, False): "cooperative",
+            (131072, 16, True): "two_pass",
+            (3211264, 64, False): "torch",  # measured, and not faster
+            (8192, 64, False): "two_pass",
+        },
+    )
+
+
+def test_what_was_measured_is_written_where_the_kernels_look_it_up(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert tables.read() == tables.FASTEST and tables.FILE.is_file()
+    monkeypatch.setattr(tables, "FILE", tmp_path / "fastest.json")
+    monkeypatch.setattr(tables, "FASTEST", {(8, 0): {(18, 4, True): "two_pass"}})
+    line = kernels.write_table(
+        [row("two_pass", 20.0, 30.0), row("two_pass", 40.0, 30.0, shape=[128, 64, 8, 8])]
+    )
+    assert "faster at 1 of 2 shapes" in line and str(tables.FILE) in line
+    hopper = {(131072, 16, False): "two_pass", (8192, 64, False): "torch"}
+    assert tables.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
+    monkeypatch.setattr(tables, "FASTEST", tables.read())
+    kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
+    assert tables.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
+    assert "on a CPU there is nothing to write" in kernels.write_table(
+        [row("reference", 1, 1, capability=None)]
+    )
 
 
 def test_bytes_of_a_cooperative_kernel_are_two_pass_where_it_does_not_fit(kernels: Any) -> None:
