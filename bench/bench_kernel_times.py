@@ -25,15 +25,17 @@ NETS = {
     "resnet20": Net(name="resnet20", batch=128, side=32),
     "resnet50": Net(name="resnet50", batch=256, side=224, classes=1_000),
 }
+# And the norm: the engine's choice, and of ResNet-20 what it chooses from, in the network and its graph.
+CASES = [("resnet20", "auto"), ("resnet20", "torch"), ("resnet20", "fused"), ("resnet50", "auto")]
 WARM_UP, TRACED, TIMED, ROUNDS = 20, 20, 100, 10
 SHOWN = 25  # kernels in the table; the JSON has all
 
 
 @pytest.mark.skipif(not GPU, reason="a CPU has no kernels: python -m fastres.profile shows its operators")
-@pytest.mark.parametrize("name", NETS)
-def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str) -> None:
-    net, (_, engine) = NETS[name], engine_for()
-    take = engine_training(net)
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str, norm: str) -> None:
+    net, (_, engine) = NETS[name], engine_for(norm=norm)
+    take = engine_training(net, norm=norm)
     take(WARM_UP)
     timing = interleaved({name: lambda: take(TIMED)}, ROUNDS, DEVICE)[name]
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

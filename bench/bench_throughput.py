@@ -64,7 +64,11 @@ QUICK = [(name, training, "default") for name in NETS for training in (True, Fal
     for variant in (
         "fp32 eager torch",
         "bf16 compile torch",
-        *(("bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch") if GPU else ()),
+        *(
+            ("bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused")
+            if GPU
+            else ()
+        ),
     )
 ]
 FULL = list(

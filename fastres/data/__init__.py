@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastres.config import Config
-from fastres.data.augment import normalize, resize_and_center_crop
+from fastres.data.augment import normalize, of_a_row, resize_and_center_crop
 from fastres.data.dali import DaliLoader
 from fastres.data.dataloader import HostLoader
 from fastres.data.resident import ResidentLoader
@@ -100,8 +100,8 @@ def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) 
         pixels = [resize_and_center_crop(part.image(i), size) for i in range(len(part))]
     else:
         pixels = [part.sized_image(i, size, size) for i in range(len(part))]
-    mean, std = torch.tensor(source.mean), torch.tensor(source.std)
-    return normalize(torch.from_numpy(np.stack(pixels)), mean, std, torch.float32)
+    shift, scale = (of_a_row(torch.tensor(of), size) for of in (source.mean, source.std))
+    return normalize(torch.from_numpy(np.stack(pixels)), shift, scale, torch.float32)
 
 
 def image_size(config: Config, source: Source) -> int:
