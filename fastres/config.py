@@ -241,7 +241,7 @@ class EngineConfig:
 
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole step, its batch included, as one CUDA graph; auto does so on a GPU with data.loader resident,
-    one process and optim.name sgd."""
+    one process and optim.name sgd or muon."""
 
     deterministic: bool = False
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""

@@ -287,3 +287,47 @@ def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is
     assert info["share_of_peak"] is None and info["peak_memory_bytes"] is None  # N/A on a CPU
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("mini_resnet infer default"))
     assert "N/A of the peak" in line and "memory N/A" in line
+
+
+# ---- held-out accuracies ---------------------------------------------------------------------------------------
+
+
+def held_out(*args: Any) -> subprocess.CompletedProcess[str]:
+    quick = (
+        "--recipe",
+        "digits",
+        "--model.name",
+        "resnet8",
+        "--train.steps",
+        30,
+        "--schedule.warmup_steps",
+        5,
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "bench.held_out", *map(str, (*quick, *args))],
+        cwd=CHECKOUT,
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) -> None:
+    written = tmp_path / "found.json"
+    done = held_out("--seeds", 2, "--json", written, "+", "--optim.lr", 1e-6, "+", "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    best, worst = done.stdout.splitlines()[-2:]  # the best first
+    assert "(n=2)" in best and best.endswith("--optim.name muon") and worst.endswith("--optim.lr 1e-06")
+    slow, muon = json.loads(written.read_text())
+    assert all(len(setting["accuracies"]) == len(setting["train_time_s"]) == 2 for setting in (slow, muon))
+    assert max(slow["accuracies"]) < min(muon["accuracies"])
+    for accuracy in (*slow["accuracies"], *muon["accuracies"]):
+        assert accuracy * 143 == pytest.approx(round(accuracy * 143))  # of a tenth of 1,437
+
+
+def test_settings_of_different_data_are_refused_before_anything_runs() -> None:
+    done = held_out("+", "--data.pad", 0, "+", "--data.pad", 1)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give --data's flags before the first +" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,97 @@
+"""Settings compared by their accuracy on held-out training samples, several seeds each: what a recipe is tuned by.
+
+    python -m bench.held_out --seeds 5 --recipe cifar10-speedrun --data.root data \
+        + --train.steps 300 + --train.steps 300 --optim.muon_lr 0.2
+
+Flags of fastres.train; those before the first + hold for all settings. Settings take turns, so that what is interrupted
+has as many runs of each. A tenth of the training samples is held out unless --data.validation says otherwise; the test
+set's accuracy is neither printed nor kept. A line is the mean ± its standard error, and the median time of training, in
+this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.runs import run
+from fastres.config import parse
+from fastres.data.sources import load_source
+from fastres.errors import Refused, run_command
+
+
+@dataclass
+class Setting:
+    flags: list[str]
+    own: str  # its own flags, as text
+    accuracies: list[float] = field(default_factory=list)  # of the held-out samples, after the last step
+    seconds: list[float] = field(default_factory=list)
+
+    def line(self) -> str:
+        mean = statistics.mean(self.accuracies)
+        error = (
+            statistics.stdev(self.accuracies) / len(self.accuracies) ** 0.5
+            if len(self.accuracies) > 1
+            else None
+        )
+        spread = "" if error is None else f" ± {error:.4f}"
+        return f"{mean:.4f}{spread} (n={len(self.accuracies)}) {statistics.median(self.seconds):>9,.2f} s  {self.own}"
+
+
+def settings_of(arguments: list[str]) -> list[Setting]:
+    """Flags, + and flags, + and flags -> what all have with what each has."""
+    parts: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "+":
+            parts.append([])
+        else:
+            parts[-1].append(argument)
+    common, *own = parts
+    return [Setting([*common, *flags], " ".join(flags) or "as it is") for flags in own or [[]]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.held_out", allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
+    options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    settings = settings_of(arguments)
+    data, *others = [parse(setting.flags).data for setting in settings]  # refused before anything runs
+    if any(other != data for other in others):
+        raise Refused("settings of different data are not compared: give --data's flags before the first +")
+    source = load_source(data)
+    if not data.validation:
+        for setting in settings:
+            setting.flags += ["--data.validation", str(len(source.train) // 10)]
+    try:
+        for seed in range(options.seeds):
+            for setting in settings:
+                with tempfile.TemporaryDirectory() as folder:
+                    summary = run(setting.flags, seed, Path(folder), source)
+                    rows = [
+                        json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+                    ]
+                setting.accuracies.append(
+                    [row for row in rows if row["split"] == "validation"][-1]["accuracy"]
+                )
+                setting.seconds.append(summary["train_time_s"])
+                print(f"seed {seed}: {setting.line()}", flush=True)
+    finally:
+        done = [setting for setting in settings if setting.accuracies]
+        print(
+            *(setting.line() for setting in sorted(done, key=lambda s: -statistics.mean(s.accuracies))),
+            sep="\n",
+        )
+        if options.json:
+            kept = [{"flags": s.flags, "accuracies": s.accuracies, "train_time_s": s.seconds} for s in done]
+            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
