@@ -54,17 +54,15 @@ def orthogonal(filters: Tensor) -> Tensor:
     """(K, C, kh, kw) as a matrix of K rows, its singular values brought near to 1: those of at least 2 % of its norm
     come out between 0.68 and 1.21. Three steps of Newton's and Schulz's iteration, with the coefficients of Jordan et
     al. (2024); in bf16, which is enough for it, or float64 where that is the weights'."""
-    matrix = filters.permute(0, 2, 3, 1).flatten(
-        1
-    )  # of channels-last memory a view; the columns' order is free
+    rows = filters.permute(0, 2, 3, 1)  # so that of channels-last memory the matrix is a view; any order will do
+    matrix = rows.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(torch.float64 if filters.dtype == torch.float64 else torch.bfloat16)
     x = x / x.norm().clamp_min(1e-12)  # of zeros nothing comes
     for _ in range(3):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    _, *rest = filters.permute(0, 2, 3, 1).shape
-    return (x.T if tall else x).unflatten(1, rest).permute(0, 3, 1, 2)
+    return (x.T if tall else x).unflatten(1, rows.shape[1:]).permute(0, 3, 1, 2)
 
 
 def muon(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
