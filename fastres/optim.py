@@ -54,7 +54,7 @@ def orthogonal(filters: Tensor) -> Tensor:
     """(K, C, kh, kw) as a matrix of K rows, its singular values brought near to 1: those of at least 2 % of its norm
     come out between 0.68 and 1.21. Three steps of Newton's and Schulz's iteration, with the coefficients of Jordan et
     al. (2024); in bf16, which is enough for it, or float64 where that is the weights'."""
-    rows = filters.permute(0, 2, 3, 1)  # so that of channels-last memory the matrix is a view; any order will do
+    rows = filters.permute(0, 2, 3, 1)  # of channels-last memory a view, and any order of columns will do
     matrix = rows.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(torch.float64 if filters.dtype == torch.float64 else torch.bfloat16)
