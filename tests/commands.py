@@ -17,19 +17,30 @@ def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[s
     return {name: value for name, value in changed.items() if value is not None}
 
 
-def run_fastres(
-    module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
+def run_module(
+    module: str,
+    *args: object,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m fastres.MODULE ARGS` in a user's environment; `env` goes over it, None removes."""
+    """`python -m MODULE ARGS` in a user's environment; `env` goes over it, None removes."""
     return subprocess.run(
-        [sys.executable, "-m", f"fastres.{module}", *map(str, args)],
+        [sys.executable, "-m", module, *map(str, args)],
         cwd=cwd,
         env=users_environment(env),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
         check=False,
     )
+
+
+def run_fastres(
+    module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m fastres.MODULE ARGS`, likewise."""
+    return run_module(f"fastres.{module}", *args, env=env, cwd=cwd)
 
 
 def children(pid: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastres_kernels import tables
-from tests.commands import users_environment
+from tests.commands import run_module
 
 CHECKOUT = Path(__file__).parent.parent
 NUMBERS = ("median_us", "baseline_median_us", "ratio", "copy_gb_per_s", "n")
@@ -186,27 +185,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def pytest_bench(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", *args],
-        cwd=CHECKOUT,
-        env=users_environment({"CUDA_VISIBLE_DEVICES": ""}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    how = ("-q", "--benchmark-only", "-p", "no:cacheprovider")
+    return run_module("pytest", *how, *args, cwd=CHECKOUT, env={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def report(*args: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench.report", *map(str, args)],
-        cwd=CHECKOUT,
-        env=users_environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return run_module("bench.report", *args, cwd=CHECKOUT)
 
 
 def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
@@ -292,7 +276,7 @@ def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is
 # ---- held-out accuracies ---------------------------------------------------------------------------------------
 
 
-def held_out(*args: Any) -> subprocess.CompletedProcess[str]:
+def held_out(*args: object) -> subprocess.CompletedProcess[str]:
     quick = (
         "--recipe",
         "digits",
@@ -303,15 +287,7 @@ def held_out(*args: Any) -> subprocess.CompletedProcess[str]:
         "--schedule.warmup_steps",
         5,
     )
-    return subprocess.run(
-        [sys.executable, "-m", "bench.held_out", *map(str, (*quick, *args))],
-        cwd=CHECKOUT,
-        env=users_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_module("bench.held_out", *quick, *args, cwd=CHECKOUT)
 
 
 def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) -> None:

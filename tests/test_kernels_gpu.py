@@ -4,25 +4,17 @@ another: it has no barrier to meet at, no cache to find old values in, and no ra
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.commands import users_environment
+from tests.commands import run_module
 
 
-def check_on(device: str, repeats: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.kernels_on_device", device, str(repeats)],
-        cwd=Path(__file__).parent.parent,
-        env=users_environment(environment),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def check_on(device: str, repeats: int, **env: str) -> subprocess.CompletedProcess[str]:
+    checkout = Path(__file__).parent.parent
+    return run_module("tests.kernels_on_device", device, repeats, cwd=checkout, env=env, timeout_s=900)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
