@@ -33,7 +33,7 @@ END
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the function bench.
 builtin_stages() {
     cat <<'END'
-doctor       |  1 | 15 | yes | gpu      | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py
+doctor       |  1 | 15 | yes | gpu      | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py -k on_a_gpu
 table        |  2 | 15 | yes | gpu      | which kernels ResNet-20 takes: kernels/fastest.json | bench kernels -k "relu-128x and full-graph" --write-table
 graphed      |  2 | 10 | yes | gpu      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
 kernel_times |  2 | 10 | yes | gpu      | a step's kernels, their times and gaps              | bench kernel_times
