@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fastres.config import Config
 from fastres.engine import DTYPES, find_apex, resolve
+from fastres.graph import capturing
 from fastres.log import cpu_name
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
 from fastres_kernels import BatchNormAct2d, Skip, tables
@@ -256,7 +257,7 @@ class Gpu:
         if mode == "plain":
             return region
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.own_stream):
+        with capturing(graph, stream=self.own_stream):
             region()
 
         def replay(_read_by_the_graph: Region = region) -> None:  # and so kept: a backward's saved tensors

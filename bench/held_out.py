@@ -33,14 +33,15 @@ class Setting:
     seconds: list[float] = field(default_factory=list)
 
     def line(self) -> str:
-        mean = statistics.mean(self.accuracies)
-        error = (
-            statistics.stdev(self.accuracies) / len(self.accuracies) ** 0.5
-            if len(self.accuracies) > 1
-            else None
-        )
-        spread = "" if error is None else f" ± {error:.4f}"
-        return f"{mean:.4f}{spread} (n={len(self.accuracies)}) {statistics.median(self.seconds):>9,.2f} s  {self.own}"
+        n, spread = len(self.accuracies), ""
+        if n > 1:
+            spread = f" ± {statistics.stdev(self.accuracies) / n**0.5:.4f}"
+        seconds = statistics.median(self.seconds)
+        return f"{self.mean:.4f}{spread} (n={n}) {seconds:>9,.2f} s  {self.own}"
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
 
 
 def settings_of(arguments: list[str]) -> list[Setting]:
@@ -73,20 +74,14 @@ def main(argv: list[str] | None = None) -> int:
             for setting in settings:
                 with tempfile.TemporaryDirectory() as folder:
                     summary = run(setting.flags, seed, Path(folder), source)
-                    rows = [
-                        json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
-                    ]
-                setting.accuracies.append(
-                    [row for row in rows if row["split"] == "validation"][-1]["accuracy"]
-                )
+                    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                held_out = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+                setting.accuracies.append(held_out[-1]["accuracy"])
                 setting.seconds.append(summary["train_time_s"])
                 print(f"seed {seed}: {setting.line()}", flush=True)
     finally:
         done = [setting for setting in settings if setting.accuracies]
-        print(
-            *(setting.line() for setting in sorted(done, key=lambda s: -statistics.mean(s.accuracies))),
-            sep="\n",
-        )
+        print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
         if options.json:
             kept = [{"flags": s.flags, "accuracies": s.accuracies, "train_time_s": s.seconds} for s in done]
             options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

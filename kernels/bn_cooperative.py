@@ -251,9 +251,8 @@ def backward(
     return dx, dz, dbias, dweight
 
 
-_arrived: dict[
-    tuple[torch.device, int], Tensor
-] = {}  # by device and stream, whose kernels run one after another
+# By device and stream, whose kernels run one after another.
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _scratch(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:

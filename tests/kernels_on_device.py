@@ -111,10 +111,9 @@ def main(device: torch.device, repeats: int) -> None:
             for algorithm in ("two_pass", "cooperative"):
                 print(f"norms {shape} {dtype} {algorithm}", flush=True)
                 check("norms", shape, device, dtype, algorithm, repeats)
+    types = TOLERANCE if on_gpu else [torch.float32]  # the interpreter has no dot in bf16: triton#11584
     for shape in SHAPES[:3] if on_gpu else [(2, 16, 6, 5)]:
-        for dtype in (
-            TOLERANCE if on_gpu else [torch.float32]
-        ):  # the interpreter has no dot in bf16: triton#11584
+        for dtype in types:
             print(f"convolutions {shape} {dtype}", flush=True)
             check("convolutions", shape, device, dtype, "", repeats)
 
