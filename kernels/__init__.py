@@ -12,6 +12,22 @@ if __name__ != "fastres_kernels":
     )
 
 
-from .modules import BatchNormAct2d, Conv2d, NormConv2d, Skip, fuse_convolutions, synchronise
+from .modules import (
+    BatchNormAct2d,
+    Conv2d,
+    NormConv2d,
+    Skip,
+    fuse_convolutions,
+    statistics_together,
+    synchronise,
+)
 
-__all__ = ["BatchNormAct2d", "Conv2d", "NormConv2d", "Skip", "fuse_convolutions", "synchronise"]
+__all__ = [
+    "BatchNormAct2d",
+    "Conv2d",
+    "NormConv2d",
+    "Skip",
+    "fuse_convolutions",
+    "statistics_together",
+    "synchronise",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,44 @@ class Pending(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+
+
+class Statistics(NamedTuple):
+    """Of a batch, what the running statistics of `norm` are to be moved towards; None: they have been."""
+
+    norm: Any
+    mean: Tensor | None  # (C,)
+    var: Tensor | None  # (C,), biased
+    values: int  # how many they are of; 1: var is the unbiased estimate already
+
+
+_waiting: list[Statistics] | None = None  # inside of statistics_together
+
+
+@contextmanager
+def statistics_together() -> Iterator[None]:
+    """Inside of it the running statistics of BatchNormAct2d stay; at its end those of all modules move at once, two
+    kernels under inductor and few in eager execution, where each on its own has one or more."""
+    global _waiting
+    waiting: list[Statistics] = []
+    _waiting = waiting
+    try:
+        yield
+    finally:
+        _waiting = None
+    with torch.no_grad():
+        for momentum in {of.norm.momentum for of in waiting}:
+            running: list[Any] = []
+            batch: list[Tensor] = []
+            for norm, mean, var, values in waiting:
+                if norm.momentum == momentum and mean is not None and var is not None:
+                    running += [norm.running_mean, norm.running_var]
+                    batch += [mean, var * (values / max(1, values - 1))]
+            if running:
+                batch = [new.to(old.dtype) for new, old in zip(batch, running, strict=True)]
+                torch._foreach_lerp_(running, batch, momentum)
+        if waiting:
+            torch._foreach_add_([of.norm.num_batches_tracked for of in waiting], 1)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -151,7 +191,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Where running statistics are kept, moves them towards a batch's."""
-        if self.training and self.track_running_stats:
+        if not (self.training and self.track_running_stats):
+            return
+        if _waiting is not None and self.momentum is not None:
+            _waiting.append(Statistics(self, mean, var, count))
+        else:
             update_running_statistics(
                 mean,
                 var,
@@ -164,7 +208,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
         """The same through torch, for torch.compile to fuse as it can."""
-        y = super().forward(x)
+        if _waiting is not None and self.training and self.track_running_stats and self.momentum is not None:
+            # As its own forward, but for the counter's launch.
+            self._check_input_dim(x)
+            running = self.running_mean, self.running_var
+            y = F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            _waiting.append(Statistics(self, None, None, 0))
+        else:
+            y = super().forward(x)
         if residual is not None:
             y += residual.y if isinstance(residual, Skip) else residual
         return F.relu(y, inplace=True) if self.act == "relu" else y

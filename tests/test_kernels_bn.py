@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import BatchNormAct2d, bn_cooperative, launch, ops, tables, tiles
+from fastres_kernels import BatchNormAct2d, bn_cooperative, launch, ops, statistics_together, tables, tiles
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -103,6 +103,43 @@ def test_running_statistics_are_torchs_over_ten_steps(momentum: float | None, dt
         F.relu(theirs.eval()(x.double()) * ours.weight[:, None, None] + ours.bias[:, None, None]),
         dtype,
     )
+
+
+class TwoNorms(nn.Module):
+    """Normalises the first time with the one, then twice with the other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.one, self.other = module(6, momentum=0.3, **options), module(6, momentum=None, **options)
+        self.third = module(6, momentum=0.1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.third(self.other(self.one(x)), residual=x))
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["two_pass", "measured"]
+)  # "measured": torch's own, on a CPU in float32
+def test_running_statistics_that_move_together_are_those_that_move_apart(algorithm: str) -> None:
+    together, apart = TwoNorms(algorithm=algorithm), TwoNorms(algorithm=algorithm)
+    for step in range(3):
+        x = random((4, 6, 5, 3), torch.float32, step, scale=step + 1, shift=step)
+        with statistics_together():
+            y = together(x)
+            assert together.one.num_batches_tracked == step
+        assert torch.equal(y, apart(x))
+        for (name, mine), theirs in zip(together.named_buffers(), apart.buffers(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-6), name
+    assert [norm.num_batches_tracked.item() for norm in together.children()] == [3, 6, 3]
+    before = {name: values.clone() for name, values in together.named_buffers()}
+    with statistics_together():
+        together.eval()(x)
+    with pytest.raises((ValueError, RuntimeError), match="5"), statistics_together():
+        together.train()(x[:, :5])
+    together.eval()
+    assert all(torch.equal(before[name], values) for name, values in together.named_buffers())
+    together.train()(x)  # nobody waits any more
+    assert together.one.num_batches_tracked == 4
 
 
 def test_the_state_dict_is_that_of_batch_norm() -> None:
