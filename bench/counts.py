@@ -16,8 +16,9 @@ graph       forward and loss under torch.compile, while learning rate and step c
             training: graph breaks, graphs, recompilations. Dynamo and AOTAutograd do here what they do for inductor.
 block       kernels beside the convolutions, and their bytes, of a basic block compiled for an H100: see
             kernels/inductor_count.py.
-network     launches, convolutions too, of the whole network, forward, loss and backward, counted likewise. Its images
-            have 16 channels here, because that is what is counted there.
+network     launches, convolutions too, of a recorded step, counted likewise: the batch, made on the device; the
+            network's forward with the loss, and its backward; the totals. The optimizer's is one more. The network's
+            images have 16 channels here, because that is what is counted there.
 
 Torch has a say in operators, block and network: those are kept per version of it, and of a version that the file does
 not have they are not compared. 2.11 and 2.14 agreed in all of them when this was written.
@@ -55,7 +56,7 @@ from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, resolve
 from fastres.errors import Refused, run_command
-from fastres.graph import READS, waits
+from fastres.graph import READS, GraphedStep, waits
 from fastres.models import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, ForwardLoss, TrainStep
@@ -222,14 +223,19 @@ def evaluated(batches: int) -> Watched:
     return watched
 
 
+def a_loader(config: Config, engine: Engine) -> Any:
+    """The resident one, of the training images."""
+    source = load_source(config.data)
+    how = {"device": engine.device, "dtype": engine.dtype, "rank": 0, "world": 1}
+    return build_loader(config, source, source.train, **how)
+
+
 @cache
 def loaded() -> tuple[Watched, Watched]:
     """The resident loader: its first step, which makes a block, and all others of that block."""
     config, engine = the_recipe()
-    source = load_source(config.data)
-    split = source.train
-    steps = len(split) // config.train.batch_size
-    loader = build_loader(config, source, split, device=engine.device, dtype=engine.dtype, rank=0, world=1)
+    loader = a_loader(config, engine)
+    steps = loader.order.n // config.train.batch_size
     batches = loader.train(0, steps)
     with watching() as first:
         next(batches)
@@ -279,7 +285,7 @@ def graph() -> Counts:
 
     def break_and_go_on(function: Any, **options: Any) -> Any:
         """torch.compile that counts a break where the engine's would raise, and generates no code."""
-        return compile_(function, **options | {"fullgraph": False, "backend": "aot_eager"})
+        return compile_(function, **options | {"fullgraph": False, "backend": "aot_eager", "options": None})
 
     with patch.object(torch, "compile", break_and_go_on):
         step, evaluate = build(config, replace(engine, compile=True))
@@ -291,7 +297,7 @@ def graph() -> Counts:
     breaks = counters["graph_break"]
     return {
         "breaks": Count(sum(breaks.values()), "; ".join(" ".join(text.split())[:140] for text in breaks)),
-        "graphs, one to train and one to evaluate": Count(graphs[0]),
+        "graphs, to train, to evaluate, to count": Count(graphs[0]),
         "recompilations": Count(graphs[-1] - graphs[0], "TORCH_LOGS=recompiles tells why"),
     }
 
@@ -320,24 +326,37 @@ def network() -> Counts:
             config, engine = the_recipe()
             model = build_model(config.model.name, in_channels=inductor_count.SHAPE[1], norm=norm)
             model = model.to(memory_format=engine.memory_format)
-            self.forward_loss = ForwardLoss(model, engine, "mean", config.train.label_smoothing)
+            compiled = replace(engine, compile=True)
+            self.forward_loss = ForwardLoss(model, compiled, "mean", config.train.label_smoothing)
             self.register_buffer("labels", torch.zeros(inductor_count.SHAPE[0], dtype=torch.int64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.forward_loss(x, self.labels)
 
+    def launches(generated: tuple[Any, str]) -> list[inductor_count.Launch]:
+        return inductor_count.launches(*generated, [])
+
+    config, engine = the_recipe()
+    step, _ = build(config, engine)
+    records_nothing: Any = SimpleNamespace(record=lambda work, changed: None)
+    graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
+    loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    pieces = {"the batch": (graphed.prepare,), "the totals": (step.count, loss, correct, BATCH)}
+    counts = {
+        f"{name}, launches": Count(len(launches(inductor_count.generate(*piece)["forward"])))
+        for name, piece in pieces.items()
+    }
     # Beside convolutions, the head's multiplications, which move little; what a variant moves is not asked.
     head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
     unasked = patch.object(inductor_count, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
-    counts = {}
     for norm in ("torch", "fused"):
-        for name, (lowered, code) in inductor_count.generate(Net(norm)).items():
+        for name, generated in inductor_count.generate(Net(norm), inductor_count.an_activation()).items():
             with patch.dict(inductor_count.CONVOLUTIONS, head), unasked:
-                launches = inductor_count.launches(lowered, code, [])
-            counts[f"{norm}, {name}, launches"] = Count(len(launches))
+                found = launches(generated)
+            counts[f"{norm}, {name}, launches"] = Count(len(found))
             # Of torch's norm every kernel but the convolutions is inductor's own: what it moves is read in its text.
             if norm == "torch":
-                moved = inductor_count.totals(launches)["kernel_bytes_per_element"]
+                moved = inductor_count.totals(found)["kernel_bytes_per_element"]
                 counts[f"{norm}, {name}, bytes/element"] = Count(moved)
     return counts
 

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastres.data.augment import Draws
 from fastres.errors import Failed
-from fastres.step import Batch, Evaluator, TrainStep, unchanged
+from fastres.step import Batch, Evaluator, TrainStep, compiled, unchanged
 
 BLOCK_STEPS = 256  # whose draws are copied at once: 0.8 MB at 128 images a step
 WARM_UP = 3  # runs before the one that is recorded: cuDNN chooses its algorithms, Triton its configurations
@@ -70,6 +70,8 @@ def recorder_for(device: torch.device) -> Recorder:
 class Batches(Protocol):
     """What a step's batch is made from, and how: see ResidentLoader."""
 
+    compiles: bool  # whether batch() has the same bits when inductor compiles it
+
     def draws(self, first_step: int, last_step: int) -> Draws: ...
 
     def batch(self, draws: Draws) -> Batch: ...
@@ -84,6 +86,8 @@ class Evaluations(Protocol):
 class FixedBatch:
     """The same batch at every step, for measurements."""
 
+    compiles = True
+
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
 
@@ -91,8 +95,7 @@ class FixedBatch:
         return {}
 
     def batch(self, draws: Draws) -> Batch:
-        # If it asks for a gradient, for one that goes with the step.
-        return self.images.detach().requires_grad_(self.images.requires_grad), self.labels
+        return self.images, self.labels
 
 
 class Rows:
@@ -143,6 +146,8 @@ class GraphedStep:
     ) -> None:
         self.step, self.batches, self.lr_at = step, batches, lr_at
         self._rows = Rows(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
+        compiles = step.inner.compiled and batches.compiles
+        self._prepare = compiled(self.prepare) if compiles else self.prepare
         self._due: Iterator[int] = iter(())  # the steps of the block that have not been taken
         self.recording = recorder.record(self._work, [*step.changed, *self._rows.changed])
 
@@ -176,11 +181,18 @@ class GraphedStep:
             "rates": torch.tensor(rates, dtype=self.step.lr.dtype).reshape(len(steps), len(scales)),
         }
 
-    def _work(self) -> None:
+    def prepare(self) -> Batch:
+        """The batch of the next row, whose learning rates and number are in their places after it."""
         row = self._rows.take()
         for tensor, rate in zip(self.step.learning_rates, row["rates"].unbind(), strict=True):
             tensor.copy_(rate)
-        self.step.take(*self.batches.batch(row), row["step"])
+        self.step.totals.step.copy_(row["step"])
+        return self.batches.batch(row)
+
+    def _work(self) -> None:
+        images, labels = self._prepare()
+        # If they ask for a gradient, for one that goes with the step.
+        self.step.take(images.detach().requires_grad_(images.requires_grad), labels)
 
 
 class GraphedEvaluation:

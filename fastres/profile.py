@@ -79,7 +79,7 @@ def step_in_parts(step: TrainStep, images: Tensor, labels: Tensor, part: Part) -
         step.backward(loss)
     with part("optimizer"):
         step.update()
-        step.totals.add(loss.detach() * len(labels), correct, len(labels))
+        step.count(loss.detach(), correct, len(labels))
 
 
 @dataclass

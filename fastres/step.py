@@ -23,10 +23,40 @@ from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
 from fastres.errors import Refused
 from fastres.optim import learning_rates
+from fastres_kernels import statistics_together
 
 Batch = tuple[
     Tensor, Tensor
 ]  # images (b, C, S, S) in the engine's dtype, labels (b,) int64 or (b, classes) shares
+
+
+def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` as inductor makes it, with the bits of eager execution where it only copies, adds and divides."""
+    return torch.compile(
+        work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True}
+    )
+
+
+class CastTogether(torch.autograd.Function):
+    """(dtype, *weights) -> the weights in dtype. Two kernels under inductor and one for their gradients, where casting
+    each takes a launch, and its gradient another (docs/EXPERIMENTS.md, "The fused kernels, without a GPU")."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        # As they lie in memory, and each to have its strides again.
+        orders = [sorted(range(w.ndim), key=w.stride, reverse=True) for w in weights]
+        dense = [w.permute(order) for w, order in zip(weights, orders, strict=True)]
+        parts = torch.cat([w.flatten() for w in dense]).to(dtype).split([w.numel() for w in weights])
+        cast = [part.view(w.shape) for part, w in zip(parts, dense, strict=True)]
+        back = [[order.index(d) for d in range(len(order))] for order in orders]
+        return tuple(w.permute(order) for w, order in zip(cast, back, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # There is no cast of a list that inductor makes one kernel of; times one in the wider dtype is one, and exact.
+        one = torch.ones((), dtype=ctx.dtype, device=grads[0].device)
+        return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 
 
 class ForwardLoss(nn.Module):
@@ -47,9 +77,12 @@ class ForwardLoss(nn.Module):
         self.model = model
         self.engine, self.reduction, self.label_smoothing = engine, reduction, label_smoothing
         self.mirrored = mirrored
+        self.mixed = engine.precision in ("bf16", "fp16")
+        self.casts_together = self.mixed and engine.compile
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(images)
+        with statistics_together():
+            logits = self._logits(images)
         if self.mirrored:
             logits = (logits + self._logits(images.flip(3))) / 2
         loss = F.cross_entropy(
@@ -65,10 +98,29 @@ class ForwardLoss(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         """(N, classes), float32 or wider."""
-        mixed = self.engine.precision in ("bf16", "fp16")
-        with torch.autocast(self.engine.device.type, self.engine.dtype if mixed else None, enabled=mixed):
-            logits = self.model(images)
+        dtype = self.engine.dtype if self.mixed else None
+        with torch.autocast(self.engine.device.type, dtype, enabled=self.mixed):
+            if self.casts_together:
+                logits = torch.func.functional_call(self.model, self._cast_weights(), (images,))
+            else:
+                logits = self.model(images)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _cast_weights(self) -> dict[str, Tensor]:
+        """By their names, those that autocast would cast one by one."""
+        found = {
+            f"{name}.{kind}": parameter
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+            for kind, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+        # Multiples of eight first: so each of those begins at 16 bytes, as tensor cores want it.
+        names = sorted(found, key=lambda name: found[name].numel() % 8 != 0)
+        if not names:
+            return {}
+        cast = CastTogether.apply(self.engine.dtype, *(found[name] for name in names))
+        return dict(zip(names, cast, strict=True))
 
     @property
     def compiled(self) -> bool:
@@ -77,6 +129,7 @@ class ForwardLoss(nn.Module):
     def run_eagerly(self) -> None:
         """Takes compile() back."""
         self._compiled_call_impl = None
+        self.casts_together = False
 
 
 @dataclass
@@ -106,15 +159,16 @@ class DeviceTotals:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         # By themselves and not as two of one tensor, which would take four times as many operators a step.
         self.correct, self.samples = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # the first of non-finite loss
+        # What is being added, and the first step of non-finite loss. On the device, where a replay can set it.
+        self.step, self.bad_step = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
 
-    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor, step: int | Tensor = -1) -> None:
-        """loss: () summed over the samples. step: its number, or where a graph takes it () int64 on the device. The
-        first step of non-finite loss is remembered."""
+    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor) -> None:
+        """loss: () summed over the samples."""
         self.loss += loss
         self.correct += correct
         self.samples += samples
-        self.bad_step.copy_(torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step))
+        fine = torch.isfinite(loss) | (self.bad_step >= 0)
+        self.bad_step.copy_(torch.where(fine, self.bad_step, self.step))
 
     def read(self) -> tuple[Totals, int]:
         """The sums over all processes since the last reset, and the first bad step (-1: none)."""
@@ -124,7 +178,7 @@ class DeviceTotals:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.loss, self.correct, self.samples, self.bad_step
+        return self.loss, self.correct, self.samples, self.step, self.bad_step
 
     def reset(self) -> None:
         for tensor in (self.loss, self.correct, self.samples):
@@ -171,6 +225,7 @@ class TrainStep:
         self.inner = ForwardLoss(model, engine, "mean", label_smoothing)
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
+        self.count = compiled(self._count) if engine.compile else self._count
         # DDP goes around what is compiled: inside, its hooks would break the graph.
         self.forward_loss = distributed.wrap(self.inner, engine.device, engine.compress_gradients)
 
@@ -178,18 +233,19 @@ class TrainStep:
         """Takes step `step` on this process's share of the batch."""
         for tensor, scale in self.learning_rates.items():
             tensor.fill_(lr * scale)
-        self.take(images, labels, step)
+        self.totals.step.fill_(step)
+        self.take(images, labels)
 
-    def take(self, images: Tensor, labels: Tensor, step: int | Tensor) -> None:
-        """The step at the learning rates that are there. Its work on the device is the same every time, and nothing
-        in it depends on values there: it can be recorded and replayed (fastres/graph.py)."""
+    def take(self, images: Tensor, labels: Tensor) -> None:
+        """The step of the number and the learning rates that are there. Its work on the device is the same every time,
+        and nothing in it depends on values there: it can be recorded and replayed (fastres/graph.py)."""
         if not self.model.training:  # train() walks through all modules
             self.model.train()
         *parts, last = self._parts(images, labels)
         for part in parts:
             with distributed.gradients_later(self.forward_loss):
-                self._add(part, step)
-        self._add(last, step)
+                self._add(part)
+        self._add(last)
         self.update()
 
     def backward(self, loss: Tensor) -> None:
@@ -204,23 +260,30 @@ class TrainStep:
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Compiles everything by running forward and backward, and leaves no trace in the model's state."""
-        with unchanged(self.model.buffers()):
+        with unchanged([*self.model.buffers(), *self.totals.tensors]):
             self.model.train()
-            loss, _ = self.forward_loss(*self._parts(images, labels)[0])
-            self.backward(loss)
+            self._add(self._parts(images, labels)[0])
         self.model.zero_grad()
+
+    def run_eagerly(self) -> None:
+        """As if the engine did not compile."""
+        self.inner.run_eagerly()
+        self.count = self._count
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[Batch]:
         if self.accumulate == 1:
             return [(images, labels)]
         return list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
 
-    def _add(self, part: Batch, step: int | Tensor) -> None:
+    def _add(self, part: Batch) -> None:
         """Adds one part of the batch to the gradients and to the totals."""
         images, labels = part
         loss, correct = self.forward_loss(images, labels)
         self.backward(loss)
-        self.totals.add(loss.detach() * len(labels), correct, len(labels), step)
+        self.count(loss.detach(), correct, len(labels))
+
+    def _count(self, mean_loss: Tensor, correct: Tensor, samples: int) -> None:
+        self.totals.add(mean_loss * samples, correct, samples)
 
     @property
     def changed(self) -> list[Tensor]:
@@ -306,8 +369,8 @@ def warm_up(
         if not (train_step.engine.compile and train_step.engine.compile_may_fall_back):
             raise
         say(f"compile: false (the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
-        for forward_loss in (train_step.inner, evaluate.forward_loss):
-            forward_loss.run_eagerly()
+        train_step.run_eagerly()
+        evaluate.forward_loss.run_eagerly()
         train_step.warm_up(*batch)
 
 

@@ -135,8 +135,14 @@ class Generated(Exception):
     """Raised instead of running what was generated."""
 
 
-def generate(net: nn.Module) -> dict[str, tuple[GraphLowering, str]]:
-    """{"forward", "backward"} of net(activation) as inductor lowers them, and the code that it generates.
+def an_activation() -> Tensor:
+    """(128, 16, 32, 32) bf16 channels-last, which asks for its gradient."""
+    return torch.empty(SHAPE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def generate(work: Callable[..., Any], *inputs: Any) -> dict[str, tuple[GraphLowering, str]]:
+    """{"forward", "backward"} of work(*inputs) as inductor lowers them, and the code that it generates; the backward
+    only where a gradient is asked for.
 
     Autograd takes no tensor that pretends to be on a GPU. So both passes are traced on the CPU, differentiated and cut
     apart, and moved to the GPU before inductor sees them. That leaves one trace: of the CPU's BatchNorm the saved
@@ -168,7 +174,6 @@ def generate(net: nn.Module) -> dict[str, tuple[GraphLowering, str]]:
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         return compile_fx(graph, inputs, inner_compile=move_and_lower)
 
-    x = torch.empty(SHAPE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
     with (
         an_h100(),
         patch.object(GraphLowering, "compile_to_module", keep),
@@ -176,7 +181,7 @@ def generate(net: nn.Module) -> dict[str, tuple[GraphLowering, str]]:
         torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
         contextlib.suppress(Generated),
     ):
-        torch.compile(net, backend=backend, fullgraph=True, dynamic=False)(x)
+        torch.compile(work, backend=backend, fullgraph=True, dynamic=False)(*inputs)
     return generated
 
 
@@ -271,7 +276,7 @@ def per_block(block: Callable[[int], nn.Module]) -> dict[str, dict[str, Any]]:
     variants = declared_variants()
 
     def stack(blocks: int) -> dict[str, list[Launch]]:
-        generated = generate(nn.Sequential(*(block(SHAPE[1]) for _ in range(blocks))))
+        generated = generate(nn.Sequential(*(block(SHAPE[1]) for _ in range(blocks))), an_activation())
         return {name: launches(graph, code, variants) for name, (graph, code) in generated.items()}
 
     two, four = stack(2), stack(4)

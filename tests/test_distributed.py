@@ -270,7 +270,8 @@ with distributed.group(torch.device("cpu")):
     totals = DeviceTotals(torch.device("cpu"))
     for step in range(6):
         bad = distributed.rank() == 1 and step >= 4
-        totals.add(torch.tensor(float("nan") if bad else 1.0), torch.tensor(1), 2, step)
+        totals.step.fill_(step)
+        totals.add(torch.tensor(float("nan") if bad else 1.0), torch.tensor(1), 2)
     print(f"first bad step {totals.read()[1]}\\n", end="", flush=True)
 os._exit(0)
 """,

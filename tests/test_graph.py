@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,6 +281,40 @@ def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
         seen.append(totals.loss)
         take(step, loader, i, i + 1)
     assert len(set(seen)) == 3
+
+
+class Again:
+    """Records nothing: a replay does the work. What inductor makes no recorder of a CPU's sees."""
+
+    def record(self, work: Any, changed: Any) -> Any:
+        return SimpleNamespace(replay=work)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--engine.precision bf16",
+        f"{RUNS['three channels']} --data.cutout 3 --data.flip alternating --data.pad_mode reflect --data.pad 2",
+        f"{RUNS['three channels']} --data.mixup 0.3 --data.cutmix 0.5",  # whose batch is not compiled
+    ],
+)
+def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: str) -> None:
+    torch._dynamo.reset()
+    compiling = "--engine.compile", "true", "--optim.norm_bias_lr_scale", "64"
+    (step, loader, _), (other, *_) = (build(*flags.split(), *compiling) for _ in range(2))
+    for of in (step, other):
+        of.warm_up(*next(loader.train(0, 1)))
+        assert all(not tensor.any() for tensor in of.totals.tensors[:3])
+    replayed = GraphedStep(step, loader, lr_at, Again())
+    # Beside the network, the batch and its rates, and the totals.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        take(replayed, replayed, 0, 2 * BLOCK + 2)
+    assert (replayed._prepare == replayed.prepare) == ("mixup" in flags)
+    other.count = other._count
+    take(other, loader, 0, 2 * BLOCK + 2)
+    assert checkpoint.digest(step.state_dict()) == checkpoint.digest(other.state_dict())
+    assert other.totals.step == 2 * BLOCK + 1 and other.totals.bad_step == -1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("flags", ["", RUNS["all augmentation"]])

@@ -19,7 +19,7 @@ from fastres.config import OptimConfig
 from fastres.data import IGNORED
 from fastres.models import build_model
 from fastres.optim import build_optimizer, orthogonal
-from fastres.step import DeviceTotals, Evaluator, TrainStep, check_channels_last, warm_up
+from fastres.step import DeviceTotals, Evaluator, ForwardLoss, TrainStep, check_channels_last, warm_up
 from tests.fixtures import engine
 
 Batch = tuple[Tensor, Tensor]
@@ -287,13 +287,14 @@ def test_nothing_recompiles_and_evaluation_sees_the_weights_of_now(compiled: Any
 
     take(step, 1)
     losses = [assert_up_to_date()]
-    assert counters["stats"]["unique_graphs"] == 2  # forward and loss: one to train, one to evaluate
+    # Forward and loss, one to train and one to evaluate; and what a step counts.
+    assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for i, lr in enumerate([0.1, 0.01, 0.0, 0.3], start=1):
             take(step, 1, first=i, lr=lr)
             losses.append(assert_up_to_date())  # pytorch#108863: stale weights
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     assert len(set(losses)) == len(losses)
 
 
@@ -305,6 +306,31 @@ def test_compiled_and_eager_steps_agree(compiled: Any) -> None:
     take(eager, 2)
     for a, b in zip(step.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cifar_resnet", "mini_resnet", "speed_resnet"])
+def test_weights_that_are_cast_together_are_cast_as_autocast_does(name: str, precision: str) -> None:
+    """Of mini_resnet the biases too, which are cast; of speed_resnet all but the stem, which is frozen."""
+    model = a_net(name)
+    images, labels = a_batch(size=16)
+    images = images.to(engine(precision=precision).dtype)
+
+    def run(together: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        forward_loss = ForwardLoss(model, engine(precision=precision), "mean")
+        forward_loss.casts_together = together
+        loss, _ = forward_loss(images, labels)
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    (loss, grads), (expected, by_autocast) = run(True), run(False)
+    assert torch.equal(loss, expected) and grads.keys() == by_autocast.keys()
+    for parameter, grad in by_autocast.items():
+        assert torch.equal(grads[parameter], grad) and grads[parameter].stride() == grad.stride(), parameter
+    aligned = [cast for cast in ForwardLoss(model, engine(precision=precision), "mean")._cast_weights().values()
+               if cast.numel() % 8 == 0]  # fmt: skip
+    assert aligned and all(cast.storage_offset() % 8 == 0 for cast in aligned)
 
 
 class Held:
@@ -462,16 +488,19 @@ def test_mirrored_evaluation_is_the_mean_of_the_logits_of_both_views() -> None:
 def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
     totals = DeviceTotals(torch.device("cpu"))
     for step, loss in enumerate([1.0, 2.0]):
-        totals.add(torch.tensor(loss), torch.tensor(3), 4, step)
+        totals.step.fill_(step)
+        totals.add(torch.tensor(loss), torch.tensor(3), 4)
     sums, bad_step = totals.read()
     assert (sums.loss, sums.correct, sums.samples, bad_step) == (3.0, 6, 8, -1)
     assert (sums + sums).samples == 16 and sums.mean_loss == 3 / 8 and sums.accuracy == 6 / 8
     for step, loss in ((7, math.nan), (8, 1.0), (9, math.inf)):
-        totals.add(torch.tensor(loss), torch.tensor(0), 4, step)
+        totals.step.fill_(step)
+        totals.add(torch.tensor(loss), torch.tensor(0), 4)
     assert totals.read()[1] == 7
     totals.reset()
     assert totals.read()[1] == -1 and totals.read()[0].samples == 0
-    totals.add(torch.tensor(math.inf), torch.tensor(0), 4, 0)
+    totals.step.fill_(0)
+    totals.add(torch.tensor(math.inf), torch.tensor(0), 4)
     assert totals.read()[1] == 0
 
 

@@ -31,6 +31,7 @@ class ResidentLoader:
         self.windows = crop_windows(images, spec.image_size, self.order.pad, spec.pad_mode)
         self.finish = Finish(spec)
         self.fields = ("index", "dy", "dx", "flip", *self.finish.fields)
+        self.compiles = not spec.mixes  # mix() blends in one rounding or in two, as who compiles it likes
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         b = self.order.local_batch
