@@ -341,7 +341,7 @@ def network() -> Counts:
     records_nothing: Any = SimpleNamespace(record=lambda work, changed: None)
     graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-    pieces = {"the batch": (graphed.prepare,), "the totals": (step.count, loss, correct, BATCH)}
+    pieces = {"the batch": (graphed.next_batch,), "the totals": (step.count, loss, correct, BATCH)}
     counts = {
         f"{name}, launches": Count(len(launches(inductor_count.generate(*piece)["forward"])))
         for name, piece in pieces.items()
@@ -454,7 +454,7 @@ def main() -> int:
 
     expected: dict[str, Any] = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     counted = count(groups)
-    print(table([f"ResNet-20, torch {TORCH}", "counted", "expected"], rows(counted, expected)))
+    shown = table([f"ResNet-20, torch {TORCH}", "counted", "expected"], rows(counted, expected))
     if options.write:
         for group, counts in counted.items():
             kept = expected.setdefault(place(group), {})
@@ -462,7 +462,7 @@ def main() -> int:
                 name: seen.value if seen.value % 1 else int(seen.value) for name, seen in counts.items()
             }
         EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True) + "\n")
-        return 0
+    print(shown)
     wrong, notes = judge(counted, expected) if options.check else ([], [])
     for line in notes:
         print(line)

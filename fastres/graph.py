@@ -147,7 +147,7 @@ class GraphedStep:
         self.step, self.batches, self.lr_at = step, batches, lr_at
         self._rows = Rows(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
         compiles = step.inner.compiled and batches.compiles
-        self._prepare = compiled(self.prepare) if compiles else self.prepare
+        self._next_batch = compiled(self.next_batch) if compiles else self.next_batch
         self._due: Iterator[int] = iter(())  # the steps of the block that have not been taken
         self.recording = recorder.record(self._work, [*step.changed, *self._rows.changed])
 
@@ -181,7 +181,7 @@ class GraphedStep:
             "rates": torch.tensor(rates, dtype=self.step.lr.dtype).reshape(len(steps), len(scales)),
         }
 
-    def prepare(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The batch of the next row, whose learning rates and number are in their places after it."""
         row = self._rows.take()
         for tensor, rate in zip(self.step.learning_rates, row["rates"].unbind(), strict=True):
@@ -190,7 +190,7 @@ class GraphedStep:
         return self.batches.batch(row)
 
     def _work(self) -> None:
-        images, labels = self._prepare()
+        images, labels = self._next_batch()
         # If they ask for a gradient, for one that goes with the step.
         self.step.take(images.detach().requires_grad_(images.requires_grad), labels)
 

@@ -218,6 +218,10 @@ class TrainStep:
         self.model = model
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
+        # What a backward starts from, which it would fill anew at each step.
+        self.one = torch.ones(
+            (), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32)
+        )
         self.optimizer = build_optimizer(model, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
@@ -250,7 +254,7 @@ class TrainStep:
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients. loss: (), the mean over one part of the batch."""
-        self.scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
+        self.scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward(self.one)
 
     def update(self) -> None:
         """The optimizer's step; the gradients are gone after it."""

@@ -1,5 +1,5 @@
-"""One thread, here and in every process that a test starts; Triton's interpreter here; one seed for every test; and a
-cache of the tests' own."""
+"""One thread, here and in every process that a test starts; Triton's interpreter here; one seed for every test; a cache
+of the tests' own; and the longest files first."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,26 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+
+# Minutes each. pytest-xdist would begin with the files of the most tests, and one worker be left with one of these.
+LONGEST = (
+    "test_distributed",
+    "test_kernels_bn",
+    "test_train",
+    "test_counts",
+    "test_graph",
+    "test_models",
+    "test_bench",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -309,7 +309,7 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
     # Beside the network, the batch and its rates, and the totals.
     with torch._dynamo.config.patch(error_on_recompile=True):
         take(replayed, replayed, 0, 2 * BLOCK + 2)
-    assert (replayed._prepare == replayed.prepare) == ("mixup" in flags)
+    assert (replayed._next_batch == replayed.next_batch) == ("mixup" in flags)
     other.count = other._count
     take(other, loader, 0, 2 * BLOCK + 2)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(other.state_dict())
