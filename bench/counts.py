@@ -17,8 +17,8 @@ graph       forward and loss under torch.compile, while learning rate and step c
 block       kernels beside the convolutions, and their bytes, of a basic block compiled for an H100: see
             kernels/inductor_count.py.
 network     launches, convolutions too, of a recorded step, counted likewise: the batch, made on the device; the
-            network's forward with the loss, and its backward; the totals. The optimizer's is one more. The network's
-            images have 16 channels here, because that is what is counted there.
+            network's forward with the loss, and its backward; the totals. Not the optimizer's, which torch launches.
+            The network's images have 16 channels here, because that is what is counted there.
 
 Torch has a say in operators, block and network: those are kept per version of it, and of a version that the file does
 not have they are not compared. 2.11 and 2.14 agreed in all of them when this was written.
