@@ -60,7 +60,7 @@ _waiting: list[Statistics] | None = None  # inside of statistics_together
 def statistics_together() -> Iterator[None]:
     """Inside of it the running statistics of BatchNormAct2d stay; at its end those of all modules move at once, in two
     kernels under inductor and few in eager execution, where each on its own has one or more. For a forward that calls
-    each module once: of two calls of one the statistics would move by either."""
+    each module once: a module that is called twice may move once."""
     global _waiting
     waiting: list[Statistics] = []
     _waiting = waiting
