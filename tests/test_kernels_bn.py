@@ -105,8 +105,8 @@ def test_running_statistics_are_torchs_over_ten_steps(momentum: float | None, dt
     )
 
 
-class TwoNorms(nn.Module):
-    """Normalises the first time with the one, then twice with the other."""
+class Norms(nn.Module):
+    """Three of a momentum each; the one that averages over all batches, and so never waits, is called twice."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -117,11 +117,10 @@ class TwoNorms(nn.Module):
         return self.other(self.third(self.other(self.one(x)), residual=x))
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["two_pass", "measured"]
-)  # "measured": torch's own, on a CPU in float32
+# "measured": torch's own operations, on a CPU in float32.
+@pytest.mark.parametrize("algorithm", ["two_pass", "measured"])
 def test_running_statistics_that_move_together_are_those_that_move_apart(algorithm: str) -> None:
-    together, apart = TwoNorms(algorithm=algorithm), TwoNorms(algorithm=algorithm)
+    together, apart = Norms(algorithm=algorithm), Norms(algorithm=algorithm)
     for step in range(3):
         x = random((4, 6, 5, 3), torch.float32, step, scale=step + 1, shift=step)
         with statistics_together():
