@@ -23,10 +23,19 @@ from fastres.timing import interleaved, wait_for
 GPU = torch.cuda.is_available()
 NETS = {
     "resnet20": Net(name="resnet20", batch=128, side=32),
+    "resnet20, convolutions": Net(
+        name="resnet20", batch=128, side=32, options=(("fused_convolutions", True),)
+    ),
     "resnet50": Net(name="resnet50", batch=256, side=224, classes=1_000),
 }
-# And the norm: the engine's choice, and of ResNet-20 what it chooses from, in the network and its graph.
-CASES = [("resnet20", "auto"), ("resnet20", "torch"), ("resnet20", "fused"), ("resnet50", "auto")]
+# And the norm: the engine's choice, and of ResNet-20 what there is to choose from, in the network and its graph.
+CASES = [
+    ("resnet20", "auto"),
+    ("resnet20", "torch"),
+    ("resnet20", "fused"),
+    ("resnet20, convolutions", "fused"),
+    ("resnet50", "auto"),
+]
 WARM_UP, TRACED, TIMED, ROUNDS = 20, 20, 100, 10
 SHOWN = 25  # kernels in the table; the JSON has all
 

@@ -18,6 +18,8 @@ block       kernels beside the convolutions, and their bytes, of a basic block c
             kernels/inductor_count.py.
 network     launches, convolutions too, of a recorded step, counted likewise: the batch, made on the device; the
             network's forward with the loss, and its backward; the totals. Not the optimizer's, which torch launches.
+            "convolutions" are the fused ones, and launch one kernel for each of their gradients; torch's backward of a
+            convolution is counted as one launch, and is two kernels or more.
             The network's images have 16 channels here, because that is what is counted there.
 
 Torch has a say in operators, block and network: those are kept per version of it, and of a version that the file does
@@ -321,10 +323,10 @@ def network() -> Counts:
     class Net(nn.Module):
         """(128, 16, 32, 32) -> what TrainStep differentiates."""
 
-        def __init__(self, norm: str) -> None:
+        def __init__(self, **options: Any) -> None:
             super().__init__()
             config, engine = the_recipe()
-            model = build_model(config.model.name, in_channels=inductor_count.SHAPE[1], norm=norm)
+            model = build_model(config.model.name, in_channels=inductor_count.SHAPE[1], **options)
             model = model.to(memory_format=engine.memory_format)
             compiled = replace(engine, compile=True)
             self.forward_loss = ForwardLoss(model, compiled, "mean", config.train.label_smoothing)
@@ -349,15 +351,20 @@ def network() -> Counts:
     # Beside convolutions, the head's multiplications, which move little; what a variant moves is not asked.
     head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
     unasked = patch.object(inductor_count, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
-    for norm in ("torch", "fused"):
-        for name, generated in inductor_count.generate(Net(norm), inductor_count.an_activation()).items():
+    nets = {
+        "torch": Net(norm="torch"),
+        "fused": Net(norm="fused"),
+        "convolutions": Net(norm="fused", fused_convolutions=True),
+    }
+    for kind, net in nets.items():
+        for name, generated in inductor_count.generate(net, inductor_count.an_activation()).items():
             with patch.dict(inductor_count.CONVOLUTIONS, head), unasked:
                 found = launches(generated)
-            counts[f"{norm}, {name}, launches"] = Count(len(found))
+            counts[f"{kind}, {name}, launches"] = Count(len(found))
             # Of torch's norm every kernel but the convolutions is inductor's own: what it moves is read in its text.
-            if norm == "torch":
+            if kind == "torch":
                 moved = inductor_count.totals(found)["kernel_bytes_per_element"]
-                counts[f"{norm}, {name}, bytes/element"] = Count(moved)
+                counts[f"{kind}, {name}, bytes/element"] = Count(moved)
     return counts
 
 

@@ -1,4 +1,4 @@
-"""The training backward in two kernels: channel sums; the gradient of x.
+"""The training backward in two kernels: channel sums; the gradient of x. In one where the statistics were given.
 
 The maths is reference.channel_sums and reference.input_gradient. The tensors are matrices [M, C].
 
@@ -8,16 +8,19 @@ The maths is reference.channel_sums and reference.input_gradient. The tensors ar
 `dskip` is the gradient that arrives over the skip connection: summed here, it costs no pass of its own. dz = (dy +
 dskip) where ReLU let through is the gradient of the residual too; it is written where there is a residual or a second
 gradient. Without a residual the mask is recomputed from x. Bytes per element in bf16: BN + ReLU 4 + 6; BN + add +
-ReLU with two gradients 8⅛ + 6. No atomics: every sum has one fixed order.
+ReLU with two gradients 8⅛ + 6. Every sum has one fixed order.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .barrier import counter, finisher, finishers
 from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
 from .launch import launchable, pointers
 from .tiles import WARPS, Tiles, matrix_shape
@@ -68,6 +71,11 @@ def channel_sums_kernel(
     dz_out,  # [M, C], with STORE_DZ
     dx,  # [M, C], with STORE_DX: where the statistics were given, it depends on no sum
     partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
+    arrived,  # () int32: see barrier.py; it and the next four with STORE_DX
+    dweight,  # (C,) float32
+    dbias,  # (C,) float32
+    dmean,  # (C,) float32, of the given statistics
+    dvar,  # (C,) float32
     M,
     C,
     ROWS,
@@ -78,10 +86,14 @@ def channel_sums_kernel(
     STORE_DZ: tl.constexpr,
     STORE_DX: tl.constexpr,
     EPS: tl.constexpr,
+    FINISHERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Reads the gradients and x once, sums per element of the tile, and over the tile's rows at the end."""
+    """Reads the gradients and x once, sums per element of the tile, and over the tile's rows at the end. Where the
+    statistics were given, nothing comes after it: it sums over the programs too.
+    """
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -106,6 +118,23 @@ def channel_sums_kernel(
     to = partials + pid * (2 * C) + cols
     tl.store(to, tl.sum(total, 0), inside)
     tl.store(to + C, tl.sum(projected, 0), inside)
+    if STORE_DX:
+        which, programs = finisher(arrived, FINISHERS)
+        if which >= 0:
+            for block in range(which, tl.num_programs(1), programs):
+                cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+                inside = cols < C
+                total, projected = sum_partials(
+                    partials, cols, inside, C, tl.num_programs(0), BLOCK_C, BLOCK_P
+                )
+                variance = vector(var, cols, inside)
+                invstd, scale, _ = affine_terms(
+                    variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS
+                )
+                tl.store(dbias + cols, total, inside)
+                tl.store(dweight + cols, projected, inside)
+                tl.store(dmean + cols, -total * scale, inside)
+                tl.store(dvar + cols, -0.5 * projected * scale * invstd, inside)
 
 
 @triton.jit
@@ -192,33 +221,73 @@ def channel_sums(
     eps: float,
     relu: bool,
     store_dz: bool,
-    store_dx: bool,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums (P, 2, C) float32: Σ dz and Σ dz·x̂; dz, and with given statistics dx, empty where not asked for."""
-    m, c = matrix_shape(x)
+) -> tuple[Tensor, Tensor]:
+    """Partial sums (P, 2, C) float32: Σ dz and Σ dz·x̂; dz, empty where not asked for."""
     partials = empty_partials(x, tiles)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
-    dx = torch.empty_like(x) if store_dx else x.new_empty(0)
     sources = (dy, dskip, x, mask, weight, bias, mean, var)
-    results = (dz if store_dz else None, dx if store_dx else None, partials)
-    launchable(channel_sums_kernel)[tiles.grid](
+    results = (dz if store_dz else None, None, partials, *(None,) * 5)
+    _launch(launchable(channel_sums_kernel), sources, results, eps, relu, tiles)
+    return partials, dz
+
+
+def with_given_statistics(
+    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dx and dz
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,  # (⌈M/8⌉, C) uint8
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    mean: Tensor,  # (C,) float32
+    var: Tensor,  # (C,) float32
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx; dz, empty where not asked for; dbias, dweight, dmean and dvar, (C,) float32: all of the backward where x was
+    normalised with statistics that do not depend on it."""
+    dx = torch.empty_like(x)
+    dz = torch.empty_like(x) if store_dz else x.new_empty(0)
+    dweight, dbias, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
+    sources = (dy, dskip, x, mask, weight, bias, mean, var)
+    results = (
+        *(dz if store_dz else None, dx, empty_partials(x, tiles), counter(x)),
+        *(dweight, dbias, dmean, dvar),
+    )
+    _launch(launchable(channel_sums_kernel, opaque=True), sources, results, eps, relu, tiles)
+    return dx, dz, dbias, dweight, dmean, dvar
+
+
+def _launch(
+    kernel: Any,  # channel_sums_kernel, launchable
+    sources: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    eps: float,
+    relu: bool,
+    tiles: Tiles,
+) -> None:
+    _, dskip, x, mask, weight, bias, *_ = sources
+    dz, dx, *_ = results
+    assert x is not None
+    kernel[tiles.grid](
         *pointers(*sources, *results, unused=x),
-        m,
-        c,
+        *matrix_shape(x),
         tiles.rows,
         HAS_SKIP=dskip is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         GATE=gate(relu, mask),
-        STORE_DZ=store_dz,
-        STORE_DX=store_dx,
+        STORE_DZ=dz is not None,
+        STORE_DX=dx is not None,
         EPS=eps,
+        FINISHERS=finishers(tiles.c_blocks),
         BLOCK_M=tiles.block_m,
         BLOCK_C=tiles.block_c,
+        BLOCK_P=tiles.block_p,
         num_warps=WARPS,
     )
-    return partials, dz, dx
 
 
 def input_gradient(

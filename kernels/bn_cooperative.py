@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .barrier import counter, grid_barrier
 from .bn_backward import gate, gated_gradient, sum_partials
 from .bn_forward import (
     affine_terms,
@@ -34,19 +35,6 @@ from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
 INTERPRETED_AS = 128  # multiprocessors
-
-
-@triton.jit
-def grid_barrier(arrived):
-    """Returns when every program of the grid has called it. arrived: () int32, of which the sign counts: all programs
-    together add 2³¹, so it changes when the last one comes, and nobody sets it back (as inductor's x_grid_barrier)."""
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    first = tl.program_id(0) + tl.program_id(1) == 0
-    tl.debug_barrier()  # all threads' stores before the one thread's release
-    before = tl.atomic_add(arrived, tl.where(first, -(2**31) - (programs - 1), 1), sem="release")
-    while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
-        pass
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -197,7 +185,7 @@ def forward(
         HELD_FORWARD,
         tiles,
         x,
-        *pointers(residual, weight, bias, *_scratch(x, tiles), *results, unused=x),
+        *pointers(residual, weight, bias, empty_partials(x, tiles), counter(x), *results, unused=x),
         m,
         c,
         tiles.partials,
@@ -237,7 +225,7 @@ def backward(
         backward_kernel,
         HELD_BACKWARD,
         tiles,
-        *pointers(*sources, *_scratch(x, tiles), *results, unused=x),
+        *pointers(*sources, empty_partials(x, tiles), counter(x), *results, unused=x),
         m,
         c,
         tiles.partials,
@@ -249,18 +237,6 @@ def backward(
         EPS=eps,
     )
     return dx, dz, dbias, dweight
-
-
-# By device and stream, whose kernels run one after another.
-_arrived: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _scratch(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Partials (P, 2, C), and the counter of the barrier, ()."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if (x.device, stream) not in _arrived:
-        _arrived[x.device, stream] = torch.zeros((), dtype=torch.int32, device=x.device)
-    return empty_partials(x, tiles), _arrived[x.device, stream]
 
 
 def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:

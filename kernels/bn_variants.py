@@ -73,12 +73,12 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         ends = (mask is not None, forks, tiles)
         add("normalise", act, bn_forward.normalise, x, residual, *norm, partials, eps, True, *ends)
         sums = (x, x if forks else None, x, mask, *norm, p, p, eps, True, forks)
-        add("channel sums", act, bn_backward.channel_sums, *sums, False, tiles)
+        add("channel sums", act, bn_backward.channel_sums, *sums, tiles)
         gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not forks, tiles)
         add("input gradient", act, bn_backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
         add("normalise", given, bn_forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
-        add("channel sums", given, bn_backward.channel_sums, *sums, True, tiles)
+        add("channel sums", given, bn_backward.with_given_statistics, *sums, tiles)
         if ahead:
             forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
             add("cooperative forward", act, bn_cooperative.forward, *forward)

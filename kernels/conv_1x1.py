@@ -17,15 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .barrier import finishers
 from .conv_parts import (
+    BLOCK_SUMS,
     NO_GRADIENT,
     Gradient,
     Norm,
-    Pieces,
+    Results,
     convolution_variants,
+    finish_convolution,
     input_terms,
     load_input,
-    outputs,
+    partials_at_once,
+    results,
     store_input_gradient,
     store_output,
     store_statistics,
@@ -53,13 +57,23 @@ def conv_1x1_kernel(
     stride_k,
     stride_c,
     out,  # [M, K], z; backward [M, C], dx
-    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean)
+    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
+    arrived,  # () int32: see barrier.py
+    mean_out,  # (K,) float32, of z, as the next one; None backward
+    var_out,
+    dmean,  # (C,) float32; these four are None forward, and where their vector is
+    dvar,
+    dgamma,
+    dbeta,
     M,
+    FINISHERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
 ):
     """A program makes BLOCK pixels of BLOCK_OUT channels. Programs of the same pixels are neighbours, so that all but
     the first find the input in the L2.
@@ -97,11 +111,16 @@ def conv_1x1_kernel(
         g, projected = store_input_gradient(
             out, sums, x, corner * OUT, at, inside, mean, var, gamma, beta, eps, o, OUT
         )
-        store_sums(partials, program, g, projected, o, OUT)
+        if partials is not None:
+            store_sums(partials, program, g, projected, o, OUT)
     else:
         rounded = store_output(out, sums, corner * OUT, at, inside)
         zeros = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
         store_statistics(partials, program, valid, rounded, zeros, zeros, o, OUT)
+    finish_convolution(
+        arrived, partials, mean_out, var_out, var, gamma, eps, dmean, dvar, dgamma, dbeta, M, 1, BLOCK, 1,
+        tl.num_programs(0) // OUTS, C, K, BACKWARD, FINISHERS, BLOCK_P, BLOCK_SUMS,
+    )  # fmt: skip
 
 
 def options(dtype: torch.dtype, c_in: int, c_out: int, backward: bool) -> dict[str, int]:
@@ -114,22 +133,32 @@ def options(dtype: torch.dtype, c_in: int, c_out: int, backward: bool) -> dict[s
     return {"BLOCK": block, "BLOCK_IN": block_in, "BLOCK_OUT": block_out, "num_warps": 8, "num_stages": 3}
 
 
-def convolve(
-    x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None
-) -> tuple[Tensor, Tensor, Pieces]:
-    """z, or with a gradient dx; with each piece's sums."""
+def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None) -> Results:
+    """z and its statistics; with a gradient dx and the gradients of the normalisation."""
     m, c = matrix_shape(x)
     k = weight.shape[0]
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out, gradient is not None)
-    pieces = Pieces(m, 1, tile["BLOCK"], 1)
-    out, partials = outputs(x, c_out, pieces, gradient)
+    pieces = ceil_div(m, tile["BLOCK"])
+    found = results(x, c_out, pieces, norm, gradient)
     # Cast here: every program reads it, and it can be larger than what the program reads of x.
     weight = weight.to(x.dtype)
-    launchable(conv_1x1_kernel)[(pieces.across * ceil_div(c_out, tile["BLOCK_OUT"]),)](
-        x, *norm, *(gradient or NO_GRADIENT), weight, *weight.stride()[:2], out, partials, m, C=c, K=k, **tile
+    launchable(conv_1x1_kernel, opaque=True)[(pieces * ceil_div(c_out, tile["BLOCK_OUT"]),)](
+        x,
+        *norm,
+        *(gradient or NO_GRADIENT),
+        weight,
+        *weight.stride()[:2],
+        *found,
+        m,
+        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS)),
+        C=c,
+        K=k,
+        BLOCK_P=partials_at_once(pieces),
+        BLOCK_SUMS=BLOCK_SUMS,
+        **tile,
     )
-    return out, partials, pieces
+    return found
 
 
 def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:

@@ -19,24 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .barrier import finishers
 from .conv_parts import (
+    BLOCK_SUMS,
     NO_GRADIENT,
-    PROGRAMS,
     Gradient,
     Norm,
-    Pieces,
+    Results,
     convolution_variants,
+    finish_convolution,
     input_terms,
     load_input,
-    outputs,
-    second_pass_variants,
+    partials_at_once,
+    results,
     store_input_gradient,
     store_output,
     store_statistics,
     store_sums,
 )
 from .launch import launchable
-from .tiles import ceil_div
+from .tiles import LEAST_PROGRAMS, ceil_div
 from .variants import Variant
 
 
@@ -67,16 +69,26 @@ def conv_3x3_kernel(
     stride_r,
     stride_s,
     out,  # [N, H, W, K], z; backward [N, H, W, C], dx
-    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean)
+    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
+    arrived,  # () int32: see barrier.py
+    mean_out,  # (K,) float32, of z, as the next one; None backward
+    var_out,
+    dmean,  # (C,) float32; these four are None forward, and where their vector is
+    dvar,
+    dgamma,
+    dbeta,
     N,
     H,
     W,
     ROWS,  # of one program
+    FINISHERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
 ):
     """A program takes BLOCK columns, of several images where those are narrow, and walks down ROWS rows of them.
 
@@ -169,13 +181,17 @@ def conv_3x3_kernel(
         here = below
 
     program = tl.program_id(1) * tl.num_programs(0) + block
-    if BACKWARD:
-        store_sums(partials, program, first_sum, second_sum, o, OUT)
-    else:
+    if not BACKWARD:
         rows = tl.minimum(ROWS, H - first)
-        mean = first_sum / rows
-        m2 = second_sum - first_sum * mean
-        store_statistics(partials, program, tl.where(valid, rows, 0), origin, mean, m2, o, OUT)
+        mean_of_rows = first_sum / rows
+        m2 = second_sum - first_sum * mean_of_rows
+        store_statistics(partials, program, tl.where(valid, rows, 0), origin, mean_of_rows, m2, o, OUT)
+    elif partials is not None:
+        store_sums(partials, program, first_sum, second_sum, o, OUT)
+    finish_convolution(
+        arrived, partials, mean_out, var_out, var, gamma, eps, dmean, dvar, dgamma, dbeta, N * W, H, BLOCK, ROWS,
+        tl.num_programs(0) * tl.num_programs(1), C, K, BACKWARD, FINISHERS, BLOCK_P, BLOCK_SUMS,
+    )  # fmt: skip
 
 
 def options(dtype: torch.dtype, c_in: int, c_out: int) -> dict[str, int]:
@@ -187,42 +203,41 @@ def options(dtype: torch.dtype, c_in: int, c_out: int) -> dict[str, int]:
     return {"BLOCK": 64, "BLOCK_IN": c_in, "BLOCK_OUT": min(c_out, 32), "num_warps": warps, "num_stages": 3}
 
 
-def convolve(
-    x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None
-) -> tuple[Tensor, Tensor, Pieces]:
-    """z, or with a gradient dx; with each piece's sums."""
+def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None) -> Results:
+    """z and its statistics; with a gradient dx and the gradients of the normalisation."""
     n, c, h, w = x.shape
     k = weight.shape[0]
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out)
     columns, outs = ceil_div(n * w, tile["BLOCK"]), c_out // tile["BLOCK_OUT"]
     # As tall as leaves enough programs, but two rows at least, since the rows above and below are read too.
-    rows = min(h, max(2, h * columns * outs // PROGRAMS))
-    pieces = Pieces(n * w, h, tile["BLOCK"], rows)
-    out, partials = outputs(x, c_out, pieces, gradient)
-    launchable(conv_3x3_kernel)[(pieces.across, pieces.down, outs)](
+    rows = min(h, max(2, h * columns * outs // LEAST_PROGRAMS))
+    down = ceil_div(h, rows)
+    found = results(x, c_out, columns * down, norm, gradient)
+    launchable(conv_3x3_kernel, opaque=True)[(columns, down, outs)](
         x,
         *norm,
         *(gradient or NO_GRADIENT),
         weight,
         *weight.stride(),
-        out,
-        partials,
+        *found,
         n,
         h,
         w,
         rows,
+        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS)),
         C=c,
         K=k,
+        BLOCK_P=partials_at_once(columns * down),
+        BLOCK_SUMS=BLOCK_SUMS,
         **tile,
     )
-    return out, partials, pieces
+    return found
 
 
 def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Of ResNet-20 at batch 128, and the second passes, which the 1×1 convolution has too."""
+    """Of ResNet-20 at batch 128."""
     layers = ((16, 32), (32, 16), (64, 8))
-    found = [
+    return [
         variant for c, size in layers for variant in convolution_variants(convolve, 128, c, c, size, 3, dtype)
     ]
-    return found + second_pass_variants()

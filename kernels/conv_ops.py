@@ -5,7 +5,8 @@
 
 The maths is reference.conv_norm: a convolution that normalises its input on the way in and measures its output on the
 way out, so that a chain of them never writes an activation. Each op picks, by dtype, device and shape, the Triton
-kernels or the reference.
+kernels, one for each convolution, or the reference. torch.compile does not look into them: the counter that a kernel's
+programs meet at (barrier.py) stays from one call to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import reference
-from .launch import HAS_TRITON, channels_last, register, runs_kernels
+from .launch import HAS_TRITON, channels_last, runs_kernels
 
 if HAS_TRITON:
     from . import conv_1x1, conv_3x3, conv_parts
@@ -37,7 +38,7 @@ def kernels_for(x: Tensor, weight: Tensor) -> Any:
     return conv_3x3 if size == [3, 3] and {c, k} <= CHANNELS_3X3 else None
 
 
-@register("conv_norm")
+@torch.library.custom_op("fastres_kernels::conv_norm", mutates_args=())
 def conv_norm(
     x: Tensor,  # (N, C, H, W)
     weight: Tensor,  # (K, C, r, r), r = 1 or 3
@@ -59,8 +60,8 @@ def conv_norm(
         z, mean_z, var_z = reference.conv_norm(x, weight, mean, var, gamma, beta, eps)
         return channels_last(z), mean_z, var_z
     x = channels_last(x, warn="the input of conv_norm")
-    z, partials, pieces = kernels.convolve(x, weight, _norm(mean, var, gamma, beta, eps))
-    return z, *conv_parts.statistics(partials, pieces)
+    found = kernels.convolve(x, weight, _norm(mean, var, gamma, beta, eps))
+    return found.out, found.mean_z, found.var_z
 
 
 @conv_norm.register_fake
@@ -80,7 +81,7 @@ def _(
     return z, mean_z, var_z
 
 
-@register("conv_norm_backward")
+@torch.library.custom_op("fastres_kernels::conv_norm_backward", mutates_args=())
 def conv_norm_backward(
     dz: Tensor | None,  # (N, K, H, W), any strides; None, here and in the next two, is zero
     dmean_z: Tensor | None,  # (K,)
@@ -112,8 +113,8 @@ def conv_norm_backward(
         dz = None if dz is None else channels_last(dz)
         gradient = conv_parts.Gradient(dz, _dense(dmean_z), _dense(dvar_z), channels_last(z), mean_z)
         if want_input:
-            dx, partials, _ = kernels.convolve(x, weight, norm, gradient)
-            dnorm = conv_parts.norm_gradients(partials, norm)
+            found = kernels.convolve(x, weight, norm, gradient)
+            dx, dnorm = found.out, [found.dmean, found.dvar, found.dgamma, found.dbeta]
         if want_weight:
             dweight = conv_parts.weight_gradient(x, weight, norm, gradient)
     dmean, dvar, dgamma, dbeta = (_or_empty(gradient, x) for gradient in dnorm)

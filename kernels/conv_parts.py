@@ -1,4 +1,4 @@
-"""What the 1×1 and the 3×3 convolution share: prologues, epilogues, the second passes, the weight's gradient.
+"""What the 1×1 and the 3×3 convolution share: prologues, epilogues, how sums are finished, the weight's gradient.
 
 A channels-last tensor is a matrix [M = N·H·W, C]. What a convolution reads is made on the way in, so that it is never
 in memory: forward the activation, backward the gradient of z, to which mean_z and var_z, functions of z, contribute,
@@ -7,8 +7,9 @@ in memory: forward the activation, backward the gradient of z, to which mean_z a
     dz = dz + dmean_z/M + (z - mean_z)·2·dvar_z/M
 
 What it writes is summed over the pixels on the way out: forward to the mean and variance of z, backward to the
-gradients of mean, var, gamma and beta. Every program writes its sums in float32, a second kernel puts them together
-in one fixed order. No atomics: equal inputs give equal bits.
+gradients of mean, var, gamma and beta. Every program writes its sums in float32; the last ones wait for the others
+(barrier.py) and put all together in one fixed order, which would else be a launch more. Atomics count programs and
+nothing else: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .barrier import counter, finisher, finishers
 from .bn_backward import sum_partials
 from .bn_forward import affine, merge, merge_rows, through
 from .launch import launchable
-from .tiles import H100, ceil_div, next_power_of_two
+from .tiles import LEAST_PROGRAMS, ceil_div, next_power_of_two
 from .variants import Variant, recorded
 
-# Two for each of an H100's multiprocessors. A constant, so that every device sums in the same order.
-PROGRAMS = 2 * H100
-BLOCK_P, BLOCK_SUMS = 128, 16  # partial sums and channels that a second pass takes at a time
+# What a program takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient
+# so many numbers. Large, because the others have gone: a round waits for memory as long with few as with many.
+BLOCK_SUMS, MOST_PARTIALS, FINISHED = 8, 256, 4096
 
 
 class Norm(NamedTuple):
@@ -194,48 +196,51 @@ def store_sums(partials, program, g, projected, o, OUT: tl.constexpr):
     tl.store(to + OUT, tl.sum(projected, 0), o < OUT)
 
 
-# ---- second passes -----------------------------------------------------------------------------------------
+# ---- what finishes a kernel --------------------------------------------------------------------------------
 
 
 @triton.jit
-def statistics_kernel(
+def finish_statistics(
     partials,  # (P, 3, K) float32, of each program's pixels: origin, mean about it, M2
     mean_z,  # (K,) float32
     var_z,
     WIDTH,  # the pixels as a rectangle,
     HEIGHT,
-    COLUMNS,  # and a program's piece of it; pieces are numbered row by row
+    COLUMNS: tl.constexpr,  # and a program's piece of it; pieces are numbered row by row
     ROWS,
     P,
-    K,
+    which,  # of the programs that finish, this one and how many there are
+    programs,
+    K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """mean and M2 / count of all pixels (Chan, Golub & LeVeque 1979). Reads 12·P bytes a channel."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    origin = tl.load(partials + k, k < K, other=0.0)
     across = tl.cdiv(WIDTH, COLUMNS)
-    count = tl.zeros([BLOCK_P, 1], tl.float32)
-    mean = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-    m2 = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        there = (p < P)[:, None] & (k < K)[None, :]
-        # The last piece of a row, and those of the last row, may be smaller.
-        columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
-        rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
-        counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
-        at = partials + p[:, None] * (3 * K) + k[None, :]
-        means = tl.load(at, there, other=0.0) - origin[None, :] + tl.load(at + K, there, other=0.0)
-        m2s = tl.load(at + 2 * K, there, other=0.0)
-        count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
-    count, mean, m2 = merge_rows(count, mean, m2)
-    tl.store(mean_z + k, origin + mean, k < K)
-    tl.store(var_z + k, m2 / count, k < K)
+    for start_k in range(which * BLOCK_K, K, programs * BLOCK_K):
+        k = start_k + tl.arange(0, BLOCK_K)
+        origin = tl.load(partials + k, k < K, other=0.0)
+        count = tl.zeros([BLOCK_P, 1], tl.float32)
+        mean = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+        m2 = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            there = (p < P)[:, None] & (k < K)[None, :]
+            # The last piece of a row, and those of the last row, may be smaller.
+            columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
+            rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
+            counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
+            at = partials + p[:, None] * (3 * K) + k[None, :]
+            means = tl.load(at, there, other=0.0) - origin[None, :] + tl.load(at + K, there, other=0.0)
+            m2s = tl.load(at + 2 * K, there, other=0.0)
+            count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
+        total, common, m2 = merge_rows(count, mean, m2)
+        tl.store(mean_z + k, origin + common, k < K)
+        tl.store(var_z + k, m2 / total, k < K)
 
 
 @triton.jit
-def norm_gradients_kernel(
+def finish_norm_gradients(
     partials,  # (P, 2, C) float32: Σ g and Σ g·(x - mean) of each program's pixels
     var,  # (C,) float32
     gamma,
@@ -245,7 +250,9 @@ def norm_gradients_kernel(
     dgamma,
     dbeta,
     P,
-    C,
+    which,  # of the programs that finish, this one and how many there are
+    programs,
+    C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -255,18 +262,62 @@ def norm_gradients_kernel(
 
     Reads 8·P bytes a channel.
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = c < C
-    total, projected = sum_partials(partials, c, there, C, P, BLOCK_C, BLOCK_P)
-    invstd = inverse_std(var, eps, c, C)
-    projected *= invstd
-    scale = channel(gamma, c, C, 1.0) * invstd
-    tl.store(dmean + c, -total * scale, there)
-    tl.store(dvar + c, -0.5 * projected * scale * invstd, there)
-    if dgamma is not None:
-        tl.store(dgamma + c, projected, there)
-    if dbeta is not None:
-        tl.store(dbeta + c, total, there)
+    for start_c in range(which * BLOCK_C, C, programs * BLOCK_C):
+        c = start_c + tl.arange(0, BLOCK_C)
+        there = c < C
+        total, projected = sum_partials(partials, c, there, C, P, BLOCK_C, BLOCK_P)
+        invstd = inverse_std(var, eps, c, C)
+        projected *= invstd
+        scale = channel(gamma, c, C, 1.0) * invstd
+        tl.store(dmean + c, -total * scale, there)
+        tl.store(dvar + c, -0.5 * projected * scale * invstd, there)
+        if dgamma is not None:
+            tl.store(dgamma + c, projected, there)
+        if dbeta is not None:
+            tl.store(dbeta + c, total, there)
+
+
+@triton.jit
+def finish_convolution(
+    arrived, partials, mean_z, var_z, var, gamma, eps, dmean, dvar, dgamma, dbeta, WIDTH, HEIGHT, COLUMNS: tl.constexpr,
+    ROWS, P, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, FINISHERS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_SUMS: tl.constexpr,
+):  # fmt: skip
+    """The statistics of z, or backward the gradients of what normalised x, from what every program has stored."""
+    if partials is not None:
+        which, programs = finisher(arrived, FINISHERS)
+        if which >= 0:
+            if BACKWARD:
+                finish_norm_gradients(
+                    partials, var, gamma, eps, dmean, dvar, dgamma, dbeta, P, which, programs, C, BLOCK_P, BLOCK_SUMS
+                )  # fmt: skip
+            else:
+                finish_statistics(
+                    partials, mean_z, var_z, WIDTH, HEIGHT, COLUMNS, ROWS, P, which, programs, K, BLOCK_P, BLOCK_SUMS
+                )  # fmt: skip
+
+
+@triton.jit
+def finish_weight_gradient(
+    partials,  # (P, N) float32
+    dweight,  # (N,)
+    P,
+    which,  # of the programs that finish, this one and how many there are
+    programs,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Σ over P, slot by slot and over the slots at the end."""
+    for start_n in range(which * BLOCK_N, N, programs * BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            there = (p < P)[:, None] & (n < N)[None, :]
+            # 64 bits: of 1,024 channels there are 2³¹ and more.
+            total += tl.load(partials + p[:, None].to(tl.int64) * N + n[None, :], there, other=0.0)
+        tl.store(dweight + n, tl.sum(total, 0).to(dweight.dtype.element_ty), n < N)
 
 
 # ---- the weight's gradient ---------------------------------------------------------------------------------
@@ -286,16 +337,21 @@ def weight_gradient_kernel(
     z,  # [N, H, W, K]
     mean_z,
     partials,  # (P, K, R, R, C) float32
+    arrived,  # () int32: see barrier.py
+    dweight,  # (K, R, R, C)
     H,
     W,
     M,
     PIXELS,  # of one program
+    FINISHERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,  # the filter is R × R; R = 1 or 3
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """dweight[k, c, r, s] = Σ dz[n, h - r, w, k] · a[n, h, w + s, c], with r and s counted from the filter's centre.
 
@@ -341,60 +397,47 @@ def weight_gradient_kernel(
     at = partials + tl.program_id(0) * (K * R * R * C) + k[:, None] * (R * R * C) + c[None, :]
     for t in tl.static_range(R * R):
         tl.store(at + t * C, taps[t], there)
+    which, programs = finisher(arrived, FINISHERS)
+    if which >= 0:
+        P = tl.num_programs(0)
+        finish_weight_gradient(partials, dweight, P, which, programs, K * R * R * C, BLOCK_P, BLOCK_N)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
-class Pieces(NamedTuple):
-    """How the pixels of a tensor, as a rectangle, are dealt to the programs of a first pass."""
+class Results(NamedTuple):
+    """What a convolution fills, in the order in which the kernels take it; None for what there is not."""
 
-    width: int
-    height: int
-    columns: int  # of a piece
-    rows: int
-
-    @property
-    def across(self) -> int:
-        return ceil_div(self.width, self.columns)
-
-    @property
-    def down(self) -> int:
-        return ceil_div(self.height, self.rows)
+    out: Tensor  # (N, channels, H, W) channels-last: z; backward dx
+    partials: Tensor | None  # (P, 3, K) float32; backward (P, 2, C)
+    arrived: Tensor | None  # () int32
+    mean_z: Tensor | None  # (K,) float32, as the next one
+    var_z: Tensor | None
+    dmean: Tensor | None  # (C,), each as what it is the gradient of; these four backward only
+    dvar: Tensor | None
+    dgamma: Tensor | None
+    dbeta: Tensor | None
 
 
-def outputs(x: Tensor, channels: int, pieces: Pieces, gradient: Gradient | None) -> tuple[Tensor, Tensor]:
-    """For a first pass to fill: z or dx, (N, channels, H, W) channels-last; (P, 3, channels) or (P, 2, channels)."""
+def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradient | None) -> Results:
+    """For x, of which z or dx has so many channels, and so many programs each a piece."""
     n, _, h, w = x.shape
-    # Not empty(memory_format=...): torch.compile would fill it.
     out = x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
     sums = 3 if gradient is None else 2
-    partials = torch.empty(
-        (pieces.across * pieces.down, sums, channels), dtype=torch.float32, device=x.device
-    )
-    return out, partials
+    # Without a normalisation there is nothing to sum backward.
+    summed = gradient is None or norm.mean is not None
+    partials = x.new_empty((pieces, sums, channels), dtype=torch.float32) if summed else None
+    mean_z = var_z = None
+    if gradient is None:
+        mean_z, var_z = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    backward = gradient is not None and norm.mean is not None
+    of_norm = [torch.empty_like(v) if backward and v is not None else None for v in norm[:4]]
+    return Results(out, partials, counter(x) if summed else None, mean_z, var_z, *of_norm)
 
 
-def statistics(partials: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    """(P, 3, K) of a forward pass -> mean and biased variance of z, (K,) each."""
-    p, _, k = partials.shape
-    mean, var = (torch.empty(k, dtype=torch.float32, device=partials.device) for _ in range(2))
-    launchable(statistics_kernel)[(ceil_div(k, BLOCK_SUMS),)](
-        partials, mean, var, *pieces, p, k, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_SUMS
-    )
-    return mean, var
-
-
-def norm_gradients(partials: Tensor, norm: Norm) -> list[Tensor | None]:
-    """(P, 2, C) of a backward pass -> the gradients of mean, var, gamma and beta; None for what there is not."""
-    if norm.mean is None:
-        return [None] * 4
-    p, _, c = partials.shape
-    gradients = [None if vector is None else torch.empty_like(vector) for vector in norm[:4]]
-    launchable(norm_gradients_kernel)[(ceil_div(c, BLOCK_SUMS),)](
-        partials, norm.var, norm.gamma, norm.eps, *gradients, p, c, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_SUMS
-    )
-    return gradients
+def partials_at_once(pieces: int) -> int:
+    return min(next_power_of_two(pieces), MOST_PARTIALS)
 
 
 def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -> Tensor:
@@ -405,13 +448,32 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
     options = weight_gradient_options(x.dtype, c, k, r)
     across, down = ceil_div(c, options["BLOCK_C"]), ceil_div(k, options["BLOCK_K"])
     # As many programs as run at once, but each with more to sum than it writes.
-    pixels = max(ceil_div(m * across * down, PROGRAMS), 256)
+    pixels = max(ceil_div(m * across * down, LEAST_PROGRAMS), 256)
     splits = ceil_div(m, pixels)
-    partials = torch.empty((splits, k, r, r, c), dtype=torch.float32, device=x.device)
-    launchable(weight_gradient_kernel)[(splits, across, down)](
-        x, *norm, *gradient, partials, h, w, m, pixels, C=c, K=k, R=r, **options
+    partials = x.new_empty((splits, k, r, r, c), dtype=torch.float32)
+    dweight = weight.new_empty((k, r, r, c))
+    block_p = partials_at_once(splits)
+    block_n = FINISHED // block_p
+    launchable(weight_gradient_kernel, opaque=True)[(splits, across, down)](
+        x,
+        *norm,
+        *gradient,
+        partials,
+        counter(x),
+        dweight,
+        h,
+        w,
+        m,
+        pixels,
+        FINISHERS=finishers(ceil_div(dweight.numel(), block_n)),
+        C=c,
+        K=k,
+        R=r,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        **options,
     )
-    return partials.sum(0).to(weight.dtype).permute(0, 3, 1, 2)
+    return dweight.permute(0, 3, 1, 2)
 
 
 def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[str, int]:
@@ -430,7 +492,7 @@ def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[
 def convolution_variants(
     convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int, dtype: torch.dtype
 ) -> list[Variant]:
-    """The three first passes for n images of size × size. Bytes are per element of x."""
+    """All three for n images of size × size. Bytes are per element of x."""
     weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
     x, z = (
         torch.empty((n, channels, size, size), dtype=dtype, device="meta").to(
@@ -457,23 +519,5 @@ def convolution_variants(
             f"{name}, weight gradient",
             lambda: weight_gradient(x, weight, norm, gradient),
             lambda _: dtype.itemsize * (1 + 2 * wider),
-        ),
-    ]
-
-
-def second_pass_variants() -> list[Variant]:
-    vector = torch.empty(16, device="meta")
-    return [
-        recorded(
-            "convolution, statistics of z",
-            lambda: statistics(torch.empty((320, 3, 16), device="meta"), Pieces(4096, 32, 64, 7)),
-            lambda _: None,
-        ),
-        recorded(
-            "convolution, gradients of the normalisation",
-            lambda: norm_gradients(
-                torch.empty((320, 2, 16), device="meta"), Norm(vector, vector, vector, vector, 1e-5)
-            ),
-            lambda _: None,
         ),
     ]

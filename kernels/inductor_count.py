@@ -10,7 +10,8 @@ activation:
 - a kernel of inductor's: each tl.load and tl.store in its text of an activation or a mask. What is smaller is left out:
   vectors, and partial sums of at most 1/64 of an activation;
 - a kernel of this package: what its Variant declares;
-- an op of this package that inductor does not see through: each activation and mask that it takes and gives, once;
+- an op of this package that inductor does not see through, launch by launch: each activation and mask that it takes and
+  gives, once;
 - a convolution: forward two passes (reads, writes); backward two for the gradient of its input (reads, writes) and two
   for that of its weight (reads both).
 
@@ -55,6 +56,8 @@ ELEMENTS = math.prod(SHAPE)
 CUDNN = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
 # Passes over activations, by the call in the generated code.
 CONVOLUTIONS = {"extern_kernels.convolution": 2, "torch.ops.aten.convolution_backward.default": 4}
+# Kernels of ops of this package that launch several.
+KERNELS = {"torch.ops.fastres_kernels.conv_norm_backward.default": 2}
 
 
 # ---- the blocks --------------------------------------------------------------------------------------------
@@ -219,7 +222,8 @@ def launches(graph: GraphLowering, code: str, variants: list[Variant]) -> list[L
             taken = [argument for argument in call.args if not isinstance(argument, ast.Constant)]
             tensors = {ast.unparse(tensor): tensor for tensor in (*taken, *parts[results[call]])}
             moved = sum(tensor_bytes(graph, tensor) for tensor in tensors.values())
-            found.append(Launch(name, moved / ELEMENTS))
+            kernels = KERNELS.get(name, 1)
+            found += [Launch(name, moved / ELEMENTS / kernels)] * kernels
         elif name.startswith(("extern_kernels.", "torch.ops.", "aten.")):
             found.append(Launch(name, CONVOLUTIONS[name] * torch.bfloat16.itemsize))
         elif name.endswith(".run"):

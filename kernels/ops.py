@@ -1,7 +1,7 @@
-"""batch_norm_act as a pair of functional ops of torch, with fakes and autograd.
+"""batch_norm_act as a pair of functional ops of torch, in torch.ops.fastres_kernels, with fakes and autograd.
 
-    torch.ops.fastres_kernels.batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
-    torch.ops.fastres_kernels.batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight)
+    batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
+    batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight, dmean, dvar)
 
 Neither mutates anything: register_autograd refuses ops that do; running statistics have an op of their own. Each
 picks, by the tensor's device and dtype, the Triton kernels or the reference.
@@ -120,40 +120,40 @@ def batch_norm_act_backward(
     want_residual: bool,
     group: str,
     algorithm: str = "two_pass",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and dresidual (empty where not wanted), channels-last, of x's dtype; dbias and dweight, (C,), of mean's
-    dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx and dresidual (empty where not wanted), channels-last, of x's dtype; dbias, dweight, and of given statistics
+    (else empty) dmean and dvar, (C,), of mean's dtype.
     """
     x = channels_last(x)
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
     m, c = matrix_shape(x)
+    none = x.new_empty(0), x.new_empty(0)  # of the statistics where they are x's own
     if runs_kernels(x):
         store_dz = want_residual or dskip is not None
-        if batch_statistics and not group and _cooperates(algorithm, x, HELD_BACKWARD):
-            dx, dz, dbias, dweight = cooperative_backward(
-                dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz
-            )
-            return dx, dz if want_residual else x.new_empty(0), dbias, dweight
+        sources = (dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz)
+        if not batch_statistics:
+            dx, dz, dbias, dweight, dmean, dvar = given_backward(*sources)
+            return dx, dz if want_residual else x.new_empty(0), dbias, dweight, dmean, dvar
+        if not group and _cooperates(algorithm, x, HELD_BACKWARD):
+            dx, dz, dbias, dweight = cooperative_backward(*sources)
+            return dx, dz if want_residual else x.new_empty(0), dbias, dweight, *none
         tiles = two_pass_tiles(m, c)
-        partials, dz, dx = bn_backward.channel_sums(
-            dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, not batch_statistics, tiles
-        )
+        partials, dz = bn_backward.channel_sums(*sources, tiles)
         dresidual = dz if want_residual else x.new_empty(0)
         recompute_gate = relu and not store_dz
         grad = dz if store_dz else dy
-        if batch_statistics and not group:
+        if not group:
             dx, dbias, dweight = bn_backward.input_gradient(
                 grad, x, weight, bias, mean, var, partials, eps, m, recompute_gate, tiles
             )
-            return dx, dresidual, dbias, dweight
+            return dx, dresidual, dbias, dweight, *none
         sums = partials.sum(0)
-        if batch_statistics:
-            global_means = processes.mean_sums(sums, m, group)[None]
-            dx, _, _ = bn_backward.input_gradient(
-                grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
-            )
-        return dx, dresidual, sums[0].clone(), sums[1].clone()
+        global_means = processes.mean_sums(sums, m, group)[None]
+        dx, _, _ = bn_backward.input_gradient(
+            grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
+        )
+        return dx, dresidual, sums[0].clone(), sums[1].clone(), *none
 
     dz = dy if dskip is None else dy + dskip
     if relu:
@@ -168,8 +168,13 @@ def batch_norm_act_backward(
     if batch_statistics:
         sums = torch.stack([dbias, dweight])
         averages = processes.mean_sums(sums, m, group) if group else sums / m
+        of_statistics = none
+    else:
+        invstd = torch.rsqrt(var + eps)
+        scale = invstd if weight is None else invstd * weight
+        of_statistics = -scale * dbias, -0.5 * scale * invstd * dweight
     dx = reference.input_gradient(dz, x, weight, mean, var, eps, averages)
-    return dx, dz.clone() if want_residual else x.new_empty(0), dbias, dweight
+    return dx, dz.clone() if want_residual else x.new_empty(0), dbias, dweight, *of_statistics
 
 
 @batch_norm_act_backward.register_fake
@@ -188,10 +193,13 @@ def _(
     want_residual: bool,
     group: str,
     algorithm: str = "two_pass",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx = torch.empty_like(channels_last(x))
     dresidual = torch.empty_like(dx) if want_residual else x.new_empty(0)
-    return dx, dresidual, torch.empty_like(mean), torch.empty_like(mean)
+    dbias, dweight, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
+    if batch_statistics:
+        dmean, dvar = x.new_empty(0), x.new_empty(0)
+    return dx, dresidual, dbias, dweight, dmean, dvar
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -213,7 +221,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
         dy, dskip = dskip, None
     if dy is None:
         return (None,) * 12
-    dx, dresidual, dbias, dweight = batch_norm_act_backward(
+    dx, dresidual, dbias, dweight, dmean, dvar = batch_norm_act_backward(
         dy,
         dskip,
         x,
@@ -229,20 +237,13 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
         ctx.group,
         ctx.algorithm,
     )
-    needs = ctx.needs_input_grad
-    dmean = dvar = None
-    if needs[5] or needs[6]:  # given statistics that somebody differentiates
-        invstd = torch.rsqrt(var + ctx.eps)
-        scale = invstd if weight is None else invstd * weight
-        dmean, dvar = -scale * dbias, -0.5 * scale * invstd * dweight
     return (
         dx,
         dresidual if ctx.has_residual and not ctx.has_skip else None,
         dresidual if ctx.has_skip else None,
         None if weight is None else dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
-        dmean,
-        dvar,
+        *(None if ctx.batch_statistics else gradient for gradient in (dmean, dvar)),
         *(None,) * 5,
     )
 
@@ -279,7 +280,7 @@ def update_running_statistics(
     running_var.lerp_((var * unbias).to(running_var.dtype), rate)
 
 
-# A cooperative launch is an option that torch.compile's tracing of kernels does not know: these two ops are opaque.
+# torch.compile's tracing of kernels knows no cooperative launch, nor a counter that stays: these three ops are opaque.
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_forward", mutates_args=())
@@ -349,6 +350,46 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     return torch.empty_like(x), dz, torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.custom_op("fastres_kernels::given_backward", mutates_args=())
+def given_backward(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz (empty where not asked for), dbias, dweight, dmean and dvar in one kernel, for given statistics."""
+    tiles = two_pass_tiles(*matrix_shape(x))
+    return bn_backward.with_given_statistics(
+        dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles
+    )
+
+
+@given_backward.register_fake
+def _(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dz = torch.empty_like(x) if store_dz else x.new_empty(0)
+    dbias, dweight, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
+    return torch.empty_like(x), dz, dbias, dweight, dmean, dvar
 
 
 def _cooperates(algorithm: str, x: Tensor, held: Held) -> bool:

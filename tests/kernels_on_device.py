@@ -25,14 +25,22 @@ CL = torch.channels_last
 # ResNet-20's stages at batch 128, and an odd one.
 SHAPES: list[Shape] = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (3, 5, 7, 7)]
 SMALL: list[Shape] = [(3, 5, 7, 7)]  # where programs run one after another
-# Of values of magnitude 1. A sum over M pixels has √M as its own.
+BLOCK: Shape = (2, 16, 6, 5)
+# Of the largest value. In bf16 rounding decides otherwise about a ReLU in a thousand, and so about as many elements of
+# a gradient: MAY_DIFFER of them. A program writes one in 264 at least.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+MAY_DIFFER = 1 / 400
 
 
 def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str) -> Work:
-    """BatchNorm + ReLU whose output forks, BatchNorm + add + ReLU of the skip, and all gradients."""
+    """BatchNorm + ReLU whose output forks, BatchNorm + add + ReLU of the skip, and all gradients. `algorithm`: one of
+    BatchNormAct2d's, or "given", for statistics that are."""
+    given = algorithm == "given"
     first, second = (
-        BatchNormAct2d(shape[1], algorithm=algorithm).to(device, _parameters_of(dtype)) for _ in range(2)
+        BatchNormAct2d(shape[1], algorithm="two_pass" if given else algorithm)
+        .to(device, _parameters_of(dtype))
+        .train(not given)
+        for _ in range(2)
     )
     x, z, dy = (_random(shape, seed, device, dtype) for seed in range(3))
     leaves = [x.requires_grad_(), z.requires_grad_(), *first.parameters(), *second.parameters()]
@@ -45,24 +53,50 @@ def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str
     return work
 
 
-def convolutions(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str) -> Work:
-    """conv 3×3 – BatchNorm – ReLU – conv 3×3, the middle never in memory, and its gradients."""
+def blocks(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
+    """A residual block without its last ReLU, its convolutions fused, the middle never in memory; and its gradients."""
     channels = shape[1]
     torch.manual_seed(0)
     convs = [NormConv2d(channels, channels, 3, padding="same", bias=False) for _ in range(2)]
-    model = nn.ModuleList([*convs, BatchNormAct2d(channels)]).to(device, _parameters_of(dtype))
+    norms = [BatchNormAct2d(channels), BatchNormAct2d(channels, act="none")]
+    model = nn.ModuleList([*convs, *norms]).to(device, _parameters_of(dtype))
     x, dy = (_random(shape, seed, device, dtype) for seed in range(2))
     leaves = [x.requires_grad_(), *model.parameters()]
 
     def work() -> list[Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            z = convs[1](model[2].pending(convs[0](x))).z
-        return [z, *torch.autograd.grad(z, leaves, dy)]
+        y = norms[1](convs[1](norms[0].pending(convs[0](x))), x)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
 
     return work
 
 
-WORK = {"norms": norms, "convolutions": convolutions}
+def convolutions(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
+    """A convolution that normalises its input and measures its output, and the gradients of all that it takes. No
+    activation is so near to ReLU's corner that rounding would decide about it: in bf16 that moved gradients by 12 %."""
+    channels, pixels = shape[1], shape[0] * shape[2] * shape[3]
+    generator = torch.Generator().manual_seed(0)
+    beta, mean, scale = (torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(3))
+    gamma, var = 0.5 + scale.abs(), 0.5 + scale.square()
+    activation = torch.randn(shape, generator=generator, dtype=torch.float64)
+    activation += 0.1 * activation.sign()
+    centred = (activation - beta[:, None, None]) / (gamma * torch.rsqrt(var))[:, None, None]
+    x = (centred + mean[:, None, None]).to(torch.bfloat16).to(device, dtype).contiguous(memory_format=CL)
+    weight = torch.randn(channels, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    vectors = [weight.to(torch.bfloat16), mean, var, gamma, beta]
+    leaves = [x, *(v.to(device, _parameters_of(dtype)) for v in vectors)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    dz = _random(shape, 1, device, dtype)
+    dmean, dvar = (pixels * dz[0, :, 0, i].to(_parameters_of(dtype)) for i in range(2))
+
+    def work() -> list[Tensor]:
+        results = torch.ops.fastres_kernels.conv_norm(*leaves, 0.0)
+        return [*results, *torch.autograd.grad(results, leaves, [dz, dmean, dvar])]
+
+    return work
+
+
+WORK = {"norms": norms, "blocks": blocks, "convolutions": convolutions}
 
 
 def _parameters_of(dtype: torch.dtype) -> torch.dtype:
@@ -78,11 +112,12 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
     work = WORK[kind](shape, device, dtype, how)
     found = [result.clone() for result in work()]
     oracle = WORK[kind](shape, torch.device("cpu"), torch.float64, how)()
-    rows = shape[0] * shape[2] * shape[3]
     for number, (ours, right) in enumerate(zip(found, oracle, strict=True)):
-        magnitude = 1 + right.abs().max().item() + (rows**0.5 if ours.shape != shape else 0)
-        error = (ours.double().cpu() - right).abs().max().item()
-        assert error <= TOLERANCE[dtype] * magnitude, f"result {number} is {error:.1e} away from float64"
+        error = (ours.double().cpu() - right).abs() / (1 + right.abs().max())
+        wrong = (~(error <= TOLERANCE[dtype])).double().mean().item()  # not a number is wrong
+        assert wrong <= MAY_DIFFER, (
+            f"of result {number} {wrong:.1%} are wrong, by up to {error.max().item():.1e} of the largest value"
+        )
 
     def expect_the_same(results: list[Tensor], where: str) -> None:
         for number, (one, other) in enumerate(zip(results, found, strict=True)):
@@ -108,12 +143,15 @@ def main(device: torch.device, repeats: int) -> None:
     on_gpu = device.type == "cuda"
     for shape in SHAPES if on_gpu else SMALL:
         for dtype in TOLERANCE:
-            for algorithm in ("two_pass", "cooperative"):
+            for algorithm in ("two_pass", "cooperative", "given"):
                 print(f"norms {shape} {dtype} {algorithm}", flush=True)
                 check("norms", shape, device, dtype, algorithm, repeats)
-    types = TOLERANCE if on_gpu else [torch.float32]  # the interpreter has no dot in bf16: triton#11584
-    for shape in SHAPES[:3] if on_gpu else [(2, 16, 6, 5)]:
-        for dtype in types:
+    # Not larger, and not in bf16: what rounding decides about a ReLU reaches all gradients of the weights before it.
+    print(f"blocks {BLOCK} {torch.float32}", flush=True)
+    check("blocks", BLOCK, device, torch.float32, "", repeats)
+    for shape in SHAPES[:3] if on_gpu else [BLOCK]:
+        # The interpreter has no dot in bf16: triton#11584.
+        for dtype in TOLERANCE if on_gpu else [torch.float32]:
             print(f"convolutions {shape} {dtype}", flush=True)
             check("convolutions", shape, device, dtype, "", repeats)
 

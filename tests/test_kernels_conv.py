@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastres_kernels import conv_1x1, conv_3x3, conv_ops, conv_parts, launch, reference
+from fastres_kernels import barrier, conv_1x1, conv_3x3, conv_ops, conv_parts, launch, reference
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -252,6 +252,27 @@ def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, po
         assert first.isfinite().all() and torch.equal(first, second)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 45)], ids=["one program", "several"])
+def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
+    shape: tuple[int, int, int],
+) -> None:
+    """All together add 2³¹, whatever their number."""
+    n, h, w = shape
+    x, weight, *norm = (t.detach() for t in inputs(n, 16, 16, h, w, 3, torch.float16))
+    normalised = conv_parts.Norm(*norm, EPS)
+    z, mean = torch.ones_like(x), torch.ones(16)
+    gradient = conv_parts.Gradient(z, mean, mean, z, mean)
+    value = barrier.counter(x).item()
+    for launch_one in (
+        lambda: conv_3x3.convolve(x, weight, normalised),
+        lambda: conv_3x3.convolve(x, weight, normalised, gradient),
+        lambda: conv_parts.weight_gradient(x, weight, normalised, gradient),
+    ):
+        launch_one()
+        value = -(2**31) - value
+        assert value in (0, -(2**31)) and barrier.counter(x).item() == value
+
+
 @pytest.mark.parametrize("r", [1, 3])
 def test_the_variance_is_that_of_z_where_the_mean_is_a_thousand_times_the_deviation(r: int) -> None:
     x = 1 + 4e-3 * torch.randn(4, 16, 32, 33)
@@ -372,7 +393,7 @@ print("checked")
 
 
 def test_opcheck_where_nothing_interprets() -> None:
-    """On a user's CPU, where the ops are transparent to torch.compile, and the reference."""
+    """On a user's CPU, where the ops are the reference."""
     command = [sys.executable, "-c", WITHOUT_THE_INTERPRETER]
     done = subprocess.run(
         command, capture_output=True, text=True, env=users_environment(), cwd=CHECKOUT / "tests"

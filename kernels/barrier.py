@@ -1,0 +1,92 @@
+"""Where the programs of one kernel wait for each other, so that one launch does what would take two.
+
+They count themselves in a () int32 of memory, of which the sign counts: all programs together add 2³¹, so it changes
+when the last one comes, and nobody sets it back (as inductor's x_grid_barrier). Kernels of one stream run one after
+another, and so share one counter. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED
+
+# No more than an A100 has multiprocessors, 108. The interpreter runs programs one after another: there the last one
+# finishes everything, for it alone never waits.
+MOST_FINISHERS = 1 if INTERPRETED else 100
+
+
+@triton.jit
+def number_of_program():
+    """In the order in which a GPU starts them, from 0; and how many there are."""
+    across, down = tl.num_programs(0), tl.num_programs(1)
+    number = tl.program_id(0) + across * (tl.program_id(1) + down * tl.program_id(2))
+    return number, across * down * tl.num_programs(2)
+
+
+@triton.jit
+def arrive(arrived):
+    """Called once by every program: what it has stored will be seen by those that `wait`, with what is returned."""
+    number, programs = number_of_program()
+    tl.debug_barrier()  # all threads' stores before the one thread's release
+    return tl.atomic_add(arrived, tl.where(number == 0, -(2**31) - (programs - 1), 1), sem="release")
+
+
+@triton.jit
+def wait(arrived, before):
+    """Returns when every program of the grid has arrived."""
+    while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def grid_barrier(arrived):
+    """Returns when every program of the grid has called it. All of them have to be on the GPU at once, which a
+    cooperative launch guarantees or refuses."""
+    wait(arrived, arrive(arrived))
+
+
+def finishers(parts: int) -> int:
+    """How many programs are to finish a kernel in so many parts."""
+    return min(parts, MOST_FINISHERS)
+
+
+@triton.jit
+def finisher(arrived, FINISHERS: tl.constexpr):
+    """Called once by every program: the last FINISHERS that a GPU starts are numbered from 0, and go on when all have
+    called; the others get less than 0, at once. Also how many finish. Needs no cooperative launch: when the last ones
+    start, all others have a place or are done, and there is a multiprocessor for each that waits."""
+    number, programs = number_of_program()
+    finishers = tl.minimum(FINISHERS, programs)
+    which = number - (programs - finishers)
+    before = arrive(arrived)
+    if which >= 0:
+        wait(arrived, before)
+    return which, finishers
+
+
+STREAMS = 128  # torch has 32 of each priority
+_unused: dict[torch.device, list[Tensor]] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
+
+
+def counter(x: Tensor) -> Tensor:
+    """The () int32 that the kernels of x's device and of the current stream count in. It outlives them: only ops that
+    torch.compile does not look into can take it. RuntimeError where a device's first call is being captured."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    if (x.device, stream) not in _counters:
+        if not _unused.get(x.device):
+            # A capture would note the zeros down, and set them when it is replayed: too late for another graph.
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "fastres_kernels: a kernel's first call is being captured; call it once before"
+                )
+            _unused[x.device] = list(torch.zeros(STREAMS, dtype=torch.int32, device=x.device).unbind())
+            if x.is_cuda:  # other streams do not wait for this one
+                torch.cuda.current_stream(x.device).synchronize()
+        _counters[x.device, stream] = _unused[x.device].pop()
+    return _counters[x.device, stream]
