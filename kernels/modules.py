@@ -45,15 +45,22 @@ class Pending(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of a batch, what the running statistics of `norm` are to be moved towards; None: they have been."""
+    """Of a batch: what the running statistics of `norm` are to be moved towards."""
 
     norm: Any
-    mean: Tensor | None  # (C,)
-    var: Tensor | None  # (C,), biased
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), biased
     values: int  # how many they are of; 1: var is the unbiased estimate already
 
 
-_waiting: list[Statistics] | None = None  # inside of statistics_together
+class Waiting(NamedTuple):
+    """What is to be done at the end of statistics_together."""
+
+    statistics: list[Statistics]
+    counters: list[Any]  # num_batches_tracked, () int64 each: one more
+
+
+_waiting: Waiting | None = None  # inside of statistics_together
 
 
 @contextmanager
@@ -62,25 +69,23 @@ def statistics_together() -> Iterator[None]:
     kernels under inductor and few in eager execution, where each on its own has one or more. For a forward that calls
     each module once: a module that is called twice may move once."""
     global _waiting
-    waiting: list[Statistics] = []
-    _waiting = waiting
+    waiting = _waiting = Waiting([], [])
     try:
         yield
     finally:
         _waiting = None
     with torch.no_grad():
-        for momentum in {of.norm.momentum for of in waiting}:
+        for momentum in {of.norm.momentum for of in waiting.statistics}:
             running: list[Any] = []
             batch: list[Tensor] = []
-            for norm, mean, var, values in waiting:
-                if norm.momentum == momentum and mean is not None and var is not None:
+            for norm, mean, var, values in waiting.statistics:
+                if norm.momentum == momentum:
                     running += [norm.running_mean, norm.running_var]
                     batch += [mean, var * (values / max(1, values - 1))]
-            if running:
-                batch = [new.to(old.dtype) for new, old in zip(batch, running, strict=True)]
-                torch._foreach_lerp_(running, batch, momentum)
-        if waiting:
-            torch._foreach_add_([of.norm.num_batches_tracked for of in waiting], 1)
+            batch = [new.to(old.dtype) for new, old in zip(batch, running, strict=True)]
+            torch._foreach_lerp_(running, batch, momentum)
+        if waiting.counters:
+            torch._foreach_add_(waiting.counters, 1)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -190,13 +195,21 @@ class BatchNormAct2d(nn.BatchNorm2d):
             )
         return x, mean, var
 
+    @property
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats
+
+    @property
+    def _with_others(self) -> Waiting | None:
+        """Where its running statistics are to move with those of others."""
+        return _waiting if self._tracks and self.momentum is not None else None
+
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Where running statistics are kept, moves them towards a batch's."""
-        if not (self.training and self.track_running_stats):
-            return
-        if _waiting is not None and self.momentum is not None:
-            _waiting.append(Statistics(self, mean, var, count))
-        else:
+        if (waiting := self._with_others) is not None:
+            waiting.statistics.append(Statistics(self, mean, var, count))
+            waiting.counters.append(self.num_batches_tracked)
+        elif self._tracks:
             update_running_statistics(
                 mean,
                 var,
@@ -209,12 +222,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
         """The same through torch, for torch.compile to fuse as it can."""
-        if _waiting is not None and self.training and self.track_running_stats and self.momentum is not None:
+        if (waiting := self._with_others) is not None:
             # As its own forward, but for the counter's launch.
             self._check_input_dim(x)
-            running = self.running_mean, self.running_var
-            y = F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
-            _waiting.append(Statistics(self, None, None, 0))
+            running, momentum = (self.running_mean, self.running_var), self.momentum
+            assert momentum is not None  # says _with_others
+            y = F.batch_norm(x, *running, self.weight, self.bias, True, momentum, self.eps)
+            waiting.counters.append(self.num_batches_tracked)
         else:
             y = super().forward(x)
         if residual is not None:
