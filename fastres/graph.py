@@ -18,7 +18,6 @@ Not yet run on a GPU: CudaRecorder.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from fastres.data.augment import Draws
 from fastres.errors import Failed
 from fastres.step import Batch, Evaluator, TrainStep, compiled, unchanged
+from fastres.timing import no_garbage
 
 BLOCK_STEPS = 256  # whose draws are copied at once: 0.8 MB at 128 images a step
 WARM_UP = 3  # runs before the one that is recorded: cuDNN chooses its algorithms, Triton its configurations
@@ -285,15 +285,8 @@ class CudaRecorder:
 def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     """torch.cuda.graph, during which no garbage is collected: a graph that is destroyed meanwhile, of an earlier run in
     this process, ends the capture (pytorch#195397)."""
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, **how):
-            yield
-    finally:
-        if collects:
-            gc.enable()
+    with no_garbage(), torch.cuda.graph(graph, **how):
+        yield
 
 
 # ------------------------------------------------------------------------------------------- on a CPU

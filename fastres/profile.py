@@ -60,7 +60,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.step import TrainStep
-from fastres.timing import Stopwatch, Timing, interleaved, wait_for
+from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
 
 LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
 WARM_UP, TRACED_STEPS = 1, 3
@@ -343,12 +343,14 @@ def record(contestant: Contestant, path: Path) -> None:
         with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if cuda else nullcontext():
             yield
 
-    contestant.images.grad = None  # of before: the profiler would wonder at what it has not seen allocated
+    # Of before, as garbage is: the profiler would wonder on stderr at what it has not seen allocated.
+    contestant.images.grad = None
     contestant.logits = None
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=activities):
         pass  # the first one starts the tracer
-    with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    profiling = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+    with no_garbage(), profiling as profiler:
         if contestant.graph:
             contestant.whole_steps(TRACED_STEPS)
         else:

@@ -6,6 +6,7 @@ clocks for a difference; A B A B in a fixed order gives it to both, and only the
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -133,3 +134,16 @@ class Stopwatch:
 
     def _seconds(self, start: Any, end: Any) -> float:
         return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Garbage is collected before and not inside, where what it frees would be taken for a part of the work."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

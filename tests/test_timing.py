@@ -3,9 +3,11 @@ a benchmark."""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from fastres import timing
-from fastres.timing import Stopwatch, Timing, interleaved, seconds_of
+from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, seconds_of
 from tests.commands import users_environment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -155,3 +157,24 @@ def test_as_a_benchmark(tmp_path: Path) -> None:
     assert 0 < low <= info["images_per_s"] <= high
     assert info["baseline_images_per_s"] == pytest.approx(64 / sorted(info["baseline_s"])[2])
     assert info["ratio"] == pytest.approx(info["images_per_s"] / info["baseline_images_per_s"])
+
+
+class Knot:
+    """What only a collection frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_of_before_is_gone_and_none_is_collected_inside(collects: bool) -> None:
+    before = weakref.ref(Knot())
+    was = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ZeroDivisionError), no_garbage():
+            assert before() is None and not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if was else gc.disable)()
