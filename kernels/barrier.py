@@ -13,10 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETED
-
-# No more than an A100 has multiprocessors, 108. The interpreter runs programs one after another: there the last one
-# finishes everything, for it alone never waits.
-MOST_FINISHERS = 1 if INTERPRETED else 100
+from .tiles import H100
 
 
 @triton.jit
@@ -50,23 +47,28 @@ def grid_barrier(arrived):
     wait(arrived, arrive(arrived))
 
 
-def finishers(parts: int) -> int:
-    """How many programs are to finish a kernel in so many parts."""
-    return min(parts, MOST_FINISHERS)
+def finishers(parts: int, x: Tensor) -> int:
+    """How many programs are to finish a kernel in so many parts on x's device: at most half as many as it has
+    multiprocessors, so that others have a place while they wait. The interpreter runs programs one after another: there
+    the last one finishes all, for it alone never waits."""
+    if INTERPRETED:
+        return 1
+    there = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H100
+    return min(parts, max(1, there // 2))
 
 
 @triton.jit
 def finisher(arrived, FINISHERS: tl.constexpr):
     """Called once by every program: the last FINISHERS that a GPU starts are numbered from 0, and go on when all have
-    called; the others get less than 0, at once. Also how many finish. Needs no cooperative launch: when the last ones
-    start, all others have a place or are done, and there is a multiprocessor for each that waits."""
+    called; the others get less than 0, at once. Also how many finish. Needs no cooperative launch, for those that wait
+    leave places to the others: see `finishers`."""
     number, programs = number_of_program()
-    finishers = tl.minimum(FINISHERS, programs)
-    which = number - (programs - finishers)
+    finishing = tl.minimum(FINISHERS, programs)
+    which = number - (programs - finishing)
     before = arrive(arrived)
     if which >= 0:
         wait(arrived, before)
-    return which, finishers
+    return which, finishing
 
 
 STREAMS = 128  # torch has 32 of each priority

@@ -282,7 +282,7 @@ def _launch(
         STORE_DZ=dz is not None,
         STORE_DX=dx is not None,
         EPS=eps,
-        FINISHERS=finishers(tiles.c_blocks),
+        FINISHERS=finishers(tiles.c_blocks, x),
         BLOCK_M=tiles.block_m,
         BLOCK_C=tiles.block_c,
         BLOCK_P=tiles.block_p,

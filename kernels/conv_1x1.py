@@ -151,7 +151,7 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         *weight.stride()[:2],
         *found,
         m,
-        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS)),
+        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS), x),
         C=c,
         K=k,
         BLOCK_P=partials_at_once(pieces),

@@ -225,7 +225,7 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         h,
         w,
         rows,
-        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS)),
+        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS), x),
         C=c,
         K=k,
         BLOCK_P=partials_at_once(columns * down),

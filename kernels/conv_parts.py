@@ -465,7 +465,7 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
         w,
         m,
         pixels,
-        FINISHERS=finishers(ceil_div(dweight.numel(), block_n)),
+        FINISHERS=finishers(ceil_div(dweight.numel(), block_n), x),
         C=c,
         K=k,
         R=r,
