@@ -2,7 +2,8 @@
 
 They count themselves in a () int32 of memory, of which the sign counts: all programs together add 2³¹, so it changes
 when the last one comes, and nobody sets it back (as inductor's x_grid_barrier). Kernels of one stream run one after
-another, and so share one counter. Not yet run on a GPU.
+another, and so share one counter. A graph has that of the stream it was captured on: graphs of one such stream are not
+to be replayed at the same time, nor beside kernels on it. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def counter(x: Tensor) -> Tensor:
                 raise RuntimeError(
                     "fastres_kernels: a kernel's first call is being captured; call it once before"
                 )
-            _unused[x.device] = list(torch.zeros(STREAMS, dtype=torch.int32, device=x.device).unbind())
+            # Each in a cache line of its own, at an address that Triton compiles for as for any tensor's.
+            zeros = torch.zeros((STREAMS, 32), dtype=torch.int32, device=x.device)
+            _unused[x.device] = list(zeros[:, 0].unbind())
             if x.is_cuda:  # other streams do not wait for this one
                 torch.cuda.current_stream(x.device).synchronize()
         _counters[x.device, stream] = _unused[x.device].pop()

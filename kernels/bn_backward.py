@@ -121,20 +121,28 @@ def channel_sums_kernel(
     if STORE_DX:
         which, programs = finisher(arrived, FINISHERS)
         if which >= 0:
-            for block in range(which, tl.num_programs(1), programs):
-                cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
-                inside = cols < C
-                total, projected = sum_partials(
-                    partials, cols, inside, C, tl.num_programs(0), BLOCK_C, BLOCK_P
-                )
-                variance = vector(var, cols, inside)
-                invstd, scale, _ = affine_terms(
-                    variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS
-                )
-                tl.store(dbias + cols, total, inside)
-                tl.store(dweight + cols, projected, inside)
-                tl.store(dmean + cols, -total * scale, inside)
-                tl.store(dvar + cols, -0.5 * projected * scale * invstd, inside)
+            finish_given(
+                partials, weight, bias, var, dweight, dbias, dmean, dvar, C, which, programs,
+                HAS_WEIGHT, HAS_BIAS, EPS, BLOCK_C, BLOCK_P,
+            )  # fmt: skip
+
+
+@triton.jit
+def finish_given(
+    partials, weight, bias, var, dweight, dbias, dmean, dvar, C, which, programs,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The gradients of parameters and given statistics, from all partials, of every `programs`-th block of channels."""
+    for block in range(which, tl.num_programs(1), programs):
+        cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = cols < C
+        total, projected = sum_partials(partials, cols, inside, C, tl.num_programs(0), BLOCK_C, BLOCK_P)
+        variance = vector(var, cols, inside)
+        invstd, scale, _ = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
+        tl.store(dbias + cols, total, inside)
+        tl.store(dweight + cols, projected, inside)
+        tl.store(dmean + cols, -total * scale, inside)
+        tl.store(dvar + cols, -0.5 * projected * scale * invstd, inside)
 
 
 @triton.jit

@@ -315,8 +315,7 @@ def finish_weight_gradient(
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             there = (p < P)[:, None] & (n < N)[None, :]
-            # 64 bits: of 1,024 channels there are 2³¹ and more.
-            total += tl.load(partials + p[:, None].to(tl.int64) * N + n[None, :], there, other=0.0)
+            total += tl.load(partials + p[:, None] * N + n[None, :], there, other=0.0)
         tl.store(dweight + n, tl.sum(total, 0).to(dweight.dtype.element_ty), n < N)
 
 

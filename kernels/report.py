@@ -122,7 +122,11 @@ def main() -> int:
         prog="python -m fastres_kernels.report", description="What the kernels cost, told without a GPU."
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="compile the kernels with TEXT in their name"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="compile the kernels with a TEXT in their name",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with versions")
     options = parser.parse_args()
@@ -134,9 +138,11 @@ def main() -> int:
     import triton
     from triton.errors import TritonError
 
-    variants = [variant for variant in declared_variants() if options.only in variant.name]
+    variants = [
+        variant for variant in declared_variants() if any(text in variant.name for text in options.only)
+    ]
     if not variants:
-        parser.error(f"no kernel has {options.only!r} in its name")
+        parser.error(f"no kernel has {' or '.join(map(repr, options.only))} in its name")
     kernels, wrong = [], []
     with count_blocks() as counting:  # beside the compiling
         for number, variant in enumerate(variants, 1):

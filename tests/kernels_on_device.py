@@ -27,7 +27,7 @@ SHAPES: list[Shape] = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (3
 SMALL: list[Shape] = [(3, 5, 7, 7)]  # where programs run one after another
 BLOCK: Shape = (2, 16, 6, 5)
 # Of the largest value. In bf16 rounding decides otherwise about a ReLU in a thousand, and so about as many elements of
-# a gradient: MAY_DIFFER of them. A program writes one in 264 at least.
+# a gradient of the norms: MAY_DIFFER of them, fewer than a program writes.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 MAY_DIFFER = 1 / 400
 
@@ -114,8 +114,9 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
     oracle = WORK[kind](shape, torch.device("cpu"), torch.float64, how)()
     for number, (ours, right) in enumerate(zip(found, oracle, strict=True)):
         error = (ours.double().cpu() - right).abs() / (1 + right.abs().max())
-        wrong = (~(error <= TOLERANCE[dtype])).double().mean().item()  # not a number is wrong
-        assert wrong <= MAY_DIFFER, (
+        assert error.isfinite().all(), f"result {number} is not finite"
+        wrong = (error > TOLERANCE[dtype]).double().mean().item()
+        assert wrong <= (MAY_DIFFER if kind == "norms" and dtype == torch.bfloat16 else 0), (
             f"of result {number} {wrong:.1%} are wrong, by up to {error.max().item():.1e} of the largest value"
         )
 
