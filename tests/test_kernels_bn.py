@@ -667,3 +667,33 @@ def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_given_statistics_have_gradients_too(residual: bool) -> None:
+    """Seven programs along the rows, and two blocks of channels to finish."""
+    shape = (2, 20, 20, 20)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, mean = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(3))
+    var = 0.5 + torch.rand(20, generator=generator, dtype=torch.float64)
+    x, added, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    leaves = [x, *([added] if residual else []), weight, bias, mean, var]
+
+    def laid_out(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return t.to(dtype).contiguous(
+            memory_format=torch.channels_last if t.ndim == 4 else torch.contiguous_format
+        )
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [laid_out(t, dtype).requires_grad_() for t in leaves]
+        x, *between, weight, bias, mean, var = inputs
+        if dtype == torch.float64:  # by its definition
+            centred = (x - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
+            y = torch.relu(centred * weight[:, None, None] + bias[:, None, None] + sum(between))
+        else:
+            op = torch.ops.fastres_kernels.batch_norm_act
+            y = op(x, *(between or [None]), None, weight, bias, mean, var, 1e-5, True, False, "")[0]
+        return torch.autograd.grad(y, inputs, laid_out(dy, dtype))
+
+    for ours, right in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-3)
