@@ -430,8 +430,7 @@ def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradien
     mean_z = var_z = None
     if gradient is None:
         mean_z, var_z = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    backward = gradient is not None and norm.mean is not None
-    of_norm = [torch.empty_like(v) if backward and v is not None else None for v in norm[:4]]
+    of_norm = [None if gradient is None or v is None else torch.empty_like(v) for v in norm[:4]]
     return Results(out, partials, counter(x) if summed else None, mean_z, var_z, *of_norm)
 
 
