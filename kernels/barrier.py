@@ -8,6 +8,8 @@ to be replayed at the same time, nor beside kernels on it. Not yet run on a GPU.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import triton
 import triton.language as tl
@@ -88,10 +90,13 @@ def counter(x: Tensor) -> Tensor:
                 raise RuntimeError(
                     "fastres_kernels: a kernel's first call is being captured; call it once before"
                 )
-            # Each in a cache line of its own, at an address that Triton compiles for as for any tensor's.
-            zeros = torch.zeros((STREAMS, 32), dtype=torch.int32, device=x.device)
-            _unused[x.device] = list(zeros[:, 0].unbind())
-            if x.is_cuda:  # other streams do not wait for this one
-                torch.cuda.current_stream(x.device).synchronize()
+            # Each in a cache line of its own, at an address that Triton compiles for as for any tensor's. From a thread
+            # of its own: of what a thread allocates while torch.compile warms up for its own CUDA graphs
+            # (mode="reduce-overhead") it wants everything back.
+            with ThreadPoolExecutor(1) as thread:
+                made = thread.submit(torch.zeros, (STREAMS, 32), dtype=torch.int32, device=x.device)
+            _unused[x.device] = list(made.result()[:, 0].unbind())
+            if x.is_cuda:  # other streams do not wait for that thread's
+                torch.cuda.default_stream(x.device).synchronize()
         _counters[x.device, stream] = _unused[x.device].pop()
     return _counters[x.device, stream]

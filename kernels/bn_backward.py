@@ -139,10 +139,24 @@ def finish_given(
         total, projected = sum_partials(partials, cols, inside, C, tl.num_programs(0), BLOCK_C, BLOCK_P)
         variance = vector(var, cols, inside)
         invstd, scale, _ = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
-        tl.store(dbias + cols, total, inside)
+        store_norm_gradients(total, projected, scale, invstd, dmean, dvar, dweight, dbias, cols, inside)
+
+
+@triton.jit
+def store_norm_gradients(total, projected, scale, invstd, dmean, dvar, dweight, dbias, cols, inside):
+    """Of a normalisation by statistics that do not depend on x, y = weight·x̂ + bias and x̂ = (x - mean)/√(var + eps),
+    from the sums over g, the gradient of y:
+
+        dbias = Σ g    dweight = Σ g·x̂    dmean = -Σ g·weight/√(var + eps)    dvar = -Σ g·x̂·weight/2(var + eps)
+
+    dweight and dbias may be None.
+    """
+    tl.store(dmean + cols, -total * scale, inside)
+    tl.store(dvar + cols, -0.5 * projected * scale * invstd, inside)
+    if dweight is not None:
         tl.store(dweight + cols, projected, inside)
-        tl.store(dmean + cols, -total * scale, inside)
-        tl.store(dvar + cols, -0.5 * projected * scale * invstd, inside)
+    if dbias is not None:
+        tl.store(dbias + cols, total, inside)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .barrier import counter, finisher, finishers
-from .bn_backward import sum_partials
+from .bn_backward import store_norm_gradients, sum_partials
 from .bn_forward import affine, merge, merge_rows, through
 from .launch import launchable
 from .tiles import LEAST_PROGRAMS, ceil_div, next_power_of_two
@@ -72,8 +72,7 @@ def channel(pointer, c, C, default: tl.constexpr):
 
 @triton.jit
 def inverse_std(var, eps, c, C):
-    # torch.compile passes a Python float as float64.
-    return tl.rsqrt(channel(var, c, C, 1.0) + tl.cast(eps, tl.float32))
+    return tl.rsqrt(channel(var, c, C, 1.0) + eps)
 
 
 @triton.jit
@@ -256,25 +255,14 @@ def finish_norm_gradients(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradients of what normalised x, with a = gamma·x̂ + beta and x̂ = (x - mean)/√(var + eps):
-
-        dbeta = Σ g    dgamma = Σ g·x̂    dmean = -Σ g·gamma/√(var + eps)    dvar = -Σ g·x̂·gamma/2(var + eps)
-
-    Reads 8·P bytes a channel.
-    """
+    """The gradients of what normalised x. Reads 8·P bytes a channel."""
     for start_c in range(which * BLOCK_C, C, programs * BLOCK_C):
         c = start_c + tl.arange(0, BLOCK_C)
         there = c < C
         total, projected = sum_partials(partials, c, there, C, P, BLOCK_C, BLOCK_P)
         invstd = inverse_std(var, eps, c, C)
-        projected *= invstd
         scale = channel(gamma, c, C, 1.0) * invstd
-        tl.store(dmean + c, -total * scale, there)
-        tl.store(dvar + c, -0.5 * projected * scale * invstd, there)
-        if dgamma is not None:
-            tl.store(dgamma + c, projected, there)
-        if dbeta is not None:
-            tl.store(dbeta + c, total, there)
+        store_norm_gradients(total, projected * invstd, scale, invstd, dmean, dvar, dgamma, dbeta, c, there)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def launchable(kernel: Any, *, opaque: bool = False) -> Any:
     torch.compile does not look into.
     """
     if _recorded is not None:
-        return _Recorder(kernel)
+        return _Recorder(kernel, opaque)
     return kernel if INTERPRETED or opaque else torch.library.wrap_triton(kernel)
 
 
@@ -68,12 +68,19 @@ def pointers(*tensors: Tensor | None, unused: Tensor) -> list[Tensor]:
     return [unused if tensor is None else tensor for tensor in tensors]
 
 
-_recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+class Launch(NamedTuple):
+    kernel: Any  # the triton.jit function
+    opaque: bool  # as in `launchable`
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches are taken down as (kernel, arguments, keyword arguments) and nothing runs."""
+def recording() -> Iterator[list[Launch]]:
+    """Launches are taken down and nothing runs."""
     global _recorded
     _recorded = []
     try:
@@ -83,12 +90,12 @@ def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 
 
 class _Recorder:
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, opaque: bool) -> None:
+        self.kernel, self.opaque = kernel, opaque
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         assert _recorded is not None
-        return lambda *args, **kwargs: _recorded.append((self.kernel, args, kwargs))
+        return lambda *args, **kwargs: _recorded.append(Launch(self.kernel, self.opaque, args, kwargs))
 
 
 def channels_last(x: Tensor, *, warn: str = "") -> Tensor:

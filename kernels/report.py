@@ -109,7 +109,7 @@ def faults(kernel: Compiled, capability: int) -> list[str]:
     if kernel.shared > SHARED_MEMORY[capability]:
         found.append(f"needs {kernel.shared} bytes of shared memory of {SHARED_MEMORY[capability]}")
     if kernel.float64:
-        # torch.compile hands a Python float to a kernel as float64, and what it touches becomes float64.
+        # torch.compile hands a Python float to a kernel as float64, and what it touches becomes so.
         found.append(f"has {kernel.float64} instructions in float64")
     return [f"{kernel.name}, {kernel.target}: {fault}" for fault in found]
 

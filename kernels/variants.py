@@ -36,9 +36,9 @@ class Variant:
 
     name: str  # "normalise, bf16, add + ReLU, C=16"
     kernel: Any  # the triton.jit function
-    # Argument -> "*bf16", "*fp32", "*u8", "i32", "fp64" (so torch.compile passes a Python float), "constexpr". As in
-    # triton.tools.compile, "i32:16" is a multiple of 16, which Triton's launcher finds out by itself, and without which
-    # no access of 16 bytes is generated. Pointers are taken for such, because torch's allocator makes them so.
+    # Argument -> "*bf16", "*fp32", "*u8", "i32", "fp32", "constexpr". As in triton.tools.compile, "i32:16" is a
+    # multiple of 16, which Triton's launcher finds out by itself, and without which no access of 16 bytes is generated.
+    # Pointers are taken for such, because torch's allocator makes them so.
     signature: dict[str, str]
     constants: dict[str, Any]  # the values of the "constexpr" arguments
     num_warps: int = 4
@@ -68,7 +68,9 @@ def recorded(
     `moved`: the kernel's flags -> bytes per element."""
     with recording() as launches:
         launch()
-    ((kernel, arguments, options),) = launches
+    ((kernel, opaque, arguments, options),) = launches
+    # As Triton's launcher passes a Python float, and as torch.compile does.
+    of_float = "fp32" if opaque else "fp64"
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {option: value for option, value in options.items() if option in kernel.arg_names}
     signature, constants = {}, {}
@@ -79,7 +81,7 @@ def recorded(
             # Triton makes a constant of every 1 and None.
             signature[argument], constants[argument] = "constexpr", value
         else:
-            signature[argument] = "fp64" if isinstance(value, float) else "i32" if value % 16 else "i32:16"
+            signature[argument] = of_float if isinstance(value, float) else "i32" if value % 16 else "i32:16"
     known = {
         option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options
     }

@@ -275,7 +275,8 @@ def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
     with launch.recording() as launches:
         x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
         module(4, algorithm=algorithm)(x).sum().backward()
-    names = [kernel.__name__ for kernel, _, _ in launches if kernel.__name__ != "update_kernel"]
+    names = [each.kernel.__name__ for each in launches]
+    names = [name for name in names if name != "update_kernel"]
     assert (
         list(dict.fromkeys(names))
         == {

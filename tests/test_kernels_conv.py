@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -271,6 +273,49 @@ def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
         launch_one()
         value = -(2**31) - value
         assert value in (0, -(2**31)) and barrier.counter(x).item() == value
+
+
+@triton.jit
+def finish(
+    statistics, sums, products, vector, mean, var, dmean, dvar, dgamma, dbeta, dweight, P,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All that programs of the convolutions finish, by as many as the grid has."""
+    which, programs = tl.program_id(0), tl.num_programs(0)
+    conv_parts.finish_statistics(
+        statistics, mean, var, 8 * P - 3, 1, 8, 1, P, which, programs, K, BLOCK_P, BLOCK
+    )
+    conv_parts.finish_norm_gradients(
+        sums, vector, vector, 0.0, dmean, dvar, dgamma, dbeta, P, which, programs, K, BLOCK_P, BLOCK
+    )
+    conv_parts.finish_weight_gradient(products, dweight, P, which, programs, N, BLOCK_P, BLOCK)
+
+
+def test_however_many_programs_finish_they_write_everything_and_the_same_bits(poisoned: None) -> None:
+    """Of 40 channels eight at a time are the work of one, of three, of five and of seven, two of which have none."""
+    generator = torch.Generator().manual_seed(0)
+    p, k, n = 19, 40, 40
+    partials = [
+        torch.randn(shape, generator=generator).abs() for shape in ((p, 3, k), (p, 2, k), (p, n), (k,))
+    ]
+    runs = []
+    for programs in (1, 3, 5, 7):
+        results = [torch.empty(k) for _ in range(6)] + [torch.empty(n)]
+        finish[(programs,)](*partials, *results, p, K=k, N=n, BLOCK_P=8, BLOCK=8)
+        runs.append(results)
+    origins, means, m2s = partials[0].double().unbind(1)
+    counts = torch.tensor([8.0] * (p - 1) + [5.0], dtype=torch.float64)[:, None]
+    means = origins + means
+    mean = (counts * means).sum(0) / counts.sum()
+    var = (m2s + counts * (means - mean) ** 2).sum(0) / counts.sum()
+    invstd = partials[3].double().rsqrt()
+    g, projected = partials[1].double().sum(0)
+    dmean, dvar = -g * partials[3] * invstd, -0.5 * projected * partials[3] * invstd**3
+    oracle = [mean, var, dmean, dvar, projected * invstd, g, partials[2].double().sum(0)]
+    for results in runs:
+        for ours, right, first in zip(results, oracle, runs[0], strict=True):
+            assert torch.equal(ours, first)
+            torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("r", [1, 3])
