@@ -145,6 +145,8 @@ class GraphedStep:
         self, step: TrainStep, batches: Batches, lr_at: Callable[[int], float], recorder: Recorder
     ) -> None:
         self.step, self.batches, self.lr_at = step, batches, lr_at
+        # A list: dynamo takes a dict's keys for those very tensors, and would compile every run of a process anew.
+        self._rates = list(step.learning_rates)
         self._rows = Rows(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
         compiles = step.inner.compiled and batches.compiles
         self._next_batch = compiled(self.next_batch) if compiles else self.next_batch
@@ -184,7 +186,7 @@ class GraphedStep:
     def next_batch(self) -> Batch:
         """The batch of the next row, whose learning rates and number are in their places after it."""
         row = self._rows.take()
-        for tensor, rate in zip(self.step.learning_rates, row["rates"].unbind(), strict=True):
+        for tensor, rate in zip(self._rates, row["rates"].unbind(), strict=True):
             tensor.copy_(rate)
         self.step.totals.step.copy_(row["step"])
         return self.batches.batch(row)

@@ -317,6 +317,22 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
     torch._dynamo.reset()
 
 
+def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
+    """Where one did, the ninth was refused: fullgraph allows eight versions of a function."""
+    torch._dynamo.reset()
+    seen = []
+    for recompiles_are_errors in (False, True):
+        step, loader, evaluate = build("--engine.compile", "true", "--optim.norm_bias_lr_scale", "64")
+        with torch._dynamo.config.patch(error_on_recompile=recompiles_are_errors):
+            step.warm_up(*next(loader.train(0, 1)))
+            replayed = GraphedStep(step, loader, lr_at, Again())
+            take(replayed, replayed, 0, 2)
+            evaluate(loader.evaluate())
+        seen.append(checkpoint.digest(step.state_dict()))
+    assert seen[0] == seen[1]
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("flags", ["", RUNS["all augmentation"]])
 def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
     _, loader, _ = build(*flags.split())
