@@ -3,7 +3,8 @@
 They count themselves in a () int32 of memory, of which the sign counts: all programs together add 2³¹, so it changes
 when the last one comes, and nobody sets it back (as inductor's x_grid_barrier). Kernels of one stream run one after
 another, and so share one counter. A graph has that of the stream it was captured on: graphs of one such stream are not
-to be replayed at the same time, nor beside kernels on it. Not yet run on a GPU.
+to be replayed at the same time, nor beside kernels on it. (torch gives its 32 streams of a priority out in turn: two
+torch.cuda.Stream may be one.) Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def arrive(arrived):
     """Called once by every program: what it has stored will be seen by those that `wait`, with what is returned."""
     number, programs = number_of_program()
     tl.debug_barrier()  # all threads' stores before the one thread's release
-    return tl.atomic_add(arrived, tl.where(number == 0, -(2**31) - (programs - 1), 1), sem="release")
+    # 2³¹ less what the others add; the sign is flipped, because a subtraction that overflows fails in TRITON_DEBUG.
+    rest = (1 - programs) ^ -(2**31)
+    return tl.atomic_add(arrived, tl.where(number == 0, rest, 1), sem="release")
 
 
 @triton.jit

@@ -410,7 +410,7 @@ class Results(NamedTuple):
 def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradient | None) -> Results:
     """For x, of which z or dx has so many channels, and so many programs each a piece."""
     n, _, h, w = x.shape
-    out = x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+    out = torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums = 3 if gradient is None else 2
     # Without a normalisation there is nothing to sum backward.
     summed = gradient is None or norm.mean is not None
@@ -437,7 +437,7 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
     pixels = max(ceil_div(m * across * down, LEAST_PROGRAMS), 256)
     splits = ceil_div(m, pixels)
     partials = x.new_empty((splits, k, r, r, c), dtype=torch.float32)
-    dweight = weight.new_empty((k, r, r, c))
+    dweight = torch.empty_like(weight, memory_format=torch.channels_last)
     block_p = partials_at_once(splits)
     block_n = FINISHED // block_p
     launchable(weight_gradient_kernel, opaque=True)[(splits, across, down)](
@@ -459,7 +459,7 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
         BLOCK_N=block_n,
         **options,
     )
-    return dweight.permute(0, 3, 1, 2)
+    return dweight
 
 
 def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # As Triton reads it: when a kernel is defined, so before the first import of this package.
@@ -39,7 +40,13 @@ torch.compiler.config.cache_key_tag += f"fastres_kernels {_digest}{' interpreted
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels take x, (N, C, H, W): on a GPU, or anywhere when interpreting; else the reference does."""
+    """Whether Triton kernels take x, (N, C, H, W): on a GPU, or anywhere when interpreting; else the reference does.
+    RuntimeError where x is on another GPU than the current one, on which Triton would launch."""
+    if x.is_cuda and not is_fake(x) and x.device.index != torch.cuda.current_device():
+        raise RuntimeError(
+            f"fastres_kernels: a tensor is on {x.device}, and the current device is "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device({x.device.index}) before"
+        )
     return HAS_TRITON and x.dtype in DTYPES and (x.is_cuda or INTERPRETED) and x.numel() > 0
 
 

@@ -1,7 +1,7 @@
 """The kernels on a device: what they give is the float64 oracle's, and the same bits at every repetition, called and
 replayed from a CUDA graph.
 
-    python -m tests.kernels_on_device cuda 2000
+    python -m tests.kernels_on_device cuda 200
 
 Prints a line for each kind of work, and raises AssertionError at the first that is wrong. Started by
 test_kernels_gpu.py, because in the tests' own process Triton interprets. Not yet run on a GPU.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastres_kernels import BatchNormAct2d
+from fastres_kernels import BatchNormAct2d, barrier
 from fastres_kernels.modules import NormConv2d
 
 Work = Callable[[], list[Tensor]]
@@ -26,10 +26,11 @@ CL = torch.channels_last
 SHAPES: list[Shape] = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (3, 5, 7, 7)]
 SMALL: list[Shape] = [(3, 5, 7, 7)]  # where programs run one after another
 BLOCK: Shape = (2, 16, 6, 5)
-# Of the largest value. In bf16 rounding decides otherwise about a ReLU in a thousand, and so about as many elements of
-# a gradient of the norms: MAY_DIFFER of them, fewer than a program writes.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-MAY_DIFFER = 1 / 400
+# Of the largest value; of whole numbers, whose sums are exact in either dtype.
+TOLERANCE, EXACT = {torch.float32: 1e-4, torch.bfloat16: 4e-2}, 1e-6
+# Elements of a norm's results. In bf16 rounding decides otherwise about a ReLU in a thousand, and so about as many
+# elements of a gradient, and in float32 about one of those here; all are fewer than a program writes.
+MAY_DIFFER = {torch.float32: lambda elements: 2, torch.bfloat16: lambda elements: elements / 400}
 
 
 def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str) -> Work:
@@ -96,7 +97,49 @@ def convolutions(shape: Shape, device: torch.device, dtype: torch.dtype, _: str)
     return work
 
 
-WORK = {"norms": norms, "blocks": blocks, "convolutions": convolutions}
+def integers(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
+    """The 3×3 and the 1×1 convolution and the normalisation by given statistics, of mean 0 and variance 1, on small
+    whole numbers, with the gradients of all that they take. No rounding hides a sum that lacks a part."""
+    channels = shape[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(low: int, high: int, *of: int, share: float = 1.0) -> Tensor:
+        values = torch.randint(low, high + 1, of, generator=generator).float()
+        values *= torch.rand(of, generator=generator) < share
+        return values
+
+    def placed(values: Tensor, wanted: torch.dtype) -> Tensor:
+        layout = CL if values.ndim == 4 else torch.contiguous_format
+        return values.to(device, wanted).contiguous(memory_format=layout).requires_grad_()
+
+    x, residual = (placed(whole(-1, 1, *shape), dtype) for _ in range(2))
+    dz = placed(whole(-1, 2, *shape), dtype).detach()
+    mean, var, gamma, beta = (
+        placed(torch.full((channels,), value), _parameters_of(dtype)) for value in (0.0, 1.0, 1.0, 0.0)
+    )
+    weights = [  # so few that z and its input's gradient stay below 2⁸, which bf16 has exactly
+        placed(
+            whole(-1, 1, channels, channels, r, r, share=min(1, 16 / (channels * r * r))),
+            _parameters_of(dtype),
+        )
+        for r in (1, 3)
+    ]
+    ops = torch.ops.fastres_kernels
+
+    def work() -> list[Tensor]:
+        results = []
+        for weight in weights:
+            leaves = [x, weight, mean, var, gamma, beta]
+            z, mean_z, var_z = ops.conv_norm(*leaves, 0.0)
+            results += [z, mean_z, var_z, *torch.autograd.grad(z, leaves, dz)]
+        leaves = [x, residual, gamma, beta, mean, var]
+        y, *_ = ops.batch_norm_act(x, residual, None, gamma, beta, mean, var, 0.0, True, False, "")
+        return [*results, y, *torch.autograd.grad(y, leaves, dz)]
+
+    return work
+
+
+WORK = {"norms": norms, "blocks": blocks, "convolutions": convolutions, "integers": integers}
 
 
 def _parameters_of(dtype: torch.dtype) -> torch.dtype:
@@ -115,9 +158,10 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
     for number, (ours, right) in enumerate(zip(found, oracle, strict=True)):
         error = (ours.double().cpu() - right).abs() / (1 + right.abs().max())
         assert error.isfinite().all(), f"result {number} is not finite"
-        wrong = (error > TOLERANCE[dtype]).double().mean().item()
-        assert wrong <= (MAY_DIFFER if kind == "norms" and dtype == torch.bfloat16 else 0), (
-            f"of result {number} {wrong:.1%} are wrong, by up to {error.max().item():.1e} of the largest value"
+        wrong = (error > (EXACT if kind == "integers" else TOLERANCE[dtype])).sum().item()
+        assert wrong <= (MAY_DIFFER[dtype](error.numel()) if kind == "norms" else 0), (
+            f"of result {number} {wrong:,} of {error.numel():,} elements are wrong, by up to "
+            f"{error.max().item():.1e} of the largest value"
         )
 
     def expect_the_same(results: list[Tensor], where: str) -> None:
@@ -134,13 +178,19 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
         with torch.cuda.graph(graph, stream=stream):
             results = work()
         for i in range(repeats):
-            for result in results:
-                result.fill_(float("nan"))
+            with torch.no_grad():
+                for result in results:
+                    result.fill_(float("nan"))
             graph.replay()
             expect_the_same(results, f"at replay {i + 1}")
+    # All programs of a kernel add 2³¹ together, so none was lost, and none counted twice.
+    assert all(count.item() in (0, -(2**31)) for count in barrier._counters.values()), "a counter is off"
 
 
 def main(device: torch.device, repeats: int) -> None:
+    # Memory that nobody has written is NaN, at every call and replay: partial sums that are read before they are there
+    # would else be those of the time before, the same bits.
+    torch.use_deterministic_algorithms(True)
     on_gpu = device.type == "cuda"
     for shape in SHAPES if on_gpu else SMALL:
         for dtype in TOLERANCE:
@@ -153,8 +203,9 @@ def main(device: torch.device, repeats: int) -> None:
     for shape in SHAPES[:3] if on_gpu else [BLOCK]:
         # The interpreter has no dot in bf16: triton#11584.
         for dtype in TOLERANCE if on_gpu else [torch.float32]:
-            print(f"convolutions {shape} {dtype}", flush=True)
-            check("convolutions", shape, device, dtype, "", repeats)
+            for kind in ("convolutions", "integers"):
+                print(f"{kind} {shape} {dtype}", flush=True)
+                check(kind, shape, device, dtype, "", repeats)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def check_on(device: str, repeats: int, **env: str) -> subprocess.CompletedProce
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_they_are_right_and_repeat_bit_for_bit_called_and_replayed() -> None:
-    done = check_on("cuda", 2_000)
+    done = check_on("cuda", 200)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -27,4 +27,4 @@ def test_what_is_checked_there_holds_in_the_interpreter() -> None:
     done = check_on("cpu", 1, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [line.split()[0] for line in done.stdout.splitlines()]
-    assert kinds == ["norms"] * 6 + ["blocks", "convolutions"]
+    assert kinds == ["norms"] * 6 + ["blocks", "convolutions", "integers"]
