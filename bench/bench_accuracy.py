@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,67 +37,96 @@ PROOF_STEPS, PROOF = 300, ["--schedule.milestones", "[100,200]"]
 STEPS_AT_ONCE = 1_000
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A row for every seed, so that what is interrupted has those that are done."""
+    seeds = metafunc.config.option.seeds
+    if metafunc.function is bench_model:
+        cases = [(model, seed) for model, (_, most, _) in MODELS.items() for seed in range(min(most, seeds))]
+        metafunc.parametrize(("model", "seed"), cases, ids=[f"{model}-seed{seed}" for model, seed in cases])
+    else:
+        metafunc.parametrize("seed", range(seeds), ids="seed{}".format)
+
+
 def twin_of(config: Config, source: Source) -> PlainRun:
     """What stands for the plain loop: on a CPU the loop itself."""
     return GraphedTwin(config, source) if GPU else PlainRun(config, source, deterministic=True)
 
 
 @pytest.mark.parametrize("data", CONTESTS)
-def bench_parity(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, data: str) -> None:
-    flags, seeds = CONTESTS[data] + data_flags(data, request.config), request.config.option.seeds
-    config = parse(flags)
+def bench_parity(
+    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, data: str, seed: int
+) -> None:
+    flags = [*CONTESTS[data], *data_flags(data, request.config)]
+    config, info = parse([*flags, "--run.seed", str(seed)]), benchmark.extra_info
     source, steps = load_source(config.data), config.train.steps
-    proof = None
+    ours: dict[str, Any] = {}
+    benchmark.pedantic(lambda: ours.update(run(flags, seed, tmp_path / "ours", source)), rounds=1)
+    info.update(of_one_run("parity", ours, source), twin=None)
+    info["plain_is"] = "graphed twin" if GPU else "the loop"
     if GPU:
         short = parse([*flags, *PROOF])
         loop = PlainRun(short, source, deterministic=True)
-        proof = difference(loop, GraphedTwin(short, source), min(PROOF_STEPS, steps))
-    ours: list[dict[str, Any]] = []
-    theirs: list[float] = []
-    twin_s: list[float] = []
+        info["twin"] = difference(loop, GraphedTwin(short, source), min(PROOF_STEPS, steps))
+        if not same(info["twin"]):
+            return  # minutes that would show nothing
+    twin = twin_of(config, source)
 
-    def plain() -> None:
-        twin = twin_of(parse([*flags, "--run.seed", str(len(theirs))]), source)
+    def train() -> None:
+        for first in range(0, steps, STEPS_AT_ONCE):
+            twin.steps(first, min(first + STEPS_AT_ONCE, steps))
 
-        def train() -> None:
-            for first in range(0, steps, STEPS_AT_ONCE):
-                twin.steps(first, min(first + STEPS_AT_ONCE, steps))
-
-        twin_s.append(seconds_of(train, twin.loop.engine.device))
-        theirs.append(twin.test_accuracy())
-
-    def fastres() -> None:
-        seed = len(ours)
-        ours.append(run(flags, seed, tmp_path / f"{seed}", source))
-
-    benchmark.pedantic(fastres, setup=plain, rounds=seeds)
-    accuracies = {"fastres": [summary["test_accuracy"] for summary in ours], "plain": theirs}
-    benchmark.extra_info.update(
-        what="parity",
-        **facts(ours, source),
-        accuracies=accuracies,
-        mean_accuracy={name: statistics.mean(values) for name, values in accuracies.items()},
-        plain_train_time_s=twin_s,
-        plain_is="graphed twin" if GPU else "the loop",
-        twin=proof,
-        **compared(accuracies["fastres"], accuracies["plain"]),
-    )
+    info["plain_train_time_s"] = [seconds_of(train, twin.loop.engine.device)]
+    info["accuracies"]["plain"] = [twin.test_accuracy()]
 
 
-def facts(runs: list[dict[str, Any]], source: Source) -> dict[str, Any]:
-    times = [summary["train_time_s"] for summary in runs]
+def of_one_run(what: str, summary: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Of the engine's run what a row holds: lists of what `together` puts together."""
     return {
+        "what": what,
         "data": source.name,
-        "model": runs[0]["model"],
-        "steps": runs[0]["steps"],
-        "precision": runs[0]["precision"],
+        **{name: summary[name] for name in ("model", "steps", "precision")},
+        "n": 1,
+        "seeds": [summary["seed"]],
+        "accuracies": {"fastres": [summary["test_accuracy"]]},
+        **{
+            name: [summary[name]] for name in ("train_time_s", "first_step_at_90", "first_train_time_s_at_90")
+        },
+    }
+
+
+SAME = ("what", "case", "model", "data", "steps", "precision")
+
+
+def together(infos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same run with other seeds as one, of a seed the last one."""
+    found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for info in infos:
+        of_seeds = found.setdefault(tuple(info.get(name) for name in SAME), {})
+        for i, seed in enumerate(info.get("seeds", range(info["n"]))):
+            accuracies = {name: values[i] for name, values in info["accuracies"].items()}
+            of_seeds[seed] = info | {"accuracies": accuracies, "train_time_s": info["train_time_s"][i]}
+    return [_merged(list(of_seeds.values())) for of_seeds in found.values()]
+
+
+def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several seeds, each with its accuracies and its time."""
+    times = [of["train_time_s"] for of in runs]
+    accuracies = {
+        name: [of["accuracies"][name] for of in runs if name in of["accuracies"]]
+        for name in ("fastres", "plain")
+    }
+    ours, plain = accuracies.values()
+    proofs = [of["twin"] for of in runs if of.get("twin")]
+    return runs[-1] | {
         "n": len(runs),
-        "train_time_s": times,
+        "n_plain": len(plain),
         "mean_train_time_s": statistics.mean(times),
         "sd_train_time_s": statistics.stdev(times) if len(times) > 1 else None,
-        "wall_time_s": [summary["wall_time_s"] for summary in runs],
-        "first_step_at_90": [summary["first_step_at_90"] for summary in runs],
-        "first_train_time_s_at_90": [summary["first_train_time_s_at_90"] for summary in runs],
+        "accuracies": accuracies,
+        "mean_accuracy": {name: statistics.mean(values) for name, values in accuracies.items() if values},
+        "sd_accuracy": statistics.stdev(ours) if len(ours) > 1 else None,
+        "twin": next((proof for proof in proofs if not same(proof)), proofs[0] if proofs else None),
+        **(compared(ours, plain) if plain else {"difference": None, "standard_error": None}),
     }
 
 
@@ -128,46 +158,34 @@ MODELS: dict[str, tuple[list[str], int, float | None]] = {
 
 
 @pytest.mark.parametrize("data", [name for name in DATA if name != "digits"])
-@pytest.mark.parametrize("model", MODELS)
 def bench_model(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, model: str, data: str
+    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, model: str, data: str, seed: int
 ) -> None:
-    own, seeds, published = MODELS[model]
+    own, _, published = MODELS[model]
     flags = [*own, *KEEP_THE_END, *data_flags(data, request.config)]
-    source = load_source(parse(flags).data)
-    runs: list[dict[str, Any]] = []
-    benchmark.pedantic(
-        lambda: runs.append(run(flags, len(runs), tmp_path / f"{len(runs)}", source)),
-        rounds=min(seeds, request.config.option.seeds),
-    )
-    accuracies = [summary["test_accuracy"] for summary in runs]
-    benchmark.extra_info.update(
-        what="model",
-        case=model,
-        **facts(runs, source),
-        accuracies=accuracies,
-        mean_accuracy=statistics.mean(accuracies),
-        sd_accuracy=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        he_et_al=published,
-    )
+    source, ours = load_source(parse(flags).data), dict[str, Any]()
+    benchmark.pedantic(lambda: ours.update(run(flags, seed, tmp_path / "run", source)), rounds=1)
+    benchmark.extra_info.update(of_one_run("model", ours, source), case=model, he_et_al=published)
 
 
 def summary(infos: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for info in infos:
+    for info in together(infos):
         sd = info["sd_train_time_s"]
         time = f"{info['mean_train_time_s']:,.1f}" + (f" ± {sd:,.1f}" if sd is not None else "") + " s"
         run = f"{info['steps']:,} steps in {info['precision']} on {info['data']}, n={info['n']}"
+        ours = info["mean_accuracy"]["fastres"]
         if info["what"] == "model":
             spread = "" if info["sd_accuracy"] is None else f" ± {info['sd_accuracy']:.4f}"
             he = "" if info["he_et_al"] is None else f" (He et al. {info['he_et_al']:.4f})"
-            lines.append(f"{info['case']:<22} {info['mean_accuracy']:.4f}{spread}{he}, {time} for {run}")
+            lines.append(f"{info['case']:<22} {ours:.4f}{spread}{he}, {time} for {run}")
             continue
-        ours, plain = (info["mean_accuracy"][name] for name in ("fastres", "plain"))
-        error = "" if info["standard_error"] is None else f" ± {info['standard_error']:.4f}"
         lines.append(f"{info['model']:<22} {ours:.4f}, {time} for {run}")
-        against = f"difference {info['difference']:+.4f}{error} (standard error)"
-        lines.append(f"  plain fp32, {info['plain_is']}: {plain:.4f}; {against}")
+        if info["n_plain"]:
+            error = "" if info["standard_error"] is None else f" ± {info['standard_error']:.4f}"
+            against = f"difference {info['difference']:+.4f}{error} (standard error)"
+            plain = f"{info['mean_accuracy']['plain']:.4f}, n={info['n_plain']}"
+            lines.append(f"  plain fp32, {info['plain_is']}: {plain}; {against}")
         if proof := info["twin"]:
             equal = "are the loop's, every bit" if same(proof) else "are NOT the loop's"
             lines.append(f"  the twin's {proof['steps']} losses and its weights after them {equal}")

@@ -14,6 +14,7 @@ that all of this does.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -217,12 +218,16 @@ class Gpu:
         self.apex, self.why_no_apex = find_apex("contrib.groupbn.batch_norm")
 
     def cases(self) -> Iterator[Case]:
-        """ResNet-20 at batch 128 and 1024; ResNet-50 at 256. All again in fp16 where there is apex to compare to."""
+        """ResNet-20 at batch 128 and 1024; the speed-run's network and ResNet-50 at 256. All again in fp16 where
+        there is apex to compare to."""
         for precision in (self.precision, "fp16") if self.apex else (self.precision,):
             for n in (128, 1024):
                 for c, side in ((16, 32), (32, 16), (64, 8)):
                     for what in ("bn_relu", "bn_add_relu", "basic_blocks"):
                         yield Case(what, (n, c, side, side), precision)
+            for c, side in ((64, 15), (256, 7), (256, 4)):
+                for what in ("bn_relu", "bn_add_relu"):
+                    yield Case(what, (256, c, side, side), precision)
             for c, side in ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7)):
                 yield Case("bn_relu", (256, c, side, side), precision)
             for c, side in ((256, 56), (512, 28), (1024, 14), (2048, 7)):
@@ -298,6 +303,8 @@ class Contest:
     def __init__(self, case: Case) -> None:
         # What dynamo compiles it keeps by a forward's code: modules of former cases would add up to its limit.
         torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.manual_seed(0)
         self.case = case
         tensor_bytes = math.prod(case.shape) * case.dtype.itemsize
@@ -409,6 +416,11 @@ def bytes_per_element(case: Case, variant: str, direction: str, multiprocessors:
 
 
 # ---- the benchmark -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing() -> None:
+    """In place of conftest.py's: the benchmarks of a case share its nets, and the next case's Contest clears up."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

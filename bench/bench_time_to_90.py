@@ -71,25 +71,32 @@ def bench_time_to_90(
 ) -> None:
     seeds = request.config.option.seeds
     run = KINDS[kind](flags_of(contest, request.config), tmp_path)
-    runs: list[tuple[float, dict[str, Any]]] = []
-    benchmark.pedantic(lambda: runs.append(run(len(runs))), rounds=seeds)
-    times, accuracies = [seconds for seconds, _ in runs], [summary["test_accuracy"] for _, summary in runs]
-    summary = runs[0][1]
-    benchmark.extra_info.update(
-        contest=contest,
-        kind=kind,
-        steps=summary["steps"],
-        precision=summary["precision"],
-        n=seeds,
-        mean_s=float(np.mean(times)),
-        sd_s=float(np.std(times, ddof=1)) if seeds > 1 else None,
-        times_s=times,
-        mean_accuracy=float(np.mean(accuracies)),
-        sd_accuracy=float(np.std(accuracies, ddof=1)) if seeds > 1 else None,
-        accuracies=accuracies,
-        misses=sum(accuracy < GOAL for accuracy in accuracies),
-        p_value=p_value(accuracies),
-    )
+    times: list[float] = []
+    accuracies: list[float] = []
+
+    def one() -> None:
+        seconds, summary = run(len(times))
+        times.append(seconds)
+        accuracies.append(summary["test_accuracy"])
+        several = len(times) > 1
+        # After every run, for what interrupts the others.
+        benchmark.extra_info.update(
+            contest=contest,
+            kind=kind,
+            steps=summary["steps"],
+            precision=summary["precision"],
+            n=len(times),
+            mean_s=float(np.mean(times)),
+            sd_s=float(np.std(times, ddof=1)) if several else None,
+            times_s=times,
+            mean_accuracy=float(np.mean(accuracies)),
+            sd_accuracy=float(np.std(accuracies, ddof=1)) if several else None,
+            accuracies=accuracies,
+            misses=sum(accuracy < GOAL for accuracy in accuracies),
+            p_value=p_value(accuracies),
+        )
+
+    benchmark.pedantic(one, rounds=seeds)
 
 
 def p_value(accuracies: list[float]) -> float | None:

@@ -25,33 +25,43 @@ and it goes on with the next one. To set up, in the checkout:
 
   python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev,peers]'
 
+Without a network: pip download -d wheels '.[dev,peers]' where there is one, with the same Python, and there
+pip install --no-index --find-links wheels -e '.[dev,peers]'.
+
 Exit status: 0 all done, 1 a stage failed, 2 something that it needs is missing, 130 interrupted.
 END
 }
 
 # name | minutes on an H100, an estimate | minutes after which it is stopped | essential | needs | what | command
-# Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the function bench.
+# Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
-doctor       |  1 | 15 | yes | gpu      | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py -k on_a_gpu
-table        |  2 | 15 | yes | gpu      | which kernels ResNet-20 takes: kernels/fastest.json | bench kernels -k "relu-128x and full-graph" --write-table
-graphed      |  2 | 10 | yes | gpu      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
-kernel_times |  2 | 10 | yes | gpu      | a step's kernels, their times and gaps              | bench kernel_times
-resnet50     |  2 | 15 | yes | gpu      | ResNet-50 beside timm's and torchvision's tuned     | bench peers -k "resnet50 and (timm or tuned) and not dali"
-schedule     |  3 | 15 | yes | gpu      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
-airbench     |  3 | 15 | yes | gpu,data | time to 90 % beside airbench's, n=25 each           | bench peers -k airbench --seeds 25
-parity       | 10 | 60 | yes | gpu,data | 64,000 steps, 5 seeds, beside the plain loop's      | bench accuracy -k "parity and not digits"
-loaders      |  3 | 15 | no  | gpu      | the loaders, DALI on the GPU among them             | bench loaders
-peers        |  4 | 20 | no  | gpu      | ResNet-50 fed by DALI, and beside a plain loop      | bench peers -k "resnet50 and (dali or plain)"
-scaling      |  4 | 20 | no  | gpu      | the cost of a step by batch size and depth          | bench scaling
-throughput   |  6 | 30 | no  | gpu      | every family in training and inference              | bench throughput
-tests        | 10 | 40 | no  | gpu      | the test suite                                      | "$PYTHON" -m pytest -n auto --dist loadfile
-time_to_90   | 12 | 40 | no  | gpu,data | time to 90 %, warm and cold, n=25                   | bench time_to_90 --seeds 25
-kernels      | 12 | 45 | no  | gpu      | the fused kernels, all shapes: kernels/fastest.json | bench kernels --write-table
-compile      | 20 | 60 | no  | gpu      | inductor's settings one by one                      | bench compile
-models       | 25 | 90 | no  | gpu,data | the other networks of He et al., 64,000 steps each  | bench accuracy -k model
+doctor       |  2 | 15 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py -k on_a_gpu
+table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/fastest.json | fused "relu-128x"
+graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
+schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
+kernel_times |  4 | 15 | yes | gpu,table      | a step's kernels, their times and gaps              | bench kernel_times
+table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
+resnet50     |  4 | 15 | yes | gpu,table      | ResNet-50 beside timm's and torchvision's tuned     | bench peers -k "resnet50 and (timm or tuned) and not dali"
+parity_0     |  4 | 20 | yes | gpu,data,table | 64,000 steps beside the plain loop's, seed 0        | parity 0
+parity_1     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 1        | parity 1
+parity_2     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 2        | parity 2
+parity_3     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 3        | parity 3
+parity_4     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 4        | parity 4
+loaders      |  4 | 15 | no  | gpu            | the loaders, DALI on the GPU among them             | bench loaders
+peers        |  4 | 20 | no  | gpu,table      | ResNet-50 fed by DALI, and beside a plain loop      | bench peers -k "resnet50 and (dali or plain)"
+scaling      |  4 | 20 | no  | gpu,table      | the cost of a step by batch size and depth          | bench scaling
+airbench     |  6 | 20 | no  | gpu,data,table | time to 90 % beside airbench's, n=25 each           | bench peers -k airbench --seeds 25
+throughput   |  6 | 30 | no  | gpu,table      | every family in training and inference              | bench throughput
+tests        | 10 | 40 | no  | gpu            | the test suite                                      | "$PYTHON" -m pytest -n auto --dist loadfile
+time_to_90   | 12 | 40 | no  | gpu,data,table | time to 90 %, warm and cold, n=25                   | bench time_to_90 --seeds 25
+kernels      | 15 | 45 | no  | gpu            | the fused kernels beside eager, compiled, apex      | bench kernels --write-table
+compile      | 20 | 60 | no  | gpu,table      | inductor's settings one by one                      | bench compile
+models       | 25 | 90 | no  | gpu,data,table | the other networks of He et al., 64,000 steps each  | bench accuracy -k model
 END
 }
+
+# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes.
 
 # A file of the suite; what runs nothing, because all is skipped, has not succeeded.
 bench() {
@@ -59,11 +69,15 @@ bench() {
     shift
     rm -f "$json"
     set -- "$PYTHON" -m pytest "bench/bench_$file.py" --benchmark-only --benchmark-json="$json" "$@"
+    set -- "$@" -W default::pytest.PytestUnraisableExceptionWarning # of a library's own making, and no figure's fault
     [[ -z $DATA ]] || set -- "$@" "$DATA_OPTION" "$DATA"
     echo "$*"
     "$@" && if [[ ! -s $json ]]; then echo "nothing was measured: the reasons are above" && false; fi
 }
-export -f bench
+# The fused kernels of shapes, forward and backward in a graph, beside inductor's: into kernels/fastest.json.
+fused() { bench kernels -k "$1 and full-graph and (two_pass or cooperative)" --write-table; }
+parity() { bench accuracy -k "parity and not digits and seed$1" --seeds $(($1 + 1)); }
+export -f bench fused parity
 
 refuse() {
     echo "run_on_gpu: error: $*" >&2
@@ -146,7 +160,7 @@ needed() {
 
 # ---- what they need ---------------------------------------------------------------------------------------------
 
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || echo python3)}
 DATA_OPTION=--data-root
 [[ -z $DATA || -d $DATA/cifar-10-batches-py || ! -d $DATA/train ]] || DATA_OPTION=--jpeg-copy
 export PYTHON DATA DATA_OPTION
@@ -174,8 +188,12 @@ if [[ -z $list ]]; then
             refuse "torch sees no GPU here: run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
         ((${capability%.*} >= 8)) ||
             refuse "$device has compute capability $capability, and 8.0 is needed: an A100, H100 or H200"
-        "$PYTHON" -c "import fastres, fastres_kernels, pytest_benchmark" 2>/dev/null ||
-            refuse "fastres or pytest-benchmark is not installed: pip install -e '.[dev,peers]' in this checkout"
+        said=$("$PYTHON" -c "import bench.conftest, bench.report" 2>&1) ||
+            refuse "$(tail -n 1 <<<"$said"): pip install -e '.[dev,peers]' in this checkout"
+        for peer in timm airbench; do
+            "$PYTHON" -c "import $peer" 2>/dev/null ||
+                echo "run_on_gpu: $peer is not installed: what is measured beside it will fail" >&2
+        done
         free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
         ((free_kib >= 5 * 1024 * 1024)) ||
             refuse "$((free_kib / 1024)) MiB are free in $PWD, and 5 GiB are needed"
@@ -192,17 +210,17 @@ fi
 
 slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9\n' '-')
 record=$record/${slug%-} logs=$logs/${slug%-}
-# Of the code, and of the table of kernels, which the first stages write. Results do not change it, so that committing them
-# leaves what is done done.
+# Of the code. Results do not change it, so that committing them leaves what is done done.
 code() {
     find fastres kernels bench/*.py tests setup.py pyproject.toml -type f \
-        \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' -o -name fastest.json \) -print0 |
+        \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' \) -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 
 mark_of() { # of a stage's number: what its mark says where it is done
     local place=""
     [[ ",${needs[$1]}," != *,data,* ]] || place=$DATA_OPTION
+    [[ ",${needs[$1]}," != *,table,* ]] || place+=$(sha256sum <kernels/fastest.json)
     sha256sum <<<"$(code) $torch $place ${commands[$1]}" | cut -c1-16
 }
 
@@ -211,12 +229,12 @@ is_done() {
 }
 
 if [[ -n $list ]]; then
-    printf '%-14s %8s  %-9s  %-9s  %-5s  %s\n' stage minutes essential needs 'done' what
+    printf '%-14s %8s  %-9s  %-14s  %-5s  %s\n' stage minutes essential needs 'done' what
     total=0
     for i in "${chosen[@]}"; do
         done_yet=""
         if is_done "$i"; then done_yet=yes; fi
-        printf '%-14s %8s  %-9s  %-9s  %-5s  %s\n' \
+        printf '%-14s %8s  %-9s  %-14s  %-5s  %s\n' \
             "${names[i]}" "${minutes[i]}" "${essentials[i]}" "${needs[i]}" "$done_yet" "${whats[i]}"
         total=$((total + minutes[i]))
     done

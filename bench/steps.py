@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.interleaved import interleaved
 from fastres import build_model
-from fastres.config import Config, EngineConfig, ModelConfig, OptimConfig
+from fastres.config import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastres.data import build_loader
+from fastres.data.sources import load_source
 from fastres.distributed import data_parallel
 from fastres.engine import Engine, resolve
+from fastres.graph import Batches as RecordedBatches
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.hardware import peaks_of
 from fastres.optim import build_optimizer
@@ -29,7 +32,11 @@ Steps = Callable[[int], None]
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLAIN = Config(engine=EngineConfig(precision="fp32", compile=False))
+# As torch has it switched on: convolutions in TF32 where a GPU has that. Less would flatter the engine.
+TORCHS_FP32: Literal["fp32", "tf32"] = (
+    "tf32" if DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+)
+PLAIN = Config(engine=EngineConfig(precision=TORCHS_FP32, compile=False))
 HE = OptimConfig()  # lr 0.1, momentum 0.9, weight decay 1e-4
 
 ROUND_S = 0.4  # of the engine: long against the timer and one wait, short against a drift
@@ -71,7 +78,7 @@ def held(net: Net, engine: Engine, dtype: torch.dtype) -> Batches:
 
 class PlainLoop:
     """One step of the loop of the tutorials. `tuned` (bf16 autocast, channels-last, fused SGD) and `compiled` are what
-    one switches on next."""
+    one switches on next; a `deterministic` one repeats bit for bit, and has no TF32."""
 
     def __init__(
         self,
@@ -86,7 +93,7 @@ class PlainLoop:
         assert optim.norm_bias_lr_scale == 1 and optim.decay_norm_and_bias, "one group of parameters"
         self.config = Config(
             engine=EngineConfig(
-                precision="bf16" if tuned else "fp32",
+                precision="bf16" if tuned else "fp32" if deterministic else TORCHS_FP32,
                 compile=False,
                 cuda_graph=False,
                 channels_last=tuned,
@@ -169,10 +176,12 @@ def engine_training(
     ddp: bool = False,
     batches: Batches | None = None,
     inductor: dict[str, Any] | None = None,
+    with_data: bool = False,
     **fields: Any,
 ) -> Steps:
     """The engine's TrainStep under these fields of EngineConfig, and `norm`; inside DDP where that is asked for, in the
-    process group that is there; compiled under these settings of inductor's in place of its own."""
+    process group that is there; compiled under these settings of inductor's in place of its own. On a batch that stays,
+    on `batches`, or `with_data`: on those of the resident loader, as fastres.train has them."""
     config, engine = engine_for(**fields)
     model = engine.place(net.build(engine.norm))
     step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
@@ -182,24 +191,40 @@ def engine_training(
         step.forward_loss.compile(fullgraph=True, dynamic=False, options=inductor)
     if ddp:
         step.forward_loss = data_parallel(step.forward_loss, engine.device)
+    loader = resident(net, engine) if with_data else None
     if engine.cuda_graph and batches is None and not ddp:
-        return replayed(step, held(net, engine, engine.dtype), lambda: resolve(config))
-    batches = held(net, engine, engine.dtype) if batches is None else batches
+        images, labels = next(held(net, engine, engine.dtype))
+        step.warm_up(images, labels)
+        return replayed(step, loader or FixedBatch(images, labels), lambda: resolve(config))
+    if loader is not None:
+        batches = loader.train(0, 1_000_000)
+    feed = held(net, engine, engine.dtype) if batches is None else batches
 
     def steps(n: int) -> None:
         resolve(config)
         for i in range(n):
-            step(*next(batches), 0.1, i)
+            step(*next(feed), 0.1, i)
 
     return steps
 
 
-def replayed(step: TrainStep, batches: Batches, switch: Callable[[], object]) -> Steps:
-    """The step as one recording, on a batch that stays: on a GPU as a CUDA graph, as fastres.train takes it."""
-    images, labels = next(batches)
-    step.warm_up(images, labels)
-    recorder = recorder_for(step.engine.device)
-    graphed = GraphedStep(step, FixedBatch(images, labels), lambda i: 0.1, recorder)
+def resident(net: Net, engine: Engine) -> Any:
+    """The resident loader of as many random images as CIFAR-10 has, cropped and flipped."""
+    fields = {
+        "source": "synthetic",
+        "image_size": net.side,
+        "synthetic_samples": 50_000,
+        "loader": "resident",
+    }
+    config = Config(data=DataConfig(**fields), train=TrainConfig(batch_size=net.batch))
+    source = load_source(config.data)
+    place = {"device": engine.device, "dtype": engine.dtype, "rank": 0, "world": 1}
+    return build_loader(config, source, source.train, **place)
+
+
+def replayed(step: TrainStep, batches: RecordedBatches, switch: Callable[[], object]) -> Steps:
+    """The step, warmed up, and its batches as one recording: on a GPU as a CUDA graph, as fastres.train takes it."""
+    graphed = GraphedStep(step, batches, lambda i: 0.1, recorder_for(step.engine.device))
 
     def steps(n: int) -> None:
         switch()

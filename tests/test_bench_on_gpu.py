@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench.bench_accuracy import compared, not_lower
+from bench.bench_accuracy import compared, not_lower, summary, together
 from bench.bench_kernel_times import kernel_times
-from bench.bench_peers import last_row
+from bench.bench_peers import last_row, shortest
 from bench.bench_schedule import same_run
 from bench.claims import lines
 from bench.runs import PlainRun, difference, run, same
@@ -219,7 +219,7 @@ def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
     flags = [*DIGITS, "--engine.precision", "fp32", "--model.norm", "torch"]
     config = parse(flags)
     source = load_source(config.data)
-    losses = PlainRun(config, source).steps(0, 6)
+    losses = PlainRun(config, source, deterministic=True).steps(0, 6)
     run(flags, 0, tmp_path / "ours", source)
     rows = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text("utf-8").splitlines())
     ours = [row["loss"] for row in rows if row["split"] == "train"]
@@ -241,12 +241,13 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     kept = {row["name"]: row["extra_info"] for row in json.loads(rows.read_text("utf-8"))["benchmarks"]}
-    schedule, parity = kept["bench_schedule"], kept["bench_parity[digits]"]
+    schedule, seeds = kept["bench_schedule"], [kept[f"bench_parity[seed{seed}-digits]"] for seed in range(2)]
     assert {name: len(turn["seconds"]) for name, turn in schedule["turns"].items()} == {
         "plain": 3,
         "fastres": 3,
     }
     assert schedule["times_as_fast"]["plain"] > 0
+    (parity,) = together(seeds)
     for of in parity["accuracies"].values():
         assert len(of) == parity["n"] == 2 and min(of) > 0.7
     assert parity["twin"] is None and parity["plain_is"] == "the loop"  # which needs no twin on a CPU
@@ -299,6 +300,25 @@ def test_airbenchs_last_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("enough_from", "wrong_at", "found"),
+    [
+        (4.0, None, (4.0, True)),
+        (2.0, None, (2.0, True)),
+        (5.0, None, (5.0, True)),
+        (9.0, None, (5.0, False)),
+        (3.0, 3.0, (4.0, True)),  # by few trials 3 seemed enough
+    ],
+)
+def test_the_shortest_length_that_averages_90(
+    enough_from: float, wrong_at: float | None, found: tuple[float, bool]
+) -> None:
+    def averages_90(length: float, trials: int) -> bool:
+        return length >= enough_from and not (length == wrong_at and trials > 3)
+
+    assert shortest((2.0, 3.0, 4.0, 5.0), averages_90) == found
+
+
+@pytest.mark.parametrize(
     ("ours", "plain", "verdict"),
     [
         ([0.91, 0.92], [0.90, 0.91], True),
@@ -322,39 +342,69 @@ def found_in(*rows: tuple[str, dict[str, Any]]) -> dict[str, str]:
     return {line[:72].strip(): line[114:] for line in made}
 
 
-PARITY = {
-    "what": "parity", "model": "resnet20", "steps": 64_000, "data": "cifar10", "n": 5,
-    "mean_train_time_s": 25.0, "sd_train_time_s": 0.1, "mean_accuracy": {"fastres": 0.915, "plain": 0.916},
-    "difference": -0.001, "standard_error": 0.001, "twin": {"first_different_step": None, "state_equal": True},
-}  # fmt: skip
+def parity(*seeds: int, seconds: float = 25.0, **other: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Rows as bench_parity leaves them, one for each seed."""
+    return [
+        ("accuracy", {
+            "what": "parity", "model": "resnet20", "steps": 64_000, "data": "cifar10", "precision": "bf16",
+            "n": 1, "seeds": [seed], "train_time_s": [seconds + seed / 10],
+            "accuracies": {"fastres": [0.915 + seed / 1e4], "plain": [0.916 + seed / 1e4]}, "plain_is": "graphed twin",
+            "twin": {"steps": 300, "first_different_step": None, "state_equal": True}, **other,
+        })
+        for seed in seeds
+    ]  # fmt: skip
+
+
 TRAINING, ACCURACY = "ResNet-20, batch 128, 64,000 steps: training", "accuracy against plain fp32"
 
 
 def test_what_nobody_measured_says_so() -> None:
     assert set(found_in().values()) == {"not measured"}
-    short = PARITY | {"steps": 60, "model": "resnet8"}
-    assert set(found_in(("accuracy", short)).values()) == {"not measured"}
+    assert set(found_in(*parity(0, steps=60, model="resnet8")).values()) == {"not measured"}
 
 
 def test_what_was_measured_is_reached_or_not() -> None:
-    found = found_in(("accuracy", PARITY))
-    assert found[TRAINING] == "reached       25.00 ± 0.10 s, n=5"
-    assert found[ACCURACY].startswith("reached ") and "on cifar10, n=5" in found[ACCURACY]
-    found = found_in(("accuracy", PARITY | {"mean_train_time_s": 31.0, "difference": -0.0021}))
-    assert found[TRAINING].startswith("not reached") and found[ACCURACY].startswith("not reached")
-    assert found_in(("accuracy", PARITY | {"mean_train_time_s": 19.0}))[TRAINING].startswith(
-        "reached, stretch"
+    found = found_in(*parity(*range(5)))
+    assert found[TRAINING] == "reached       25.20 ± 0.16 s, n=5"
+    assert found[ACCURACY].startswith(
+        "not reached   0.9152 on cifar10, n=5; plain 0.9162, n=5: -0.0010 ± 0.0001"
     )
+    alike = {"accuracies": {"fastres": [0.915], "plain": [0.915]}}
+    assert found_in(*parity(*range(5), **alike))[ACCURACY].startswith("reached ")
+    assert found_in(*parity(*range(5), seconds=31.0))[TRAINING].startswith("not reached")
+    assert found_in(*parity(*range(5), seconds=19.0))[TRAINING].startswith("reached, stretch")
 
 
 def test_what_is_too_little_to_tell_is_not_reached() -> None:
-    for missing in ({"n": 4}, {"twin": None}, {"twin": {"first_different_step": 7, "state_equal": False}}):
-        assert found_in(("accuracy", PARITY | missing))[ACCURACY].startswith("not shown")
+    other = {"steps": 300, "first_different_step": 7, "state_equal": False}
+    only_ours = {"accuracies": {"fastres": [0.915]}}
+    for rows in (
+        parity(*range(4)),
+        parity(*range(5), twin=None),
+        parity(*range(4)) + parity(4, twin=other, **only_ours),
+        parity(*range(4)) + parity(4, **only_ours),
+    ):
+        assert found_in(*rows)[ACCURACY].startswith("not shown")
+        assert found_in(*rows)[TRAINING].startswith("reached")  # which takes no twin
+
+
+def test_a_seed_counts_once_as_it_was_measured_last() -> None:
+    rows = [info for _, info in (*parity(0, 1), *parity(1, 2, seconds=30.0))]
+    (merged,) = together(rows)
+    assert merged["n"] == 3 and merged["mean_train_time_s"] == pytest.approx((25.0 + 30.1 + 30.2) / 3)
+    two = {"n": 2, "train_time_s": [25.0, 25.1], "accuracies": {"fastres": [0.9, 0.8], "plain": [0.7, 0.6]}}
+    at_once = {name: value for name, value in (rows[0] | two).items() if name != "seeds"}  # as rows once were
+    assert together([at_once])[0]["mean_accuracy"] == {
+        "fastres": pytest.approx(0.85),
+        "plain": pytest.approx(0.65),
+    }
+    (text,) = [line for line in summary(rows) if "plain fp32" in line]
+    assert "graphed twin: 0.9161, n=3" in text
 
 
 def test_the_data_set_itself_goes_before_a_copy() -> None:
-    copy = PARITY | {"data": "CIFAR-10 (JPEG copy)", "mean_train_time_s": 99.0}
-    assert "25.00" in found_in(("accuracy", copy), ("accuracy", PARITY))[TRAINING]
+    copy = parity(0, data="CIFAR-10 (JPEG copy)", seconds=99.0)
+    assert "25.00" in found_in(*copy, *parity(0))[TRAINING]
 
 
 def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
@@ -369,8 +419,8 @@ def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
 
 def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
     info = {
-        "peer": "airbench", "data": "cifar10", "n": 25, "median_s": {"fastres": 0.9, "airbench": 1.1},
-        "p_values": {"fastres": 1e-5, "airbench": 0.2},
+        "peer": "airbench", "data": "cifar10", "n": 25, "mean_s": {"fastres": 0.9, "airbench": 1.1},
+        "p_values": {"fastres": 1e-5, "airbench": 0.2}, "epochs": 3.5, "peer_averages_90": True,
     }  # fmt: skip
     claim = "time to 90 %, warm, against airbench's"
     assert found_in(("peers", info))[claim].startswith("reached")
@@ -378,8 +428,28 @@ def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
     assert found_in(("peers", info | {"p_values": {"fastres": 0.01, "airbench": 0}}))[claim].startswith(
         "not shown"
     )
-    slower = info | {"median_s": {"fastres": 1.2, "airbench": 1.1}}
+    slower = info | {"mean_s": {"fastres": 1.2, "airbench": 1.1}}
     assert found_in(("peers", slower))[claim].startswith("not reached")
+    too_short = {"peer_averages_90": False, "epochs": 26.0}
+    assert found_in(("peers", info | too_short))[claim].startswith("reached")
+    assert "airbench does not average 90 % in 26.0 epochs" in found_in(("peers", slower | too_short))[claim]
+
+
+def test_kernels_count_by_the_better_one_of_each_shape() -> None:
+    info = {
+        "what": "bn_relu", "shape": [128, 16, 32, 32], "dtype": "bf16", "direction": "full", "mode": "graph",
+        "variant": "two_pass", "baseline": "inductor", "ratio": 0.9,
+    }  # fmt: skip
+    other = info | {"shape": [128, 64, 8, 8], "ratio": 1.3}
+    claim = "BatchNorm + ReLU (+ add), fused, against inductor's"
+    rows = [("kernels", info), ("kernels", other)]
+    assert "not reached   median 1.10 x, least 0.90 x, 2 shapes" in found_in(*rows)[claim]
+    rows.append(("kernels", info | {"variant": "cooperative", "ratio": 1.2}))
+    assert "reached       median 1.25 x, least 1.20 x, 2 shapes" in found_in(*rows)[claim]
+    assert (
+        found_in(("kernels", info | {"mode": "plain"}), ("kernels", info | {"variant": "eager"}))[claim]
+        == "not measured"
+    )
 
 
 def test_a_peer_counts_compiled_and_on_the_feed_that_is_claimed() -> None:
