@@ -36,7 +36,7 @@ END
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
-doctor       |  2 | 15 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m pytest tests/test_kernels_gpu.py -k on_a_gpu
+doctor       |  2 | 15 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m tests.kernels_on_device cuda 200 && "$PYTHON" -m fastres.doctor
 table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/fastest.json | fused "relu-128x"
 graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
 schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
