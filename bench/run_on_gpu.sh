@@ -33,6 +33,7 @@ END
 }
 
 # name | minutes on an H100, an estimate | minutes after which it is stopped | essential | needs | what | command
+# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes.
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
@@ -60,8 +61,6 @@ compile      | 20 | 60 | no  | gpu,table      | inductor's settings one by one  
 models       | 25 | 90 | no  | gpu,data,table | the other networks of He et al., 64,000 steps each  | bench accuracy -k model
 END
 }
-
-# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes.
 
 # A file of the suite; what runs nothing, because all is skipped, has not succeeded.
 bench() {
