@@ -333,7 +333,8 @@ def cpu_name() -> str:
             if "model name" in line
         ]
         name = names[0] if names else name
-    return f"{name} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{name} ({threads} thread{'s' * (threads != 1)})"
 
 
 def _version(package: str) -> str | None:
