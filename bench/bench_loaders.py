@@ -5,8 +5,9 @@ networks take.
 
 Arrays and JPEGs of 32 px with CIFAR's augmentation, and photographs with ImageNet's at 224 px: crops of
 scikit-learn's two photographs. Each round starts its loader and takes all its batches, so that none works ahead in
-another's time; the start, of a tenth of a second, is in it. JPEGs reach the resident loader decoded, as they do from
-the second start on. What a network takes is its training step alone, measured in the same process.
+another's time; the start, of a tenth of a second or, on a GPU, of some, is in it. JPEGs reach the resident loader
+decoded, as they do from the second start on. What a network takes is its training step alone, measured in the same
+process.
 """
 
 from __future__ import annotations
@@ -32,19 +33,29 @@ from fastres.timing import interleaved as timed
 BATCH, ROUNDS = 64, 7
 CIFAR: dict[str, Any] = {"augment": "crop"}
 IMAGENET: dict[str, Any] = {"augment": "resized_crop", "image_size": 224}
+GPU = DEVICE.type == "cuda"
+LONGER = 10 if GPU else 1  # beside the start of a loader, batches of a CPU's round are nothing to a GPU
 # What: (fields of DataConfig, loaders, batches of a round, the network that would take them).
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "arrays_32px": (
         {"source": "synthetic", "synthetic_samples": 5_120, **CIFAR},
         ("resident", "dali", "dataloader"),
-        40,
+        40 * LONGER,
         "resnet20",
     ),
-    "jpeg_32px": ({"source": "imagefolder", **CIFAR}, ("resident", "dali", "dataloader"), 200, "resnet20"),
-    "jpeg_224px": ({"source": "imagefolder", **IMAGENET}, ("dali", "dataloader"), 8, "resnet50"),
+    "jpeg_32px": (
+        {"source": "imagefolder", **CIFAR},
+        ("resident", "dali", "dataloader"),
+        200 * LONGER,
+        "resnet20",
+    ),
+    "jpeg_224px": ({"source": "imagefolder", **IMAGENET}, ("dali", "dataloader"), 8 * LONGER, "resnet50"),
 }
 # The network: (batch, side in pixels, steps of a region, regions measured).
-APPETITES = {"resnet20": (128, 32, 8, 5), "resnet50": (16, 224, 1, 5)}
+APPETITES = {
+    "resnet20": (128, 32, 500 if GPU else 8, 5),
+    "resnet50": (256, 224, 20, 5) if GPU else (16, 224, 1, 5),
+}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ GPU = torch.cuda.is_available()
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
 DEPTHS = (20, 32, 44, 56, 110)
 ROUNDS = 15 if GPU else 7
-STEPS = 20 if GPU else 2  # of a round
+STEPS = 200 if GPU else 2  # of a round: on a GPU many, for its start and end take as long as some
 
 
 def net(depth: int, batch: int) -> Net:

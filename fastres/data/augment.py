@@ -51,7 +51,13 @@ class Finish:
 
 
 def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -> Draws:
-    return {name: torch.from_numpy(getattr(samples, name)).to(device) for name in fields}
+    return {name: sent(getattr(samples, name), device) for name in fields}
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, for which the host does not wait: it would, for memory that is not pinned."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Finish, center_view, crop_box
+from fastres.data.augment import Finish, center_view, crop_box, sent
 from fastres.data.formats import decode, encoded
 from fastres.data.permutation import Samples, sample_generator
 from fastres.data.sources import Split
@@ -63,7 +63,7 @@ class DaliLoader:
             yield images, labels
 
     def _labels(self, index: np.ndarray) -> Tensor:
-        return self.labels[torch.from_numpy(index).to(self.spec.device)]
+        return self.labels[sent(index, self.spec.device)]
 
     # ---- what DALI is fed with -----------------------------------------------------------------------------
 
@@ -152,7 +152,10 @@ class DaliLoader:
                     raise Refused(self._refusal(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
-                feed_ndarray(batch, pixels)
+                # On torch's stream, as DALI's own iterator: what was queued there before may still use that memory.
+                on_gpu = self.spec.device.type == "cuda"
+                stream = torch.cuda.current_stream(self.spec.device) if on_gpu else None
+                feed_ndarray(batch, pixels, cuda_stream=stream)
                 yield ahead.popleft(), pixels
         finally:
             # Its threads end here. A pipeline is part of reference cycles: left to the garbage collector, one was
@@ -219,6 +222,8 @@ class DaliLoader:
 
         device = "mixed" if self.spec.device.type == "cuda" else "cpu"
         options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
+        if device == "mixed":
+            options["jpeg_fancy_upsampling"] = True  # the colours of an edge as a CPU decodes them
         if "box_start" not in given:
             return fn.decoders.image(given["images"], **options)
         box = {"start": given["box_start"], "shape": given["box_shape"], "axes": (0, 1)}
