@@ -1,7 +1,7 @@
 """What has to be reached on a GPU, beside what was measured: the table that `python -m bench.report --claims` prints.
 
 A row that nobody has measured says so; one whose evidence is too thin to tell says what is missing. All figures are of
-one device, each row's from one run in which the contestants took turns.
+one device, and each ratio of contestants that took turns in one run; accuracies are put together over the seeds' runs.
 """
 
 from __future__ import annotations

@@ -250,9 +250,8 @@ def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, po
         results = conv_norm(*tensors, EPS)
         weighted_sum(results).backward()
         runs.append([*results, *gradients_of(tensors)])
-        assert not any(
-            result._is_view() for result in results
-        )  # of which autograd lets nobody write in place
+        # Into a view that an op returned autograd lets nobody write in place.
+        assert not any(result._is_view() for result in results)
     for first, second in zip(*runs, strict=True):
         assert first.isfinite().all() and torch.equal(first, second)
 
