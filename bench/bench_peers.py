@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from bench.bench_loaders import fed_by_dali, folders  # noqa: F401, a fixture
-from bench.bench_time_to_90 import GOAL, flags_of, p_value
+from bench.bench_time_to_90 import GOAL, flags_of, of_runs
 from bench.runs import warm_runs
 from bench.steps import DEVICE, Net, PlainLoop, compare, engine_for, engine_training, held, loop_training
 from fastres import build_model
@@ -131,9 +131,6 @@ def bench_airbench(
         seconds, summary = our_run(len(ours))
         ours.append((seconds + whitening_s, summary["test_accuracy"]))
         # After every round, for what interrupts the others.
-        of = {"fastres": ours, "airbench": theirs}
-        times = {name: [seconds for seconds, _ in runs] for name, runs in of.items()}
-        accuracies = {name: [accuracy for _, accuracy in runs] for name, runs in of.items()}
         benchmark.extra_info.update(
             peer="airbench",
             data=source.name,
@@ -141,14 +138,8 @@ def bench_airbench(
             peer_averages_90=averages,
             n=len(ours),
             whitening_s=whitening_s,
-            times_s=times,
-            mean_s={name: statistics.mean(values) for name, values in times.items()},
-            sd_s={
-                name: statistics.stdev(values) if len(values) > 1 else None for name, values in times.items()
-            },
-            accuracies=accuracies,
-            mean_accuracy={name: statistics.mean(values) for name, values in accuracies.items()},
-            p_values={name: p_value(values) for name, values in accuracies.items()},
+            fastres=of_runs(ours),
+            airbench=of_runs(theirs),
         )
 
     benchmark.pedantic(one_of_ours, setup=lambda: theirs.append(their_run(epochs)), rounds=seeds)
@@ -200,9 +191,9 @@ def summary(infos: list[dict[str, Any]]) -> list[str]:
     for info in infos:
         if info["peer"] == "airbench":
             runs = (
-                f"{name} {info['mean_s'][name]:.3f} s"
-                + ("" if info["sd_s"][name] is None else f" ± {info['sd_s'][name]:.3f}")
-                + f" to {info['mean_accuracy'][name]:.4f}"
+                f"{name} {info[name]['mean_s']:.3f} s"
+                + ("" if info[name]["sd_s"] is None else f" ± {info[name]['sd_s']:.3f}")
+                + f" to {info[name]['mean_accuracy']:.4f}"
                 for name in ("fastres", "airbench")
             )
             cut = f"cut to {info['epochs']} epochs" + (

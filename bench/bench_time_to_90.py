@@ -10,10 +10,11 @@ process from its start to its end, everything included. The accuracy is that of 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,32 +72,33 @@ def bench_time_to_90(
 ) -> None:
     seeds = request.config.option.seeds
     run = KINDS[kind](flags_of(contest, request.config), tmp_path)
-    times: list[float] = []
-    accuracies: list[float] = []
+    runs: list[tuple[float, float]] = []
 
     def one() -> None:
-        seconds, summary = run(len(times))
-        times.append(seconds)
-        accuracies.append(summary["test_accuracy"])
-        several = len(times) > 1
+        seconds, summary = run(len(runs))
+        runs.append((seconds, summary["test_accuracy"]))
+        ran = {name: summary[name] for name in ("steps", "precision")}
         # After every run, for what interrupts the others.
-        benchmark.extra_info.update(
-            contest=contest,
-            kind=kind,
-            steps=summary["steps"],
-            precision=summary["precision"],
-            n=len(times),
-            mean_s=float(np.mean(times)),
-            sd_s=float(np.std(times, ddof=1)) if several else None,
-            times_s=times,
-            mean_accuracy=float(np.mean(accuracies)),
-            sd_accuracy=float(np.std(accuracies, ddof=1)) if several else None,
-            accuracies=accuracies,
-            misses=sum(accuracy < GOAL for accuracy in accuracies),
-            p_value=p_value(accuracies),
-        )
+        benchmark.extra_info.update(contest=contest, kind=kind, **ran, **of_runs(runs))
 
     benchmark.pedantic(one, rounds=seeds)
+
+
+def of_runs(runs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What is kept of them: the seconds and the test accuracy of each."""
+    times, accuracies = ([run[i] for run in runs] for i in range(2))
+    several = len(runs) > 1
+    return {
+        "n": len(runs),
+        "mean_s": statistics.mean(times),
+        "sd_s": statistics.stdev(times) if several else None,
+        "times_s": times,
+        "mean_accuracy": statistics.mean(accuracies),
+        "sd_accuracy": statistics.stdev(accuracies) if several else None,
+        "accuracies": accuracies,
+        "misses": sum(accuracy < GOAL for accuracy in accuracies),
+        "p_value": p_value(accuracies),
+    }
 
 
 def p_value(accuracies: list[float]) -> float | None:

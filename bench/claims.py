@@ -100,9 +100,9 @@ def accuracy(rows: Sequence[Row]) -> Finding | None:
 
 def time_to_90(rows: Sequence[Row]) -> Finding | None:
     for info in infos(rows, "bench_peers.py", peer="airbench"):
-        ours, theirs = (info["mean_s"][name] for name in ("fastres", "airbench"))
+        ours, theirs = (info[name]["mean_s"] for name in ("fastres", "airbench"))
         text = f"{ours:.3f} s to airbench's {theirs:.3f} s on {info['data']}, n={info['n']}"
-        p_value = info["p_values"]["fastres"]
+        p_value = info["fastres"]["p_value"]
         if info["n"] < LEAST_RUNS_TO_90:
             return Finding(text, f"not shown: n below {LEAST_RUNS_TO_90}")
         if p_value is None or p_value >= LEVEL:

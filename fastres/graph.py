@@ -241,7 +241,7 @@ def recorded(
         graphed = GraphedStep(step, training, lr_at, recorder)
         return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
     except Exception as error:
-        step.optimizer.zero_grad()
+        step.break_off()
         first = error.__context__ or error  # the end of a capture that has failed is an error of its own
         why = (str(first).splitlines() or [type(first).__name__])[0]
         if not engine.cuda_graph_may_fall_back:

@@ -269,6 +269,13 @@ class TrainStep:
             self._add(self._parts(images, labels)[0])
         self.model.zero_grad()
 
+    def break_off(self) -> None:
+        """Forgets a step that did not come to its end: gradients, and what the scaler knows of them."""
+        self.optimizer.zero_grad()
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.engine.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(state)
+
     def run_eagerly(self) -> None:
         """As if the engine did not compile."""
         self.inner.run_eagerly()

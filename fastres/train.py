@@ -174,6 +174,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             return done % every == 0 or done == steps
 
         held = None  # the last evaluation
+        logged, logged_s = start, clock.train_time_s  # the step and the time that were logged last
         clock.start()
         for i, batch in enumerate(watched(train_loader.train(start, steps)), start):
             lr = lr_at(i)
@@ -195,7 +196,8 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                 if logs:
                     step.totals.reset()
                     window += totals
-                    speed = done * batch_size / max(clock.train_time_s, 1e-9)
+                    speed = (done - logged) * batch_size / max(clock.train_time_s - logged_s, 1e-9)
+                    logged, logged_s = done, clock.train_time_s
                     progress.update(done, totals.mean_loss, totals.accuracy, lr, speed)
                     if is_main:
                         run.log(

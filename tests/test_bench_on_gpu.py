@@ -16,7 +16,9 @@ import pytest
 from bench.bench_accuracy import compared, not_lower, summary, together
 from bench.bench_kernel_times import kernel_times
 from bench.bench_peers import last_row, shortest
+from bench.bench_peers import summary as peers_summary
 from bench.bench_schedule import same_run
+from bench.bench_time_to_90 import of_runs
 from bench.claims import lines
 from bench.runs import PlainRun, difference, run, same
 from bench.tables import Row
@@ -418,21 +420,25 @@ def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
 
 
 def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
+    def runs(seconds: float, accuracy: float) -> dict[str, Any]:
+        return of_runs([(seconds, accuracy + i / 1e4) for i in range(25)])
+
     info = {
-        "peer": "airbench", "data": "cifar10", "n": 25, "mean_s": {"fastres": 0.9, "airbench": 1.1},
-        "p_values": {"fastres": 1e-5, "airbench": 0.2}, "epochs": 3.5, "peer_averages_90": True,
+        "peer": "airbench", "data": "cifar10", "n": 25, "epochs": 3.5, "peer_averages_90": True,
+        "fastres": runs(0.9, 0.905), "airbench": runs(1.1, 0.899),
     }  # fmt: skip
     claim = "time to 90 %, warm, against airbench's"
     assert found_in(("peers", info))[claim].startswith("reached")
     assert found_in(("peers", info | {"n": 24}))[claim].startswith("not shown")
-    assert found_in(("peers", info | {"p_values": {"fastres": 0.01, "airbench": 0}}))[claim].startswith(
-        "not shown"
-    )
-    slower = info | {"mean_s": {"fastres": 1.2, "airbench": 1.1}}
+    short_of_it = {"fastres": runs(0.9, 0.899)}
+    assert found_in(("peers", info | short_of_it))[claim].startswith("not shown")
+    slower = info | {"fastres": runs(1.2, 0.905)}
     assert found_in(("peers", slower))[claim].startswith("not reached")
     too_short = {"peer_averages_90": False, "epochs": 26.0}
     assert found_in(("peers", info | too_short))[claim].startswith("reached")
     assert "airbench does not average 90 % in 26.0 epochs" in found_in(("peers", slower | too_short))[claim]
+    (line,) = peers_summary([info])
+    assert "fastres 0.900 s ± 0.000 to 0.9062, airbench 1.100 s ± 0.000 to 0.9002, cut to 3.5 epochs" in line
 
 
 def test_kernels_count_by_the_better_one_of_each_shape() -> None:

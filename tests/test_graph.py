@@ -504,3 +504,19 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     assert checkpoint.digest(step.state_dict()) == before
     take(taken, training, 0, 2)
     assert step.totals.read()[0].samples == 2 * 64
+
+
+def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, loader, evaluate = build("--engine.precision", "fp16")
+    step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=True)
+    before, said = checkpoint.digest(step.state_dict()), list[str]()
+    fine = graph._why_not
+    last = torch.ops.aten._amp_update_scale_.default  # after the update of the weights
+    monkeypatch.setattr(graph, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
+    taken, training, _ = recorded(step, evaluate, loader, loader, lr_at, said.append)
+    assert "_amp_update_scale_" in said[0]
+    assert checkpoint.digest(step.state_dict()) == before
+    take(taken, training, 0, 2)
+    assert step.totals.read()[0].samples == 2 * 64

@@ -134,6 +134,15 @@ def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(und
         assert evaluation["train_loss"] == pytest.approx(sum(row["loss"] for row in since) / len(since))
 
 
+def test_the_images_per_second_of_a_row_are_those_since_the_row_before(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    before = {"step": 0, "train_time_s": 0.0}
+    for row in (row for row in rows if row["split"] == "train"):
+        images = (row["step"] - before["step"]) * 128
+        assert row["images_per_s"] == pytest.approx(images / (row["train_time_s"] - before["train_time_s"]))
+        before = row
+
+
 def test_its_config_fed_back_repeats_the_run(train: Train, undisturbed: Path, tmp_path: Path) -> None:
     assert train("--config", undisturbed / "config.yaml", "--run.dir", tmp_path / "again") == 0
     assert sha256(tmp_path / "again/model.safetensors") == sha256(undisturbed / "model.safetensors")
