@@ -496,7 +496,7 @@ def summary(rows: list[Row]) -> list[str]:
     first = rows[0]
     lines = [f"{first['device']}: a copy moves {first['copy_gb_per_s']:,.0f} GB/s"]
     if first["capability"] is None:
-        lines.append("on a CPU this times the reference and not the kernels: it claims nothing")
+        lines = [f"{first['device']}: the reference is timed and not the kernels, which claims nothing"]
     for case, of_case in groupby(rows, lambda row: (row["what"], tuple(row["shape"]), row["dtype"])):
         what, shape, dtype = case
         lines.append("{}, {} in {}".format(what, " × ".join(map(str, shape)), dtype))

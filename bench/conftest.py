@@ -27,12 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--full", action="store_true", help="every net and variant, not what the machine has time for"
     )
-    group.addoption("--seeds", type=int, default=5, metavar="N", help="runs of bench_time_to_90 (default 5)")
+    group.addoption(
+        "--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)"
+    )
     group.addoption(
         "--data-root",
         default="data",
         metavar="DIR",
-        help="where bench_time_to_90 and bench_peers look for CIFAR-10",
+        help="where what trains on CIFAR-10 looks for it (default: %(default)s)",
     )
     group.addoption(
         "--write-table",
@@ -40,7 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="put the kernels that bench_kernels found faster into kernels/fastest.json",
     )
     group.addoption(
-        "--jpeg-copy", metavar="DIR", help="folder of CIFAR-10 as JPEGs: bench_time_to_90 runs on it too"
+        "--jpeg-copy",
+        metavar="DIR",
+        help="folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too",
     )
 
 

@@ -57,7 +57,13 @@ def settings_of(arguments: list[str]) -> list[Setting]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.held_out", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.held_out",
+        allow_abbrev=False,
+        usage="%(prog)s [--seeds N] [--json FILE] FLAGS [+ FLAGS]...",
+        description=str(__doc__).partition("\n")[0],
+        epilog="FLAGS are those of fastres.train: the first hold for all settings, those after a + for one of them.",
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

@@ -6,9 +6,10 @@ usage() {
     cat <<'END'
 usage: bench/run_on_gpu.sh --data DIR [--essential | --only NAME...] [--list]
 
-Measures on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200) what fastres claims, in stages, the
-essential ones first, cheapest first. Results go to bench/results/ as the suite's JSON; the end prints the claims beside
-what was found, and what to commit. A stage that fails does not keep the others from running.
+Measures on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200) what fastres claims, in stages: the
+essential ones first, and cheapest first once the kernels are chosen. Results go to bench/results/ as the suite's JSON;
+the end prints the claims beside what was found, and what to commit. A stage that fails does not keep the others from
+running.
 
   --data DIR      holds cifar-10-batches-py, or CIFAR-10 as JPEGs in train/CLASS/ and test/CLASS/
   --essential     only the stages marked so: 25 minutes on an H100, by estimate
@@ -33,16 +34,17 @@ END
 }
 
 # name | minutes on an H100, an estimate | minutes after which it is stopped | essential | needs | what | command
-# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes.
+# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes:
+# so what writes the table comes before all that takes it.
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
 doctor       |  2 | 15 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m tests.kernels_on_device cuda 200 && "$PYTHON" -m fastres.doctor
 table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/fastest.json | fused "relu-128x"
+table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
 graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
 schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
 kernel_times |  4 | 15 | yes | gpu,table      | a step's kernels, their times and gaps              | bench kernel_times
-table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
 resnet50     |  4 | 15 | yes | gpu,table      | ResNet-50 beside timm's and torchvision's tuned     | bench peers -k "resnet50 and (timm or tuned) and not dali"
 parity_0     |  4 | 20 | yes | gpu,data,table | 64,000 steps beside the plain loop's, seed 0        | parity 0
 parity_1     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 1        | parity 1
@@ -56,7 +58,7 @@ airbench     |  6 | 20 | no  | gpu,data,table | time to 90 % beside airbench's, 
 throughput   |  6 | 30 | no  | gpu,table      | every family in training and inference              | bench throughput
 tests        | 10 | 40 | no  | gpu            | the test suite                                      | "$PYTHON" -m pytest -n auto --dist loadfile
 time_to_90   | 12 | 40 | no  | gpu,data,table | time to 90 %, warm and cold, n=25                   | bench time_to_90 --seeds 25
-kernels      | 15 | 45 | no  | gpu            | the fused kernels beside eager, compiled, apex      | bench kernels --write-table
+kernels      | 15 | 45 | no  | gpu            | the fused kernels beside eager, compiled, apex      | bench kernels
 compile      | 20 | 60 | no  | gpu,table      | inductor's settings one by one                      | bench compile
 models       | 25 | 90 | no  | gpu,data,table | the other networks of He et al., 64,000 steps each  | bench accuracy -k model
 END

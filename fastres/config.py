@@ -49,7 +49,8 @@ class ModelConfig:
 
     norm: Literal["auto", "torch", "fused", "apex"] = "auto"
     """BatchNorm implementation; the state_dict's keys are the same under each. fused: with ReLU and addition, in Triton
-    on a GPU and in C++ on a CPU with avx512_bf16; auto takes it where it was measured faster."""
+    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto takes it where it was measured faster, and with
+    sync_norm."""
 
     sync_norm: bool = False
     """Share BatchNorm statistics between processes (SyncBatchNorm)."""
@@ -572,7 +573,8 @@ def _parser(prog: str) -> ArgumentParser:
         allow_abbrev=False,
         usage="torchrun -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Trains a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
-        epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input.",
+        epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input, "
+        "128 + N stopped by signal N and saved; torchrun reports its own.",
     )
     _add_file_arguments(parser)
     parser.add_class_arguments(Config, None, skip={"recipe"})

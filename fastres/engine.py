@@ -107,7 +107,7 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     if cuda_graph and not graphs:
         raise Refused(f"engine.cuda_graph true: {why}; {remedy}")
     in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
-    norm = choose("norm", config.model.norm, *_faster_norm(device, config.model.sync_norm, in_cpp, why))
+    norm = choose("norm", config.model.norm, *_faster_norm(config, device, in_cpp, why))
     conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
     if conv == "own" and not in_cpp:
         raise Refused(f"engine.conv own: {why}; use torch")
@@ -219,12 +219,14 @@ def _runs_in_cpp(
     return cpu.available()
 
 
-def _faster_norm(device: torch.device, sync: bool, in_cpp: bool, why: str) -> tuple[str, str]:
-    """auto's choice of the norm, and the reason in words."""
-    if sync:
+def _faster_norm(config: Config, device: torch.device, in_cpp: bool, why: str) -> tuple[str, str]:
+    """auto's choice of the norm, and the reason in words. in_cpp, why: what _runs_in_cpp says."""
+    if config.model.sync_norm and config.engine.channels_last:
         return "fused", "it shares statistics between processes"
     if device.type != "cuda":
         return ("measured" if in_cpp else "torch"), why
+    if not config.engine.channels_last:
+        return "torch", "the fused kernels take channels-last only"
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     if tables.table_of(device) is None:
         return "torch", f"the fused kernels were not measured at compute capability {capability}"

@@ -400,6 +400,7 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def parser() -> Parser:
+    on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
         prog="fastres.profile",
         description="Variants of one block or of a whole network, side by side.",
@@ -430,7 +431,7 @@ def parser() -> Parser:
         "--variants", nargs="+", metavar="VARIANT",
         help="MODE-NORM-LAYOUT-PRECISION of " + " × ".join(f"{{{', '.join(words)}}}" for words in AXES.values())
         + "; words left out are the first; with a * all that match; the first variant is the baseline (default: "
-        + ", ".join(DEFAULTS["cpu"]) + "; on a GPU also " + ", ".join(DEFAULTS["cuda"][4:]) + ")",
+        + ", ".join(DEFAULTS["cpu"]) + "; on a GPU also " + ", ".join(on_a_gpu) + ")",
     )  # fmt: skip
     made.add_argument(
         "--device",

@@ -84,9 +84,18 @@ def test_the_list_has_every_stage_and_the_essential_part_is_within_25_minutes() 
     marked = [row for row in rows if row[2] == "yes"]
     assert [row[0] for row in marked] == [line.split()[0] for line in essential.stdout.splitlines()[1:-1]]
     assert sum(int(row[1]) for row in marked) <= 25
-    for part in (marked, [row for row in rows if row[2] == "no"]):  # the essential first, each cheapest first
-        assert [int(row[1]) for row in part] == sorted(int(row[1]) for row in part)
     assert rows[: len(marked)] == marked
+    first = next(i for i, row in enumerate(marked) if "table" in row[3])  # that takes the table of kernels
+    for part in (marked[:first], marked[first:], rows[len(marked) :]):  # cheapest first
+        assert [int(row[1]) for row in part] == sorted(int(row[1]) for row in part)
+
+
+def test_nothing_writes_the_table_of_kernels_after_a_stage_that_takes_it() -> None:
+    """It would make that stage another one, to be measured again."""
+    stages = [line.split("|") for line in SCRIPT.read_text("utf-8").splitlines() if line.count("|") == 6]
+    writes = [i for i, stage in enumerate(stages) if "fused " in stage[6] or "--write-table" in stage[6]]
+    takes = [i for i, stage in enumerate(stages) if "table" in stage[4]]
+    assert len(writes) == 2 and max(writes) < min(takes)
 
 
 def test_every_stage_names_a_bench_that_is_there() -> None:

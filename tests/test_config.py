@@ -1,4 +1,4 @@
-"""The command line and its files (SPEC section 5): precedence, recipes, the tutorial's config.json, refusals."""
+"""The command line and its files: precedence, recipes, the tutorial's config.json, refusals."""
 
 from __future__ import annotations
 

@@ -411,6 +411,14 @@ def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
             resolve(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
 
 
+@pytest.mark.parametrize(("channels_last", "norm"), [(True, "fused"), (False, "torch")])
+def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(
+    channels_last: bool, norm: str
+) -> None:
+    engine = EngineConfig(device="cpu", channels_last=channels_last)
+    assert resolve(Config(model=ModelConfig(sync_norm=True), engine=engine)).norm == norm
+
+
 @needs_kernels
 def test_under_compile_the_modules_are_torchs() -> None:
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The order of samples and the draws of their augmentation (SPEC section 4): pure, equal for every loader."""
+"""The order of samples and the draws of their augmentation: pure, equal for every loader."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Loader(Protocol):
     global batch."""
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One augmented batch for each step of [first_step, last_step), in the order of SPEC section 4."""
+        """One augmented batch for each step of [first_step, last_step), in the order of permutation.py."""
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample once over all processes, not augmented. Batches are of one size and equal in number on
