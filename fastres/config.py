@@ -27,7 +27,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fastres.errors import Refused
+from fastres.errors import Refused, first_line
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")
@@ -122,7 +122,7 @@ class DataConfig:
     With mixup too, a coin decides for each image."""
 
     image_size: PositiveInt | None = None
-    """Side in pixels that the network sees (null: the data's own; needed for resized_crop and synthetic)."""
+    """Side in pixels that the network sees (null: the data's own, 32 of synthetic; needed for resized_crop)."""
 
     synthetic_samples: PositiveInt = 2048
     """Training samples of the synthetic source (a quarter as many for test)."""
@@ -379,7 +379,7 @@ def translate_tutorial(flat: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Refused(f"{path}: zero_padding is {flat['zero_padding']!r}; it is true or false")
     if flat.get("height") != flat.get("width"):
         raise Refused(f"{path}: height {flat.get('height')} and width {flat.get('width')} must be equal")
-    # By name where there is one; resnet50 and resnet152 are ImageNet's, so n says the depth always.
+    # Not resnetN: 50 and 152 are ImageNet's.
     model: dict[str, Any] = {"name": "cifar_resnet", "options": {"blocks_per_stage": n}}
     if mode == "cnn":
         model["options"]["plain"] = True
@@ -434,7 +434,7 @@ def check(config: Config) -> None:
         f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({train.steps})",
     )
     refuse_if(
-        not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.engine.device),
+        not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.engine.device),
         f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
     )
     for name in ("warmup_scale", "final_scale"):
@@ -483,7 +483,7 @@ def check(config: Config) -> None:
             classes = config.model.num_classes or 10
             build_model(config.model.name, norm=norm, num_classes=classes, **model_options(config.model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise Refused(f"model: {str(error).splitlines()[0]}") from None
+        raise Refused(f"model: {first_line(error)}") from None
 
 
 def model_options(model: ModelConfig) -> dict[str, Any]:
@@ -659,9 +659,9 @@ def _given(given: Any, key: str) -> Any:
     if isinstance(given, dict):
         section, _, name = key.partition(".")
         return given[section][name.split(".")[0]]
-    for flag, value in itertools.pairwise([*given, ""]):
+    for flag, value in reversed([*itertools.pairwise([*given, ""])]):  # the last one counts
         name, equals, attached = flag.partition("=")
-        if name.startswith(f"--{key}"):
+        if name == f"--{key}" or name.startswith(f"--{key}."):
             return attached if equals else value
     return None
 

@@ -5,7 +5,6 @@ Exit status 0 where the engine can train, whatever is optional and missing; 1 wh
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import platform
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from fastres.config import Config, EngineConfig, OptimConfig
 from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
-from fastres.errors import Refused, run_command
+from fastres.errors import Parser, Refused, first_line, run_command
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
 
@@ -30,12 +29,12 @@ OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 STYLES = {OK: "green", NOTE: "dim", WARNING: "yellow", BROKEN: "bold red"}
 Findings = Iterator[tuple[str, str]]  # mark, text
 
-EXTRAS = {  # what it is for: (packages, the extra that installs them); one of DALI's builds is enough
+EXTRAS = {  # what it is for: (packages, the extra that installs them)
     "TensorBoard": (("tensorboard",), "tensorboard"),
     "Weights & Biases": (("wandb",), "wandb"),
     "ONNX export": (("onnx", "onnxscript", "onnxruntime"), "export"),
 }
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
 LAYOUTS = {  # where each data set lies under its root
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
@@ -197,12 +196,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fastres.doctor", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="fastres.doctor", description=__doc__.partition(": ")[2])
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), metavar="DIR",
                         help="folder of data sets to look into (default: %(default)s)")  # fmt: skip
     root: Path = parser.parse_args(argv).root

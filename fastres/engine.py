@@ -27,6 +27,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+APEX_NORM = "contrib.groupbn.batch_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,20 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     why = "torch sees a GPU" if on_gpu else "torch sees no GPU"
     device = torch.device(choose("device", wanted.device, "cuda" if on_gpu else "cpu", why))
     if device.type == "cuda":
+        if ":" in str(device) and distributed.local_world() > 1:
+            raise Refused(
+                f"engine.device {device}: {distributed.local_world()} processes would share it; use cuda, which "
+                "gives each its own"
+            )
         if not on_gpu:
             raise Refused(f"engine.device {wanted.device}: torch sees no GPU here; use --engine.device cpu")
         if ":" not in str(device):
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
-            raise Refused(f"engine.device {device}: this machine has {torch.cuda.device_count()} GPU(s)")
+            raise Refused(
+                f"engine.device {device}: this machine has {torch.cuda.device_count()} GPU(s); use as many processes "
+                "at most, or another number"
+            )
         torch.cuda.set_device(device)
 
     bf16, why = computes_in_bf16(device)
@@ -107,14 +116,14 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     if cuda_graph and not graphs:
         raise Refused(f"engine.cuda_graph true: {why}; {remedy}")
     in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
-    norm = choose("norm", config.model.norm, *_faster_norm(config, device, in_cpp, why))
+    norm = choose("norm", config.model.norm, *_faster_norm(config, device, precision, in_cpp, why))
     conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
     if conv == "own" and not in_cpp:
         raise Refused(f"engine.conv own: {why}; use torch")
     if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
-        apex, why = find_apex("contrib.groupbn.batch_norm")
+        apex, why = find_apex(APEX_NORM)
         if apex is None:
             raise Refused(f"model.norm apex: {why}; use torch or fused")
         if precision != "fp16" or not wanted.channels_last:
@@ -219,14 +228,21 @@ def _runs_in_cpp(
     return cpu.available()
 
 
-def _faster_norm(config: Config, device: torch.device, in_cpp: bool, why: str) -> tuple[str, str]:
+def _faster_norm(
+    config: Config, device: torch.device, precision: str, in_cpp: bool, why: str
+) -> tuple[str, str]:
     """auto's choice of the norm, and the reason in words. in_cpp, why: what _runs_in_cpp says."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "torch", "the fused kernels need Triton: pip install triton"
     if config.model.sync_norm and config.engine.channels_last:
         return "fused", "it shares statistics between processes"
-    if device.type != "cuda":
+    if not on_gpu:
         return ("measured" if in_cpp else "torch"), why
     if not config.engine.channels_last:
         return "torch", "the fused kernels take channels-last only"
+    if precision != "bf16":
+        return "torch", f"the fused kernels were measured in bf16, not in {precision}"
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     if tables.table_of(device) is None:
         return "torch", f"the fused kernels were not measured at compute capability {capability}"

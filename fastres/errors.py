@@ -1,7 +1,9 @@
-"""The two ways in which a command ends badly on purpose. Anything else is a bug and shows its traceback."""
+"""The two ways in which a command ends badly on purpose. Anything else is a bug and shows its traceback, but for memory
+that ran out and paths that the system refuses."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class Refused(Exception):
@@ -23,6 +26,28 @@ class Failed(Exception):
 
     status = 1
     said = False
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command other than train: refuses in one line, and takes no abbreviations, as train does."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> Any:
+        raise Refused(f"{message}; --help lists all")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what it is. On a CPU torch has no type of its own for it."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def complain(what: str, said: bool = False) -> None:
@@ -45,6 +70,19 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (Refused, Failed) as error:
         complain(str(error), error.said)
         status = error.status
+    except Exception as error:
+        if out_of_memory(error):
+            remedy = "take a smaller batch, or in training --train.accumulate 2 for the same batch in parts"
+            complain(f"out of memory ({first_line(error)}): {remedy}", getattr(error, "said", False))
+            status = Failed.status
+        elif isinstance(error, OSError) and error.filename is not None:
+            complain(
+                f"{error.filename}: {error.strerror}; give a path that can be used",
+                getattr(error, "said", False),
+            )
+            status = Refused.status
+        else:
+            raise
     if _several():
         # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26
         # runs of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch

@@ -16,8 +16,8 @@ from fastres import checkpoint
 from fastres.config import Config, DataConfig, EngineConfig, model_options, parse
 from fastres.data import build_loader
 from fastres.data.sources import load_source
-from fastres.engine import Engine, resolve
-from fastres.errors import Refused, run_command
+from fastres.engine import APEX_NORM, Engine, find_apex, resolve
+from fastres.errors import Parser, Refused, run_command
 from fastres.log import device_name
 from fastres.models import build_model
 from fastres.step import Evaluator, Totals
@@ -118,9 +118,7 @@ def agreement(totals: Totals, path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fastres.evaluate", description=__doc__.partition(": ")[2], allow_abbrev=False
-    )
+    parser = Parser(prog="fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones"
@@ -136,6 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     config, weights = load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
+    if (
+        config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None
+    ):  # the same network, on another machine
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = resolve(config)
     totals = evaluate_run(config, engine, weights)
     print(

@@ -6,8 +6,8 @@ logits (N, classes).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastres.config import Config
-from fastres.errors import Failed, Refused, run_command
+from fastres.config import Config, model_options
+from fastres.errors import Failed, Parser, Refused, run_command
 from fastres.evaluate import load_run, rebuild
+from fastres.models import check_takes
 from fastres.models.weights import save_weights
 
 Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
@@ -42,7 +43,9 @@ class Format:
 
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+    content = io.BytesIO()  # of a file that cannot be written torch makes an error of its own kind
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
@@ -94,6 +97,7 @@ def export(
     Returns the largest difference of two logits, and the shape of one image."""
     format_, model = FORMATS[name], rebuild(config, weights).eval()
     shape = (weights["conv1.weight"].shape[1], *[side_of(config, format_)] * 2)
+    check_takes(config.model.name, (1, *shape), training=False, **model_options(config.model))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=random) for n in BATCHES]
     temporary = output.with_name(f".{os.getpid()}.{output.name}")  # of the same suffix
@@ -130,9 +134,7 @@ def side_of(config: Config, format_: Format) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fastres.export", description=__doc__.partition(": ")[2], allow_abbrev=False
-    )
+    parser = Parser(prog="fastres.export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: export.safetensors, "

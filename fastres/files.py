@@ -15,7 +15,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Where that fails (OSError, or whatever the block raises), what was at `path` is as it was and nothing else is left.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastres.data.augment import Draws
-from fastres.errors import Failed
+from fastres.errors import Failed, first_line
 from fastres.step import Batch, Evaluator, TrainStep, compiled, unchanged
 from fastres.timing import no_garbage
 
@@ -242,8 +242,7 @@ def recorded(
         return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
     except Exception as error:
         step.break_off()
-        first = error.__context__ or error  # the end of a capture that has failed is an error of its own
-        why = (str(first).splitlines() or [type(first).__name__])[0]
+        why = first_line(error.__context__ or error)  # the end of a failed capture is an error of its own
         if not engine.cuda_graph_may_fall_back:
             raise Failed(
                 f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastres.engine import DTYPES
+from fastres.errors import first_line
 from fastres.timing import interleaved, seconds_of
 
 # ------------------------------------------------------------------------------------------- data sheets
@@ -235,5 +236,5 @@ def _read(fields: Mapping[str, Callable[[], Any]], where: str) -> tuple[dict[str
 def _reason(error: Exception) -> str:
     text = type(error).__name__
     with suppress(Exception):  # an error's own text may fail too
-        text = (str(error).splitlines() or [text])[0]
+        text = first_line(error)
     return text

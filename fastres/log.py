@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
-from fastres.errors import Failed, Refused
+from fastres.errors import Failed, Refused, first_line
 from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
 
@@ -115,7 +115,12 @@ class Run:
             write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
             rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self._trackers = [TRACKERS[name](self) for name in TRACKERS if getattr(self.config.run, name)]
+        for name in TRACKERS:
+            if getattr(self.config.run, name):
+                try:
+                    self._trackers.append(TRACKERS[name](self))
+                except Exception as error:  # whatever a service or its client has to say
+                    raise Refused(f"run.{name}: {first_line(error)}; see to it, or leave it out") from None
 
     def kept(self) -> str:
         """Where the newest checkpoint is, in words."""
@@ -140,10 +145,11 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and passes it to the trackers."""
-        with self.writing(), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for tracker in self._trackers:
-            tracker.log(row)
+        with self.writing():
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            for tracker in self._trackers:
+                tracker.log(row)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are evaluations."""
@@ -288,7 +294,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "triton": _version("triton"),
-        "dali": _version("nvidia-dali-cuda130"),
+        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "platform": platform.platform(),

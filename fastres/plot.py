@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastres.errors import Refused, run_command
+from fastres.errors import Parser, Refused, run_command
 from fastres.files import whole_file
 
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
@@ -108,7 +107,7 @@ def table_of(runs: list[Path]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="fastres.plot", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="fastres.plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
                         "run, or comparison.png here for several)")  # fmt: skip

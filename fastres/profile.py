@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from fastres import hardware
 from fastres.config import Config
 from fastres.engine import Engine, resolve
-from fastres.errors import Failed, Refused, run_command
+from fastres.errors import Failed, Parser, Refused, first_line, run_command
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text
 from fastres.optim import build_optimizer
@@ -222,7 +222,7 @@ def prepare(
             prepare_s = time.perf_counter() - start
             work = contestant.work()
         except Exception as error:  # of the compiler, of the memory: the others still count
-            absent[variant.name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            absent[variant.name] = f"failed: {type(error).__name__}: {first_line(error)}"
             continue
         say(f"{variant.name}: ready after {prepare_s:.1f} s")
         ready[variant.name] = Prepared(
@@ -378,11 +378,6 @@ def peak_on_gpu(contestant: Contestant, history: Path | None) -> int:
 # ------------------------------------------------------------------------------------------- command
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:  # in one line, as every command refuses
-        raise Refused(f"{message}; --help lists all")
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -405,7 +400,6 @@ def parser() -> Parser:
         prog="fastres.profile",
         description="Variants of one block or of a whole network, side by side.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="examples:\n"
         "  python -m fastres.profile --model resnet50 --batch-size 256\n"
         "  python -m fastres.profile --block basic --channels 16 --size 32 --batch-size 1024\n"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastres import distributed
 from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
-from fastres.errors import Refused
+from fastres.errors import Refused, first_line, out_of_memory
 from fastres.optim import learning_rates
 from fastres_kernels import statistics_together
 
@@ -377,9 +377,11 @@ def warm_up(
     except Refused:  # the data's fault, not the compiler's
         raise
     except Exception as error:
-        if not (train_step.engine.compile and train_step.engine.compile_may_fall_back):
+        if out_of_memory(error) or not (
+            train_step.engine.compile and train_step.engine.compile_may_fall_back
+        ):
             raise
-        say(f"compile: false (the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0]})")
+        say(f"compile: false (the compiler failed: {first_line(error)})")
         train_step.run_eagerly()
         evaluate.forward_loss.run_eagerly()
         train_step.warm_up(*batch)

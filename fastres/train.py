@@ -24,10 +24,10 @@ from fastres.config import Config, model_options, parse
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
-from fastres.errors import Failed, Refused, run_command
+from fastres.errors import Failed, Refused, first_line, run_command
 from fastres.graph import recorded
 from fastres.log import ProgressLine, Run, device_name, write_text
-from fastres.models import build_model
+from fastres.models import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale
@@ -85,12 +85,16 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
         replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
-    elif whiten := getattr(model, "whiten", None):
-        whiten(sample_images(config, source, training).to(engine.device))
     distributed.broadcast_buffers(model)
     if config.model.sync_norm:
         distributed.share_statistics(model)
     blank = blank_batch(config, source, engine)
+    at_once = (
+        len(blank[0]) // config.train.accumulate * (distributed.world() if config.model.sync_norm else 1)
+    )
+    check_takes(
+        config.model.name, (at_once, *blank[0].shape[1:]), training=True, **model_options(config.model)
+    )
     warnings = []
     if engine.channels_last:
         try:
@@ -124,7 +128,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             start, window = state["step"], Totals(**state["window"])
             clock = Clock(engine.device.type, **state["clock"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from None
+            raise Refused(f"the checkpoint is of another model: {first_line(error)}") from None
         if start > steps:
             raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
 
@@ -153,6 +157,9 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         )
 
         # --------------------------------------------------------------------------------- warm-up
+        if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
+            whiten(sample_images(config, source, training).to(engine.device))
+            distributed.broadcast_buffers(model)
         warm_up(step, evaluate, blank, curve_loader, say=progress.say)
         # As CUDA graphs, where the engine has them: then a batch is empty, and made inside of the step.
         take, train_loader, curve_loader = recorded(

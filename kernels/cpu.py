@@ -82,22 +82,23 @@ def build(compiler: str) -> ctypes.CDLL:
     Raises CalledProcessError where it cannot be compiled and OSError where it cannot be loaded.
     """
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
-    kept = cache / f"kernels-{key}.so"
-    with suppress(OSError):  # not there, or damaged: then it is built anew
-        return load(kept)
+    file = f"kernels-{key}.so"
+    store: Path | None = None
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=cache)
-    except OSError:  # a home that cannot be written: built anew in every process
-        folder = tempfile.TemporaryDirectory()
+        store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
+        with suppress(OSError):  # not there, or damaged: then it is built anew
+            return load(store / file)
+        store.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=store)
+    except (OSError, RuntimeError):  # a home that cannot be written, or none: built anew in every process
+        store, folder = None, tempfile.TemporaryDirectory()
     with folder as name:
-        fresh = Path(name) / kept.name
+        fresh = Path(name) / file
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         library = load(fresh)  # before it is kept: what does not load is not
-        if fresh.parent.parent == cache:
-            fresh.replace(kept)  # whole or not at all, whichever process comes first
+        if store:
+            fresh.replace(store / file)  # whole or not at all, whichever process comes first
     return library
 
 
@@ -249,7 +250,7 @@ def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
     else:
         fits = conv.weight.dtype == torch.bfloat16
-    return fits and _ready(x)
+    return fits and _ready(x) and x.shape[1] == conv.in_channels  # else torch says what is wrong
 
 
 def _three_by_three(conv: nn.Conv2d) -> bool:

@@ -25,7 +25,7 @@ class Skip(NamedTuple):
     gradient: Tensor  # takes y's gradient in its stead, so that it arrives apart: see ops.py
 
 
-class Measured(NamedTuple):
+class WithStatistics(NamedTuple):
     """What a NormConv2d gives: its output and, of it, the statistics that BatchNormAct2d needs."""
 
     z: Tensor  # (N, C, H, W)
@@ -124,7 +124,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.algorithm = algorithm
         self.group_name = ""  # of the processes that share the statistics: see synchronise
 
-    def forward(self, x: Tensor | Measured, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
+    def forward(
+        self, x: Tensor | WithStatistics, residual: Tensor | Skip | None = None, fork: bool = False
+    ) -> Any:
         """x, residual: (N, C, H, W) of one shape -> the same; with `fork` a tuple of it and, for a skip connection
         around what follows, a Skip of it: handed to another BatchNormAct2d as its residual, it brings its gradient
         into this one's backward apart, which adds the two on its way. ValueError on any other shape, and in training
@@ -135,9 +137,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
             y, gradient = cpu.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
             return (y, Skip(y, gradient)) if fork else y
         if algorithm == "measured":
-            algorithm = "torch" if isinstance(x, Measured) else fastest(x, residual is not None)
+            algorithm = "torch" if isinstance(x, WithStatistics) else fastest(x, residual is not None)
         if algorithm == "torch":
-            y = self._unfused(x.z if isinstance(x, Measured) else x, residual)
+            y = self._unfused(x.z if isinstance(x, WithStatistics) else x, residual)
             return (y, Skip(y, y)) if fork else y
         x, mean, var = self._statistics(x)
         added, skip = _parts(residual, x)
@@ -167,20 +169,20 @@ class BatchNormAct2d(nn.BatchNorm2d):
         wanted = self.algorithm == "measured" or not INTERPRETED
         return wanted and not self.group_name and cpu.normalises(self, x)
 
-    def pending(self, x: Tensor | Measured) -> Any:
+    def pending(self, x: Tensor | WithStatistics) -> Any:
         """forward(x) for a NormConv2d, which computes it as it reads; forward(x) itself where x brings no statistics,
         and where the activation is not ReLU."""
-        if self.act != "relu" or not isinstance(x, Measured):
+        if self.act != "relu" or not isinstance(x, WithStatistics):
             return self(x)
         z, mean, var = self._statistics(x)
         assert mean is not None and var is not None
         self._track(mean.detach(), var.detach(), z.numel() // z.shape[1])
         return Pending(z, mean, var, self.weight, self.bias, self.eps)
 
-    def _statistics(self, x: Tensor | Measured) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _statistics(self, x: Tensor | WithStatistics) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x, and the mean and variance to normalise it with; None: those of x, which nobody has taken yet."""
         mean = var = None
-        if isinstance(x, Measured):
+        if isinstance(x, WithStatistics):
             if self.group_name:
                 raise ValueError("BatchNormAct2d: NormConv2d does not share its statistics between processes")
             x, mean, var = x
@@ -263,21 +265,21 @@ class Conv2d(nn.Conv2d):
 class NormConv2d(nn.Conv2d):
     """A convolution that normalises its input as it reads, and takes the statistics of its output as it writes.
 
-    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> a Measured of (N, K, H, W). 3×3 or 1×1,
+    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> a WithStatistics of (N, K, H, W). 3×3 or 1×1,
     stride 1, "same" zero padding, no bias, groups or dilation; Triton kernels for every 1×1, and for the 3×3 of 16,
     32 and 64 channels. Made of Conv2d modules by fuse_convolutions.
     """
 
     normalises_input = True
 
-    def forward(self, x: Tensor | Pending) -> Measured:  # type: ignore[override]
+    def forward(self, x: Tensor | Pending) -> WithStatistics:  # type: ignore[override]
         norm: Any = (None, None, None, None, 0.0)
         if isinstance(x, Pending):
             x, norm = x.z, x[1:]
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return Measured(*conv_norm(x, self.weight, *norm))
+        return WithStatistics(*conv_norm(x, self.weight, *norm))
 
 
 def fuse_convolutions(model: nn.Module) -> nn.Module:

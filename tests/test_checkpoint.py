@@ -77,7 +77,7 @@ def test_nothing_is_latest_where_nothing_was_saved(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_behind_is_ignored(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, a_state(1), keep=2)
-    (tmp_path / "step-00000002.tmp").write_bytes(b"cut sho")
+    (tmp_path / "step-00000002.pt.tmp").write_bytes(b"cut sho")
     latest = checkpoint.latest(tmp_path)
     assert latest is not None and latest["step"] == 1
     checkpoint.save(tmp_path, 2, a_state(2), keep=2)
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure_of_one_line(tmp_path: Path
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, a_state(1), keep=1)
-    (tmp_path / "step-00000002.tmp").symlink_to("/dev/full")
+    (tmp_path / "step-00000002.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(Failed) as caught:
         checkpoint.save(tmp_path, 2, a_state(2), keep=1)
     assert "\n" not in str(caught.value) and "step-00000002.pt" in str(caught.value)

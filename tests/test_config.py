@@ -307,6 +307,20 @@ WRONG_TYPES = [  # field, values of another type or range, what it takes
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--data.pad_mode zero --data.pad -1", "data.pad: '-1' is not"),
+        ("--schedule.warmup_steps 5 --schedule.warmup quadratic", "schedule.warmup: 'quadratic' is not"),
+        ("--train.steps 5 --train.steps x", "train.steps: 'x' is not"),
+        ("--train.steps=5 --train.steps=x", "train.steps: 'x' is not"),
+    ],
+)
+def test_the_value_that_is_refused_is_the_one_that_is_named(flags: str, said: str) -> None:
+    with refused(said):
+        parse(flags.split())
+
+
+@pytest.mark.parametrize(
     ("field", "value", "takes"),
     [(field, value, takes) for field, values, takes in WRONG_TYPES for value in values],
 )

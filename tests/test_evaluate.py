@@ -120,6 +120,13 @@ def test_refuses_data_and_weights_that_do_not_fit(
         evaluate.main([str(run), *flags.split()])
 
 
+def test_a_run_with_apex_is_evaluated_where_there_is_none(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("norm: auto", "norm: apex"))
+    evaluate.main([str(copy)])
+
+
 def test_refuses_weights_of_another_network_or_damaged(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()

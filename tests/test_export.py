@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastres import export, train
 from fastres.errors import Failed, Refused, run_command
 from fastres.evaluate import load_run, rebuild
 from fastres.export import FORMATS
+from fastres.models import build_model
 from fastres.models.weights import save_weights
 from tests.commands import run_fastres
 
@@ -151,5 +153,19 @@ def test_refusals_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert there.read_text() == "mine"
     with pytest.raises(Refused, match=r"cannot write .*choose another --output"):
         export.main([str(run), "--output", str(tmp_path / "no" / "folder.safetensors")])
+    with pytest.raises(Refused, match=r"cannot write .*choose another --output"):
+        export.main([str(run), "--format", "torch_export", "--output", str(tmp_path / "no" / "folder.pt2")])
     with pytest.raises(Refused, match="is not the folder of a run"):
         export.main([str(tmp_path)])
+    with pytest.raises(Refused, match="--help lists all"):
+        export.main([str(run), "--form", "onnx"])
+
+
+def test_images_too_small_for_the_network_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    model = build_model("mini_resnet", in_channels=1)
+    save_weights(model, copy / "model.safetensors")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(re.sub(r"name: resnet\w+", "name: mini_resnet", text))
+    with pytest.raises(Refused, match="mini_resnet cannot take 1 image of 2x2 pixels"):
+        export.main([str(copy), "--format", "torch_export", "--data.image_size", "2"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config import Config, EngineConfig, ModelConfig
-from fastres.engine import resolve
+from fastres.engine import _faster_norm, resolve
 from fastres.errors import Refused
 from fastres.models import build_model
 from fastres.profiling.trace import WorkCount
@@ -419,6 +419,14 @@ def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(
     assert resolve(Config(model=ModelConfig(sync_norm=True), engine=engine)).norm == norm
 
 
+@pytest.mark.parametrize(
+    ("precision", "reason"), [("fp32", "measured in bf16, not in fp32"), ("fp16", "not in fp16")]
+)
+def test_auto_takes_no_table_of_another_precision(precision: str, reason: str) -> None:
+    norm, why = _faster_norm(Config(), torch.device("cuda"), precision, False, "")
+    assert norm == "torch" and reason in why
+
+
 @needs_kernels
 def test_under_compile_the_modules_are_torchs() -> None:
     torch._dynamo.reset()
@@ -476,6 +484,15 @@ def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -
 def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "fastres").write_text("a file where the folder would be")
     assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME="", HOME="~").startswith("True")  # a user without a home
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(channels: int) -> None:
+    conv = conv_of(48, 16).bfloat16()
+    conv.algorithm = "own"
+    with pytest.raises(RuntimeError, match=f"48 channels, but got {channels}"):
+        conv(random(2, channels, 8, 8))
 
 
 @needs_kernels

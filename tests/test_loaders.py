@@ -416,15 +416,23 @@ def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
 # ---- build_loader -------------------------------------------------------------------------------------------
 
 
-def build(source: Source, *flags: str) -> Loader:
+def build(source: Source, *flags: str, split: Split | None = None) -> Loader:
     place = {"device": torch.device("cpu"), "dtype": torch.float32, "rank": 0, "world": 1}
-    return build_loader(parse(["--data.workers", "0", *flags]), source, source.train, **place)
+    return build_loader(parse(["--data.workers", "0", *flags]), source, split or source.train, **place)
 
 
 def a_source(height: int, width: int) -> Source:
     images = np.zeros((4, height, width, 3), np.uint8)
     split = Split(images=images, labels=np.zeros(4, np.int64))
     return Source(name="somewhere", train=split, test=split, classes=("a",), mean=MEAN, std=STD)
+
+
+@every_loader
+@pytest.mark.parametrize("size", [6, 12])
+def test_a_part_of_another_size_than_the_training_images_is_refused(loader: str, size: int) -> None:
+    test = a_source(size, size).train
+    with refused("image 0", f"{size}x{size}", "8x8"):
+        build(a_source(8, 8), "--data.loader", loader, split=test)
 
 
 @every_loader
@@ -435,6 +443,12 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
     assert images.shape == (2, 3, 8, 8) and labels.shape == (2,)
     ((images, labels),) = made.evaluate()  # one batch of what there is, not of eval_batch_size
     assert len(labels) == 4
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    plain = build(a_source(8, 8), *flags, "--engine.channels_last", "false")
+    for images, _ in (*plain.train(0, 2), *plain.evaluate()):
+        assert images.is_contiguous()
+    with refused("data.pad 8", "8x8"):
+        build(a_source(8, 8), *flags[:-1], "8")
     with refused("data.image_size", "16", "8x8"):
         build(a_source(8, 8), *flags, "--data.image_size", "16")
     with refused("9x8", "resized_crop"):

@@ -236,3 +236,9 @@ def test_what_is_cached_cannot_be_written() -> None:
     for cached in (words(0, 0, 0, 4), permutation(0, 0, 4)):
         with pytest.raises(ValueError, match="read-only"):
             cached[0] = 0
+
+
+def test_all_streams_of_an_epoch_are_drawn_once() -> None:
+    streams = range(11)
+    first = [words(9, 0, stream, 4) for stream in streams]
+    assert all(words(9, 0, stream, 4) is first[stream] for stream in streams)

@@ -74,5 +74,11 @@ def test_a_folder_without_a_history_and_a_picture_that_cannot_be_written_are_ref
 ) -> None:
     with refused("holds no history.csv", "evaluated at least once"):
         plot.main([str(tmp_path)])
+    with refused("--outptu", "--help lists all"):
+        plot.main([str(runs[0]), "--outptu", "a.png"])
+    beside = tmp_path / "a.tmp"
+    beside.write_text("somebody's")
+    plot.main([str(runs[0]), "--output", str(tmp_path / "a.png")])
+    assert beside.read_text() == "somebody's"
     with refused("cannot write", "nowhere"):
         plot.main([str(runs[0]), "--output", str(tmp_path / "nowhere" / "a.png")])

@@ -26,13 +26,13 @@ from fastres.config import parse
 from fastres.data import sample_images
 from fastres.data.sources import load_source
 from fastres.engine import resolve
-from fastres.errors import run_command
+from fastres.errors import out_of_memory, run_command
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export
 from fastres.models import build_model
 from fastres.train import main
 from tests.commands import users_environment
-from tests.fixtures import write_image_folder, write_mnist_idx
+from tests.fixtures import refused, write_image_folder, write_mnist_idx
 
 SUMMARY = {
     "test_accuracy", "test_loss", "steps", "parameters", "images_per_s", "train_time_s", "wall_time_s",
@@ -478,6 +478,22 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         ("--data.root nothing --data.download false", "--recipe digits"),
         ("--data.source imagefolder --data.root nothing", "nothing"),
         ("--recipe digits --run.resume nowhere.pt", "there is no checkpoint nowhere.pt"),
+        ("--recipe digits --engine.device cuda:300", "is not auto, cpu, cuda or cuda:N"),
+        (f"--recipe digits --run.dir {'x' * 300}", "File name too long"),
+        ("--data.root ~nosuchuser/data", "--data.root ~nosuchuser/data: "),
+        ("--data.root nothing --data.mirror http://[", "http://["),
+        (
+            "--recipe digits --train.batch_size 1 --model.name resnet18",
+            "resnet18 cannot take 1 image of 8x8 pixels",
+        ),
+        (
+            "--recipe digits --train.accumulate 128 --model.name resnet18",
+            "resnet18 cannot take 1 image of 8x8 pixels",
+        ),
+        (
+            "--recipe digits --model.name speed_resnet --model.options.widths [8,8,8,8]",
+            "speed_resnet cannot take 128 images of 8x8 pixels",
+        ),
     ],
 )
 def test_bad_input_gets_one_line_and_nothing_is_written(
@@ -490,6 +506,33 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     assert train(*flags.split()) == 2
     assert named in refusal(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--data.source synthetic --data.synthetic_samples 100_000_000_000".split()
+    assert train(*flags, "--run.dir", tmp_path / "run") == 1
+    line = refusal(capsys)
+    assert "out of memory (Unable to allocate" in line and "--train.accumulate 2" in line
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert out_of_memory(caught.value)
+
+
+def test_processes_on_one_machine_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with refused("engine.device cuda:0: 2 processes", "use cuda"):
+        resolve(parse(["--engine.device", "cuda:0"]))
+
+
+def test_a_tracker_that_cannot_begin_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").write_text("a file where the folder would be")
+    assert train(*SHORT, "--run.tensorboard", "true", "--run.dir", tmp_path / "run") == 2
+    assert "run.tensorboard: " in refusal(capsys)
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_kept(

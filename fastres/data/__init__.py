@@ -25,8 +25,8 @@ __all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_
 
 
 class Loader(Protocol):
-    """Batches of one split: images (b, C, S, S) channels-last, normalised, in the engine's dtype on its device,
-    and labels (b,) int64, or where images are mixed (b, classes) float32 shares. b is this process's share of the
+    """Batches of one split: images (b, C, S, S), normalised, in the engine's dtype and memory format on its device, and
+    labels (b,) int64, or where images are mixed (b, classes) float32 shares. b is this process's share of the
     global batch."""
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,15 +56,15 @@ def build_loader(
 ) -> Loader:
     """The configured loader over a split of `source`, for one of `world` processes."""
     data, size = config.data, image_size(config, source)
+    if data.augment != "resized_crop":  # the training images' size: a part of another would show nowhere else
+        split.sized_image(0, size, size)
     if (data.mixup or data.cutmix) and config.train.batch_size // world % 2:
         raise Refused(
             f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world} samples on each process are "
             "an odd number; change train.batch_size"
         )
-    if data.augment == "crop" and data.pad_mode == "reflect" and data.pad >= size:
-        raise Refused(
-            f"data.pad {data.pad} is too much to reflect in images of {size}x{size} pixels; make it smaller"
-        )
+    if data.augment == "crop" and data.pad >= size:  # more than there is to reflect, and crops of zeros alone
+        raise Refused(f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller")
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
@@ -83,6 +83,7 @@ def build_loader(
         workers=data.workers,
         device=device,
         dtype=dtype,
+        memory_format=torch.channels_last if config.engine.channels_last else torch.contiguous_format,
         rank=rank,
         world=world,
     )
@@ -92,10 +93,11 @@ def build_loader(
 def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
     """n images of the split, evenly spaced in it, as an evaluation sees them but in float32 on the host: (n, C, S, S).
 
-    The same ones on every process, whatever the loader.
+    The same ones on every process, whatever the loader. Fewer where they are larger than CIFAR's: as many pixels.
     """
-    part = split.subset(np.linspace(0, len(split) - 1, min(n, len(split))).astype(np.int64))
     size = image_size(config, source)
+    n = min(n, len(split), max(1, n * 32**2 // size**2))
+    part = split.subset(np.linspace(0, len(split) - 1, n).astype(np.int64))
     if config.data.augment == "resized_crop":
         pixels = [resize_and_center_crop(part.image(i), size) for i in range(len(part))]
     else:

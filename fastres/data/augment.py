@@ -37,7 +37,7 @@ class Finish:
         """pixels: (n, S, S, C) uint8, labels: (n,) int64, both on the device, as `draws` are: with them it is a batch
         to train on. Nothing here waits for the device, so that a graph may hold it.
 
-        Returns images (n, C, S, S) channels-last in the spec's dtype, and labels, (n, classes) float32 where mixed.
+        Returns images (n, C, S, S) in the spec's dtype and memory format, and labels, (n, classes) float32 where mixed.
         """
         images = normalize(pixels, self.shift, self.scale, self.spec.dtype)
         if draws is not None and self.spec.cutout:
@@ -47,7 +47,7 @@ class Finish:
             classes = torch.arange(self.spec.classes, device=labels.device)
             shares = (labels[:, None] == classes).to(torch.float32)
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
-        return images.contiguous(memory_format=torch.channels_last), labels  # masks may cost the order
+        return images.contiguous(memory_format=self.spec.memory_format), labels  # masks may cost the order
 
 
 def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -> Draws:

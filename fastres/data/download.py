@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sys
 import tarfile
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
@@ -64,7 +64,7 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
     if not config.download:
         raise Refused(f"{what}, and --data.download is false. {REMEDIES}")
     if config.mirror is not None:
-        if urlsplit(config.mirror).scheme not in ("http", "https", "file"):
+        if not re.match(r"(https?|file):", config.mirror):
             raise Refused(f"--data.mirror {config.mirror} is not a URL that begins with http, https or file")
         urls = [f"{config.mirror.rstrip('/')}/{path.name}"]
     failures = []

@@ -23,12 +23,20 @@ from scipy.special import betaincinv
 ) = range(11)  # fmt: skip
 
 
-@lru_cache(maxsize=8)
 def words(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:
     """n raw words of a stream: (n,) uint64, read-only."""
-    raw = _philox(seed, epoch, counter=(0, 0, 0, stream)).random_raw(n)
-    raw.setflags(write=False)
-    return raw
+    drawn = _drawn(seed, epoch, n)
+    if stream not in drawn:
+        raw = _philox(seed, epoch, counter=(0, 0, 0, stream)).random_raw(n)
+        raw.setflags(write=False)
+        drawn[stream] = raw
+    return drawn[stream]
+
+
+@lru_cache(maxsize=2)  # a batch may be of two epochs
+def _drawn(seed: int, epoch: int, n: int) -> dict[int, np.ndarray]:
+    """What words() has drawn of an epoch, by stream: every batch of it takes from all of them."""
+    return {}
 
 
 @lru_cache(maxsize=4)

@@ -87,5 +87,5 @@ class ResidentLoader:
     def _empty(self, n: int) -> Tensor:
         """As the batches' own strides are, one channel's too, which contiguous() would leave as it finds it."""
         shape = (n, self.channels, self.spec.image_size, self.spec.image_size)
-        spec, order = self.spec, torch.channels_last
-        return torch.empty(shape, dtype=spec.dtype, device=spec.device, memory_format=order)
+        spec = self.spec
+        return torch.empty(shape, dtype=spec.dtype, device=spec.device, memory_format=spec.memory_format)

@@ -110,7 +110,7 @@ def load_source(config: DataConfig) -> Source:
     """The data set that `config` names, checked. Raises Refused where it is bad, or not to be had."""
     try:
         return SOURCES[config.source](config)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         raise Refused(f"cannot read {config.source} under --data.root {config.root}: {error}") from error
 
 

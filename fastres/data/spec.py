@@ -29,6 +29,7 @@ class BatchSpec:
     workers: int
     device: torch.device
     dtype: torch.dtype
+    memory_format: torch.memory_format = torch.channels_last
     pad_mode: str = "zero"  # zero, reflect
     cutout: int = 0  # pixels
     mixup: float = 0.0

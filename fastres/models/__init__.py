@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastres.errors import Refused, first_line
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, unknown
 from fastres.models.cifar import cifar_resnet
 from fastres.models.imagenet import ResNet
@@ -63,6 +65,22 @@ def build_model(
         raise ValueError("fused_convolutions: only together with norm 'fused'")
     model = build(norm=norm_layer, **arguments)
     return fuse_convolutions(model) if fused_convolutions else model
+
+
+def check_takes(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
+    """Refuses images (N, C, H, W) that are too small for the network, in training too few for BatchNorm. Nothing is
+    computed."""
+    n, channels, height, width = shape
+    options.pop("fused_convolutions", None)  # the same network, computed in another way
+    with torch.device("meta"):
+        model = build_model(name, **options | {"in_channels": channels}).train(training)
+        try:
+            model(torch.empty(shape))
+        except (RuntimeError, ValueError) as error:
+            raise Refused(
+                f"{name} cannot take {n} image{'s' * (n > 1)} of {height}x{width} pixels at once "
+                f"({first_line(error)}): take larger images, more of them at once, or another network"
+            ) from None
 
 
 def _find(name: str) -> Callable[..., nn.Module]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastres.config import Config, EngineConfig, ModelConfig, check
 from fastres.engine import Engine, resolve
-from fastres.errors import Refused
-from fastres.models import build_model
+from fastres.errors import Refused, first_line
+from fastres.models import build_model, check_takes
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
@@ -169,7 +169,7 @@ def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int
         with torch.device("meta"):
             family = type(build_model(name, norm=model.norm, **options))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise Refused(f"model: {str(error).splitlines()[0]}") from None
+        raise Refused(f"model: {first_line(error)}") from None
     channels, side, classes = INPUTS[family]
     if options.get("stem") == "small":
         side, classes = INPUTS[CifarResNet][1:]
@@ -182,8 +182,9 @@ def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int
             changed["fused_convolutions"] = norm == "fused"
         return build_model(name, norm=norm, **options | changed)
 
-    side = size or side
-    return Subject(name, build, (batch_size, channels, side, side), classes, False, model)
+    shape = (batch_size, channels, size or side, size or side)
+    check_takes(name, shape, training=True, **options | {"num_classes": classes})
+    return Subject(name, build, shape, classes, False, model)
 
 
 def block_subject(kind: str, channels: int, batch_size: int, size: int) -> Subject:
