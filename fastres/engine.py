@@ -79,21 +79,7 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     why = "torch sees a GPU" if on_gpu else "torch sees no GPU"
     device = torch.device(choose("device", wanted.device, "cuda" if on_gpu else "cpu", why))
     if device.type == "cuda":
-        if ":" in str(device) and distributed.local_world() > 1:
-            raise Refused(
-                f"engine.device {device}: {distributed.local_world()} processes would share it; use cuda, which "
-                "gives each its own"
-            )
-        if not on_gpu:
-            raise Refused(f"engine.device {wanted.device}: torch sees no GPU here; use --engine.device cpu")
-        if ":" not in str(device):
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise Refused(
-                f"engine.device {device}: this machine has {torch.cuda.device_count()} GPU(s); use as many processes "
-                "at most, or another number"
-            )
-        torch.cuda.set_device(device)
+        device = _a_gpu(device, local_rank)
 
     bf16, why = computes_in_bf16(device)
     precision = choose("precision", wanted.precision, "bf16" if bf16 else "fp32", why)
@@ -120,32 +106,8 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
     if conv == "own" and not in_cpp:
         raise Refused(f"engine.conv own: {why}; use torch")
-    if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
-    if norm == "apex":
-        apex, why = find_apex(APEX_NORM)
-        if apex is None:
-            raise Refused(f"model.norm apex: {why}; use torch or fused")
-        if precision != "fp16" or not wanted.channels_last:
-            raise Refused(
-                "model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16"
-            )
-    if norm == "fused" and not wanted.channels_last:
-        raise Refused(
-            "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
-        )
-    if config.model.sync_norm and norm == "apex":
-        raise Refused("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
-
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not wanted.deterministic
-    if wanted.deterministic:
-        # cuBLAS asks for it before its first call.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted.deterministic)
-    # It would write to all memory that is about to be written: for finding what reads before, not for equal runs.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _check_norm(norm, config, device, precision)
+    _set_switches(precision, wanted.deterministic)
     return Engine(
         device=device,
         precision=precision,
@@ -159,6 +121,56 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         cuda_graph_may_fall_back=wanted.cuda_graph == "auto",
         reasons=tuple(reasons),
     )
+
+
+def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
+    """With its number, and made this process's current one. Refused where it is not to be had."""
+    named = ":" in str(device)
+    if named and (processes := distributed.local_world()) > 1:
+        raise Refused(
+            f"engine.device {device}: {processes} processes would share it; use cuda, which gives each its own"
+        )
+    if not torch.cuda.is_available():
+        raise Refused(f"engine.device {device}: torch sees no GPU here; use --engine.device cpu")
+    device = device if named else torch.device("cuda", local_rank)
+    if device.index >= (there := torch.cuda.device_count()):
+        remedy = "use another number" if named else f"use --nproc_per_node {there}"
+        raise Refused(f"engine.device {device}: this machine has {there} GPU{'s' * (there > 1)}; {remedy}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
+    """Refuses a norm that was asked for and cannot run here."""
+    if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
+    if norm == "apex":
+        apex, why = find_apex(APEX_NORM)
+        if apex is None:
+            raise Refused(f"model.norm apex: {why}; use torch or fused")
+        if precision != "fp16" or not config.engine.channels_last:
+            raise Refused(
+                "model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16"
+            )
+    if norm == "fused" and not config.engine.channels_last:
+        raise Refused(
+            "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
+        )
+    if config.model.sync_norm and norm == "apex":
+        raise Refused("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
+
+
+def _set_switches(precision: str, deterministic: bool) -> None:
+    """Of torch, for the whole process."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS asks for it before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # It would write to all memory that is about to be written: for finding what reads before, not for equal runs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def computes_in_bf16(device: torch.device) -> tuple[bool, str]:

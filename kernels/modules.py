@@ -265,9 +265,9 @@ class Conv2d(nn.Conv2d):
 class NormConv2d(nn.Conv2d):
     """A convolution that normalises its input as it reads, and takes the statistics of its output as it writes.
 
-    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> a WithStatistics of (N, K, H, W). 3×3 or 1×1,
-    stride 1, "same" zero padding, no bias, groups or dilation; Triton kernels for every 1×1, and for the 3×3 of 16,
-    32 and 64 channels. Made of Conv2d modules by fuse_convolutions.
+    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> (N, K, H, W) with its statistics. 3×3 or
+    1×1, stride 1, "same" zero padding, no bias, groups or dilation; Triton kernels for every 1×1, and for the 3×3 of
+    16, 32 and 64 channels. Made of Conv2d modules by fuse_convolutions.
     """
 
     normalises_input = True
