@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastres.config import Config
-from fastres.data.augment import normalize, of_a_row, resize_and_center_crop
+from fastres.data.augment import normalize, of_a_row
 from fastres.data.dali import DaliLoader
-from fastres.data.dataloader import HostLoader
+from fastres.data.dataloader import HostLoader, evaluation_view
 from fastres.data.resident import ResidentLoader
 from fastres.data.sources import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
@@ -98,10 +98,7 @@ def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) 
     size = image_size(config, source)
     n = min(n, len(split), max(1, n * 32**2 // size**2))
     part = split.subset(np.linspace(0, len(split) - 1, n).astype(np.int64))
-    if config.data.augment == "resized_crop":
-        pixels = [resize_and_center_crop(part.image(i), size) for i in range(len(part))]
-    else:
-        pixels = [part.sized_image(i, size, size) for i in range(len(part))]
+    pixels = [evaluation_view(part, i, config.data.augment, size) for i in range(len(part))]
     shift, scale = (of_a_row(torch.tensor(of), size) for of in (source.mean, source.std))
     return normalize(torch.from_numpy(np.stack(pixels)), shift, scale, torch.float32)
 

@@ -46,7 +46,7 @@ class DaliLoader:
         # Of each file that has been read: height and width; mtime in ns and bytes.
         self.sizes = np.zeros((len(split), 2), np.int32)
         self.stamps = np.zeros((len(split), 2), np.int64)
-        self.reflected = self.spec.order(1).pad if spec.pad_mode == "reflect" else 0
+        self.reflected = spec.margin if spec.pad_mode == "reflect" else 0
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.spec.order(len(self.split))
@@ -68,7 +68,7 @@ class DaliLoader:
     # ---- what DALI is fed with -----------------------------------------------------------------------------
 
     def _feed_train(self, samples: Samples) -> Feed:
-        size, pad = self.spec.image_size, self.spec.order(1).pad
+        size, pad = self.spec.image_size, self.spec.margin
         feed, sizes = self._images(samples.index)
         if self.spec.augment == "resized_crop":
             generators = (

@@ -140,12 +140,16 @@ class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
         batch, row = divmod(i, self.spec.eval_share)
         indices, count = self.batches[batch]
         index = int(indices[row])
-        return self._view(index), int(self.split.labels[index]) if row < count else IGNORED
+        view = evaluation_view(self.split, index, self.spec.augment, self.spec.image_size)
+        return view, int(self.split.labels[index]) if row < count else IGNORED
 
-    def _view(self, index: int) -> np.ndarray:
-        if self.spec.augment == "resized_crop":
-            return resize_and_center_crop(self.split.image(index), self.spec.image_size)
-        return self.split.sized_image(index, self.spec.image_size, self.spec.image_size)
+
+def evaluation_view(split: Split, index: int, augment: str, size: int) -> np.ndarray:
+    """Sample `index` as an evaluation sees it: (size, size, C) uint8. Refused where it is of another size and nothing
+    resizes it."""
+    if augment == "resized_crop":
+        return resize_and_center_crop(split.image(index), size)
+    return split.sized_image(index, size, size)
 
 
 @lru_cache(maxsize=4)

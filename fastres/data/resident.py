@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Draws, Finish, crop_and_flip, crop_windows, on_device
+from fastres.data.augment import Draws, Finish, crop_and_flip, crop_windows, on_device, sent
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
@@ -52,7 +52,7 @@ class ResidentLoader:
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         for share, count in self.spec.eval_batches(self.order.n):
-            yield self.eval_batch(torch.from_numpy(share).to(self.spec.device), count)
+            yield self.eval_batch(sent(share, self.spec.device), count)
 
     # ---- in parts, for who records a step ------------------------------------------------------------------
 

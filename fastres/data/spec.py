@@ -47,12 +47,17 @@ class BatchSpec:
             rank=self.rank,
             world=self.world,
             size=self.image_size,
-            pad=self.pad if self.augment == "crop" else 0,
+            pad=self.margin,
             flip=self.flip if self.augment != "none" else False,
             cutout=self.cutout > 0,
             mixup=self.mixup,
             cutmix=self.cutmix,
         )
+
+    @property
+    def margin(self) -> int:
+        """Pixels around an image, of which a crop may have some."""
+        return self.pad if self.augment == "crop" else 0
 
     @property
     def mixes(self) -> bool:
