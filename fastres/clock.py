@@ -12,9 +12,9 @@ STARTED = time.perf_counter()  # fastres imports this first, before torch is imp
 class Clock:
     """Seconds of training and of the whole run, over restarts. The device is waited for where it stops."""
 
-    def __init__(self, device_type: str, train_time_s: float = 0.0, wall_time_s: float = 0.0) -> None:
+    def __init__(self, device_type: str) -> None:
         self.device_type = device_type
-        self._train, self._wall = train_time_s, wall_time_s
+        self._train = self._wall = 0.0  # of the processes before this one, and what this one has trained
         self._since: float | None = None
 
     def start(self) -> None:
@@ -41,6 +41,13 @@ class Clock:
     @property
     def wall_time_s(self) -> float:
         return self._wall + time.perf_counter() - STARTED
+
+    def state_dict(self) -> dict[str, float]:
+        return {"train_time_s": self.train_time_s, "wall_time_s": self.wall_time_s}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from there."""
+        self._train, self._wall = state["train_time_s"], state["wall_time_s"]
 
     def _wait(self) -> None:
         if self.device_type == "cuda":

@@ -117,32 +117,36 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         return peak_lr * lr_scale(config.schedule, i, steps)
 
     # ------------------------------------------------------------------------------------- resume
-    start, window, clock = 0, Totals(), Clock(engine.device.type)
+    clock = Clock(engine.device.type)
 
-    def restore(state: checkpoint.State | None) -> None:
-        nonlocal start, window, clock
+    def restored(state: checkpoint.State | None) -> tuple[int, Totals]:
+        """The steps that are done, and what they summed to since the last evaluation."""
         if state is None:
-            return
+            return 0, Totals()
         try:
             step.load_state_dict(state["trainer"])
+            clock.load_state_dict(state["clock"])
             start, window = state["step"], Totals(**state["window"])
-            clock = Clock(engine.device.type, **state["clock"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"the checkpoint is of another model: {first_line(error)}") from None
         if start > steps:
             raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
+        return start, window
 
     named = config.run.resume not in ("auto", "never")
     if named and distributed.restarted():  # it was continued from there, and has gone on since
         named = not distributed.from_rank0(lambda: checkpoint.found(run.checkpoints))
     if named:  # before the folder is taken: what does not fit leaves nothing behind
-        restore(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
+        start, window = restored(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
 
     with ExitStack() as stack:
         distributed.from_rank0(run.claim)
         stack.callback(run.release)
         if not named:
-            restore(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
+            start, window = restored(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
+        if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
+            whiten(sample_images(config, source, training).to(engine.device))
+            distributed.broadcast_buffers(model)
         progress = stack.enter_context(ProgressLine(steps, start, enabled=is_main))
         distributed.from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes, *warnings):
@@ -157,9 +161,6 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         )
 
         # --------------------------------------------------------------------------------- warm-up
-        if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
-            whiten(sample_images(config, source, training).to(engine.device))
-            distributed.broadcast_buffers(model)
         warm_up(step, evaluate, blank, curve_loader, say=progress.say)
         # As CUDA graphs, where the engine has them: then a batch is empty, and made inside of the step.
         take, train_loader, curve_loader = recorded(
@@ -173,9 +174,13 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             trainer = step.state_dict()
             watch.beat("saves a checkpoint")
             if is_main:
-                times = {"train_time_s": clock.train_time_s, "wall_time_s": clock.wall_time_s}
-                content = {"step": done, "trainer": trainer, "window": asdict(window), "clock": times}
-                checkpoint.save(run.checkpoints, done, content, config.run.keep_checkpoints)
+                state = {
+                    "step": done,
+                    "window": asdict(window),
+                    "clock": clock.state_dict(),
+                    "trainer": trainer,
+                }
+                checkpoint.save(run.checkpoints, done, state, config.run.keep_checkpoints)
 
         def due(done: int, every: int) -> bool:
             return done % every == 0 or done == steps
@@ -249,9 +254,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                     "test_accuracy": final.accuracy,
                     "test_loss": final.mean_loss,
                     "test_samples": final.samples,
-                    "test_views": 2
-                    if config.train.eval_mirrored
-                    else 1,  # of an image, whose logits are averaged
+                    "test_views": 1 + config.train.eval_mirrored,  # of an image, whose logits are averaged
                     "steps": steps,
                     "parameters": parameters,
                     "images_per_s": steps * batch_size / clock.train_time_s if steps else None,
