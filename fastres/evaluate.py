@@ -134,9 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     config, weights = load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
-    if (
-        config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None
-    ):  # the same network, on another machine
+    # A network trained with apex's norm is the same without.
+    if config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = resolve(config)
     totals = evaluate_run(config, engine, weights)
