@@ -123,7 +123,8 @@ def test_refuses_data_and_weights_that_do_not_fit(
 def test_a_run_with_apex_is_evaluated_where_there_is_none(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace("norm: auto", "norm: apex"))
+    assert "  norm: auto\n" in text
+    (copy / "config.yaml").write_text(text.replace("  norm: auto\n", "  norm: apex\n"))
     evaluate.main([str(copy)])
 
 
