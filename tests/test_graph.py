@@ -88,6 +88,8 @@ RUNS = {
     "bf16 and C++ kernels, where they are": "--engine.precision bf16 --model.norm auto",
     "fp16": "--engine.precision fp16",
     "fp64, NCHW": "--engine.precision fp64 --engine.channels_last false",
+    "three channels, NCHW": "--data.source synthetic --data.synthetic_samples 300 --data.image_size 12 "
+                            "--engine.channels_last false",
     "nesterov, two rates": "--optim.nesterov true --optim.norm_bias_lr_scale 64",
     "no momentum": "--optim.momentum 0",
     "muon": "--optim.name muon --optim.nesterov true --optim.norm_bias_lr_scale 64",

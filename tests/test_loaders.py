@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -446,7 +447,10 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
     assert images.is_contiguous(memory_format=torch.channels_last)
     plain = build(a_source(8, 8), *flags, "--engine.channels_last", "false")
     for images, _ in (*plain.train(0, 2), *plain.evaluate()):
-        assert images.is_contiguous()
+        assert images.stride() == (192, 64, 8, 1)
+    grey = replace(a_source(8, 8), train=noise(4, channels=1), mean=MEAN[:1], std=STD[:1])
+    for images, _ in build(grey, *flags, "--engine.channels_last", "false").train(0, 2):
+        assert images.stride() == (64, 64, 8, 1)
     with refused("data.pad 8", "8x8"):
         build(a_source(8, 8), *flags[:-1], "8")
     with refused("data.image_size", "16", "8x8"):

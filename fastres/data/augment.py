@@ -47,7 +47,12 @@ class Finish:
             classes = torch.arange(self.spec.classes, device=labels.device)
             shares = (labels[:, None] == classes).to(torch.float32)
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
-        return images.contiguous(memory_format=self.spec.memory_format), labels  # masks may cost the order
+        images = images.contiguous(memory_format=self.spec.memory_format)  # masks may cost the order
+        if self.spec.memory_format == torch.contiguous_format:
+            images = images.flatten(1).view(
+                images.shape
+            )  # one channel has any strides, until it is told which
+        return images, labels
 
 
 def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -> Draws:
