@@ -4,8 +4,9 @@
 
 bench_parity: fastres against the plain fp32 loop, the same seeds, weights, order and crops. On a GPU the plain loop's
 accuracy comes from its graphed twin (see runs.py), and both are first run side by side until every bit was compared.
-bench_model: the other networks of He et al., section 4.2, and of the first tutorial. The test set is seen once, at the
-last step. Whole CIFAR schedules are not yet run on a GPU; on a CPU they take hours (--full).
+bench_model: the other networks of He et al., section 4.2, and of the first tutorial. Accuracies are those of the test
+images after the last step; what is evaluated before chooses nothing. Whole CIFAR schedules are not yet run on a GPU; on
+a CPU they take hours (--full).
 """
 
 from __future__ import annotations

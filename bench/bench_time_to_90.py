@@ -4,7 +4,7 @@
 
 A recipe counts where the mean final accuracy over the seeds is at least 90 %, one-sided p < 0.01. Warm: the training
 and the final evaluation of runs in this process, after one run on random labels; compilation is not in it. Cold: a
-process from its start to its end, everything included. The accuracy is that of the last step, on the test set, once.
+process from its start to its end, everything included. The accuracy is that of the test images after the last step.
 """
 
 from __future__ import annotations
