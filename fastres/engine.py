@@ -142,7 +142,7 @@ def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
 
 def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
     """Refuses a norm that was asked for and cannot run here."""
-    if norm == "fused" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if norm == "fused" and device.type == "cuda" and not _has_triton():
         raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
         apex, why = find_apex(APEX_NORM)
@@ -186,10 +186,14 @@ def computes_in_bf16(device: torch.device) -> tuple[bool, str]:
     return False, "the CPU has neither avx512_bf16 nor AMX"
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def can_compile(device: torch.device) -> tuple[bool, str]:
     """Whether torch.compile has what it needs here, and the reason with the remedy in words."""
     if device.type == "cuda":
-        found = importlib.util.find_spec("triton") is not None
+        found = _has_triton()
         return found, "Triton is there" if found else "Triton is not installed: pip install triton"
     if sys.platform == "win32":
         found = shutil.which("cl") is not None
@@ -245,7 +249,7 @@ def _faster_norm(
 ) -> tuple[str, str]:
     """auto's choice of the norm, and the reason in words. in_cpp, why: what _runs_in_cpp says."""
     on_gpu = device.type == "cuda"
-    if on_gpu and importlib.util.find_spec("triton") is None:
+    if on_gpu and not _has_triton():
         return "torch", "the fused kernels need Triton: pip install triton"
     if config.model.sync_norm and config.engine.channels_last:
         return "fused", "it shares statistics between processes"

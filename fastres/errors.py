@@ -73,16 +73,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if out_of_memory(error):
             remedy = "take a smaller batch, or in training --train.accumulate 2 for the same batch in parts"
-            complain(f"out of memory ({first_line(error)}): {remedy}", getattr(error, "said", False))
-            status = Failed.status
+            line, status = f"out of memory ({first_line(error)}): {remedy}", Failed.status
         elif isinstance(error, OSError) and error.filename is not None:
-            complain(
-                f"{error.filename}: {error.strerror}; give a path that can be used",
-                getattr(error, "said", False),
-            )
+            line = f"{error.filename}: {error.strerror}; give a path that can be used"
             status = Refused.status
         else:
             raise
+        complain(line, getattr(error, "said", False))
     if _several():
         # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26
         # runs of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch
