@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from bench.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
-from fastres.config import Config, parse
+from fastres.command_line import parse
+from fastres.config import Config
 from fastres.data.sources import Source, load_source
 from fastres.timing import seconds_of
 

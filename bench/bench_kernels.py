@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from fastres.config import Config
 from fastres.engine import DTYPES, find_apex, resolve
+from fastres.environment import cpu_name
 from fastres.graph import capturing
-from fastres.log import cpu_name
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
 from fastres_kernels import BatchNormAct2d, Skip, tables
 from fastres_kernels.launch import INTERPRETED

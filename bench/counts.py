@@ -53,7 +53,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres.config import Config, parse
+from fastres.command_line import parse
+from fastres.config import Config
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, resolve

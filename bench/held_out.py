@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.runs import run
-from fastres.config import parse
+from fastres.command_line import parse
 from fastres.data.sources import load_source
 from fastres.errors import Refused, run_command
 

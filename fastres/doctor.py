@@ -21,6 +21,7 @@ from rich.console import Console
 
 from fastres.config import Config, EngineConfig, OptimConfig
 from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
+from fastres.environment import version
 from fastres.errors import Parser, Refused, first_line, run_command
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
@@ -186,14 +187,6 @@ def data(root: Path) -> Findings:
         (OK if found else NOTE),
         f"under {root}: {', '.join(found) or 'nothing'}; digits and synthetic need no files",
     )
-
-
-def version(package: str) -> str | None:
-    """The version that is installed, if any."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def main(argv: list[str] | None = None) -> int:

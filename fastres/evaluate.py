@@ -13,12 +13,13 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fastres import checkpoint
-from fastres.config import Config, DataConfig, EngineConfig, model_options, parse
+from fastres.command_line import parse
+from fastres.config import Config, DataConfig, EngineConfig, model_options
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve
+from fastres.environment import device_name
 from fastres.errors import Parser, Refused, run_command
-from fastres.log import device_name
 from fastres.models import build_model
 from fastres.step import Evaluator, Totals
 

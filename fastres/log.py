@@ -1,29 +1,22 @@
-"""What a run leaves behind: its folder, its lock, configuration, environment, metrics, summary; and what it prints."""
+"""What a run leaves behind: its folder, its lock, configuration, environment, metrics, summary."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
+from fastres.environment import environment
 from fastres.errors import Failed, Refused, first_line
 from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
@@ -38,7 +31,6 @@ HISTORY = (
     "lr",
     "train_time_s",
 )
-PLAIN_EVERY_S = 10.0  # between progress lines where the output is not a terminal
 
 
 class Run:
@@ -238,113 +230,3 @@ TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}  # by thei
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
     return [(f"{row['split']}/{name}", value) for name, value in row.items() if name not in ("step", "split")]
-
-
-# ------------------------------------------------------------------------------------------- printing
-
-
-class ProgressLine:
-    """One line that moves in a terminal; elsewhere a plain line every ten seconds."""
-
-    def __init__(self, steps: int, start: int, enabled: bool) -> None:
-        self.enabled, self.steps = enabled, steps
-        self.console = Console(soft_wrap=True)
-        self.live = enabled and self.console.is_terminal
-        self._printed_at = time.monotonic()
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            disable=not self.live,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=start, figures="")
-
-    def __enter__(self) -> ProgressLine:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, step: int, loss: float, accuracy: float, lr: float, images_per_s: float) -> None:
-        figures = f"loss {loss:.4f}  accuracy {accuracy:.2%}  lr {lr:.4g}  {images_per_s:,.0f} images/s"
-        self._bar.update(self._task, completed=step, figures=figures)
-        if self.enabled and not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
-            self._printed_at = time.monotonic()
-            self.say(f"step {step:,}/{self.steps:,}  {figures}")
-
-    def say(self, line: str) -> None:
-        if self.enabled:
-            self._bar.console.print(line, highlight=False, markup=False)
-
-
-# ------------------------------------------------------------------------------------------- environment
-
-
-def environment(engine: Engine) -> dict[str, Any]:
-    """Where and with what this ran: versions, device, commit, command."""
-    device = engine.device
-    return {
-        "fastres": _version("fastres"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": _version("torchvision"),
-        "triton": _version("triton"),
-        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "platform": platform.platform(),
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "processes": distributed.world(),
-        "precision": engine.precision,
-        "compile": engine.compile,
-        "norm": engine.norm,
-        "auto": list(engine.reasons),
-        "command": sys.orig_argv,
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with -dirty where it has changes; None where this is an installed package."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip() or None
-
-
-def device_name(device: torch.device) -> str:
-    """The device's name as its maker gives it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    """The processor's name, with the number of threads that torch uses."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
-        name = names[0] if names else name
-    threads = torch.get_num_threads()
-    return f"{name} ({threads} thread{'s' * (threads != 1)})"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

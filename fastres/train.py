@@ -20,16 +20,19 @@ import torch
 
 from fastres import checkpoint, distributed, watch
 from fastres.clock import Clock
-from fastres.config import Config, model_options, parse
+from fastres.command_line import parse
+from fastres.config import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
+from fastres.environment import device_name
 from fastres.errors import Failed, Refused, first_line, run_command
 from fastres.graph import recorded
-from fastres.log import ProgressLine, Run, device_name, write_text
+from fastres.log import Run, write_text
 from fastres.models import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
+from fastres.progress import ProgressLine
 from fastres.schedule import lr_scale
 from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 
@@ -147,7 +150,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
             whiten(sample_images(config, source, training).to(engine.device))
             distributed.broadcast_buffers(model)
-        progress = stack.enter_context(ProgressLine(steps, start, enabled=is_main))
+        progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))
         distributed.from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes, *warnings):
             progress.say(line)
@@ -210,7 +213,11 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                     window += totals
                     speed = (done - logged) * batch_size / max(clock.train_time_s - logged_s, 1e-9)
                     logged, logged_s = done, clock.train_time_s
-                    progress.update(done, totals.mean_loss, totals.accuracy, lr, speed)
+                    progress.update(
+                        done,
+                        f"loss {totals.mean_loss:.4f}  accuracy {totals.accuracy:.2%}  lr {lr:.4g}  "
+                        f"{speed:,.0f} images/s",
+                    )
                     if is_main:
                         run.log(
                             {"step": done, "split": "train", "loss": totals.mean_loss, "accuracy": totals.accuracy,

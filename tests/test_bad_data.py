@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from fastres import train
-from fastres.config import DataConfig, parse
+from fastres.command_line import parse
+from fastres.config import DataConfig
 from fastres.data import LOADERS
 from fastres.data.formats import decode
 from fastres.data.sources import Source, load_source

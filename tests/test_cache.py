@@ -23,9 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastres import train
+from fastres import progress, train
 from fastres.config import DataConfig
-from fastres.data import cache
 from fastres.data.formats import decode
 from fastres.data.sources import Source, Split, hold_out, load_source
 from tests.commands import users_environment
@@ -399,9 +398,9 @@ def test_progress_is_plain_lines_of_the_first_process_where_there_is_no_terminal
 ) -> None:
     load(root, store / "fast")
     assert capfd.readouterr() == ("", "")  # within ten seconds
-    monkeypatch.setattr(cache, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     load(root, store / "slow")
-    lines = ["fastres: decoding: 10 of 10 images", "fastres: decoding: 4 of 4 images"]
+    lines = ["decoding 10/10", "decoding 4/4"]
     assert capfd.readouterr().err.splitlines() == lines
     monkeypatch.setenv("RANK", "1")
     load(root, store / "another")

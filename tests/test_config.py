@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fastres.config import Config, differences, dump, model_options, parse, recipe_names, to_dict
+from fastres.command_line import parse, recipe_names
+from fastres.config import Config, differences, dump, model_options, to_dict
 from fastres.models import build_model
 from tests.fixtures import refused
 

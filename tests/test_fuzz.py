@@ -31,17 +31,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres import checkpoint, evaluate, plot, train
-from fastres.config import (
-    TUTORIAL_KEYS,
-    Config,
-    DataConfig,
-    _fields,
-    _sections,
-    dump,
-    parse,
-    recipe_names,
-    to_dict,
-)
+from fastres.command_line import TUTORIAL_KEYS, parse, recipe_names
+from fastres.config import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
 from fastres.data.cache import kept_images, sizes_and_reasons
 from fastres.errors import Failed, Refused, run_command
 from fastres.log import HISTORY, Run, read_metrics
@@ -185,17 +176,15 @@ def nested(data: DataObject) -> dict[Any, Any]:
     values = JSON | YAML_ONLY
     content: dict[Any, Any] = {}
     for _ in range(data.draw(st.integers(0, 3))):
-        field = data.draw(st.sampled_from([*_fields(), "model.options", "model.options"]))
+        field = data.draw(st.sampled_from([*FIELDS, "model.options", "model.options"]))
         section, name = field.split(".")
         value = data.draw(values | st.dictionaries(st.sampled_from(OPTIONS), values, min_size=1, max_size=2))
         content.setdefault(section, {})[name] = value
     match data.draw(st.integers(0, 5)):
         case 0:
-            content[data.draw(keys | st.sampled_from(_sections()))] = data.draw(values)
+            content[data.draw(keys | st.sampled_from(SECTIONS))] = data.draw(values)
         case 1:
-            content.setdefault(data.draw(st.sampled_from(_sections())), {})[data.draw(keys)] = data.draw(
-                values
-            )
+            content.setdefault(data.draw(st.sampled_from(SECTIONS)), {})[data.draw(keys)] = data.draw(values)
         case 2:
             content = {data.draw(st.sampled_from(TUTORIAL_KEYS)): data.draw(values), **content}
         case 3:
@@ -224,9 +213,7 @@ def test_a_damaged_recipe_is_read_or_refused(data: DataObject, scratch: Path) ->
 
 @fuzz(100)
 def test_flags_of_any_kind_are_read_or_refused(data: DataObject, scratch: Path) -> None:
-    names = st.sampled_from(
-        [*_fields(), *_sections(), *(f"model.options.{name}" for name in OPTIONS), "recipe"]
-    )
+    names = st.sampled_from([*FIELDS, *SECTIONS, *(f"model.options.{name}" for name in OPTIONS), "recipe"])
     values = JSON.map(json.dumps) | st.text(max_size=10) | st.sampled_from(SNIPPETS) | LEAVES.map(str)
     flags = st.builds(lambda name, value: [f"--{name}={value}"], names, values)
     flags |= st.builds(lambda name, value: [f"--{name}", value], names | st.text(max_size=6), values)
@@ -488,7 +475,7 @@ def altered(data: DataObject, name: str, whole: bytes) -> bytes:
     values = JSON | NUMBERS
     if name == "config.yaml":
         content = yaml.safe_load(whole)
-        content[data.draw(st.sampled_from([*_sections(), "recipe"]))] = data.draw(values)
+        content[data.draw(st.sampled_from([*SECTIONS, "recipe"]))] = data.draw(values)
         return encoded(json.dumps(content))
     if name == "history.csv":
         rows = list(csv.reader(io.StringIO(whole.decode())))

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastres.config import Config, ScheduleConfig, parse
+from fastres.command_line import parse
+from fastres.config import Config, ScheduleConfig
 from fastres.schedule import SCHEDULES, lr_scale
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastres.config import parse
+from fastres.command_line import parse
 from fastres.data.download import MOST_BYTES, extract
 from fastres.errors import Refused
 from tests.fixtures import refused

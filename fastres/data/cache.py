@@ -21,7 +21,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,17 +28,15 @@ from typing import Any, TypeVar
 
 import filelock
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastres import distributed
 from fastres.config import DataConfig
 from fastres.data.formats import check_size, decode, size_or_reason
 from fastres.files import whole_file
+from fastres.progress import ProgressLine
 
 VERSION = 1  # of what is kept: to be raised where decode() gives other pixels
 BLOCK = 256  # images per task of the thread pool: one task per image spends a second on futures alone
-PLAIN_EVERY_S = 10.0  # between lines of progress where the output is not a terminal
 
 Size = tuple[int, int]  # height and width
 T = TypeVar("T")
@@ -270,41 +267,13 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
     def block(start: int) -> list[T]:
         return [work(path) for path in paths[start : start + BLOCK]]
 
-    with _progress(len(paths)) as advance, ThreadPoolExecutor(max(workers, 1)) as pool:
-        for done in pool.map(block, range(0, len(paths), BLOCK)):
-            advance(len(done))
-            yield done
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr how many images are decoded: one line that moves in a terminal, elsewhere a plain one every ten
-    seconds. Yields what is to be told of each further number of them."""
-    console = Console(stderr=True)
-    live = console.is_terminal and distributed.rank() == 0
-    bar = Progress(
-        TextColumn("decoding"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not live,
-        transient=True,
-    )
-    task = bar.add_task("", total=total)
-    done, said_at = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, said_at
-        done += count
-        bar.update(task, completed=done)
-        if not live and time.monotonic() - said_at >= PLAIN_EVERY_S:
-            said_at = time.monotonic()
-            _say(f"decoding: {done:,} of {total:,} images")
-
-    with bar:
-        yield advance
+    show = ProgressLine("decoding", len(paths), enabled=distributed.rank() == 0, stderr=True)
+    done = 0
+    with show as progress, ThreadPoolExecutor(max(workers, 1)) as pool:
+        for results in pool.map(block, range(0, len(paths), BLOCK)):
+            done += len(results)
+            progress.update(done)
+            yield results
 
 
 def _say(line: str) -> None:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fastres import hardware
 from fastres.engine import Engine
+from fastres.environment import device_name, environment
 from fastres.files import whole_file
-from fastres.log import device_name, environment
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
 from fastres.profiling.variants import Subject, Variant

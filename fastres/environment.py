@@ -1,0 +1,82 @@
+"""Where and with what something runs: the versions, the commit, the names of the device and of the processor."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres import distributed
+from fastres.engine import Engine
+
+
+def environment(engine: Engine) -> dict[str, Any]:
+    """Where and with what this ran: versions, device, commit, command."""
+    device = engine.device
+    return {
+        "fastres": version("fastres"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "triton": version("triton"),
+        "dali": version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world(),
+        "precision": engine.precision,
+        "compile": engine.compile,
+        "norm": engine.norm,
+        "auto": list(engine.reasons),
+        "command": sys.orig_argv,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with -dirty where it has changes; None where this is an installed package."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name, with the number of threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        name = names[0] if names else name
+    threads = torch.get_num_threads()
+    return f"{name} ({threads} thread{'s' * (threads != 1)})"
+
+
+def version(package: str) -> str | None:
+    """The version that is installed, if any."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
