@@ -5,8 +5,9 @@
 
 Flags of fastres.train; those before the first + hold for all settings. Settings take turns, so that what is interrupted
 has as many runs of each. A tenth of the training samples is held out unless --data.validation says otherwise; the test
-set's accuracy is neither printed nor kept. A line is the mean ± its standard error, and the median time of training, in
-this process.
+set's accuracy is neither printed nor kept. A line is the mean ± its standard error, the mean accuracy of the training
+batches since the evaluation before (far above the other: fitted too well; not: learnt too little), and the median time
+of training, in this process.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Setting:
     flags: list[str]
     own: str  # its own flags, as text
     accuracies: list[float] = field(default_factory=list)  # of the held-out samples, after the last step
+    training: list[float] = field(default_factory=list)  # of the training batches since the evaluation before
     seconds: list[float] = field(default_factory=list)
 
     def line(self) -> str:
@@ -37,7 +39,8 @@ class Setting:
         if n > 1:
             spread = f" ± {statistics.stdev(self.accuracies) / n**0.5:.4f}"
         seconds = statistics.median(self.seconds)
-        return f"{self.mean:.4f}{spread} (n={n}) {seconds:>9,.2f} s  {self.own}"
+        training = statistics.mean(self.training)
+        return f"{self.mean:.4f}{spread} (n={n})  training {training:.4f} {seconds:>9,.2f} s  {self.own}"
 
     @property
     def mean(self) -> float:
@@ -83,13 +86,22 @@ def main(argv: list[str] | None = None) -> int:
                     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 held_out = [row for row in map(json.loads, lines) if row["split"] == "validation"]
                 setting.accuracies.append(held_out[-1]["accuracy"])
+                setting.training.append(held_out[-1]["train_accuracy"])
                 setting.seconds.append(summary["train_time_s"])
                 print(f"seed {seed}: {setting.line()}", flush=True)
     finally:
         done = [setting for setting in settings if setting.accuracies]
         print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
         if options.json:
-            kept = [{"flags": s.flags, "accuracies": s.accuracies, "train_time_s": s.seconds} for s in done]
+            kept = [
+                {
+                    "flags": s.flags,
+                    "accuracies": s.accuracies,
+                    "train_accuracies": s.training,
+                    "train_time_s": s.seconds,
+                }
+                for s in done
+            ]
             options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -299,6 +299,7 @@ def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) ->
     slow, muon = json.loads(written.read_text())
     assert all(len(setting["accuracies"]) == len(setting["train_time_s"]) == 2 for setting in (slow, muon))
     assert max(slow["accuracies"]) < min(muon["accuracies"])
+    assert max(slow["train_accuracies"]) < min(muon["train_accuracies"]) and "training 0." in best
     for accuracy in (*slow["accuracies"], *muon["accuracies"]):
         assert accuracy * 143 == pytest.approx(round(accuracy * 143))  # of a tenth of 1,437
 
