@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fastres.config import Config, EngineConfig, OptimConfig
 from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
-from fastres.environment import version
+from fastres.environment import DALI, version
 from fastres.errors import Parser, Refused, first_line, run_command
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
@@ -35,7 +35,6 @@ EXTRAS = {  # what it is for: (packages, the extra that installs them)
     "Weights & Biases": (("wandb",), "wandb"),
     "ONNX export": (("onnx", "onnxscript", "onnxruntime"), "export"),
 }
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
 LAYOUTS = {  # where each data set lies under its root
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",

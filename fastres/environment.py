@@ -14,6 +14,8 @@ import torch
 from fastres import distributed
 from fastres.engine import Engine
 
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
+
 
 def environment(engine: Engine) -> dict[str, Any]:
     """Where and with what this ran: versions, device, commit, command."""
@@ -25,7 +27,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
         "triton": version("triton"),
-        "dali": version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120"),
+        "dali": next(filter(None, map(version, DALI)), None),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "platform": platform.platform(),

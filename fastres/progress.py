@@ -13,9 +13,7 @@ PLAIN_EVERY_S = 10.0  # between lines where the output is not a terminal
 class ProgressLine:
     """One line that moves in a terminal; elsewhere a plain line every ten seconds. On stderr it is gone at the end."""
 
-    def __init__(
-        self, what: str, total: int, done: int = 0, *, enabled: bool = True, stderr: bool = False
-    ) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, *, enabled: bool, stderr: bool = False) -> None:
         self.what, self.total, self.enabled = what, total, enabled
         self.console = Console(soft_wrap=True, stderr=stderr)
         self.live = enabled and self.console.is_terminal

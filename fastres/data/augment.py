@@ -49,9 +49,8 @@ class Finish:
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
         images = images.contiguous(memory_format=self.spec.memory_format)  # masks may cost the order
         if self.spec.memory_format == torch.contiguous_format:
-            images = images.flatten(1).view(
-                images.shape
-            )  # one channel has any strides, until it is told which
+            # One channel has any strides, until it is told which.
+            images = images.flatten(1).view(images.shape)
         return images, labels
 
 
