@@ -51,6 +51,15 @@ def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str, norm: str) -> 
     take(WARM_UP)
     timed = TIMED[net.side]
     timing = interleaved({name: lambda: take(timed)}, ROUNDS, DEVICE)[name]
+    benchmark.extra_info.update(
+        model=name,
+        batch=net.batch,
+        precision=engine.precision,
+        norm=engine.norm,
+        step_us=1e6 * timing.median_s / timed,
+        step_us_20_80=[1e6 * s / timed for s in timing.quantiles_s],
+        n=ROUNDS,
+    )
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities):
         take(1)  # the first one starts the tracer
@@ -63,16 +72,7 @@ def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str, norm: str) -> 
         profiler.export_chrome_trace(str(path))
 
     benchmark.pedantic(traced, rounds=1)
-    benchmark.extra_info.update(
-        model=name,
-        batch=net.batch,
-        precision=engine.precision,
-        norm=engine.norm,
-        step_us=1e6 * timing.median_s / timed,
-        step_us_20_80=[1e6 * s / timed for s in timing.quantiles_s],
-        n=ROUNDS,
-        **kernel_times(trace.load(path), TRACED),
-    )
+    benchmark.extra_info.update(kernel_times(trace.load(path), TRACED))
 
 
 def kernel_times(events: list[trace.Event], steps: int) -> dict[str, Any]:
@@ -84,13 +84,15 @@ def kernel_times(events: list[trace.Event], steps: int) -> dict[str, Any]:
         (event for event in events if event.get("cat") in trace.KERNELS), key=lambda event: event["ts"]
     )
     by_name: dict[str, list[float]] = defaultdict(list)
-    gaps, busy_until = list[float](), kernels[0]["ts"]
+    # A tracer that saw none must not cost the time that was measured.
+    start = kernels[0]["ts"] if kernels else 0.0
+    gaps, busy_until = list[float](), start
     for kernel in kernels:
         by_name[kernel["name"]].append(kernel["dur"])
         if kernel["ts"] > busy_until:
             gaps.append(kernel["ts"] - busy_until)
         busy_until = max(busy_until, kernel["ts"] + kernel["dur"])
-    span = busy_until - kernels[0]["ts"]
+    span = busy_until - start
     rows = [
         {"name": name, "calls": len(us) / steps, "us": sum(us) / steps, "median_us": statistics.median(us)}
         for name, us in by_name.items()

@@ -39,14 +39,14 @@ END
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
-doctor       |  2 | 15 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m tests.kernels_on_device cuda 200 && "$PYTHON" -m fastres.doctor
+doctor       |  2 |  7 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m tests.kernels_on_device cuda 200
 table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/fastest.json | fused "relu-128x"
 table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
 graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
 schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
+parity_0     |  4 | 20 | yes | gpu,data,table | 64,000 steps beside the plain loop's, seed 0        | parity 0
 kernel_times |  4 | 15 | yes | gpu,table      | a step's kernels, their times and gaps              | bench kernel_times
 resnet50     |  4 | 15 | yes | gpu,table      | ResNet-50 beside timm's and torchvision's tuned     | bench peers -k "resnet50 and (timm or tuned) and not dali"
-parity_0     |  4 | 20 | yes | gpu,data,table | 64,000 steps beside the plain loop's, seed 0        | parity 0
 parity_1     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 1        | parity 1
 parity_2     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 2        | parity 2
 parity_3     |  4 | 20 | no  | gpu,data,table | 64,000 steps beside the plain loop's, seed 3        | parity 3
@@ -191,9 +191,9 @@ if [[ -z $list ]]; then
             refuse "$device has compute capability $capability, and 8.0 is needed: an A100, H100 or H200"
         said=$("$PYTHON" -c "import bench.conftest, bench.report" 2>&1) ||
             refuse "$(tail -n 1 <<<"$said"): pip install -e '.[dev,peers]' in this checkout"
-        for peer in timm airbench; do
+        for peer in timm airbench nvidia.dali; do
             "$PYTHON" -c "import $peer" 2>/dev/null ||
-                echo "run_on_gpu: $peer is not installed: what is measured beside it will fail" >&2
+                echo "run_on_gpu: $peer is not installed: what is measured with it will fail" >&2
         done
         free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
         ((free_kib >= 5 * 1024 * 1024)) ||

@@ -166,7 +166,7 @@ def _set_switches(precision: str, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        # cuBLAS asks for it before its first call.
+        # Looked at once, at the first product of matrices in a process: bench/conftest.py sets it for all of them.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # It would write to all memory that is about to be written: for finding what reads before, not for equal runs.

@@ -7,7 +7,8 @@
 
 On a GPU a recording is a CUDA graph, and a step costs the host one launch. On a CPU it is a list of operators, which
 gains nothing and keeps a graph's rules, so that what relies on them is tested anywhere: the same work on the same
-memory at every replay, Python's numbers as they were, nothing that waits for a value, nothing kept between replays.
+memory at every replay, Python's numbers as they were, nothing that waits for a value, nothing kept between replays, no
+graph of gradients from before.
 
 What differs from step to step reaches the recording through memory: the draws, the learning rates and the numbers of a
 block of steps are copied to the device before the first of them, and each replay takes the row that a counter on the
@@ -18,6 +19,7 @@ Not yet run on a GPU: CudaRecorder.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -310,6 +313,14 @@ class HostRecorder:
         self.device = device
 
     def record(self, work: Work, changed: Sequence[Tensor]) -> Recording:
+        leaves = [tensor for tensor in changed if tensor.requires_grad]
+        if any(map(_in_a_graph, leaves)):
+            gc.collect()  # as capturing() does
+        if held := sum(map(_in_a_graph, leaves)):
+            raise CannotRecord(
+                f"a graph of gradients of {held} tensors is still held: it is of the stream that it was made on, and "
+                "would draw that stream into a capture"
+            )
         watches, kept = list[_Watch](), list[int]()
         for _ in range(WARM_UP):
             watches.append(_Watch(self.device))
@@ -450,6 +461,17 @@ def _at(what: str) -> str:
             return f"{what} ({name}, line {frame.f_lineno})"
         frame = frame.f_back
     return what
+
+
+def _in_a_graph(leaf: Tensor) -> bool:
+    """Whether an autograd graph of it is alive: as long as one is, the node that accumulates its gradient stays the
+    same, with the stream that it was made on (pytorch#180090)."""
+
+    def metadata() -> Any:  # of that node: a dict of its own
+        return get_gradient_edge(leaf).node.metadata
+
+    metadata()["seen"] = True
+    return "seen" in metadata()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

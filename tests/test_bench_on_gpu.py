@@ -295,6 +295,8 @@ def test_the_parts_of_a_step_from_a_trace() -> None:
     assert (found["gaps"], found["gaps_us"], found["largest_gaps_us"]) == (1.5, 3, [4, 1, 1])
     rows = [(row["name"], row["calls"], row["us"]) for row in found["by_kernel"]]
     assert rows == [("conv", 1, 3), ("norm", 1, 2), ("Memcpy", 0.5, 0.5)]
+    # No kernels are no error, behind which the step's time would be lost.
+    assert kernel_times(events[:1], 2)["kernels"] == 0
 
 
 def test_airbenchs_last_row() -> None:

@@ -393,6 +393,21 @@ def test_memory_that_grows_is_refused() -> None:
         HostRecorder(CPU).record(lambda: losses.append(x * 2), [])
 
 
+def test_a_graph_of_gradients_from_before_is_refused() -> None:
+    """On a GPU its accumulators would draw the stream that they were made on into the capture."""
+    weight = torch.ones(4, requires_grad=True)
+
+    def work() -> None:
+        (weight * 2).sum().backward()
+        weight.grad = None
+
+    loss = (weight * 2).sum()
+    with pytest.raises(CannotRecord, match="a graph of gradients of 1 tensors is still held"):
+        HostRecorder(CPU).record(work, [weight])
+    del loss
+    HostRecorder(CPU).record(work, [weight])
+
+
 def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
     """As a GPU's graph would: a gradient, an output."""
     x, out = torch.ones(4), dict[str, Tensor]()
