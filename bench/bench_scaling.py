@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.config
 import torch.distributed as dist
 
 from bench.steps import PLAIN, Net, engine_for, engine_training
 from fastres.engine import resolve
+from fastres.step import allow_versions
 from fastres.timing import interleaved
 
 GPU = torch.cuda.is_available()
@@ -45,8 +45,7 @@ SWEEPS: dict[str, dict[int, Net]] = {
 @pytest.mark.parametrize("sweep", SWEEPS)
 def bench_step(benchmark: Any, sweep: str) -> None:
     _, engine = engine_for()
-    # The sizes are shapes of one function, and dynamo gives up at eight unless told.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(SWEEPS[sweep]))
+    allow_versions(2 * len(SWEEPS[sweep]))
     steps = {str(size): engine_training(one) for size, one in SWEEPS[sweep].items()}
     regions = {size: (lambda take=take: take(STEPS)) for size, take in steps.items()}
     timings = benchmark.pedantic(lambda: interleaved(regions, ROUNDS, engine.device), rounds=1)
@@ -103,7 +102,8 @@ def bench_cost(benchmark: Any, what: str) -> None:
 
 
 def bench_processes(benchmark: Any, tmp_path: Path) -> None:
-    """The same global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each."""
+    """The same global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each. One is without a graph
+    too: several cannot have one."""
     there = torch.cuda.device_count() if GPU else os.cpu_count() or 1
     counts = [count for count in (1, 2, 4, 8) if count <= there]
     if len(counts) == 1:
@@ -122,7 +122,8 @@ def bench_processes(benchmark: Any, tmp_path: Path) -> None:
                     str(count),
                 ),
                 *("-m", "fastres.train", "--data.source", "synthetic", "--data.augment", "none"),
-                *("--train.steps", "600" if GPU else "24", "--run.dir", str(tmp_path / f"{count}-{turn}")),
+                *("--engine.cuda_graph", "false", "--train.steps", "6000" if GPU else "24"),
+                *("--run.dir", str(tmp_path / f"{count}-{turn}")),
             ],
             env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))},
             capture_output=True,

@@ -24,6 +24,7 @@ from bench.runs import run
 from fastres.command_line import parse
 from fastres.data.sources import load_source
 from fastres.errors import Refused, run_command
+from fastres.step import allow_versions
 
 
 @dataclass
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     if not data.validation:
         for setting in settings:
             setting.flags += ["--data.validation", str(len(source.train) // 10)]
+    allow_versions(4 * len(settings))  # each is trained and evaluated
     try:
         for seed in range(options.seeds):
             for setting in settings:

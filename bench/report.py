@@ -126,8 +126,7 @@ def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
     drawn = []
     for name, plot in PLOTS.items():
         of_file = [row for row in rows if row.file == f"bench_{name}.py"]
-        if of_file:
-            figure = plot(of_file)
+        if of_file and (figure := plot(of_file)) is not None:
             figure.suptitle(device, fontsize=9, color="0.4")
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{slug}-{name}.png"
@@ -174,8 +173,10 @@ def plot_time_to_90(rows: Sequence[Row]) -> Any:
 
 
 def plot_scaling(rows: Sequence[Row]) -> Any:
-    """A panel for each sweep: the cost of a step, and images/s by processes."""
+    """A panel for each sweep: the cost of a step, and images/s by processes. None where there is no sweep."""
     rows = [row for row in rows if "sizes" in row.info]
+    if not rows:
+        return None
     figure, panels = plt.subplots(
         1, len(rows), figsize=(4 * len(rows), 3.4), layout="constrained", squeeze=False
     )

@@ -101,12 +101,14 @@ def engine() -> Findings:
 
 
 def compiler() -> Findings:
-    """What torch.compile needs on a CPU."""
-    found, why = can_compile(torch.device("cpu"))
-    yield (
-        OK if found else WARNING,
-        why + ("" if found else " (until then a CPU trains without torch.compile)"),
-    )
+    """What torch.compile needs, on a GPU where there is one, and on a CPU."""
+    devices = {"cuda": "GPU", "cpu": "CPU"} if torch.cuda.is_available() else {"cpu": "CPU"}
+    for name, device in devices.items():
+        found, why = can_compile(torch.device(name))
+        yield (
+            OK if found else WARNING,
+            why + ("" if found else f" (until then a {device} trains without torch.compile)"),
+        )
 
 
 def training_step() -> Findings:

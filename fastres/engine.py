@@ -193,8 +193,14 @@ def _has_triton() -> bool:
 def can_compile(device: torch.device) -> tuple[bool, str]:
     """Whether torch.compile has what it needs here, and the reason with the remedy in words."""
     if device.type == "cuda":
-        found = _has_triton()
-        return found, "Triton is there" if found else "Triton is not installed: pip install triton"
+        if not _has_triton():
+            return False, "Triton is not installed: pip install triton"
+        # It builds what launches its kernels at the first of them; on Windows it brings its own compiler.
+        compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
+        if sys.platform != "win32" and shutil.which(compiler) is None:
+            return False, "no C compiler for Triton on the PATH: apt-get install gcc"
+        missing = "" if sys.platform == "win32" else _missing_headers()
+        return not missing, missing or "Triton is there"
     if sys.platform == "win32":
         found = shutil.which("cl") is not None
         return (
@@ -206,9 +212,14 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     if shutil.which(compiler) is None:
         remedy = "apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
         return False, f"no C++ compiler {compiler} on the PATH: {remedy}"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return False, "no Python headers: apt-get install python3-dev"
-    return True, f"the C++ compiler {compiler} is there"
+    missing = _missing_headers()
+    return not missing, missing or f"the C++ compiler {compiler} is there"
+
+
+def _missing_headers() -> str:
+    """Python's, with the remedy; empty where they are there."""
+    there = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    return "" if there else "no Python headers: apt-get install python3-dev"
 
 
 def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:

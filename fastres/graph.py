@@ -245,7 +245,7 @@ def recorded(
         return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
     except Exception as error:
         step.break_off()
-        why = first_line(error.__context__ or error)  # the end of a failed capture is an error of its own
+        why = first_line(error)
         if not engine.cuda_graph_may_fall_back:
             raise Failed(
                 f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto"
@@ -288,9 +288,20 @@ class CudaRecorder:
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     """torch.cuda.graph, during which no garbage is collected: a graph that is destroyed meanwhile, of an earlier run in
-    this process, ends the capture (pytorch#195397)."""
-    with no_garbage(), torch.cuda.graph(graph, **how):
-        yield
+    this process, ends the capture (pytorch#195397). An error inside is the one that is raised: the end of a failed
+    capture is an error of its own."""
+    inside: BaseException | None = None
+    try:
+        with no_garbage(), torch.cuda.graph(graph, **how):
+            try:
+                yield
+            except BaseException as error:
+                inside = error
+                raise
+    except Exception:
+        if inside is not None:
+            raise inside  # noqa: B904, its own context is kept
+        raise
 
 
 # ------------------------------------------------------------------------------------------- on a CPU

@@ -153,11 +153,20 @@ def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if host["governor"] not in (None, "performance"):
         lines.append(f"the CPU's frequency governor is {host['governor']}")
     if gpu := after["gpu"]:
+        held_back = _grown((before["gpu"] or {}).get("held_back_ns") or {}, gpu.get("held_back_ns") or {})
+        if held_back:
+            by = ", ".join(f"{reason} {ns / 1e9:.1f} s" for reason, ns in held_back.items())
+            lines.append(f"the GPU's clocks were held back meanwhile: {by}")
         if others := gpu["other_processes"]:
             lines.append(f"{len(others)} other process(es) used the GPU")
         if reasons := [reason for reason in gpu["throttled"] or () if reason != "idle"]:
             lines.append(f"the GPU's clocks were held back: {', '.join(reasons)}")
     return lines
+
+
+def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """By how much what is counted in both has grown, where it has."""
+    return {name: n - before[name] for name, n in after.items() if n > before.get(name, n)}
 
 
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
@@ -202,6 +211,14 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
         return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
 
+    def held_back_ns() -> dict[str, int]:
+        """Since the driver was loaded. What is read at one moment, as above, is of a GPU that has nothing to do."""
+        policies = {"power cap": nvml.NVML_PERF_POLICY_POWER, "temperature": nvml.NVML_PERF_POLICY_THERMAL}
+        return {
+            reason: nvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime
+            for reason, policy in policies.items()
+        }
+
     def other_processes() -> list[dict[str, Any]]:
         running = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
         return [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running if p.pid != os.getpid()]
@@ -217,6 +234,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         "utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
         "throttled": throttled,
+        "held_back_ns": held_back_ns,
         "other_processes": other_processes,
     }
 

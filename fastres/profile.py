@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config
 import yaml
 from rich.console import Console
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
-from fastres.step import TrainStep
+from fastres.step import TrainStep, allow_versions
 from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
 
 LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
@@ -208,8 +207,7 @@ def prepare(
     say: Callable[[str], None],
 ) -> dict[str, Prepared]:
     """Builds and compiles all of them; those that fail join the absent."""
-    # Dynamo keeps what it compiles by code, which all variants share.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(switches))
+    allow_versions(4 * len(switches))
     reference = Contestant(subject, resolve(REFERENCE.config(subject.model, str(device)))).outcome()
     ready: dict[str, Prepared] = {}
     for variant, switch in switches.items():
@@ -291,6 +289,11 @@ def measure(
             peak_bytes = peak_on_gpu(prepared.contestant, history if keep_traces else None)
             files.append(history.name)
         operators = trace.operators(events, work, TRACED_STEPS)
+        if device.type == "cuda" and trace.kernel_seconds(events, TRACED_STEPS) is None:
+            say(
+                f"{name}: the tracer saw no kernels, so there are no operators: is another profiler attached?"
+            )
+            operators = []  # by the host's times
         results.append(
             Result(
                 variant=prepared.variant,
@@ -343,19 +346,26 @@ def record(contestant: Contestant, path: Path) -> None:
         with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if cuda else nullcontext():
             yield
 
-    # Of before, as garbage is: the profiler would wonder on stderr at what it has not seen allocated.
-    contestant.images.grad = None
-    contestant.logits = None
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities):
-        pass  # the first one starts the tracer
-    profiling = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-    with no_garbage(), profiling as profiler:
-        if contestant.graph:
-            contestant.whole_steps(TRACED_STEPS)
-        else:
-            contestant.steps_in_parts(TRACED_STEPS, named)
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+    with no_garbage():
+        # A step before the trace: it starts the tracer, and CUPTI up to 13.1 loses the first kernels of every session
+        # but a process's first (pytorch#192021).
+        profiler.prepare_trace()
+        contestant.whole_steps(1)
         wait_for(contestant.engine.device)
+        # Of before, as garbage is: the profiler would wonder on stderr at what it has not seen allocated.
+        contestant.images.grad = None
+        contestant.logits = None
+        profiler.start_trace()
+        try:
+            if contestant.graph:
+                contestant.whole_steps(TRACED_STEPS)
+            else:
+                contestant.steps_in_parts(TRACED_STEPS, named)
+            wait_for(contestant.engine.device)
+        finally:
+            profiler.stop_trace()
     profiler.export_chrome_trace(str(path))
 
 

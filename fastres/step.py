@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,13 @@ def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(
         work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True}
     )
+
+
+def allow_versions(count: int) -> None:
+    """Of one step's code: dynamo keeps what it compiles by code, which all networks and settings of a process share,
+    and gives up at the ninth."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
 
 
 class CastTogether(torch.autograd.Function):

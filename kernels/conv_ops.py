@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .launch import HAS_TRITON, channels_last, runs_kernels
@@ -232,6 +233,24 @@ def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
 
 conv_norm.register_autograd(_differentiate, setup_context=_save)
 conv_norm_backward.register_autograd(_no_double_backward)
+
+
+def _flops(x: Any, weight: Any) -> int:
+    """Of one convolution, from shapes: a multiply-add as two."""
+    (n, _, height, width), (k, c, r, s) = x, weight
+    return 2 * n * height * width * k * c * r * s
+
+
+@register_flop_formula(torch.ops.fastres_kernels.conv_norm)
+def _flops_of_forward(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _flops(x, weight)
+
+
+@register_flop_formula(torch.ops.fastres_kernels.conv_norm_backward)
+def _flops_of_backward(*given: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of the input's gradient and the weight's, where they are wanted."""
+    x, weight, want_input, want_weight = given[3], given[4], given[-2], given[-1]
+    return (want_input + want_weight) * _flops(x, weight)
 
 
 def _norm(

@@ -1,5 +1,5 @@
-"""One thread, here and in every process that a test starts; Triton's interpreter here; one seed for every test; a cache
-of the tests' own; and the longest files first."""
+"""One thread and no GPU, here and in every process that a test starts; Triton's interpreter here; one seed for every
+test; a cache of the tests' own; and the longest files first."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,9 @@ from pathlib import Path
 # Before torch is imported. Bitwise equal sums need an equal number of threads, and nets as small as these gain nothing
 # from more of them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What the tests expect is a CPU's, on a machine with a GPU too. test_kernels_gpu.py has it back, from a worker as well.
+os.environ.setdefault("FASTRES_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Before Triton is imported, so that kernels run without a GPU. Commands that tests start run without it, as users' do.
 os.environ["TRITON_INTERPRET"] = "1"
 

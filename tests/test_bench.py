@@ -239,6 +239,12 @@ def test_the_report_names_a_file_that_is_no_result(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
+def test_costs_without_a_sweep_are_not_drawn(tmp_path: Path) -> None:
+    report, tables = (importlib.import_module(f"bench.{name}") for name in ("report", "tables"))
+    cost = tables.Row("bench/bench_scaling.py::bench_cost[DDP on one process]", {"sweep": "cost"})
+    assert report.draw("a device", [cost], tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("accuracies", "low", "high"),
     [

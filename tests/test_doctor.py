@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastres import doctor
+from fastres.engine import can_compile
 from tests.commands import run_fastres
 from tests.fixtures import write_mnist_idx
 
@@ -67,3 +69,19 @@ def test_what_is_not_installed_names_its_extra(
         assert f"pip install '.[{extra}]'" in output
     (line,) = findings(output, "broken")
     assert "pip install torch torchvision filelock" in line
+
+
+def test_triton_needs_a_c_compiler_for_its_first_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.delenv("CC", raising=False)
+    assert can_compile(cuda) == (True, "Triton is there")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert can_compile(cuda) == (False, "no C compiler for Triton on the PATH: apt-get install gcc")
+    clang = tmp_path / "clang"
+    clang.write_text("#!/bin/sh\n")
+    clang.chmod(0o755)
+    assert can_compile(cuda) == (True, "Triton is there")
+    monkeypatch.setenv("CC", "no-such-cc")
+    assert not can_compile(cuda)[0]

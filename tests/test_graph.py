@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,7 +466,6 @@ def test_a_cpu_has_no_graphs_and_says_why() -> None:
         engine_of("--engine.cuda_graph", "true")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the flag asks for")
 def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Path) -> None:
     done = run_fastres("train", *SHORT, "--engine.device", "cpu", "--engine.cuda_graph", "true", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -537,3 +537,20 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
     assert checkpoint.digest(step.state_dict()) == before
     take(taken, training, 0, 2)
     assert step.totals.read()[0].samples == 2 * 64
+
+
+def test_of_a_capture_that_fails_the_error_inside_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of such a capture raises one of its own, on a GPU."""
+
+    @contextmanager
+    def capture(*_: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with pytest.raises(ValueError, match="the reason"), graph.capturing(None):
+        raise ValueError("the reason")
+    with pytest.raises(RuntimeError, match="a previous error"), graph.capturing(None):
+        pass

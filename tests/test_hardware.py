@@ -97,11 +97,14 @@ def not_supported(*_: object) -> Any:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An NVML with one GPU that does not tell its temperature."""
     clocks = {"sm": 1755, "memory": 2619}
+    held_back_ns = {"power": 5 * 10**9, "thermal": 0}
     processes = [SimpleNamespace(pid=pid, usedGpuMemory=2**30) for pid in (os.getpid(), 4242)]
     module = SimpleNamespace(
         NVML_CLOCK_SM="sm",
         NVML_CLOCK_MEM="memory",
         NVML_TEMPERATURE_GPU=0,
+        NVML_PERF_POLICY_POWER="power",
+        NVML_PERF_POLICY_THERMAL="thermal",
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID={"GPU-abc": "the gpu"}.__getitem__,
         nvmlSystemGetDriverVersion=lambda: "580.65",
@@ -112,6 +115,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         nvmlDeviceGetEnforcedPowerLimit=lambda gpu: 700_000,
         nvmlDeviceGetTemperature=not_supported,
         nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=97),
+        nvmlDeviceGetViolationStatus=lambda gpu, policy: SimpleNamespace(violationTime=held_back_ns[policy]),
         nvmlDeviceGetCurrentClocksEventReasons=lambda gpu: 0x04 | 0x40,
         nvmlDeviceGetComputeRunningProcesses=lambda gpu: processes,
     )
@@ -133,12 +137,25 @@ def test_the_state_of_a_gpu(nvml: SimpleNamespace) -> None:
         "temperature_c": None,
         "utilisation": 0.97,
         "throttled": ["power cap", "temperature (hardware)"],
+        "held_back_ns": {"power cap": 5 * 10**9, "temperature": 0},
         "other_processes": [{"pid": 4242, "bytes": 2**30}],
     }
     assert state["unknown"]["gpu.temperature_c"] == "Not Supported"
     lines = doubts(state, state)
     assert "1 other process(es) used the GPU" in lines
     assert "the GPU's clocks were held back: power cap, temperature (hardware)" in lines
+    assert not any("meanwhile" in line for line in lines)
+
+
+def test_clocks_that_were_held_back_between_two_snapshots_are_a_doubt(nvml: SimpleNamespace) -> None:
+    """Though at either the GPU has nothing to do, and nothing holds it back."""
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda gpu: 0x01
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
+    before, after = snapshot(CUDA), snapshot(CUDA)
+    after["gpu"]["held_back_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
+    assert doubts(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
+    before["gpu"]["held_back_ns"] = None  # not told
+    assert not any("meanwhile" in line for line in doubts(before, after))
 
 
 def test_an_nvml_that_fails_altogether_is_survived(nvml: SimpleNamespace) -> None:

@@ -21,6 +21,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastres_kernels import barrier, conv_1x1, conv_3x3, conv_ops, conv_parts, launch, reference
 from tests.commands import users_environment
@@ -455,3 +456,14 @@ def test_double_backward_is_refused_by_name() -> None:
     (gradient,) = torch.autograd.grad(z.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="fastres_kernels: conv_norm has no double backward"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_its_operations_are_counted_as_a_convolutions(r: int) -> None:
+    x, weight, *norm = inputs(2, 16, 32, 4, 5, r, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        conv_norm(x, weight, *norm, EPS)[0].sum().backward()
+    assert x is not None and weight is not None
+    with FlopCounterMode(display=False) as oracle:
+        F.conv2d(x, weight, padding=r // 2).sum().backward()
+    assert counter.get_total_flops() == oracle.get_total_flops() > 0

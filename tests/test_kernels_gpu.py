@@ -3,23 +3,27 @@ another: it has no barrier to meet at, no cache to find old values in, and no ra
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.commands import run_module
 
+# The tests' own process has none: conftest.py.
+GPUS = os.environ["FASTRES_TESTS_GPUS"]
+HAS_GPU = GPUS != "" and any(Path("/dev").glob("nvidia[0-9]*"))
 
-def check_on(device: str, repeats: int, **env: str) -> subprocess.CompletedProcess[str]:
+
+def check_on(device: str, repeats: int, **env: str | None) -> subprocess.CompletedProcess[str]:
     checkout = Path(__file__).parent.parent
     return run_module("tests.kernels_on_device", device, repeats, cwd=checkout, env=env, timeout_s=900)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_on_a_gpu_they_are_right_and_repeat_bit_for_bit_called_and_replayed() -> None:
-    done = check_on("cuda", 200)
+    done = check_on("cuda", 200, CUDA_VISIBLE_DEVICES=None if GPUS == "all" else GPUS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

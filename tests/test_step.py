@@ -19,7 +19,15 @@ from fastres.config import OptimConfig
 from fastres.data import IGNORED
 from fastres.models import build_model
 from fastres.optim import build_optimizer, orthogonal
-from fastres.step import DeviceTotals, Evaluator, ForwardLoss, TrainStep, check_channels_last, warm_up
+from fastres.step import (
+    DeviceTotals,
+    Evaluator,
+    ForwardLoss,
+    TrainStep,
+    allow_versions,
+    check_channels_last,
+    warm_up,
+)
 from tests.fixtures import engine
 
 Batch = tuple[Tensor, Tensor]
@@ -537,3 +545,13 @@ def test_the_state_of_another_model_is_not_loaded() -> None:
     state = a_step(a_net()).state_dict()
     with pytest.raises((RuntimeError, ValueError, KeyError)):
         a_step(a_net("cifar_resnet", blocks_per_stage=2)).load_state_dict(state)
+
+
+def test_one_process_may_compile_a_step_for_more_networks_than_dynamos_eight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    allow_versions(20)
+    allow_versions(4)  # never fewer than somebody else has asked for
+    assert config.recompile_limit == 20
