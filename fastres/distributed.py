@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -129,6 +130,9 @@ def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = Fal
 
 def data_parallel(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
     """DDP around the module; BatchNorm's running statistics stay each process's own. Collective."""
+    # Dynamo would cut the module's graph at DDP's buckets, and several processes would run another program than one.
+    # Little is lost: in bf16 all gradients but BatchNorm's come out of one cast at the end (step.CastTogether).
+    torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
         # torch 2.14 prefers forward_sync_buffers, which torch 2.11 has not.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -43,11 +43,22 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch, on a CPU
+    "cuda error: out of memory",  # a context or pinned memory; NCCL's "unhandled cuda error" says it so too
+    "cublas_status_alloc_failed",
+    "cuda failure 'out of memory'",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what it is. On a CPU torch has no type of its own for it."""
+    """Whether that is what it is. torch has a type of its own only for what its allocator of a GPU's memory says."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in said for words in OUT_OF_MEMORY
+    )
 
 
 def complain(what: str, said: bool = False) -> None:

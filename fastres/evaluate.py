@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from fastres import checkpoint
+from fastres import checkpoint, distributed
 from fastres.command_line import parse
 from fastres.config import Config, DataConfig, EngineConfig, model_options
 from fastres.data import build_loader
@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         for field in dataclasses.fields(fields):
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if distributed.world() > 1:
+        raise Refused(f"{distributed.world()} processes would each do all of it: without torchrun")
     # Eager unless asked otherwise: one pass does not earn back what compiling takes.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}

@@ -272,16 +272,18 @@ class CudaRecorder:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         # The same stream to warm up and to capture: what torch keeps by stream, cuBLAS's workspace, is there then.
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
-                with unchanged(changed):
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP):
+                    with unchanged(changed):
+                        work()
+                graph = torch.cuda.CUDAGraph()
+                # Capturing runs nothing: there is nothing to put back. Its error mode stays "global", the strictest: no
+                # other thread has to do with the device meanwhile, but autograd's, which is a part of it.
+                with capturing(graph, pool=self.pool, stream=self.stream):
                     work()
-            graph = torch.cuda.CUDAGraph()
-            # Capturing runs nothing: there is nothing to put back. Its error mode stays "global", the strictest: no
-            # other thread has to do with the device meanwhile, but autograd's, which is a part of it.
-            with capturing(graph, pool=self.pool, stream=self.stream):
-                work()
-        current.wait_stream(self.stream)
+        finally:  # where the work fails, the step without a graph goes on from what was put back
+            current.wait_stream(self.stream)
         return graph  # who asked for it holds what it has the addresses of
 
 

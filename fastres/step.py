@@ -395,9 +395,9 @@ def warm_up(
         train_step.warm_up(*batch)
 
 
-def check_channels_last(model: nn.Module, batch: Batch) -> None:
-    """Runs one eager forward and backward and raises AssertionError at the first convolution or normalisation whose
-    activations or gradients are not channels-last; leaves no trace in the model's state."""
+def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
+    """Runs one eager forward and backward in the engine's precision, and raises AssertionError at the first convolution
+    or normalisation whose activations or gradients are not channels-last; leaves no trace in the model's state."""
     wrong: list[str] = []
 
     def check(what: str, tensor: Tensor) -> None:
@@ -421,8 +421,9 @@ def check_channels_last(model: nn.Module, batch: Batch) -> None:
     try:
         with unchanged(model.buffers()):
             model.train()
-            images, labels = batch[0][:2], batch[1][:2]
-            loss = F.cross_entropy(model(images.to(next(model.parameters()).dtype)), labels)
+            forward_loss = ForwardLoss(model, engine, "mean")
+            forward_loss.run_eagerly()
+            loss, _ = forward_loss(batch[0][:2], batch[1][:2])
             # Not backward(): DDP's hooks would count it as the first step, and never average a gradient after that.
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     finally:

@@ -101,7 +101,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     warnings = []
     if engine.channels_last:
         try:
-            check_channels_last(model, blank)
+            check_channels_last(model, engine, blank)
         except AssertionError as error:  # slower, not wrong: said, not fatal
             warnings.append(f"channels_last is lost: {error}")
 

@@ -14,6 +14,7 @@ from fastres.engine import resolve
 from fastres.errors import Refused, run_command
 from fastres.evaluate import evaluate_run, load_run
 from tests.commands import run_fastres
+from tests.fixtures import refused
 
 TINY = (
     "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
@@ -102,6 +103,12 @@ def test_refuses_what_is_not_a_run_in_one_line(tmp_path: Path, capsys: pytest.Ca
         run_command(lambda: evaluate.main([str(tmp_path)]))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fastres: error: {tmp_path} is not the folder of a run")
+
+
+def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("2 processes would each do all of it", "without torchrun"):
+        evaluate.main([str(run)])
 
 
 @pytest.mark.parametrize(

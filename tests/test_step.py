@@ -435,7 +435,7 @@ def test_every_family_is_channels_last_throughout(name: str, size: int, channels
     options = {"blocks_per_stage": 1} if name == "cifar_resnet" else {}
     model = a_net(name, in_channels=channels, **options)
     before = checkpoint.digest(model.state_dict())
-    check_channels_last(model, a_batch(2, size, channels))
+    check_channels_last(model, engine(), a_batch(2, size, channels))
     assert checkpoint.digest(model.state_dict()) == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -444,9 +444,9 @@ def test_every_family_is_channels_last_throughout(name: str, size: int, channels
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_copy_to_another_order_is_found(place: str, backward: bool) -> None:
     batch = a_batch(2, 8)
-    check_channels_last(a_net_with_a_copy("nowhere", backward), batch)
+    check_channels_last(a_net_with_a_copy("nowhere", backward), engine(), batch)
     with pytest.raises(AssertionError, match="strides"):
-        check_channels_last(a_net_with_a_copy(place, backward), batch)
+        check_channels_last(a_net_with_a_copy(place, backward), engine(), batch)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------

@@ -516,6 +516,9 @@ def test_memory_that_does_not_suffice_is_one_line(
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert out_of_memory(caught.value)
+    # As a context or pinned memory of a full GPU says it, in an error that is not the allocator's.
+    assert out_of_memory(torch.AcceleratorError("CUDA error: out of memory", 2))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_processes_on_one_machine_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
