@@ -45,9 +45,9 @@ def first_line(error: BaseException) -> str:
 
 OUT_OF_MEMORY = (
     "can't allocate memory",  # torch, on a CPU
-    "cuda error: out of memory",  # a context or pinned memory; NCCL's "unhandled cuda error" says it so too
+    "cuda error: out of memory",  # of a context, or pinned
     "cublas_status_alloc_failed",
-    "cuda failure 'out of memory'",
+    "'out of memory'",  # NCCL
 )
 
 
