@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastres import doctor
+from fastres import doctor, engine
 from fastres.engine import can_compile
 from tests.commands import run_fastres
 from tests.fixtures import write_mnist_idx
@@ -75,8 +75,8 @@ def test_triton_needs_a_c_compiler_for_its_first_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = torch.device("cuda")
+    monkeypatch.setattr(engine, "_missing_headers", lambda: "")  # Python's: another line of its own
     monkeypatch.delenv("CC", raising=False)
-    assert can_compile(cuda) == (True, "Triton is there")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert can_compile(cuda) == (False, "no C compiler for Triton on the PATH: apt-get install gcc")
     clang = tmp_path / "clang"
