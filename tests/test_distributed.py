@@ -139,25 +139,16 @@ def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_
     assert ours["test_accuracy"] == alone["test_accuracy"] and ours["test_samples"] == 360
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
 def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, tmp_path: Path) -> None:
     """As a GPU has it by default."""
-    compiled = [
-        *EXACT,
-        *SHARED,
-        "--engine.compile",
-        "true",
-        "--train.steps",
-        5,
-        "--run.checkpoint_every",
-        1000,
-    ]
-    several = finished(tmp_path / "run", *compiled, processes=2)
+    short = "--engine.compile true --train.steps 5 --run.checkpoint_every 1000".split()
+    several = finished(tmp_path / "run", *EXACT, *SHARED, *short, processes=2)
     assert json.loads((several / "summary.json").read_text())["compile"] is True
     expected = {step: loss for step, loss in losses(one).items() if step <= 5}
     assert losses(several) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
 def test_what_some_processes_saved_others_go_on_from(
     one: Path, tmp_path: Path, writers: int, readers: int
 ) -> None:
