@@ -288,12 +288,13 @@ def measure(
             history = folder / f"memory-{name}.pickle"
             peak_bytes = peak_on_gpu(prepared.contestant, history if keep_traces else None)
             files.append(history.name)
-        operators = trace.operators(events, work, TRACED_STEPS)
         if device.type == "cuda" and trace.kernel_seconds(events, TRACED_STEPS) is None:
             say(
                 f"{name}: the tracer saw no kernels, so there are no operators: is another profiler attached?"
             )
-            operators = []  # by the host's times
+            operators = []  # their times would be the host's
+        else:
+            operators = trace.operators(events, work, TRACED_STEPS)
         results.append(
             Result(
                 variant=prepared.variant,
