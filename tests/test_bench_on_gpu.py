@@ -28,14 +28,14 @@ from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
 SCRIPT = CHECKOUT / "bench" / "run_on_gpu.sh"
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+PYTHON = {"PYTHON": sys.executable}
 
 # ---- the script -------------------------------------------------------------------------------------------------
 
 
 def script(*args: str | Path, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [SCRIPT, *map(str, args)], cwd=cwd, env=users_environment(NO_GPU), capture_output=True, text=True,
+        [SCRIPT, *map(str, args)], cwd=cwd, env=users_environment(PYTHON), capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_a_stage_that_hangs_is_stopped_and_the_others_go_on(stages: Stages, tmp_
 def test_an_interrupt_ends_the_stage_and_all_that_it_started(stages: Stages) -> None:
     stages.write(first="true", sleeps=f"sh -c 'echo $$ >{stages.folder}/pid; sleep 1000'", last="true")
     running = subprocess.Popen(
-        [SCRIPT, *map(str, stages.arguments)], env=users_environment(NO_GPU), stdout=subprocess.PIPE,
+        [SCRIPT, *map(str, stages.arguments)], env=users_environment(PYTHON), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     pid = stages.folder / "pid"
@@ -247,7 +247,7 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
         ("-m", "bench.report", str(rows)),
     ):  # fmt: skip
         done = subprocess.run(
-            [sys.executable, *command], cwd=CHECKOUT, env=users_environment(NO_GPU), capture_output=True, text=True,
+            [sys.executable, *command], cwd=CHECKOUT, env=users_environment(PYTHON), capture_output=True, text=True,
             timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -140,7 +140,7 @@ def test_as_a_benchmark(tmp_path: Path) -> None:
             *("-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'rows.json'}"),
         ],
         cwd=tmp_path,
-        env=users_environment({"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(CHECKOUT)}),
+        env=users_environment({"PYTHONPATH": str(CHECKOUT)}),
         capture_output=True,
         text=True,
         timeout=300,
