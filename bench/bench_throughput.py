@@ -24,7 +24,7 @@ from bench.steps import (
     plain_inference,
     plain_training,
 )
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 GPU = torch.cuda.is_available()
 

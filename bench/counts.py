@@ -58,11 +58,11 @@ from fastres.config import Config
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, resolve
-from fastres.errors import Refused, run_command
 from fastres.graph import READS, GraphedStep, waits
 from fastres.models import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, ForwardLoss, TrainStep
+from fastres.utils.errors import Refused, run_command
 from fastres_kernels.launch import HAS_TRITON, INTERPRETED
 from fastres_kernels.report import count_blocks, table
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from bench.runs import run
 from fastres.command_line import parse
 from fastres.data.sources import load_source
-from fastres.errors import Refused, run_command
 from fastres.step import allow_versions
+from fastres.utils.errors import Refused, run_command
 
 
 @dataclass

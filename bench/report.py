@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 from bench import claims
 from bench.tables import Row, tables
-from fastres.errors import Refused, run_command
+from fastres.utils.errors import Refused, run_command
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.errors import Failed, Refused
 from fastres.files import whole_file
+from fastres.utils.errors import Failed, Refused
 
 State = dict[str, Any]
 

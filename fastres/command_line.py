@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fastres.config import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, check, dump
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")
 MOST_VALUES = 10_000  # in a configuration file: nine lines of YAML's anchors can stand for billions

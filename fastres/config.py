@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fastres.errors import Refused, first_line
+from fastres.utils.errors import Refused, first_line
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is

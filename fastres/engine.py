@@ -17,7 +17,7 @@ from torch import nn
 
 from fastres import distributed
 from fastres.config import Config
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 from fastres_kernels import Conv2d, cpu, tables
 
 DTYPES = {

@@ -19,9 +19,9 @@ from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.environment import device_name
-from fastres.errors import Parser, Refused, run_command
 from fastres.models import build_model
 from fastres.step import Evaluator, Totals
+from fastres.utils.errors import Parser, Refused, run_command
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how
 

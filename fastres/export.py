@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config import Config, model_options
-from fastres.errors import Failed, Parser, Refused, run_command
 from fastres.evaluate import load_run, rebuild
 from fastres.models import check_takes
 from fastres.models.weights import save_weights
+from fastres.utils.errors import Failed, Parser, Refused, run_command
 
 Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
 

@@ -17,9 +17,9 @@ from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
 from fastres.environment import environment
-from fastres.errors import Failed, Refused, first_line
 from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
+from fastres.utils.errors import Failed, Refused, first_line
 
 HISTORY = (
     "step",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastres.config import OptimConfig
 from fastres.engine import find_apex
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 
 def sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastres.errors import Parser, Refused, run_command
 from fastres.files import whole_file
+from fastres.utils.errors import Parser, Refused, run_command
 
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
     ("train_loss", "train loss"),

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from fastres import hardware
 from fastres.config import Config
 from fastres.engine import Engine, resolve
-from fastres.errors import Failed, Parser, Refused, first_line, run_command
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text
 from fastres.optim import build_optimizer
@@ -60,6 +59,7 @@ from fastres.profiling.variants import (
 )
 from fastres.step import TrainStep, allow_versions
 from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
+from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
 
 LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
 WARM_UP, TRACED_STEPS = 1, 3

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fastres import distributed
 from fastres.data import IGNORED, Loader
 from fastres.engine import Engine
-from fastres.errors import Refused, first_line, out_of_memory
 from fastres.optim import learning_rates
+from fastres.utils.errors import Refused, first_line, out_of_memory
 from fastres_kernels import statistics_together
 
 Batch = tuple[

@@ -26,7 +26,6 @@ from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve
 from fastres.environment import device_name
-from fastres.errors import Failed, Refused, first_line, run_command
 from fastres.graph import recorded
 from fastres.log import Run, write_text
 from fastres.models import build_model, check_takes
@@ -35,6 +34,7 @@ from fastres.optim import build_optimizer
 from fastres.progress import ProgressLine
 from fastres.schedule import lr_scale
 from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
+from fastres.utils.errors import Failed, Refused, first_line, run_command
 
 SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
 GRACE_S = 10.0  # after a signal: time to finish the step and save

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fastres.errors import complain
+from fastres.utils.errors import complain
 
 COMPUTES = "computes"
 LOOK_EVERY_S = 0.5

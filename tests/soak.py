@@ -83,7 +83,7 @@ def zygote() -> None:
     import sklearn.model_selection  # noqa: F401 - imported by a run, but not at its beginning
 
     from fastres import train
-    from fastres.errors import run_command
+    from fastres.utils.errors import run_command
 
     for line in sys.stdin:
         kind, *rest = json.loads(line)
@@ -191,7 +191,7 @@ class Undisturbed:
         import yaml
 
         from fastres import checkpoint
-        from fastres.errors import Refused
+        from fastres.utils.errors import Refused
 
         def there(name: str) -> bool:
             return (folder / name).exists()

@@ -28,7 +28,7 @@ from fastres.config import DataConfig
 from fastres.data import LOADERS
 from fastres.data.formats import decode
 from fastres.data.sources import Source, load_source
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 from tests.commands import children, users_environment
 from tests.fixtures import coloured_noise, refused, write_image_folder
 from tests.test_loaders import make

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastres import checkpoint
-from fastres.errors import Failed, Refused
+from fastres.utils.errors import Failed, Refused
 from tests.fixtures import Creates, refused
 
 

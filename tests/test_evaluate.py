@@ -11,8 +11,8 @@ import pytest
 
 from fastres import evaluate, train
 from fastres.engine import resolve
-from fastres.errors import Refused, run_command
 from fastres.evaluate import evaluate_run, load_run
+from fastres.utils.errors import Refused, run_command
 from tests.commands import run_fastres
 from tests.fixtures import refused
 

@@ -15,11 +15,11 @@ import torchvision
 from torch import Tensor, nn
 
 from fastres import export, train
-from fastres.errors import Failed, Refused, run_command
 from fastres.evaluate import load_run, rebuild
 from fastres.export import FORMATS
 from fastres.models import build_model
 from fastres.models.weights import save_weights
+from fastres.utils.errors import Failed, Refused, run_command
 from tests.commands import run_fastres
 
 DIGITS = (

@@ -34,10 +34,10 @@ from fastres import checkpoint, evaluate, plot, train
 from fastres.command_line import TUTORIAL_KEYS, parse, recipe_names
 from fastres.config import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
 from fastres.data.cache import kept_images, sizes_and_reasons
-from fastres.errors import Failed, Refused, run_command
 from fastres.log import HISTORY, Run, read_metrics
 from fastres.models import build_model
 from fastres.models.weights import load_weights
+from fastres.utils.errors import Failed, Refused, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 
 TIMES = int(os.environ.get("FASTRES_FUZZ", "1"))

@@ -25,7 +25,6 @@ from fastres.data import build_loader
 from fastres.data.resident import ResidentLoader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, can_graph, resolve
-from fastres.errors import Failed
 from fastres.graph import (
     CannotRecord,
     GraphedEvaluation,
@@ -39,6 +38,7 @@ from fastres.models import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
 from fastres.train import train
+from fastres.utils.errors import Failed
 from tests.commands import run_fastres
 from tests.fixtures import refused
 

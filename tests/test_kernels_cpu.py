@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config import Config, EngineConfig, ModelConfig
 from fastres.engine import _faster_norm, resolve
-from fastres.errors import Refused
 from fastres.models import build_model
 from fastres.profiling.trace import WorkCount
+from fastres.utils.errors import Refused
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip, cpu
 from tests.commands import run_fastres, users_environment
 

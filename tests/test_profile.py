@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastres import build_model, profile
 from fastres.config import Config, EngineConfig
 from fastres.engine import Engine, can_compile, resolve
-from fastres.errors import Failed, Refused
 from fastres.optim import build_optimizer
 from fastres.profile import Contestant, Outcome, difference, measure, prepare, step_in_parts
 from fastres.profiling import trace
@@ -41,6 +40,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.step import TrainStep
+from fastres.utils.errors import Failed, Refused
 from fastres_kernels import Conv2d
 from tests.commands import run_fastres
 

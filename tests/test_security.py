@@ -17,7 +17,7 @@ import pytest
 
 from fastres.command_line import parse
 from fastres.data.download import MOST_BYTES, extract
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 from tests.fixtures import refused
 
 PLAIN = [  # ways to ask jsonargparse for a class

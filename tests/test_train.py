@@ -26,11 +26,11 @@ from fastres.command_line import parse
 from fastres.data import sample_images
 from fastres.data.sources import load_source
 from fastres.engine import resolve
-from fastres.errors import out_of_memory, run_command
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export
 from fastres.models import build_model
 from fastres.train import main
+from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
 from tests.fixtures import refused, write_image_folder, write_mnist_idx
 

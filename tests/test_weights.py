@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastres.errors import Refused
 from fastres.models import build_model
 from fastres.models.weights import load_weights, save_weights
+from fastres.utils.errors import Refused
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from fastres.data.dataloader import HostLoader, evaluation_view
 from fastres.data.resident import ResidentLoader
 from fastres.data.sources import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 __all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_images"]
 

@@ -22,7 +22,7 @@ from fastres.data.formats import decode, encoded
 from fastres.data.permutation import Samples, sample_generator
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 PREFETCH = 2  # batches that DALI works ahead
 

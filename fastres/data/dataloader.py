@@ -19,7 +19,7 @@ from fastres.data.augment import Finish, crop_and_flip_one, resize_and_center_cr
 from fastres.data.permutation import Order, Samples, sample_generator
 from fastres.data.sources import Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 DEATH_S = 1.0  # from the first error to the death of the worker that is its cause
 REMEDY = "if memory or /dev/shm ran out, use fewer --data.workers or another --data.loader"
@@ -60,7 +60,7 @@ class HostLoader:
             except Exception as error:
                 if isinstance(error, Refused):
                     # From a worker it comes wrapped in the worker's traceback, itself the end of it.
-                    line = str(error).rpartition("fastres.errors.Refused: ")[2].strip()
+                    line = str(error).rpartition("fastres.utils.errors.Refused: ")[2].strip()
                 elif fate := _fate_of_any(workers):  # whatever it shows as
                     line = f"a worker process of the dataloader {fate}; {REMEDY}"
                 else:

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 from fastres.config import DataConfig
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 CONNECT_TIMEOUT_S = 10
 CHUNK_BYTES = 1 << 20

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 # What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")

@@ -19,7 +19,7 @@ from fastres.config import DataConfig
 from fastres.data.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
 from fastres.data.download import extract, obtain
 from fastres.data.formats import check_size, damaged, decode, read_idx, read_pickle
-from fastres.errors import Refused
+from fastres.utils.errors import Refused
 
 HOLD_OUT_SEED = 5_000  # of every run, whatever its run.seed: validation figures compare across seeds
 DIGITS_SEED = 0

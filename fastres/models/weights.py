@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastres.errors import Refused
 from fastres.files import whole_file
+from fastres.utils.errors import Refused
 
 HEAD = ("fc.weight", "fc.bias")
 PICKLED = (".pth", ".pt")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fastres.config import Config, EngineConfig, ModelConfig, check
 from fastres.engine import Engine, resolve
-from fastres.errors import Refused, first_line
 from fastres.models import build_model, check_takes
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import MiniResNet
 from fastres.models.speedrun import SpeedResNet
+from fastres.utils.errors import Refused, first_line
 
 # ------------------------------------------------------------------------------------------- variants
 
