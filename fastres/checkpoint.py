@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.files import whole_file
+from fastres.utils.atomic_io import whole_file
 from fastres.utils.errors import Failed, Refused
 
 State = dict[str, Any]

@@ -17,8 +17,8 @@ from fastres import checkpoint, distributed
 from fastres.config import Config, differences, dump, to_dict
 from fastres.engine import Engine
 from fastres.environment import environment
-from fastres.files import whole_file
 from fastres.plot import plot_curves, read_history
+from fastres.utils.atomic_io import whole_file
 from fastres.utils.errors import Failed, Refused, first_line
 
 HISTORY = (

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastres.files import whole_file
+from fastres.utils.atomic_io import whole_file
 from fastres.utils.errors import Parser, Refused, run_command
 
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation

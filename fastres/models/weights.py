@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastres.files import whole_file
+from fastres.utils.atomic_io import whole_file
 from fastres.utils.errors import Refused
 
 HEAD = ("fc.weight", "fc.bias")

@@ -14,11 +14,11 @@ from rich.table import Table
 from fastres import hardware
 from fastres.engine import Engine
 from fastres.environment import device_name, environment
-from fastres.files import whole_file
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
 from fastres.profiling.variants import Subject, Variant
 from fastres.timing import Timing
+from fastres.utils.atomic_io import whole_file
 
 Row = dict[str, Any]
 
