@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from fastres import checkpoint, distributed, watch
-from fastres.clock import Clock
 from fastres.command_line import parse
 from fastres.config import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
@@ -35,6 +34,7 @@ from fastres.progress import ProgressLine
 from fastres.schedule import lr_scale
 from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 from fastres.utils.errors import Failed, Refused, first_line, run_command
+from fastres.utils.run_timer import Clock
 
 SIGNAL_EVERY = 10  # steps between agreements on a signal, where there are several processes
 GRACE_S = 10.0  # after a signal: time to finish the step and save
