@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastres import progress, train
+from fastres import train
 from fastres.config import DataConfig
 from fastres.data.formats import decode
 from fastres.data.sources import Source, Split, hold_out, load_source
+from fastres.utils import progress
 from tests.commands import users_environment
 from tests.fixtures import refused, write_image_folder
 

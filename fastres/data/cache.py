@@ -32,8 +32,8 @@ import numpy as np
 from fastres import distributed
 from fastres.config import DataConfig
 from fastres.data.formats import check_size, decode, size_or_reason
-from fastres.progress import ProgressLine
 from fastres.utils.atomic_io import whole_file
+from fastres.utils.progress import ProgressLine
 
 VERSION = 1  # of what is kept: to be raised where decode() gives other pixels
 BLOCK = 256  # images per task of the thread pool: one task per image spends a second on futures alone
