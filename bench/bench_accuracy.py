@@ -24,7 +24,7 @@ from bench.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run,
 from fastres.command_line import parse
 from fastres.config import Config
 from fastres.data.sources import Source, load_source
-from fastres.timing import seconds_of
+from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()
 KEEP_THE_END = ["--run.checkpoint_every", "100_000"]  # evaluations stay: the first one at 90 % is reported

@@ -16,7 +16,7 @@ import torch
 
 from bench.interleaved import interleaved
 from bench.steps import DEVICE, Net, Steps, engine_for, engine_training
-from fastres.timing import seconds_of
+from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()
 NETS = {

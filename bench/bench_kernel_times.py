@@ -19,7 +19,7 @@ import torch
 
 from bench.steps import DEVICE, Net, engine_for, engine_training
 from fastres.profiling import trace
-from fastres.timing import interleaved, wait_for
+from fastres.utils.timing import interleaved, wait_for
 
 GPU = torch.cuda.is_available()
 NETS = {

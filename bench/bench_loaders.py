@@ -28,7 +28,7 @@ from fastres.config import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data import Loader, build_loader
 from fastres.data.sources import load_source
 from fastres.engine import resolve
-from fastres.timing import interleaved as timed
+from fastres.utils.timing import interleaved as timed
 
 BATCH, ROUNDS = 64, 7
 CIFAR: dict[str, Any] = {"augment": "crop"}

@@ -32,7 +32,7 @@ from fastres.command_line import parse
 from fastres.config import model_options
 from fastres.data import sample_images
 from fastres.data.sources import Source, load_source
-from fastres.timing import seconds_of
+from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()
 RESNET50 = Net(name="resnet50", batch=256 if GPU else 8, side=224, classes=1_000)

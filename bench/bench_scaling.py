@@ -23,7 +23,7 @@ import torch.distributed as dist
 from bench.steps import PLAIN, Net, engine_for, engine_training
 from fastres.engine import resolve
 from fastres.step import allow_versions
-from fastres.timing import interleaved
+from fastres.utils.timing import interleaved
 
 GPU = torch.cuda.is_available()
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)

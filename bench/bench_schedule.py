@@ -23,8 +23,8 @@ from bench.runs import PlainRun, needs_patience, run, same
 from fastres.command_line import parse
 from fastres.data.sources import load_source
 from fastres.engine import resolve
-from fastres.timing import Timing, seconds_of
 from fastres.utils.errors import Refused
+from fastres.utils.timing import Timing, seconds_of
 
 GPU = torch.cuda.is_available()
 SAMPLES, STEPS, ROUNDS = (50_000, 2_000, 5) if GPU else (2_048, 4, 3)  # of a turn

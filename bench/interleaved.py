@@ -1,4 +1,4 @@
-"""fastres.timing's regions in turns, A B A B, as a benchmark of pytest-benchmark: only the ratio is a claim."""
+"""fastres.utils.timing's regions in turns, A B A B, as a benchmark of pytest-benchmark: only the ratio is a claim."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastres.timing import Region, Timing, seconds_of
+from fastres.utils.timing import Region, Timing, seconds_of
 
 
 def interleaved(benchmark: Any, baseline: Region, region: Region, images: int, rounds: int) -> None:

@@ -38,8 +38,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastres.data.augment import Draws
 from fastres.step import Batch, Evaluator, TrainStep, compiled, unchanged
-from fastres.timing import no_garbage
 from fastres.utils.errors import Failed, first_line
+from fastres.utils.timing import no_garbage
 
 BLOCK_STEPS = 256  # whose draws are copied at once: 0.8 MB at 128 images a step
 WARM_UP = 3  # runs before the one that is recorded: cuDNN chooses its algorithms, Triton its configurations

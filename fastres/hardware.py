@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from fastres.engine import DTYPES
-from fastres.timing import interleaved, seconds_of
 from fastres.utils.errors import first_line
+from fastres.utils.timing import interleaved, seconds_of
 
 # ------------------------------------------------------------------------------------------- data sheets
 

@@ -58,8 +58,8 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.step import TrainStep, allow_versions
-from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
 from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
+from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
 
 LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
 WARM_UP, TRACED_STEPS = 1, 3

@@ -1,4 +1,4 @@
-"""fastres/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the same as
+"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the same as
 a benchmark."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import timing
-from fastres.timing import Stopwatch, Timing, interleaved, no_garbage, seconds_of
+from fastres.utils import timing
+from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, seconds_of
 from tests.commands import users_environment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -17,8 +17,8 @@ from fastres.environment import device_name, environment
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
 from fastres.profiling.variants import Subject, Variant
-from fastres.timing import Timing
 from fastres.utils.atomic_io import whole_file
+from fastres.utils.timing import Timing
 
 Row = dict[str, Any]
 
