@@ -20,8 +20,8 @@ from bench.bench_kernels import write_table
 from bench.tables import Row, tables
 from fastres.config import Config
 from fastres.engine import resolve
-from fastres.hardware import doubts, snapshot
 from fastres.log import environment
+from fastres.utils.hardware import doubts, snapshot
 
 BEFORE = pytest.StashKey[dict[str, Any]]()  # the machine's state when the session began
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from fastres.distributed import data_parallel
 from fastres.engine import Engine, resolve
 from fastres.graph import Batches as RecordedBatches
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
-from fastres.hardware import peaks_of
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
+from fastres.utils.hardware import peaks_of
 from fastres.utils.timing import seconds_of
 
 # Takes that many steps. First it sets torch's switches, tf32's for one, which belong to the whole process.

@@ -36,7 +36,6 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastres import hardware
 from fastres.config import Config
 from fastres.engine import Engine, resolve
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
@@ -58,6 +57,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.step import TrainStep, allow_versions
+from fastres.utils import hardware
 from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
 from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
 

@@ -1,4 +1,4 @@
-"""fastres/hardware.py: nothing is guessed, nothing raises, and what disturbs a measurement is said."""
+"""fastres/utils/hardware.py: nothing is guessed, nothing raises, and what disturbs a measurement is said."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import hardware
-from fastres.hardware import PEAKS, doubts, measured_copy, measured_matmul, peaks_of, snapshot
+from fastres.utils import hardware
+from fastres.utils.hardware import PEAKS, doubts, measured_copy, measured_matmul, peaks_of, snapshot
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
