@@ -31,7 +31,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.engine import DTYPES, find_apex, resolve
 from fastres.environment import cpu_name
 from fastres.graph import capturing

@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench.interleaved import interleaved
 from bench.steps import DEVICE, Batches, Net, engine_training
-from fastres.config import Config, DataConfig, RunConfig, TrainConfig
+from fastres.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data import Loader, build_loader
 from fastres.data.sources import load_source
 from fastres.engine import resolve

@@ -29,7 +29,7 @@ from bench.runs import warm_runs
 from bench.steps import DEVICE, Net, PlainLoop, compare, engine_for, engine_training, held, loop_training
 from fastres import build_model
 from fastres.command_line import parse
-from fastres.config import model_options
+from fastres.config.schema import model_options
 from fastres.data import sample_images
 from fastres.data.sources import Source, load_source
 from fastres.utils.timing import seconds_of

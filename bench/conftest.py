@@ -18,7 +18,7 @@ import torch
 
 from bench.bench_kernels import write_table
 from bench.tables import Row, tables
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.engine import resolve
 from fastres.log import environment
 from fastres.utils.hardware import doubts, snapshot

@@ -54,7 +54,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.command_line import parse
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import Engine, resolve

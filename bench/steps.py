@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.interleaved import interleaved
 from fastres import build_model
-from fastres.config import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.distributed import data_parallel

@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fastres.config import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, check, dump
+from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, check, dump
 from fastres.utils.errors import Refused
 
 TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastres.config import Config, EngineConfig, OptimConfig
+from fastres.config.schema import Config, EngineConfig, OptimConfig
 from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
 from fastres.environment import DALI, version
 from fastres.utils.errors import Parser, Refused, first_line, run_command

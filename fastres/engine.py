@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastres import distributed
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.utils.errors import Refused
 from fastres_kernels import Conv2d, cpu, tables
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastres import checkpoint, distributed
 from fastres.command_line import parse
-from fastres.config import Config, DataConfig, EngineConfig, model_options
+from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
 from fastres.data import build_loader
 from fastres.data.sources import load_source
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve

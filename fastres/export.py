@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastres.config import Config, model_options
+from fastres.config.schema import Config, model_options
 from fastres.evaluate import load_run, rebuild
 from fastres.models import check_takes
 from fastres.models.weights import save_weights

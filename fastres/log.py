@@ -14,7 +14,7 @@ import filelock
 import yaml
 
 from fastres import checkpoint, distributed
-from fastres.config import Config, differences, dump, to_dict
+from fastres.config.schema import Config, differences, dump, to_dict
 from fastres.engine import Engine
 from fastres.environment import environment
 from fastres.plot import plot_curves, read_history

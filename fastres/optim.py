@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.config import OptimConfig
+from fastres.config.schema import OptimConfig
 from fastres.engine import find_apex
 from fastres.utils.errors import Refused
 

@@ -36,7 +36,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.engine import Engine, resolve
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fastres.config import ScheduleConfig
+from fastres.config.schema import ScheduleConfig
 
 
 def multistep(config: ScheduleConfig, step: int, steps: int) -> float:

@@ -20,7 +20,7 @@ import torch
 
 from fastres import checkpoint, distributed, watch
 from fastres.command_line import parse
-from fastres.config import Config, model_options
+from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
 from fastres.engine import Engine, resolve

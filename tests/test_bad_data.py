@@ -24,7 +24,7 @@ from PIL import Image
 
 from fastres import train
 from fastres.command_line import parse
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data import LOADERS
 from fastres.data.formats import decode
 from fastres.data.sources import Source, load_source

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from fastres import train
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data.formats import decode
 from fastres.data.sources import Source, Split, hold_out, load_source
 from fastres.utils import progress

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fastres.command_line import parse, recipe_names
-from fastres.config import Config, differences, dump, model_options, to_dict
+from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models import build_model
 from tests.fixtures import refused
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres.config import Config, EngineConfig, ModelConfig
+from fastres.config.schema import Config, EngineConfig, ModelConfig
 from fastres.engine import _faster_norm, resolve
 from fastres.models import build_model
 from fastres.profiling.trace import WorkCount

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastres.command_line import parse
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, dali, resident
 from fastres.data.permutation import Order
 from fastres.data.sources import Source, Split, imagefolder

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import build_model, profile
-from fastres.config import Config, EngineConfig
+from fastres.config.schema import Config, EngineConfig
 from fastres.engine import Engine, can_compile, resolve
 from fastres.optim import build_optimizer
 from fastres.profile import Contestant, Outcome, difference, measure, prepare, step_in_parts

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastres.command_line import parse
-from fastres.config import Config, ScheduleConfig
+from fastres.config.schema import Config, ScheduleConfig
 from fastres.schedule import SCHEDULES, lr_scale
 
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data import sources
 from fastres.data.download import extract, fetch
 from fastres.data.formats import decode, read_pickle

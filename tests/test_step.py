@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import checkpoint
-from fastres.config import OptimConfig
+from fastres.config.schema import OptimConfig
 from fastres.data import IGNORED
 from fastres.models import build_model
 from fastres.optim import build_optimizer, orthogonal

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.config import Config
+from fastres.config.schema import Config
 from fastres.data.augment import normalize, of_a_row
 from fastres.data.dali import DaliLoader
 from fastres.data.dataloader import HostLoader, evaluation_view

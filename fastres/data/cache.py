@@ -30,7 +30,7 @@ import filelock
 import numpy as np
 
 from fastres import distributed
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data.formats import check_size, decode, size_or_reason
 from fastres.utils.atomic_io import whole_file
 from fastres.utils.progress import ProgressLine

@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.utils.errors import Refused
 
 CONNECT_TIMEOUT_S = 10

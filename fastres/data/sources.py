@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastres.config import DataConfig
+from fastres.config.schema import DataConfig
 from fastres.data.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
 from fastres.data.download import extract, obtain
 from fastres.data.formats import check_size, damaged, decode, read_idx, read_pickle

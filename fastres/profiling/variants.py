@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.config import Config, EngineConfig, ModelConfig, check
+from fastres.config.schema import Config, EngineConfig, ModelConfig, check
 from fastres.engine import Engine, resolve
 from fastres.models import build_model, check_takes
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown

@@ -1,1 +1,1 @@
-"""Named runs, a YAML file each; fastres.config finds them by name."""
+"""Named runs, a YAML file each; fastres.config.schema finds them by name."""
