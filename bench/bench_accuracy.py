@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from bench.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.sources import Source, load_source
 from fastres.utils.timing import seconds_of

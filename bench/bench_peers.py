@@ -28,7 +28,7 @@ from bench.bench_time_to_90 import GOAL, flags_of, of_runs
 from bench.runs import warm_runs
 from bench.steps import DEVICE, Net, PlainLoop, compare, engine_for, engine_training, held, loop_training
 from fastres import build_model
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import model_options
 from fastres.data import sample_images
 from fastres.data.sources import Source, load_source

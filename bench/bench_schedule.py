@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bench.runs import PlainRun, needs_patience, run, same
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data.sources import load_source
 from fastres.engine import resolve
 from fastres.utils.errors import Refused

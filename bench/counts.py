@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data import build_loader
 from fastres.data.sources import load_source

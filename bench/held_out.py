@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.runs import run
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data.sources import load_source
 from fastres.step import allow_versions
 from fastres.utils.errors import Refused, run_command

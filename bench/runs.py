@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.steps import PlainLoop
 from fastres import build_model
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of
 from fastres.data.sources import Source, load_source

@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fastres import checkpoint, distributed
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
 from fastres.data import build_loader
 from fastres.data.sources import load_source

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastres import checkpoint, distributed, watch
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source

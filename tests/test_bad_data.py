@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from fastres import train
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import LOADERS
 from fastres.data.formats import decode

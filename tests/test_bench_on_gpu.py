@@ -22,7 +22,7 @@ from bench.bench_time_to_90 import of_runs
 from bench.claims import lines
 from bench.runs import PlainRun, difference, run, same
 from bench.tables import Row
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data.sources import load_source
 from tests.commands import users_environment
 

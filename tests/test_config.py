@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fastres.command_line import parse, recipe_names
+from fastres.config.cli import parse, recipe_names
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models import build_model
 from tests.fixtures import refused

@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres import checkpoint, evaluate, plot, train
-from fastres.command_line import TUTORIAL_KEYS, parse, recipe_names
+from fastres.config.cli import TUTORIAL_KEYS, parse, recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
 from fastres.data.cache import kept_images, sizes_and_reasons
 from fastres.log import HISTORY, Run, read_metrics

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import checkpoint, graph
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data import build_loader
 from fastres.data.resident import ResidentLoader
 from fastres.data.sources import load_source

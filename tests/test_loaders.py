@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, dali, resident
 from fastres.data.permutation import Order

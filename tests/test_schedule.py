@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.config.schema import Config, ScheduleConfig
 from fastres.schedule import SCHEDULES, lr_scale
 

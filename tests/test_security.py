@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data.download import MOST_BYTES, extract
 from fastres.utils.errors import Refused
 from tests.fixtures import refused

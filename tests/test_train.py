@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastres import checkpoint
-from fastres.command_line import parse
+from fastres.config.cli import parse
 from fastres.data import sample_images
 from fastres.data.sources import load_source
 from fastres.engine import resolve
