@@ -18,7 +18,7 @@ from fastres import build_model
 from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastres.data import build_loader
 from fastres.data.sources import load_source
-from fastres.distributed import data_parallel
+from fastres.distributed.process_group import data_parallel
 from fastres.engine import Engine, resolve
 from fastres.graph import Batches as RecordedBatches
 from fastres.graph import FixedBatch, GraphedStep, recorder_for

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres import distributed
 from fastres.config.schema import Config
+from fastres.distributed import process_group
 from fastres.utils.errors import Refused
 from fastres_kernels import Conv2d, cpu, tables
 
@@ -126,7 +126,7 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
 def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
     """With its number, and made this process's current one. Refused where it is not to be had."""
     named = ":" in str(device)
-    if named and (processes := distributed.local_world()) > 1:
+    if named and (processes := process_group.local_world()) > 1:
         raise Refused(
             f"engine.device {device}: {processes} processes would share it; use cuda, which gives each its own"
         )
@@ -226,8 +226,8 @@ def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:
     """Whether this run's steps can be CUDA graphs, the reason in words, and the remedy where they cannot."""
     if device.type != "cuda":
         return False, "CUDA graphs are for GPUs", "leave it at auto"
-    if distributed.world() > 1:
-        why = f"{distributed.world()} processes exchange gradients in every step, which is not captured"
+    if process_group.world() > 1:
+        why = f"{process_group.world()} processes exchange gradients in every step, which is not captured"
         return False, why, "use one, or leave it at auto"
     if config.data.loader != "resident":
         why = f"the batches of data.loader {config.data.loader} are made outside of the step"

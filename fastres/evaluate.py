@@ -12,11 +12,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from fastres import checkpoint, distributed
+from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
 from fastres.data import build_loader
 from fastres.data.sources import load_source
+from fastres.distributed import process_group
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.environment import device_name
 from fastres.models import build_model
@@ -129,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         for field in dataclasses.fields(fields):
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if distributed.world() > 1:
-        raise Refused(f"{distributed.world()} processes would each do all of it: without torchrun")
+    if process_group.world() > 1:
+        raise Refused(f"{process_group.world()} processes would each do all of it: without torchrun")
     # Eager unless asked otherwise: one pass does not earn back what compiling takes.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}

@@ -13,8 +13,9 @@ from typing import Any
 import filelock
 import yaml
 
-from fastres import checkpoint, distributed
+from fastres import checkpoint
 from fastres.config.schema import Config, differences, dump, to_dict
+from fastres.distributed import process_group
 from fastres.engine import Engine
 from fastres.environment import environment
 from fastres.plot import plot_curves, read_history
@@ -57,7 +58,7 @@ class Run:
                     f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
                 )
             return None
-        if self.config.run.resume != "auto" and not distributed.restarted():
+        if self.config.run.resume != "auto" and not process_group.restarted():
             raise Refused(
                 f"run.dir {self.folder} already holds a run; leave out --run.resume to continue it, "
                 "or choose another --run.dir"

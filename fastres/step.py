@@ -19,8 +19,8 @@ import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import distributed
 from fastres.data import IGNORED, Loader
+from fastres.distributed import process_group
 from fastres.engine import Engine
 from fastres.optim import learning_rates
 from fastres.utils.errors import Refused, first_line, out_of_memory
@@ -181,7 +181,7 @@ class DeviceTotals:
     def read(self) -> tuple[Totals, int]:
         """The sums over all processes since the last reset, and the first bad step (-1: none)."""
         sums, bad = self.state_dict(), self.bad_step.clone()
-        distributed.all_max(bad)
+        process_group.all_max(bad)
         return Totals(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
 
     @property
@@ -196,13 +196,13 @@ class DeviceTotals:
     def state_dict(self) -> dict[str, Tensor]:
         """The sums over all processes. Collective."""
         loss, counts = self.loss.clone(), torch.stack([self.correct, self.samples])
-        distributed.all_sum(loss, counts)
+        process_group.all_sum(loss, counts)
         return {"loss": loss, "counts": counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Rank 0 takes the sums, the others start from nothing: together they are what was saved."""
         self.reset()
-        if distributed.rank() == 0:
+        if process_group.rank() == 0:
             self.loss.copy_(state["loss"])
             self.correct.copy_(state["counts"][0])
             self.samples.copy_(state["counts"][1])
@@ -239,7 +239,7 @@ class TrainStep:
             self.inner.compile(fullgraph=True, dynamic=False)
         self.count = compiled(self._count) if engine.compile else self._count
         # DDP goes around what is compiled: inside, its hooks would break the graph.
-        self.forward_loss = distributed.wrap(self.inner, engine.device, engine.compress_gradients)
+        self.forward_loss = process_group.wrap(self.inner, engine.device, engine.compress_gradients)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
         """Takes step `step` on this process's share of the batch."""
@@ -255,7 +255,7 @@ class TrainStep:
             self.model.train()
         *parts, last = self._parts(images, labels)
         for part in parts:
-            with distributed.gradients_later(self.forward_loss):
+            with process_group.gradients_later(self.forward_loss):
                 self._add(part)
         self._add(last)
         self.update()
@@ -359,7 +359,7 @@ class Evaluator:
     def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Totals:
         start = time.perf_counter()
         self.model.eval()
-        distributed.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
+        process_group.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
         self.totals.reset()
         for batch in batches:
             if batch:  # an empty one stands for a replay, which has added its own

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from fastres import checkpoint, distributed, watch
+from fastres import checkpoint, watch
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
+from fastres.distributed import process_group
 from fastres.engine import Engine, resolve
 from fastres.environment import device_name
 from fastres.graph import recorded
@@ -43,33 +44,33 @@ GRACE_S = 10.0  # after a signal: time to finish the step and save
 def main(argv: list[str] | None = None) -> int:
     """Trains what the command line asks for. Returns the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    engine = resolve(config, distributed.local_rank())
-    distributed.check_batch(config.train.batch_size, config.train.accumulate)
-    with stop_on_signal() as stop, distributed.group(engine.device, config.run.timeout_s):
+    engine = resolve(config, process_group.local_rank())
+    process_group.check_batch(config.train.batch_size, config.train.accumulate)
+    with stop_on_signal() as stop, process_group.group(engine.device, config.run.timeout_s):
         return train(config, engine, stop)
 
 
 def train(config: Config, engine: Engine, stop: list[int], source: Source | None = None) -> int:
     """The run. `stop` holds the number of a signal once one has come; `source` stands in for the configured one."""
-    is_main = distributed.rank() == 0
+    is_main = process_group.rank() == 0
     steps, batch_size = config.train.steps, config.train.batch_size
 
     # ------------------------------------------------------------------------------------- folder
     run = Run(config)
-    if (summary := distributed.from_rank0(run.examine)) is not None:
+    if (summary := process_group.from_rank0(run.examine)) is not None:
         if is_main:
             print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
         return 0
 
     # ------------------------------------------------------------------------------------- data
-    source = source or distributed.rank0_first(lambda: load_source(config.data))
+    source = source or process_group.rank0_first(lambda: load_source(config.data))
     training, held_out, curve_split = source.train, source.test, "test"
     if config.data.validation:
         training, held_out = hold_out(source.train, config.data.validation)
         curve_split = "validation"
 
     def loader_of(split: Any) -> Any:
-        place = {"rank": distributed.rank(), "world": distributed.world()}
+        place = {"rank": process_group.rank(), "world": process_group.world()}
         return build_loader(config, source, split, device=engine.device, dtype=engine.dtype, **place)
 
     train_loader, curve_loader = loader_of(training), loader_of(held_out)
@@ -87,13 +88,13 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     model = engine.place(model)
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
-        replaced = distributed.from_rank0(lambda: load_weights(model, str(config.model.weights)))
-    distributed.broadcast_buffers(model)
+        replaced = process_group.from_rank0(lambda: load_weights(model, str(config.model.weights)))
+    process_group.broadcast_buffers(model)
     if config.model.sync_norm:
-        distributed.share_statistics(model)
+        process_group.share_statistics(model)
     blank = blank_batch(config, source, engine)
     at_once = (
-        len(blank[0]) // config.train.accumulate * (distributed.world() if config.model.sync_norm else 1)
+        len(blank[0]) // config.train.accumulate * (process_group.world() if config.model.sync_norm else 1)
     )
     check_takes(
         config.model.name, (at_once, *blank[0].shape[1:]), training=True, **model_options(config.model)
@@ -106,7 +107,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             warnings.append(f"channels_last is lost: {error}")
 
     # ------------------------------------------------------------------------------------- step
-    peak_lr = config.optim.lr * (distributed.world() if config.optim.scale_lr else 1)
+    peak_lr = config.optim.lr * (process_group.world() if config.optim.scale_lr else 1)
     step = TrainStep(
         model,
         engine,
@@ -137,21 +138,21 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         return start, window
 
     named = config.run.resume not in ("auto", "never")
-    if named and distributed.restarted():  # it was continued from there, and has gone on since
-        named = not distributed.from_rank0(lambda: checkpoint.found(run.checkpoints))
+    if named and process_group.restarted():  # it was continued from there, and has gone on since
+        named = not process_group.from_rank0(lambda: checkpoint.found(run.checkpoints))
     if named:  # before the folder is taken: what does not fit leaves nothing behind
-        start, window = restored(distributed.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
+        start, window = restored(process_group.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
 
     with ExitStack() as stack:
-        distributed.from_rank0(run.claim)
+        process_group.from_rank0(run.claim)
         stack.callback(run.release)
         if not named:
-            start, window = restored(distributed.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
+            start, window = restored(process_group.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
         if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
             whiten(sample_images(config, source, training).to(engine.device))
-            distributed.broadcast_buffers(model)
+            process_group.broadcast_buffers(model)
         progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))
-        distributed.from_rank0(lambda: run.begin(engine, start))
+        process_group.from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes, *warnings):
             progress.say(line)
         if replaced:
@@ -173,7 +174,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         # --------------------------------------------------------------------------------- training
         def save(done: int) -> None:
             """Collective: the state of `done` steps to disk."""
-            distributed.check_equal(model)
+            process_group.check_equal(model)
             trainer = step.state_dict()
             watch.beat("saves a checkpoint")
             if is_main:
@@ -198,7 +199,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 
             evaluates, saves = due(done, config.train.eval_every), due(done, config.run.checkpoint_every)
             logs = evaluates or due(done, config.train.log_every)
-            stopping = distributed.any_rank(stop[0]) if agrees(done) else 0
+            stopping = process_group.any_rank(stop[0]) if agrees(done) else 0
             if not (logs or saves or stopping):
                 continue
             with clock.paused():
@@ -306,7 +307,7 @@ def watched(batches: Any) -> Iterator[Any]:
 
 def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
     """Zeros of the shapes, types and strides of this process's share of a batch."""
-    n, side = config.train.batch_size // distributed.world(), image_size(config, source)
+    n, side = config.train.batch_size // process_group.world(), image_size(config, source)
     shape = (n, source.channels, side, side)
     images = torch.empty(shape, dtype=engine.dtype, device=engine.device, memory_format=engine.memory_format)
     labels = torch.zeros(n, dtype=torch.int64, device=engine.device)
@@ -317,7 +318,7 @@ def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
 
 def agrees(done: int) -> bool:
     """Whether the processes compare their signals after this step: always where there is one process."""
-    return distributed.world() == 1 or done % SIGNAL_EVERY == 0
+    return process_group.world() == 1 or done % SIGNAL_EVERY == 0
 
 
 @contextmanager

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import filelock
 import numpy as np
 
-from fastres import distributed
 from fastres.config.schema import DataConfig
 from fastres.data.formats import check_size, decode, size_or_reason
+from fastres.distributed import process_group
 from fastres.utils.atomic_io import whole_file
 from fastres.utils.progress import ProgressLine
 
@@ -267,7 +267,7 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
     def block(start: int) -> list[T]:
         return [work(path) for path in paths[start : start + BLOCK]]
 
-    show = ProgressLine("decoding", len(paths), enabled=distributed.rank() == 0, stderr=True)
+    show = ProgressLine("decoding", len(paths), enabled=process_group.rank() == 0, stderr=True)
     done = 0
     with show as progress, ThreadPoolExecutor(max(workers, 1)) as pool:
         for results in pool.map(block, range(0, len(paths), BLOCK)):
@@ -277,5 +277,5 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
 
 
 def _say(line: str) -> None:
-    if distributed.rank() == 0:
+    if process_group.rank() == 0:
         print(f"fastres: {line}", file=sys.stderr, flush=True)
