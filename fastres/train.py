@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from fastres import checkpoint, watch
+from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources import Source, hold_out, load_source
-from fastres.distributed import process_group
+from fastres.distributed import process_group, watchdog
 from fastres.engine import Engine, resolve
 from fastres.environment import device_name
 from fastres.graph import recorded
@@ -176,7 +176,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             """Collective: the state of `done` steps to disk."""
             process_group.check_equal(model)
             trainer = step.state_dict()
-            watch.beat("saves a checkpoint")
+            watchdog.beat("saves a checkpoint")
             if is_main:
                 state = {
                     "step": done,
@@ -295,9 +295,9 @@ def watched(batches: Any) -> Iterator[Any]:
     try:
         with closing(batches):
             while True:
-                watch.beat("waits for its data")
+                watchdog.beat("waits for its data")
                 batch = next(batches, None)
-                watch.beat()
+                watchdog.beat()
                 if batch is None:
                     return
                 yield batch

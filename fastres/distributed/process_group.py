@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from fastres.distributed.watchdog import no_step, watching
 from fastres.utils.errors import Failed, Refused
-from fastres.watch import no_step, watching
 from fastres_kernels import synchronise
 
 T = TypeVar("T")
