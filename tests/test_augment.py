@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.data import LOADERS
-from fastres.data.permutation import Samples
+from fastres.data.sampling import Samples
 from fastres.data.sources import Split
 from tests.commands import run_fastres
 from tests.fixtures import refused, write_image_folder

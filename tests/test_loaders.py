@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, dali, resident
-from fastres.data.permutation import Order
+from fastres.data.sampling import Order
 from fastres.data.sources import Source, Split, imagefolder
 from tests.fixtures import refused, write_image_folder
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, chisquare, ks_2samp, kstest, uniform
 
-from fastres.data.permutation import Order, Samples, permutation, sample_generator, words
+from fastres.data.sampling import Order, Samples, permutation, sample_generator, words
 
 FIELDS = ("epoch", "index", "dy", "dx", "flip")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastres.data.permutation import Samples
+from fastres.data.sampling import Samples
 from fastres.data.spec import BatchSpec
 
 Draws = dict[str, Tensor]  # fields of Samples as tensors, only those that images are made from: (n, ...) each

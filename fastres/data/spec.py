@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastres.data.permutation import Order
+from fastres.data.sampling import Order
 
 IGNORED = -100  # the label that no sample has; cross_entropy's ignore_index
 
