@@ -23,7 +23,7 @@ import torch
 from bench.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
 from fastres.config.cli import parse
 from fastres.config.schema import Config
-from fastres.data.sources import Source, load_source
+from fastres.data.sources.source import Source, load_source
 from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()

@@ -31,7 +31,7 @@ from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import model_options
 from fastres.data import sample_images
-from fastres.data.sources import Source, load_source
+from fastres.data.sources.source import Source, load_source
 from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()

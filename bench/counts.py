@@ -56,7 +56,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data import build_loader
-from fastres.data.sources import load_source
+from fastres.data.sources.source import load_source
 from fastres.engine import Engine, resolve
 from fastres.graph import READS, GraphedStep, waits
 from fastres.models import build_model

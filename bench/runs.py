@@ -25,7 +25,7 @@ from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data import build_loader, classes_of
-from fastres.data.sources import Source, load_source
+from fastres.data.sources.source import Source, load_source
 from fastres.engine import resolve
 from fastres.graph import capturing
 from fastres.schedule import lr_scale

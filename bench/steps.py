@@ -17,7 +17,7 @@ from bench.interleaved import interleaved
 from fastres import build_model
 from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastres.data import build_loader
-from fastres.data.sources import load_source
+from fastres.data.sources.source import load_source
 from fastres.distributed.process_group import data_parallel
 from fastres.engine import Engine, resolve
 from fastres.graph import Batches as RecordedBatches

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.data import LOADERS
 from fastres.data.sampling import Samples
-from fastres.data.sources import Split
+from fastres.data.sources.source import Split
 from tests.commands import run_fastres
 from tests.fixtures import refused, write_image_folder
 from tests.test_loaders import (

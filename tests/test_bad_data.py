@@ -27,7 +27,7 @@ from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import LOADERS
 from fastres.data.formats import decode
-from fastres.data.sources import Source, load_source
+from fastres.data.sources.source import Source, load_source
 from fastres.utils.errors import Refused
 from tests.commands import children, users_environment
 from tests.fixtures import coloured_noise, refused, write_image_folder

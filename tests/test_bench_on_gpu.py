@@ -23,7 +23,7 @@ from bench.claims import lines
 from bench.runs import PlainRun, difference, run, same
 from bench.tables import Row
 from fastres.config.cli import parse
-from fastres.data.sources import load_source
+from fastres.data.sources.source import load_source
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent

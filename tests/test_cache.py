@@ -26,7 +26,7 @@ from PIL import Image
 from fastres import train
 from fastres.config.schema import DataConfig
 from fastres.data.formats import decode
-from fastres.data.sources import Source, Split, hold_out, load_source
+from fastres.data.sources.source import Source, Split, hold_out, load_source
 from fastres.utils import progress
 from tests.commands import users_environment
 from tests.fixtures import refused, write_image_folder

@@ -18,7 +18,7 @@ from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader, dali, resident
 from fastres.data.sampling import Order
-from fastres.data.sources import Source, Split, imagefolder
+from fastres.data.sources.source import Source, Split, imagefolder
 from tests.fixtures import refused, write_image_folder
 
 MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)

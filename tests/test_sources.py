@@ -1,4 +1,4 @@
-"""What fastres/data/sources.py promises: data sets whole and checked, or one line that says why not."""
+"""What fastres/data/sources/source.py promises: data sets whole and checked, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
 from fastres.config.schema import DataConfig
-from fastres.data import sources
 from fastres.data.download import extract, fetch
 from fastres.data.formats import decode, read_pickle
-from fastres.data.sources import SOURCES, Source, Split, hold_out, load_source, normalization
+from fastres.data.sources import source
+from fastres.data.sources.source import SOURCES, Source, Split, hold_out, load_source, normalization
 from tests.fixtures import (
     CIFAR10_CLASSES,
     Creates,
@@ -131,7 +131,7 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
     source = load("cifar100", tmp_path)
     assert_sound(source.train, 200, (32, 32, 3), 100)
     assert len(source.classes) == 100 and set(source.test.labels) == set(range(100))
-    assert source.mean == sources.NORMALIZATION["cifar100"][0]
+    assert source.mean == source.NORMALIZATION["cifar100"][0]
 
 
 def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:
@@ -509,15 +509,15 @@ def test_cifar_is_downloaded_from_a_mirror_once(tmp_path: Path) -> None:
     root = tmp_path / "data"
     with serving(tmp_path) as url:
         config = DataConfig(root=str(root), mirror=url + "/")
-        first = sources.read_cifar("cifar10", published, "labels", config)
-    second = sources.read_cifar("cifar10", published, "labels", config)  # the server is gone
+        first = source.read_cifar("cifar10", published, "labels", config)
+    second = source.read_cifar("cifar10", published, "labels", config)  # the server is gone
     assert len(first.train) == len(second.train) == 10
     assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", archive.name]
     assert len(list((root / "cifar-10-batches-py").iterdir())) == 7
 
     (root / "cifar-10-batches-py" / "data_batch_2").unlink()  # and the archive brings back what is lost
     config = DataConfig(root=str(root), download=False)
-    assert len(sources.read_cifar("cifar10", published, "labels", config).train) == 10
+    assert len(source.read_cifar("cifar10", published, "labels", config).train) == 10
 
 
 def test_mnist_takes_the_first_server_that_answers(tmp_path: Path, dead: str) -> None:
@@ -526,7 +526,7 @@ def test_mnist_takes_the_first_server_that_answers(tmp_path: Path, dead: str) ->
     with serving(raw) as url:
         published = type("MNIST", (), {"resources": resources, "mirrors": [dead + "/", url + "/"]})
         config = DataConfig(root=str(tmp_path / "data"))
-        source = sources.read_mnist("mnist", published, tuple("0123456789"), config)
+        source = source.read_mnist("mnist", published, tuple("0123456789"), config)
     assert len(source.train) == 20
     brought = {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()}
     assert brought == {path.name for path in raw.iterdir()}

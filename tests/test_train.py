@@ -24,7 +24,7 @@ from torch import Tensor
 from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.data import sample_images
-from fastres.data.sources import load_source
+from fastres.data.sources.source import load_source
 from fastres.engine import resolve
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export

@@ -17,7 +17,7 @@ from fastres.data.augment import normalize, of_a_row
 from fastres.data.dali import DaliLoader
 from fastres.data.dataloader import HostLoader, evaluation_view
 from fastres.data.resident import ResidentLoader
-from fastres.data.sources import Source, Split
+from fastres.data.sources.source import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import Refused
 

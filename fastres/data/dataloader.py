@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastres.data.augment import Finish, crop_and_flip_one, resize_and_center_crop, resized_crop
 from fastres.data.sampling import Order, Samples, sample_generator
-from fastres.data.sources import Split
+from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import Refused
 

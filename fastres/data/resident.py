@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.data.augment import Draws, Finish, crop_and_flip, crop_windows, on_device, sent
-from fastres.data.sources import Split
+from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
 BLOCK_BYTES = 512 * 2**20  # of augmented batches kept ready: an epoch of CIFAR in bf16 is 307 MB
