@@ -1,4 +1,4 @@
-"""What fastres/data/cache.py promises: folders of images are decoded once, and never wrongly."""
+"""What fastres/data/sources/cache.py promises: folders of images are decoded once, and never wrongly."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fastres import checkpoint, evaluate, plot, train
 from fastres.config.cli import TUTORIAL_KEYS, parse, recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
-from fastres.data.cache import kept_images, sizes_and_reasons
+from fastres.data.sources.cache import kept_images, sizes_and_reasons
 from fastres.log import HISTORY, Run, read_metrics
 from fastres.models import build_model
 from fastres.models.weights import load_weights
