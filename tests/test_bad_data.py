@@ -26,7 +26,7 @@ from fastres import train
 from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data import LOADERS
-from fastres.data.formats import decode
+from fastres.data.sources.formats import decode
 from fastres.data.sources.source import Source, load_source
 from fastres.utils.errors import Refused
 from tests.commands import children, users_environment

@@ -25,7 +25,7 @@ from PIL import Image
 
 from fastres import train
 from fastres.config.schema import DataConfig
-from fastres.data.formats import decode
+from fastres.data.sources.formats import decode
 from fastres.data.sources.source import Source, Split, hold_out, load_source
 from fastres.utils import progress
 from tests.commands import users_environment

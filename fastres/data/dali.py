@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastres.data.augment import Finish, center_view, crop_box, sent
-from fastres.data.formats import decode, encoded
 from fastres.data.sampling import Samples, sample_generator
+from fastres.data.sources.formats import decode, encoded
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import Refused

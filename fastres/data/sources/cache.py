@@ -30,7 +30,7 @@ import filelock
 import numpy as np
 
 from fastres.config.schema import DataConfig
-from fastres.data.formats import check_size, decode, size_or_reason
+from fastres.data.sources.formats import check_size, decode, size_or_reason
 from fastres.distributed import process_group
 from fastres.utils.atomic_io import whole_file
 from fastres.utils.progress import ProgressLine

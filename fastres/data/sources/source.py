@@ -17,8 +17,8 @@ import numpy as np
 
 from fastres.config.schema import DataConfig
 from fastres.data.download import extract, obtain
-from fastres.data.formats import check_size, damaged, decode, read_idx, read_pickle
 from fastres.data.sources.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
+from fastres.data.sources.formats import check_size, damaged, decode, read_idx, read_pickle
 from fastres.utils.errors import Refused
 
 HOLD_OUT_SEED = 5_000  # of every run, whatever its run.seed: validation figures compare across seeds
