@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastres.config.cli import parse
-from fastres.data.download import MOST_BYTES, extract
+from fastres.data.sources.download import MOST_BYTES, extract
 from fastres.utils.errors import Refused
 from tests.fixtures import refused
 

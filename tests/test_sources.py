@@ -22,8 +22,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
 from fastres.config.schema import DataConfig
-from fastres.data.download import extract, fetch
 from fastres.data.sources import source
+from fastres.data.sources.download import extract, fetch
 from fastres.data.sources.formats import decode, read_pickle
 from fastres.data.sources.source import SOURCES, Source, Split, hold_out, load_source, normalization
 from tests.fixtures import (

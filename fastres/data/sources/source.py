@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastres.config.schema import DataConfig
-from fastres.data.download import extract, obtain
 from fastres.data.sources.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
+from fastres.data.sources.download import extract, obtain
 from fastres.data.sources.formats import check_size, damaged, decode, read_idx, read_pickle
 from fastres.utils.errors import Refused
 
