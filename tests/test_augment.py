@@ -128,7 +128,7 @@ def test_all_loaders_mix_bit_for_bit_alike() -> None:
 def test_chunks_of_the_resident_loader_do_not_part_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     split, fields = noise(), {"mixup": 1.0, "cutmix": 1.0, "classes": CLASSES}
     whole = list(make("resident", split, **fields).train(0, 9))
-    monkeypatch.setattr("fastres.data.resident.CHUNK", 4)
+    monkeypatch.setattr("fastres.data.loaders.resident.CHUNK", 4)
     assert_equal(list(make("resident", split, **fields).train(0, 9)), whole)
 
 

@@ -92,12 +92,12 @@ REGRESSIONS = {
     ),
     "the loader moves every batch": (
         (
-            "fastres/data/resident.py",
+            "fastres/data/loaders/resident.py",
             "yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)",
             "yield from zip((i.to(self.spec.device) for i in images.split(b)), torch.cat(labels).split(b))",
         ),
         "host",
-        "host: resident loader, later steps of it, copies rose from 0 to 15 (to at fastres/data/resident.py:",
+        "host: resident loader, later steps of it, copies rose from 0 to 15 (to at fastres/data/loaders/resident.py:",
     ),
     "the graph breaks": (
         (

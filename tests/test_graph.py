@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastres import checkpoint, graph
 from fastres.config.cli import parse
 from fastres.data import build_loader
-from fastres.data.resident import ResidentLoader
+from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import load_source
 from fastres.engine import Engine, can_graph, resolve
 from fastres.graph import (
