@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastres.config.schema import Config
 from fastres.data.augment import normalize, of_a_row
-from fastres.data.dataloader import HostLoader, evaluation_view
 from fastres.data.loaders.dali import DaliLoader
+from fastres.data.loaders.dataloader import HostLoader, evaluation_view
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
