@@ -30,7 +30,7 @@ from bench.steps import DEVICE, Net, PlainLoop, compare, engine_for, engine_trai
 from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import model_options
-from fastres.data import sample_images
+from fastres.data.loaders.build import sample_images
 from fastres.data.sources.source import Source, load_source
 from fastres.utils.timing import seconds_of
 

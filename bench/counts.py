@@ -55,7 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config
-from fastres.data import build_loader
+from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.engine import Engine, resolve
 from fastres.graph import READS, GraphedStep, waits

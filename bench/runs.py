@@ -24,7 +24,7 @@ from bench.steps import PlainLoop
 from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
-from fastres.data import build_loader, classes_of
+from fastres.data.loaders.build import build_loader, classes_of
 from fastres.data.sources.source import Source, load_source
 from fastres.engine import resolve
 from fastres.graph import capturing

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.interleaved import interleaved
 from fastres import build_model
 from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
-from fastres.data import build_loader
+from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed.process_group import data_parallel
 from fastres.engine import Engine, resolve

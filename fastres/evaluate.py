@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
-from fastres.data import build_loader
+from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve

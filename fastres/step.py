@@ -19,7 +19,7 @@ import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.data import IGNORED, Loader
+from fastres.data.loaders.build import IGNORED, Loader
 from fastres.distributed import process_group
 from fastres.engine import Engine
 from fastres.optim import learning_rates

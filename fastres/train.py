@@ -21,7 +21,7 @@ import torch
 from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
-from fastres.data import build_loader, classes_of, image_size, sample_images
+from fastres.data.loaders.build import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources.source import Source, hold_out, load_source
 from fastres.distributed import process_group, watchdog
 from fastres.engine import Engine, resolve

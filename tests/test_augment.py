@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.data import LOADERS
+from fastres.data.loaders.build import LOADERS
 from fastres.data.sampling import Samples
 from fastres.data.sources.source import Split
 from tests.commands import run_fastres

@@ -25,7 +25,7 @@ from PIL import Image
 from fastres import train
 from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
-from fastres.data import LOADERS
+from fastres.data.loaders.build import LOADERS
 from fastres.data.sources.formats import decode
 from fastres.data.sources.source import Source, load_source
 from fastres.utils.errors import Refused

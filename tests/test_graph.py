@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastres import checkpoint, graph
 from fastres.config.cli import parse
-from fastres.data import build_loader
+from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import load_source
 from fastres.engine import Engine, can_graph, resolve

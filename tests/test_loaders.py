@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
-from fastres.data import IGNORED, LOADERS, BatchSpec, Loader, build_loader
 from fastres.data.loaders import dali, resident
+from fastres.data.loaders.build import IGNORED, LOADERS, BatchSpec, Loader, build_loader
 from fastres.data.sampling import Order
 from fastres.data.sources.source import Source, Split, imagefolder
 from tests.fixtures import refused, write_image_folder

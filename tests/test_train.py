@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastres import checkpoint
 from fastres.config.cli import parse
-from fastres.data import sample_images
+from fastres.data.loaders.build import sample_images
 from fastres.data.sources.source import load_source
 from fastres.engine import resolve
 from fastres.evaluate import evaluate_run, load_run
