@@ -59,7 +59,7 @@ from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.engine import Engine, resolve
 from fastres.graph import READS, GraphedStep, waits
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, ForwardLoss, TrainStep
 from fastres.utils.errors import Refused, run_command

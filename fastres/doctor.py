@@ -130,7 +130,7 @@ def training_step() -> Findings:
 
 def loss_of_step(engine: Engine) -> float:
     """Loss after forward, backward and update of two random images."""
-    from fastres.models import build_model
+    from fastres.models.registry import build_model
     from fastres.optim import build_optimizer
     from fastres.step import TrainStep
 

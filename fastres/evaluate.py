@@ -20,7 +20,7 @@ from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
 from fastres.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.environment import device_name
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.step import Evaluator, Totals
 from fastres.utils.errors import Parser, Refused, run_command
 

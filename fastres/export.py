@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastres.config.schema import Config, model_options
 from fastres.evaluate import load_run, rebuild
-from fastres.models import check_takes
+from fastres.models.registry import check_takes
 from fastres.models.weights import save_weights
 from fastres.utils.errors import Failed, Parser, Refused, run_command
 

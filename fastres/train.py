@@ -28,7 +28,7 @@ from fastres.engine import Engine, resolve
 from fastres.environment import device_name
 from fastres.graph import recorded
 from fastres.log import Run, write_text
-from fastres.models import build_model, check_takes
+from fastres.models.registry import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale

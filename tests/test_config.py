@@ -13,7 +13,7 @@ import yaml
 
 from fastres.config.cli import parse, recipe_names
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from tests.fixtures import refused
 
 RECIPES = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres import export, train
 from fastres.evaluate import load_run, rebuild
 from fastres.export import FORMATS
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
 from fastres.utils.errors import Failed, Refused, run_command
 from tests.commands import run_fastres

@@ -34,7 +34,7 @@ from fastres.graph import (
     Rows,
     recorded,
 )
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
 from fastres.train import train

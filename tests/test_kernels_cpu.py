@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config.schema import Config, EngineConfig, ModelConfig
 from fastres.engine import _faster_norm, resolve
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.profiling.trace import WorkCount
 from fastres.utils.errors import Refused
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip, cpu

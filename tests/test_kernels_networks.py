@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres_kernels import NormConv2d
 from fastres_kernels.conv_ops import kernels_for
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from fastres.models import MODELS, build_model
 from fastres.models.blocks import SHORTCUTS, BasicBlock, Bottleneck, global_pool, norm_act
 from fastres.models.mini import IdentityBlock
+from fastres.models.registry import MODELS, build_model
 from fastres.models.speedrun import EPSILON, PooledConv, SpeedStage, WhiteningConv
 from fastres_kernels import BatchNormAct2d
 

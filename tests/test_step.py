@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres import checkpoint
 from fastres.config.schema import OptimConfig
 from fastres.data.loaders.build import IGNORED
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.optim import build_optimizer, orthogonal
 from fastres.step import (
     DeviceTotals,

@@ -28,7 +28,7 @@ from fastres.data.sources.source import load_source
 from fastres.engine import resolve
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.train import main
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment

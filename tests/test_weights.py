@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastres.models import build_model
+from fastres.models.registry import build_model
 from fastres.models.weights import load_weights, save_weights
 from fastres.utils.errors import Refused
 

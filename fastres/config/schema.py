@@ -301,7 +301,7 @@ def check(config: Config) -> None:
     """Refuses values that are each of the right type and cannot be together; loads and writes nothing."""
     import torch
 
-    from fastres.models import build_model
+    from fastres.models.registry import build_model
 
     def refuse_if(wrong: bool, line: str) -> None:
         if wrong:
