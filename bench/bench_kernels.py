@@ -32,10 +32,10 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from fastres.config.schema import Config
-from fastres.engine import DTYPES, find_apex, resolve
 from fastres.environment import cpu_name
 from fastres.graph import capturing
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
+from fastres.training.engine import DTYPES, find_apex, resolve
 from fastres_kernels import BatchNormAct2d, Skip, tables
 from fastres_kernels.launch import INTERPRETED
 from fastres_kernels.tables import Table

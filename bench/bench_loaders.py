@@ -27,7 +27,7 @@ from bench.steps import DEVICE, Batches, Net, engine_training
 from fastres.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data.loaders.build import Loader, build_loader
 from fastres.data.sources.source import load_source
-from fastres.engine import resolve
+from fastres.training.engine import resolve
 from fastres.utils.timing import interleaved as timed
 
 BATCH, ROUNDS = 64, 7

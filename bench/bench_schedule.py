@@ -22,7 +22,7 @@ import torch
 from bench.runs import PlainRun, needs_patience, run, same
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
-from fastres.engine import resolve
+from fastres.training.engine import resolve
 from fastres.utils.errors import Refused
 from fastres.utils.timing import Timing, seconds_of
 

@@ -19,8 +19,8 @@ import torch
 from bench.bench_kernels import write_table
 from bench.tables import Row, tables
 from fastres.config.schema import Config
-from fastres.engine import resolve
 from fastres.log import environment
+from fastres.training.engine import resolve
 from fastres.utils.hardware import doubts, snapshot
 
 BEFORE = pytest.StashKey[dict[str, Any]]()  # the machine's state when the session began

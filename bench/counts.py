@@ -57,11 +57,11 @@ from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
-from fastres.engine import Engine, resolve
 from fastres.graph import READS, GraphedStep, waits
 from fastres.models.registry import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, ForwardLoss, TrainStep
+from fastres.training.engine import Engine, resolve
 from fastres.utils.errors import Refused, run_command
 from fastres_kernels.launch import HAS_TRITON, INTERPRETED
 from fastres_kernels.report import count_blocks, table

@@ -26,11 +26,11 @@ from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of
 from fastres.data.sources.source import Source, load_source
-from fastres.engine import resolve
 from fastres.graph import capturing
 from fastres.schedule import lr_scale
 from fastres.step import Evaluator
 from fastres.train import train
+from fastres.training.engine import resolve
 
 # ---- the data ---------------------------------------------------------------------------------------------------
 

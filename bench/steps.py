@@ -19,11 +19,11 @@ from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig,
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed.process_group import data_parallel
-from fastres.engine import Engine, resolve
 from fastres.graph import Batches as RecordedBatches
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
+from fastres.training.engine import Engine, resolve
 from fastres.utils.hardware import peaks_of
 from fastres.utils.timing import seconds_of
 

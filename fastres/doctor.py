@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 
 from fastres.config.schema import Config, EngineConfig, OptimConfig
-from fastres.engine import DTYPES, Engine, can_compile, find_apex, resolve
 from fastres.environment import DALI, version
+from fastres.training.engine import DTYPES, Engine, can_compile, find_apex, resolve
 from fastres.utils.errors import Parser, Refused, first_line, run_command
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.

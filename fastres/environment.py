@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastres.distributed import process_group
-from fastres.engine import Engine
+from fastres.training.engine import Engine
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
 

@@ -18,10 +18,10 @@ from fastres.config.schema import Config, DataConfig, EngineConfig, model_option
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
-from fastres.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.environment import device_name
 from fastres.models.registry import build_model
 from fastres.step import Evaluator, Totals
+from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.utils.errors import Parser, Refused, run_command
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config.schema import OptimConfig
-from fastres.engine import find_apex
+from fastres.training.engine import find_apex
 from fastres.utils.errors import Refused
 
 

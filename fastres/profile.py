@@ -37,7 +37,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres.config.schema import Config
-from fastres.engine import Engine, resolve
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text
 from fastres.optim import build_optimizer
@@ -57,6 +56,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.step import TrainStep, allow_versions
+from fastres.training.engine import Engine, resolve
 from fastres.utils import hardware
 from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
 from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for

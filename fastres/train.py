@@ -24,7 +24,6 @@ from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources.source import Source, hold_out, load_source
 from fastres.distributed import process_group, watchdog
-from fastres.engine import Engine, resolve
 from fastres.environment import device_name
 from fastres.graph import recorded
 from fastres.log import Run, write_text
@@ -33,6 +32,7 @@ from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale
 from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
+from fastres.training.engine import Engine, resolve
 from fastres.utils.errors import Failed, Refused, first_line, run_command
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import Clock

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastres import doctor, engine
-from fastres.engine import can_compile
+from fastres import doctor
+from fastres.training import engine
+from fastres.training.engine import can_compile
 from tests.commands import run_fastres
 from tests.fixtures import write_mnist_idx
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fastres import evaluate, train
-from fastres.engine import resolve
 from fastres.evaluate import evaluate_run, load_run
+from fastres.training.engine import resolve
 from fastres.utils.errors import Refused, run_command
 from tests.commands import run_fastres
 from tests.fixtures import refused

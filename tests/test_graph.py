@@ -24,7 +24,6 @@ from fastres.config.cli import parse
 from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import load_source
-from fastres.engine import Engine, can_graph, resolve
 from fastres.graph import (
     CannotRecord,
     GraphedEvaluation,
@@ -38,6 +37,7 @@ from fastres.models.registry import build_model
 from fastres.optim import build_optimizer
 from fastres.step import Evaluator, TrainStep
 from fastres.train import train
+from fastres.training.engine import Engine, can_graph, resolve
 from fastres.utils.errors import Failed
 from tests.commands import run_fastres
 from tests.fixtures import refused

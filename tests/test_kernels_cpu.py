@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config.schema import Config, EngineConfig, ModelConfig
-from fastres.engine import _faster_norm, resolve
 from fastres.models.registry import build_model
 from fastres.profiling.trace import WorkCount
+from fastres.training.engine import _faster_norm, resolve
 from fastres.utils.errors import Refused
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip, cpu
 from tests.commands import run_fastres, users_environment

@@ -25,11 +25,11 @@ from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.data.loaders.build import sample_images
 from fastres.data.sources.source import load_source
-from fastres.engine import resolve
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.train import main
+from fastres.training.engine import resolve
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
 from tests.fixtures import refused, write_image_folder, write_mnist_idx

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config.schema import Config, EngineConfig, ModelConfig, check
-from fastres.engine import Engine, resolve
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import MiniResNet
 from fastres.models.registry import build_model, check_takes
 from fastres.models.speedrun import SpeedResNet
+from fastres.training.engine import Engine, resolve
 from fastres.utils.errors import Refused, first_line
 
 # ------------------------------------------------------------------------------------------- variants

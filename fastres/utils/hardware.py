@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastres.engine import DTYPES
+from fastres.training.engine import DTYPES
 from fastres.utils.errors import first_line
 from fastres.utils.timing import interleaved, seconds_of
 
