@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from bench.steps import PLAIN, Net, engine_for, engine_training
-from fastres.step import allow_versions
 from fastres.training.engine import resolve
+from fastres.training.step import allow_versions
 from fastres.utils.timing import interleaved
 
 GPU = torch.cuda.is_available()

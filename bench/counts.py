@@ -60,8 +60,8 @@ from fastres.data.sources.source import load_source
 from fastres.graph import READS, GraphedStep, waits
 from fastres.models.registry import build_model
 from fastres.optim import build_optimizer
-from fastres.step import Evaluator, ForwardLoss, TrainStep
 from fastres.training.engine import Engine, resolve
+from fastres.training.step import Evaluator, ForwardLoss, TrainStep
 from fastres.utils.errors import Refused, run_command
 from fastres_kernels.launch import HAS_TRITON, INTERPRETED
 from fastres_kernels.report import count_blocks, table

@@ -23,7 +23,7 @@ from pathlib import Path
 from bench.runs import run
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
-from fastres.step import allow_versions
+from fastres.training.step import allow_versions
 from fastres.utils.errors import Refused, run_command
 
 

@@ -28,9 +28,9 @@ from fastres.data.loaders.build import build_loader, classes_of
 from fastres.data.sources.source import Source, load_source
 from fastres.graph import capturing
 from fastres.schedule import lr_scale
-from fastres.step import Evaluator
 from fastres.train import train
 from fastres.training.engine import resolve
+from fastres.training.step import Evaluator
 
 # ---- the data ---------------------------------------------------------------------------------------------------
 

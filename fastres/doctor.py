@@ -132,7 +132,7 @@ def loss_of_step(engine: Engine) -> float:
     """Loss after forward, backward and update of two random images."""
     from fastres.models.registry import build_model
     from fastres.optim import build_optimizer
-    from fastres.step import TrainStep
+    from fastres.training.step import TrainStep
 
     torch.manual_seed(0)
     model = engine.place(build_model("resnet20"))

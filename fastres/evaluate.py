@@ -20,8 +20,8 @@ from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
 from fastres.environment import device_name
 from fastres.models.registry import build_model
-from fastres.step import Evaluator, Totals
 from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
+from fastres.training.step import Evaluator, Totals
 from fastres.utils.errors import Parser, Refused, run_command
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastres.data.augment import Draws
-from fastres.step import Batch, Evaluator, TrainStep, compiled, unchanged
+from fastres.training.step import Batch, Evaluator, TrainStep, compiled, unchanged
 from fastres.utils.errors import Failed, first_line
 from fastres.utils.timing import no_garbage
 

@@ -55,8 +55,8 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
-from fastres.step import TrainStep, allow_versions
 from fastres.training.engine import Engine, resolve
+from fastres.training.step import TrainStep, allow_versions
 from fastres.utils import hardware
 from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
 from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for

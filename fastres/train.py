@@ -31,8 +31,8 @@ from fastres.models.registry import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
 from fastres.optim import build_optimizer
 from fastres.schedule import lr_scale
-from fastres.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 from fastres.training.engine import Engine, resolve
+from fastres.training.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 from fastres.utils.errors import Failed, Refused, first_line, run_command
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import Clock

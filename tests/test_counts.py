@@ -76,17 +76,17 @@ def test_this_checkout_passes_and_a_fall_is_told_and_kept(checkout: Checkout) ->
 # What somebody might do, the group that sees it and how its line begins.
 REGRESSIONS = {
     "the host reads the loss of every step": (
-        ("fastres/step.py", "self.count(loss.detach()", "float(loss); self.count(loss.detach()"),
+        ("fastres/training/step.py", "self.count(loss.detach()", "float(loss); self.count(loss.detach()"),
         "host",
         "host: training step, bf16, synchronisations rose from 0 to 1 (aten._local_scalar_dense.default at fastres/s",
     ),
     "the host prints it": (
-        ("fastres/step.py", "self.count(loss.detach()", "print(loss); self.count(loss.detach()"),
+        ("fastres/training/step.py", "self.count(loss.detach()", "print(loss); self.count(loss.detach()"),
         "host",
-        "host: training step, bf16, synchronisations rose from 0 to 1 (__repr__ at fastres/step.py:",
+        "host: training step, bf16, synchronisations rose from 0 to 1 (__repr__ at fastres/training/step.py:",
     ),
     "the step has an operator more": (
-        ("fastres/step.py", "mean_loss * samples", "mean_loss.mul(1) * samples"),
+        ("fastres/training/step.py", "mean_loss * samples", "mean_loss.mul(1) * samples"),
         "operators",
         "operators: training step, the rest rose from ",
     ),
@@ -101,7 +101,7 @@ REGRESSIONS = {
     ),
     "the graph breaks": (
         (
-            "fastres/step.py",
+            "fastres/training/step.py",
             "        loss = F.cross_entropy(\n            logits,",
             "        print(logits)\n        loss = F.cross_entropy(\n            logits,",
         ),
@@ -109,7 +109,7 @@ REGRESSIONS = {
         "graph: breaks rose from 0 to ",
     ),
     "the graph has the learning rate as a constant": (
-        ("fastres/step.py", "tensor.fill_(lr * scale)", "self.forward_loss.label_smoothing = lr"),
+        ("fastres/training/step.py", "tensor.fill_(lr * scale)", "self.forward_loss.label_smoothing = lr"),
         "graph",
         "graph: recompilations rose from 0 to 3 ",
     ),

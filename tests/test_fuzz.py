@@ -517,7 +517,7 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     assert history is None or all(row[column] is not None for row in history for column, _ in plot.PANELS)
     Console(file=io.StringIO()).print(plot.table_of([folder]))
     if name == "summary.json":
-        from fastres.step import Totals
+        from fastres.training.step import Totals
 
         outcome(lambda: evaluate.agreement(Totals(), folder / name))
     assert files_of(folder) == before

@@ -38,8 +38,8 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
-from fastres.step import TrainStep
 from fastres.training.engine import Engine, can_compile, resolve
+from fastres.training.step import TrainStep
 from fastres.utils.errors import Failed, Refused
 from fastres_kernels import Conv2d
 from tests.commands import run_fastres

@@ -19,7 +19,7 @@ from fastres.config.schema import OptimConfig
 from fastres.data.loaders.build import IGNORED
 from fastres.models.registry import build_model
 from fastres.optim import build_optimizer, orthogonal
-from fastres.step import (
+from fastres.training.step import (
     DeviceTotals,
     Evaluator,
     ForwardLoss,
