@@ -59,8 +59,8 @@ from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.graph import READS, GraphedStep, waits
 from fastres.models.registry import build_model
-from fastres.optim import build_optimizer
 from fastres.training.engine import Engine, resolve
+from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, ForwardLoss, TrainStep
 from fastres.utils.errors import Refused, run_command
 from fastres_kernels.launch import HAS_TRITON, INTERPRETED

@@ -21,8 +21,8 @@ from fastres.data.sources.source import load_source
 from fastres.distributed.process_group import data_parallel
 from fastres.graph import Batches as RecordedBatches
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
-from fastres.optim import build_optimizer
 from fastres.training.engine import Engine, resolve
+from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep
 from fastres.utils.hardware import peaks_of
 from fastres.utils.timing import seconds_of

@@ -131,7 +131,7 @@ def training_step() -> Findings:
 def loss_of_step(engine: Engine) -> float:
     """Loss after forward, backward and update of two random images."""
     from fastres.models.registry import build_model
-    from fastres.optim import build_optimizer
+    from fastres.training.optim import build_optimizer
     from fastres.training.step import TrainStep
 
     torch.manual_seed(0)

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from fastres.config.schema import Config
 from fastres.graph import FixedBatch, GraphedStep, recorder_for
 from fastres.log import write_text
-from fastres.optim import build_optimizer
 from fastres.profiling import trace
 from fastres.profiling.report import Profile, Result, plot, raw, rows_of, show, write_csv
 from fastres.profiling.trace import WorkCount
@@ -56,6 +55,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.training.engine import Engine, resolve
+from fastres.training.optim import build_optimizer
 from fastres.training.step import TrainStep, allow_versions
 from fastres.utils import hardware
 from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command

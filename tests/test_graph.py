@@ -34,9 +34,9 @@ from fastres.graph import (
     recorded,
 )
 from fastres.models.registry import build_model
-from fastres.optim import build_optimizer
 from fastres.train import train
 from fastres.training.engine import Engine, can_graph, resolve
+from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep
 from fastres.utils.errors import Failed
 from tests.commands import run_fastres

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import build_model, profile
 from fastres.config.schema import Config, EngineConfig
-from fastres.optim import build_optimizer
 from fastres.profile import Contestant, Outcome, difference, measure, prepare, step_in_parts
 from fastres.profiling import trace
 from fastres.profiling.report import plot, rows_of, show
@@ -39,6 +38,7 @@ from fastres.profiling.variants import (
     variants_named,
 )
 from fastres.training.engine import Engine, can_compile, resolve
+from fastres.training.optim import build_optimizer
 from fastres.training.step import TrainStep
 from fastres.utils.errors import Failed, Refused
 from fastres_kernels import Conv2d

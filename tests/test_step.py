@@ -18,7 +18,7 @@ from fastres import checkpoint
 from fastres.config.schema import OptimConfig
 from fastres.data.loaders.build import IGNORED
 from fastres.models.registry import build_model
-from fastres.optim import build_optimizer, orthogonal
+from fastres.training.optim import build_optimizer, orthogonal
 from fastres.training.step import (
     DeviceTotals,
     Evaluator,

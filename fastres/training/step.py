@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastres.data.loaders.build import IGNORED, Loader
 from fastres.distributed import process_group
-from fastres.optim import learning_rates
 from fastres.training.engine import Engine
+from fastres.training.optim import learning_rates
 from fastres.utils.errors import Refused, first_line, out_of_memory
 from fastres_kernels import statistics_together
 
