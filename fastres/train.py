@@ -29,9 +29,9 @@ from fastres.graph import recorded
 from fastres.log import Run, write_text
 from fastres.models.registry import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
-from fastres.schedule import lr_scale
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
+from fastres.training.schedule import lr_scale
 from fastres.training.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
 from fastres.utils.errors import Failed, Refused, first_line, run_command
 from fastres.utils.progress import ProgressLine

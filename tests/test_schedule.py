@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config, ScheduleConfig
-from fastres.schedule import SCHEDULES, lr_scale
+from fastres.training.schedule import SCHEDULES, lr_scale
 
 
 @cache
