@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from fastres.config.schema import Config
 from fastres.environment import cpu_name
-from fastres.graph import capturing
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
+from fastres.training.cuda_graph import capturing
 from fastres.training.engine import DTYPES, find_apex, resolve
 from fastres_kernels import BatchNormAct2d, Skip, tables
 from fastres_kernels.launch import INTERPRETED

@@ -57,8 +57,8 @@ from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
-from fastres.graph import READS, GraphedStep, waits
 from fastres.models.registry import build_model
+from fastres.training.cuda_graph import READS, GraphedStep, waits
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, ForwardLoss, TrainStep

@@ -26,8 +26,8 @@ from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of
 from fastres.data.sources.source import Source, load_source
-from fastres.graph import capturing
 from fastres.train import train
+from fastres.training.cuda_graph import capturing
 from fastres.training.engine import resolve
 from fastres.training.schedule import lr_scale
 from fastres.training.step import Evaluator

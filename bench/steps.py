@@ -19,8 +19,8 @@ from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig,
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed.process_group import data_parallel
-from fastres.graph import Batches as RecordedBatches
-from fastres.graph import FixedBatch, GraphedStep, recorder_for
+from fastres.training.cuda_graph import Batches as RecordedBatches
+from fastres.training.cuda_graph import FixedBatch, GraphedStep, recorder_for
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep

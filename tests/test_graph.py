@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import checkpoint, graph
+from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import load_source
-from fastres.graph import (
+from fastres.models.registry import build_model
+from fastres.train import train
+from fastres.training import cuda_graph
+from fastres.training.cuda_graph import (
     CannotRecord,
     GraphedEvaluation,
     GraphedStep,
@@ -33,8 +36,6 @@ from fastres.graph import (
     Rows,
     recorded,
 )
-from fastres.models.registry import build_model
-from fastres.train import train
 from fastres.training.engine import Engine, can_graph, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep
@@ -52,7 +53,7 @@ SHORT = ("--recipe digits --model.name resnet8 --model.norm torch --train.batch_
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "BLOCK_STEPS", BLOCK)
+    monkeypatch.setattr(cuda_graph, "BLOCK_STEPS", BLOCK)
 
 
 def run(folder: Path, *flags: object, graphed: bool) -> Path:
@@ -529,9 +530,9 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
     step, loader, evaluate = build("--engine.precision", "fp16")
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=True)
     before, said = checkpoint.digest(step.state_dict()), list[str]()
-    fine = graph._why_not
+    fine = cuda_graph._why_not
     last = torch.ops.aten._amp_update_scale_.default  # after the update of the weights
-    monkeypatch.setattr(graph, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
+    monkeypatch.setattr(cuda_graph, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
     taken, training, _ = recorded(step, evaluate, loader, loader, lr_at, said.append)
     assert "_amp_update_scale_" in said[0]
     assert checkpoint.digest(step.state_dict()) == before
@@ -550,7 +551,7 @@ def test_of_a_capture_that_fails_the_error_inside_is_raised(monkeypatch: pytest.
             raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    with pytest.raises(ValueError, match="the reason"), graph.capturing(None):
+    with pytest.raises(ValueError, match="the reason"), cuda_graph.capturing(None):
         raise ValueError("the reason")
-    with pytest.raises(RuntimeError, match="a previous error"), graph.capturing(None):
+    with pytest.raises(RuntimeError, match="a previous error"), cuda_graph.capturing(None):
         pass

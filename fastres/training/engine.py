@@ -42,7 +42,7 @@ class Engine:
     norm: str  # a name in models.blocks.NORMS
     conv: str  # "torch" or "own": Conv2d.algorithm
     compress_gradients: bool
-    cuda_graph: bool = False  # whole steps are recorded and replayed: fastres/graph.py
+    cuda_graph: bool = False  # whole steps are recorded and replayed: fastres/training/cuda_graph.py
     cuda_graph_may_fall_back: bool = False  # auto's choice, as compile's
     reasons: tuple[str, ...]
 

@@ -250,7 +250,7 @@ class TrainStep:
 
     def take(self, images: Tensor, labels: Tensor) -> None:
         """The step of the number and the learning rates that are there. Its work on the device is the same every time,
-        and nothing in it depends on values there: it can be recorded and replayed (fastres/graph.py)."""
+        and nothing in it depends on values there: it can be recorded and replayed (fastres/training/cuda_graph.py)."""
         if not self.model.training:  # train() walks through all modules
             self.model.train()
         *parts, last = self._parts(images, labels)

@@ -1,6 +1,6 @@
 """The device-resident loader: the split lives on the device as uint8 and is augmented there, a block of steps
 at a time, so that a step costs the host nothing but a slice. Or a step's images are made inside of a recorded step
-(fastres/graph.py), by the same functions from the same draws.
+(fastres/training/cuda_graph.py), by the same functions from the same draws.
 """
 
 from __future__ import annotations
