@@ -12,7 +12,6 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
 from fastres.data.loaders.build import build_loader
@@ -20,6 +19,7 @@ from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
 from fastres.environment import device_name
 from fastres.models.registry import build_model
+from fastres.runs import checkpoint
 from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.training.step import Evaluator, Totals
 from fastres.utils.errors import Parser, Refused, run_command

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of, image_size, sample_images
@@ -28,6 +27,7 @@ from fastres.environment import device_name
 from fastres.log import Run, write_text
 from fastres.models.registry import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
+from fastres.runs import checkpoint
 from fastres.training.cuda_graph import recorded
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer

@@ -190,7 +190,7 @@ class Undisturbed:
         """Raises Lost where a file in the folder is not whole, or not this run's. Returns the newest step kept."""
         import yaml
 
-        from fastres import checkpoint
+        from fastres.runs import checkpoint
         from fastres.utils.errors import Refused
 
         def there(name: str) -> bool:

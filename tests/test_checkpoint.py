@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import checkpoint
+from fastres.runs import checkpoint
 from fastres.utils.errors import Failed, Refused
 from tests.fixtures import Creates, refused
 

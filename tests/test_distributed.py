@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastres import checkpoint
+from fastres.runs import checkpoint
 from tests.commands import children, users_environment
 
 # The smallest ResNet on the digits; log_every 1 makes the metrics the losses.

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import load_source
 from fastres.models.registry import build_model
+from fastres.runs import checkpoint
 from fastres.train import train
 from fastres.training import cuda_graph
 from fastres.training.cuda_graph import (

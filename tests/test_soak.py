@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastres import checkpoint
 from fastres.log import write_text
+from fastres.runs import checkpoint
 from tests.commands import users_environment
 from tests.soak import FLAGS, Lost, Undisturbed
 

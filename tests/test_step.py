@@ -14,10 +14,10 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import checkpoint
 from fastres.config.schema import OptimConfig
 from fastres.data.loaders.build import IGNORED
 from fastres.models.registry import build_model
+from fastres.runs import checkpoint
 from fastres.training.optim import build_optimizer, orthogonal
 from fastres.training.step import (
     DeviceTotals,

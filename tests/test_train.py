@@ -21,13 +21,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastres import checkpoint
 from fastres.config.cli import parse
 from fastres.data.loaders.build import sample_images
 from fastres.data.sources.source import load_source
 from fastres.evaluate import evaluate_run, load_run
 from fastres.export import export
 from fastres.models.registry import build_model
+from fastres.runs import checkpoint
 from fastres.train import main
 from fastres.training.engine import resolve
 from fastres.utils.errors import out_of_memory, run_command
