@@ -19,7 +19,7 @@ import torch
 from bench.bench_kernels import write_table
 from bench.tables import Row, tables
 from fastres.config.schema import Config
-from fastres.log import environment
+from fastres.runs.run_dir import environment
 from fastres.training.engine import resolve
 from fastres.utils.hardware import doubts, snapshot
 

@@ -37,7 +37,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres.config.schema import Config
-from fastres.log import write_text
 from fastres.profiling import trace
 from fastres.profiling.report import Profile, Result, plot, raw, rows_of, show, write_csv
 from fastres.profiling.trace import WorkCount
@@ -53,6 +52,7 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
+from fastres.runs.run_dir import write_text
 from fastres.training.cuda_graph import FixedBatch, GraphedStep, recorder_for
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer

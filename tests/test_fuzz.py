@@ -34,10 +34,10 @@ from fastres import evaluate, plot, train
 from fastres.config.cli import TUTORIAL_KEYS, parse, recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
 from fastres.data.sources.cache import kept_images, sizes_and_reasons
-from fastres.log import HISTORY, Run, read_metrics
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
+from fastres.runs.run_dir import HISTORY, Run, read_metrics
 from fastres.utils.errors import Failed, Refused, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from fastres.log import read_metrics
 from fastres.runs import checkpoint
+from fastres.runs.run_dir import read_metrics
 from fastres.train import main
 from tests.commands import users_environment
 from tests.test_train import sha256

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastres import plot
-from fastres.log import HISTORY
+from fastres.runs.run_dir import HISTORY
 from tests.fixtures import refused
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastres.log import write_text
 from fastres.runs import checkpoint
+from fastres.runs.run_dir import write_text
 from tests.commands import users_environment
 from tests.soak import FLAGS, Lost, Undisturbed
 
