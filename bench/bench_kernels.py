@@ -32,8 +32,8 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from fastres.config.schema import Config
-from fastres.environment import cpu_name
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
+from fastres.runs.environment import cpu_name
 from fastres.training.cuda_graph import capturing
 from fastres.training.engine import DTYPES, find_apex, resolve
 from fastres_kernels import BatchNormAct2d, Skip, tables

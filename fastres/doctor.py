@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from fastres.config.schema import Config, EngineConfig, OptimConfig
-from fastres.environment import DALI, version
+from fastres.runs.environment import DALI, version
 from fastres.training.engine import DTYPES, Engine, can_compile, find_apex, resolve
 from fastres.utils.errors import Parser, Refused, first_line, run_command
 

@@ -17,9 +17,9 @@ from fastres.config.schema import Config, DataConfig, EngineConfig, model_option
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
 from fastres.distributed import process_group
-from fastres.environment import device_name
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.runs.environment import device_name
 from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
 from fastres.training.step import Evaluator, Totals
 from fastres.utils.errors import Parser, Refused, run_command

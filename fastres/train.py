@@ -23,10 +23,10 @@ from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources.source import Source, hold_out, load_source
 from fastres.distributed import process_group, watchdog
-from fastres.environment import device_name
 from fastres.models.registry import build_model, check_takes
 from fastres.models.weights import load_weights, save_weights
 from fastres.runs import checkpoint
+from fastres.runs.environment import device_name
 from fastres.runs.run_dir import Run, write_text
 from fastres.training.cuda_graph import recorded
 from fastres.training.engine import Engine, resolve

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastres.environment import device_name, environment
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
 from fastres.profiling.variants import Subject, Variant
+from fastres.runs.environment import device_name, environment
 from fastres.training.engine import Engine
 from fastres.utils import hardware
 from fastres.utils.atomic_io import whole_file

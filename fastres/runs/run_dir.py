@@ -15,9 +15,9 @@ import yaml
 
 from fastres.config.schema import Config, differences, dump, to_dict
 from fastres.distributed import process_group
-from fastres.environment import environment
 from fastres.plot import plot_curves, read_history
 from fastres.runs import checkpoint
+from fastres.runs.environment import environment
 from fastres.training.engine import Engine
 from fastres.utils.atomic_io import whole_file
 from fastres.utils.errors import Failed, Refused, first_line
