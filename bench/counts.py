@@ -63,8 +63,8 @@ from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, ForwardLoss, TrainStep
 from fastres.utils.errors import Refused, run_command
-from fastres_kernels.launch import HAS_TRITON, INTERPRETED
 from fastres_kernels.report import count_blocks, table
+from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGES = ("fastres", "kernels", "fastres_kernels")  # folders in it

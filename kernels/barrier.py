@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED
 from .tiles import H100
+from .triton_launch import INTERPRETED
 
 
 @triton.jit

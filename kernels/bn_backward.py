@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .barrier import counter, finisher, finishers
 from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
-from .launch import launchable, pointers
 from .tiles import WARPS, Tiles, matrix_shape
+from .triton_launch import launchable, pointers
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from .bn_forward import (
     vector,
     write_tile,
 )
-from .launch import INTERPRETED, launchable, pointers
 from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
+from .triton_launch import INTERPRETED, launchable, pointers
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
 INTERPRETED_AS = 128  # multiprocessors

@@ -37,8 +37,8 @@ from .conv_parts import (
     store_statistics,
     store_sums,
 )
-from .launch import launchable
 from .tiles import LEAST_PROGRAMS, ceil_div
+from .triton_launch import launchable
 from .variants import Variant
 
 

@@ -20,7 +20,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .launch import HAS_TRITON, channels_last, runs_kernels
+from .triton_launch import HAS_TRITON, channels_last, runs_kernels
 
 if HAS_TRITON:
     from . import conv_1x1, conv_3x3, conv_parts

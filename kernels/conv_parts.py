@@ -25,8 +25,8 @@ from torch import Tensor
 from .barrier import counter, finisher, finishers
 from .bn_backward import store_norm_gradients, sum_partials
 from .bn_forward import affine, merge, merge_rows, through
-from .launch import launchable
 from .tiles import LEAST_PROGRAMS, ceil_div, next_power_of_two
+from .triton_launch import launchable
 from .variants import Variant, recorded
 
 # What a program takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient

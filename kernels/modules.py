@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import cpu
 from .conv_ops import CHANNELS_3X3, conv_norm
-from .launch import INTERPRETED
 from .ops import batch_norm_act, update_running_statistics
 from .tables import fastest
+from .triton_launch import INTERPRETED
 
 
 class Skip(NamedTuple):

@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import BatchNormAct2d, bn_cooperative, launch, ops, statistics_together, tables, tiles
+from fastres_kernels import (
+    BatchNormAct2d,
+    bn_cooperative,
+    ops,
+    statistics_together,
+    tables,
+    tiles,
+    triton_launch,
+)
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -266,13 +274,13 @@ def test_any_number_of_channels(channels: int, algorithm: str) -> None:
 
 def test_the_tensors_above_went_through_the_kernels() -> None:
     x = random((2, 4, 3, 3), torch.float16, 0)
-    assert launch.INTERPRETED and launch.runs_kernels(x)
-    assert not launch.runs_kernels(x.double())
+    assert triton_launch.INTERPRETED and triton_launch.runs_kernels(x)
+    assert not triton_launch.runs_kernels(x.double())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
-    with launch.recording() as launches:
+    with triton_launch.recording() as launches:
         x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
         module(4, algorithm=algorithm)(x).sum().backward()
     names = [each.kernel.__name__ for each in launches]
@@ -433,7 +441,7 @@ def test_bad_options_are_refused() -> None:
 
 
 def test_what_is_not_channels_last_is_converted_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_warned", set())
+    monkeypatch.setattr(triton_launch, "_warned", set())
     norm, x = module(4), torch.randn(2, 4, 3, 3)
     with pytest.warns(UserWarning, match="the input of batch_norm_act is not channels-last"):
         y = norm(x)
@@ -592,7 +600,7 @@ importlib.util.find_spec = lambda name, *args: None if name.startswith("triton")
 plain, fused = list(losses("torch", None)), list(losses("fused", None))
 assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
 import fastres_kernels.launch
-assert not fastres_kernels.launch.HAS_TRITON and "fastres_kernels.bn_forward" not in sys.modules
+assert not fastres_kernels.triton_launch.HAS_TRITON and "fastres_kernels.bn_forward" not in sys.modules
 """
     in_a_process(script, TRITON_INTERPRET=None)
 

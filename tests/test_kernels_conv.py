@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres_kernels import barrier, conv_1x1, conv_3x3, conv_ops, conv_parts, launch, reference
+from fastres_kernels import barrier, conv_1x1, conv_3x3, conv_ops, conv_parts, reference, triton_launch
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -217,7 +217,7 @@ def test_inputs_of_any_strides_and_weights_of_any_dtype(r: int, monkeypatch: pyt
     weight, one = weight.half(), gamma[:1].expand(16)
     plain = conv_norm(x, weight, mean, var, gamma, one.contiguous(), EPS)
     for other in (weight, weight.double(), weight.to(memory_format=torch.channels_last)):
-        monkeypatch.setattr(launch, "_warned", set())
+        monkeypatch.setattr(triton_launch, "_warned", set())
         with pytest.warns(UserWarning, match="the input of conv_norm is not channels-last"):
             odd = conv_norm(x.contiguous(), other, mean, var, gamma, one, EPS)
         assert all(map(torch.equal, odd, plain))
