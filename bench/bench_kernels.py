@@ -38,7 +38,7 @@ from fastres.training.cuda_graph import capturing
 from fastres.training.engine import DTYPES, find_apex, resolve
 from fastres_kernels import BatchNormAct2d, Skip, tables
 from fastres_kernels.tables import Table
-from fastres_kernels.tiles import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
+from fastres_kernels.tiling import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 from fastres_kernels.triton_launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(

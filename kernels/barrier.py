@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import H100
+from .tiling import H100
 from .triton_launch import INTERPRETED
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .barrier import counter, finisher, finishers
 from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
-from .tiles import WARPS, Tiles, matrix_shape
+from .tiling import WARPS, Tiles, matrix_shape
 from .triton_launch import launchable, pointers
 
 

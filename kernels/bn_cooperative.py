@@ -30,7 +30,7 @@ from .bn_forward import (
     vector,
     write_tile,
 )
-from .tiles import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
+from .tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
 from .triton_launch import INTERPRETED, launchable, pointers
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import STAGES as STAGES_OF_A_LOOP
-from .tiles import WARPS, Tiles, ceil_div, matrix_shape
+from .tiling import STAGES as STAGES_OF_A_LOOP
+from .tiling import WARPS, Tiles, ceil_div, matrix_shape
 from .triton_launch import launchable, pointers
 
 STAGES = tl.constexpr(STAGES_OF_A_LOOP)

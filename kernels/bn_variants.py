@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import bn_backward, bn_cooperative, bn_forward, running
-from .tiles import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
+from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
 from .variants import RESNET20, Variant, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -35,7 +35,7 @@ from .conv_parts import (
     store_statistics,
     store_sums,
 )
-from .tiles import ceil_div, matrix_shape, next_power_of_two
+from .tiling import ceil_div, matrix_shape, next_power_of_two
 from .triton_launch import launchable
 from .variants import Variant
 

@@ -37,7 +37,7 @@ from .conv_parts import (
     store_statistics,
     store_sums,
 )
-from .tiles import LEAST_PROGRAMS, ceil_div
+from .tiling import LEAST_PROGRAMS, ceil_div
 from .triton_launch import launchable
 from .variants import Variant
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .barrier import counter, finisher, finishers
 from .bn_backward import store_norm_gradients, sum_partials
 from .bn_forward import affine, merge, merge_rows, through
-from .tiles import LEAST_PROGRAMS, ceil_div, next_power_of_two
+from .tiling import LEAST_PROGRAMS, ceil_div, next_power_of_two
 from .triton_launch import launchable
 from .variants import Variant, recorded
 

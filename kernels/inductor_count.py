@@ -48,7 +48,7 @@ from triton.backends.compiler import GPUTarget
 
 from . import ops
 from .modules import BatchNormAct2d, Skip
-from .tiles import H100
+from .tiling import H100
 from .variants import RESNET20, Variant, declared_variants
 
 SHAPE = RESNET20[0]

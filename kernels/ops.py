@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import processes, reference
-from .tiles import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
+from .tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
 from .triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .tiles import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
+from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 from .triton_launch import HAS_TRITON, INTERPRETED
 from .variants import RESNET20, Variant, declared_variants
 

@@ -27,7 +27,7 @@ from fastres_kernels import (
     ops,
     statistics_together,
     tables,
-    tiles,
+    tiling,
     triton_launch,
 )
 from tests.commands import users_environment
@@ -249,10 +249,10 @@ class small_tiles:
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(tiles, "TILE", self.tile)
-        self.patch.setattr(tiles, "MAX_PARTIALS", 5)
+        self.patch.setattr(tiling, "TILE", self.tile)
+        self.patch.setattr(tiling, "MAX_PARTIALS", 5)
         for name in ("HELD_FORWARD", "HELD_BACKWARD"):
-            held = tiles.Held(tile=self.tile, programs=100, registers=128)
+            held = tiling.Held(tile=self.tile, programs=100, registers=128)
             self.patch.setattr(bn_cooperative, name, held)
             self.patch.setattr(ops, name, held)
 
@@ -301,11 +301,11 @@ def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
 
 def test_what_does_not_fit_on_the_gpu_is_not_given_to_a_cooperative_kernel() -> None:
     fits = {
-        c: tiles.one_pass_tiles(128 * h * h, c, tiles.HELD_FORWARD, 132)
+        c: tiling.one_pass_tiles(128 * h * h, c, tiling.HELD_FORWARD, 132)
         for c, h in ((16, 32), (32, 16), (64, 8))
     }
     assert all(fits.values())  # ResNet-20 at batch 128 on an H100
-    assert tiles.one_pass_tiles(256 * 56 * 56, 256, tiles.HELD_FORWARD, 132) is None
+    assert tiling.one_pass_tiles(256 * 56 * 56, 256, tiling.HELD_FORWARD, 132) is None
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
