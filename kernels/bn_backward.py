@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .barrier import counter, finisher, finishers
 from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
+from .grid_sync import counter, finisher, finishers
 from .tiling import WARPS, Tiles, matrix_shape
 from .triton_launch import launchable, pointers
 

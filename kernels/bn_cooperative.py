@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .barrier import counter, grid_barrier
 from .bn_backward import gate, gated_gradient, sum_partials
 from .bn_forward import (
     affine_terms,
@@ -30,6 +29,7 @@ from .bn_forward import (
     vector,
     write_tile,
 )
+from .grid_sync import counter, grid_barrier
 from .tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
 from .triton_launch import INTERPRETED, launchable, pointers
 

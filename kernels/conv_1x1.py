@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .barrier import finishers
 from .conv_parts import (
     BLOCK_SUMS,
     NO_GRADIENT,
@@ -35,6 +34,7 @@ from .conv_parts import (
     store_statistics,
     store_sums,
 )
+from .grid_sync import finishers
 from .tiling import ceil_div, matrix_shape, next_power_of_two
 from .triton_launch import launchable
 from .variants import Variant

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .barrier import finishers
 from .conv_parts import (
     BLOCK_SUMS,
     NO_GRADIENT,
@@ -37,6 +36,7 @@ from .conv_parts import (
     store_statistics,
     store_sums,
 )
+from .grid_sync import finishers
 from .tiling import LEAST_PROGRAMS, ceil_div
 from .triton_launch import launchable
 from .variants import Variant

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastres_kernels import BatchNormAct2d, barrier
+from fastres_kernels import BatchNormAct2d, grid_sync
 from fastres_kernels.modules import NormConv2d
 
 Work = Callable[[], list[Tensor]]
@@ -187,7 +187,7 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
             graph.replay()
             expect_the_same(results, f"at replay {i + 1}")
     # All programs of a kernel add 2³¹ together, so none was lost, and none counted twice.
-    assert all(count.item() in (0, -(2**31)) for count in barrier._counters.values()), "a counter is off"
+    assert all(count.item() in (0, -(2**31)) for count in grid_sync._counters.values()), "a counter is off"
 
 
 def main(device: torch.device, repeats: int) -> None:

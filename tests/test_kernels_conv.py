@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres_kernels import barrier, conv_1x1, conv_3x3, conv_ops, conv_parts, reference, triton_launch
+from fastres_kernels import conv_1x1, conv_3x3, conv_ops, conv_parts, grid_sync, reference, triton_launch
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -267,7 +267,7 @@ def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
     normalised = conv_parts.Norm(*norm, EPS)
     z, mean = torch.ones_like(x), torch.ones(16)
     gradient = conv_parts.Gradient(z, mean, mean, z, mean)
-    value = barrier.counter(x).item()
+    value = grid_sync.counter(x).item()
     for launch_one in (
         lambda: conv_3x3.convolve(x, weight, normalised),
         lambda: conv_3x3.convolve(x, weight, normalised, gradient),
@@ -275,7 +275,7 @@ def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
     ):
         launch_one()
         value = -(2**31) - value
-        assert value in (0, -(2**31)) and barrier.counter(x).item() == value
+        assert value in (0, -(2**31)) and grid_sync.counter(x).item() == value
 
 
 @triton.jit
