@@ -46,7 +46,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
-from . import ops
+from .batchnorm import ops
 from .modules import BatchNormAct2d, Skip
 from .tiling import H100
 from .variants import RESNET20, Variant, declared_variants

@@ -21,15 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import (
-    BatchNormAct2d,
-    bn_cooperative,
-    ops,
-    statistics_together,
-    tables,
-    tiling,
-    triton_launch,
-)
+from fastres_kernels import BatchNormAct2d, bn_cooperative, statistics_together, tables, tiling, triton_launch
+from fastres_kernels.batchnorm import ops
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent

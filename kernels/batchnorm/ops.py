@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import processes, reference
-from .tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
-from .triton_launch import HAS_TRITON, channels_last, register, runs_kernels
+from .. import processes, reference
+from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
+from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:
-    from . import bn_backward, bn_cooperative, bn_forward, running
+    from .. import bn_backward, bn_cooperative, bn_forward, running
 
 
 @register("batch_norm_act")
