@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
+from .batchnorm.forward import (
+    STAGES,
+    affine,
+    affine_terms,
+    empty_partials,
+    load_bits,
+    through,
+    tile_at,
+    vector,
+)
 from .grid_sync import counter, finisher, finishers
 from .tiling import WARPS, Tiles, matrix_shape
 from .triton_launch import launchable, pointers

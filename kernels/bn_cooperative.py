@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_backward import gate, gated_gradient, sum_partials
-from .bn_forward import (
+from .batchnorm.forward import (
     affine_terms,
     empty_partials,
     merge_partials,
@@ -29,6 +28,7 @@ from .bn_forward import (
     vector,
     write_tile,
 )
+from .bn_backward import gate, gated_gradient, sum_partials
 from .grid_sync import counter, grid_barrier
 from .tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
 from .triton_launch import INTERPRETED, launchable, pointers

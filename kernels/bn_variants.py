@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from . import bn_backward, bn_cooperative, bn_forward, running
+from . import bn_backward, bn_cooperative, running
+from .batchnorm import forward
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
 from .variants import RESNET20, Variant, recorded
 
@@ -61,7 +62,7 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         moved = partial(BYTES[kernel], x.element_size())
         found.append(recorded(name, partial(launch, *arguments), moved))
 
-    add("statistics", "-", bn_forward.statistics, x, tiles)
+    add("statistics", "-", forward.statistics, x, tiles)
     # Residual, mask, and whether its output forks: then the backward has a second gradient, of the skip connection.
     forms = {
         "ReLU": (None, None, False),
@@ -71,13 +72,13 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
     norm, eps = (p, p), 1e-5
     for act, (residual, mask, forks) in forms.items():
         ends = (mask is not None, forks, tiles)
-        add("normalise", act, bn_forward.normalise, x, residual, *norm, partials, eps, True, *ends)
+        add("normalise", act, forward.normalise, x, residual, *norm, partials, eps, True, *ends)
         sums = (x, x if forks else None, x, mask, *norm, p, p, eps, True, forks)
         add("channel sums", act, bn_backward.channel_sums, *sums, tiles)
         gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not forks, tiles)
         add("input gradient", act, bn_backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
-        add("normalise", given, bn_forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
+        add("normalise", given, forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
         add("channel sums", given, bn_backward.with_given_statistics, *sums, tiles)
         if ahead:
             forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)

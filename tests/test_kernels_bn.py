@@ -593,7 +593,7 @@ importlib.util.find_spec = lambda name, *args: None if name.startswith("triton")
 plain, fused = list(losses("torch", None)), list(losses("fused", None))
 assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
 import fastres_kernels.launch
-assert not fastres_kernels.triton_launch.HAS_TRITON and "fastres_kernels.bn_forward" not in sys.modules
+assert not fastres_kernels.triton_launch.HAS_TRITON and "fastres_kernels.batchnorm.forward" not in sys.modules
 """
     in_a_process(script, TRITON_INTERPRET=None)
 

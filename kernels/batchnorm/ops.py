@@ -24,7 +24,8 @@ from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, 
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:
-    from .. import bn_backward, bn_cooperative, bn_forward, running
+    from .. import bn_backward, bn_cooperative, running
+    from . import forward
 
 
 @register("batch_norm_act")
@@ -56,7 +57,7 @@ def batch_norm_act(
         y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, eps, relu, save_mask, fork)
     elif runs_kernels(x):
         tiles = two_pass_tiles(m, c)
-        statistics: Any = given or bn_forward.statistics(x, tiles)
+        statistics: Any = given or forward.statistics(x, tiles)
         if group and not given:
             starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
             counts = (m - starts).clamp(max=tiles.rows)
@@ -64,7 +65,7 @@ def batch_norm_act(
             local_mean += x[:1, :, :1, :1].flatten()  # partial means are about x's first row
             count, mean, var = processes.mean_and_var(local_count, local_mean, local_m2, group)
             statistics = mean, var
-        y, mean, var, mask, token = bn_forward.normalise(
+        y, mean, var, mask, token = forward.normalise(
             x, residual, weight, bias, statistics, eps, relu, save_mask, fork, tiles
         )
     else:
@@ -311,7 +312,7 @@ def _(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return bn_forward.outputs(x, save_mask, fork)
+    return forward.outputs(x, save_mask, fork)
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_backward", mutates_args=())

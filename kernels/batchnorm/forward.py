@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiling import STAGES as STAGES_OF_A_LOOP
-from .tiling import WARPS, Tiles, ceil_div, matrix_shape
-from .triton_launch import launchable, pointers
+from ..tiling import STAGES as STAGES_OF_A_LOOP
+from ..tiling import WARPS, Tiles, ceil_div, matrix_shape
+from ..triton_launch import launchable, pointers
 
 STAGES = tl.constexpr(STAGES_OF_A_LOOP)
 
