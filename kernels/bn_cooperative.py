@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batchnorm.backward import gate, gated_gradient, sum_partials
 from .batchnorm.forward import (
     affine_terms,
     empty_partials,
@@ -28,7 +29,6 @@ from .batchnorm.forward import (
     vector,
     write_tile,
 )
-from .bn_backward import gate, gated_gradient, sum_partials
 from .grid_sync import counter, grid_barrier
 from .tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
 from .triton_launch import INTERPRETED, launchable, pointers

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import bn_backward, bn_cooperative, running
-from .batchnorm import forward
+from . import bn_cooperative, running
+from .batchnorm import backward, forward
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
 from .variants import RESNET20, Variant, recorded
 
@@ -74,12 +74,12 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         ends = (mask is not None, forks, tiles)
         add("normalise", act, forward.normalise, x, residual, *norm, partials, eps, True, *ends)
         sums = (x, x if forks else None, x, mask, *norm, p, p, eps, True, forks)
-        add("channel sums", act, bn_backward.channel_sums, *sums, tiles)
+        add("channel sums", act, backward.channel_sums, *sums, tiles)
         gradient = (x, x, *norm, p, p, partials.expand(tiles.partials, 2, c), eps, m, not forks, tiles)
-        add("input gradient", act, bn_backward.input_gradient, *gradient)
+        add("input gradient", act, backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
         add("normalise", given, forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
-        add("channel sums", given, bn_backward.with_given_statistics, *sums, tiles)
+        add("channel sums", given, backward.with_given_statistics, *sums, tiles)
         if ahead:
             forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
             add("cooperative forward", act, bn_cooperative.forward, *forward)

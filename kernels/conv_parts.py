@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batchnorm.backward import store_norm_gradients, sum_partials
 from .batchnorm.forward import affine, merge, merge_rows, through
-from .bn_backward import store_norm_gradients, sum_partials
 from .grid_sync import counter, finisher, finishers
 from .tiling import LEAST_PROGRAMS, ceil_div, next_power_of_two
 from .triton_launch import launchable

@@ -24,8 +24,8 @@ from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, 
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:
-    from .. import bn_backward, bn_cooperative, running
-    from . import forward
+    from .. import bn_cooperative, running
+    from . import backward, forward
 
 
 @register("batch_norm_act")
@@ -140,18 +140,18 @@ def batch_norm_act_backward(
             dx, dz, dbias, dweight = cooperative_backward(*sources)
             return dx, dz if want_residual else x.new_empty(0), dbias, dweight, *none
         tiles = two_pass_tiles(m, c)
-        partials, dz = bn_backward.channel_sums(*sources, tiles)
+        partials, dz = backward.channel_sums(*sources, tiles)
         dresidual = dz if want_residual else x.new_empty(0)
         recompute_gate = relu and not store_dz
         grad = dz if store_dz else dy
         if not group:
-            dx, dbias, dweight = bn_backward.input_gradient(
+            dx, dbias, dweight = backward.input_gradient(
                 grad, x, weight, bias, mean, var, partials, eps, m, recompute_gate, tiles
             )
             return dx, dresidual, dbias, dweight, *none
         sums = partials.sum(0)
         global_means = processes.mean_sums(sums, m, group)[None]
-        dx, _, _ = bn_backward.input_gradient(
+        dx, _, _ = backward.input_gradient(
             grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
         )
         return dx, dresidual, sums[0].clone(), sums[1].clone(), *none
@@ -369,7 +369,7 @@ def given_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dz (empty where not asked for), dbias, dweight, dmean and dvar in one kernel, for given statistics."""
     tiles = two_pass_tiles(*matrix_shape(x))
-    return bn_backward.with_given_statistics(
+    return backward.with_given_statistics(
         dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles
     )
 

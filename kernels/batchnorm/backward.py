@@ -20,19 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batchnorm.forward import (
-    STAGES,
-    affine,
-    affine_terms,
-    empty_partials,
-    load_bits,
-    through,
-    tile_at,
-    vector,
-)
-from .grid_sync import counter, finisher, finishers
-from .tiling import WARPS, Tiles, matrix_shape
-from .triton_launch import launchable, pointers
+from ..grid_sync import counter, finisher, finishers
+from ..tiling import WARPS, Tiles, matrix_shape
+from ..triton_launch import launchable, pointers
+from .forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
 
 
 @triton.jit
