@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import bn_cooperative, running
-from .batchnorm import backward, forward
+from . import running
+from .batchnorm import backward, cooperative, forward
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
 from .variants import RESNET20, Variant, recorded
 
@@ -82,7 +82,7 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         add("channel sums", given, backward.with_given_statistics, *sums, tiles)
         if ahead:
             forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
-            add("cooperative forward", act, bn_cooperative.forward, *forward)
+            add("cooperative forward", act, cooperative.forward, *forward)
         if back:
-            add("cooperative backward", act, bn_cooperative.backward, *sums, back)
+            add("cooperative backward", act, cooperative.backward, *sums, back)
     return found

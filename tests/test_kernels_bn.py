@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import BatchNormAct2d, bn_cooperative, statistics_together, tables, tiling, triton_launch
-from fastres_kernels.batchnorm import ops
+from fastres_kernels import BatchNormAct2d, statistics_together, tables, tiling, triton_launch
+from fastres_kernels.batchnorm import cooperative, ops
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -246,7 +246,7 @@ class small_tiles:
         self.patch.setattr(tiling, "MAX_PARTIALS", 5)
         for name in ("HELD_FORWARD", "HELD_BACKWARD"):
             held = tiling.Held(tile=self.tile, programs=100, registers=128)
-            self.patch.setattr(bn_cooperative, name, held)
+            self.patch.setattr(cooperative, name, held)
             self.patch.setattr(ops, name, held)
 
     def __exit__(self, *exception: object) -> None:
@@ -462,9 +462,9 @@ def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch:
     assert_close(module(4)(x, skip), module(4)(x, y), torch.float32)
     monkeypatch.setattr(tables, "table_of", lambda device: {(18, 4, True): "cooperative"})
     launched: list[tuple[int, ...]] = []
-    forward = bn_cooperative.forward
+    forward = cooperative.forward
     monkeypatch.setattr(
-        bn_cooperative, "forward", lambda x, *args: launched.append(x.shape) or forward(x, *args)
+        cooperative, "forward", lambda x, *args: launched.append(x.shape) or forward(x, *args)
     )
     assert_close(module(4, algorithm="measured")(x, x), expected, torch.float32)
     assert launched == [x.shape]

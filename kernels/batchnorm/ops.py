@@ -24,8 +24,8 @@ from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, 
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:
-    from .. import bn_cooperative, running
-    from . import backward, forward
+    from .. import running
+    from . import backward, cooperative, forward
 
 
 @register("batch_norm_act")
@@ -296,9 +296,9 @@ def cooperative_forward(
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """batch_norm_act's y, mean, var and mask, and skip as (1,), in one kernel; for channels-last tensors that fit."""
-    tiles = bn_cooperative.tiles_for(x, HELD_FORWARD)
+    tiles = cooperative.tiles_for(x, HELD_FORWARD)
     assert tiles is not None
-    return bn_cooperative.forward(x, residual, weight, bias, eps, relu, save_mask, fork, tiles)
+    return cooperative.forward(x, residual, weight, bias, eps, relu, save_mask, fork, tiles)
 
 
 @cooperative_forward.register_fake
@@ -330,9 +330,9 @@ def cooperative_backward(
     store_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz (empty where not asked for), dbias and dweight in one kernel; for channels-last tensors that fit."""
-    tiles = bn_cooperative.tiles_for(x, HELD_BACKWARD)
+    tiles = cooperative.tiles_for(x, HELD_BACKWARD)
     assert tiles is not None
-    return bn_cooperative.backward(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
+    return cooperative.backward(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
 
 
 @cooperative_backward.register_fake
@@ -394,7 +394,7 @@ def _(
 
 
 def _cooperates(algorithm: str, x: Tensor, held: Held) -> bool:
-    return algorithm == "cooperative" and bn_cooperative.tiles_for(x, held) is not None
+    return algorithm == "cooperative" and cooperative.tiles_for(x, held) is not None
 
 
 def pack_bits(passes: Tensor) -> Tensor:

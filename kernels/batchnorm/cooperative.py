@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batchnorm.backward import gate, gated_gradient, sum_partials
-from .batchnorm.forward import (
+from ..grid_sync import counter, grid_barrier
+from ..tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
+from ..triton_launch import INTERPRETED, launchable, pointers
+from .backward import gate, gated_gradient, sum_partials
+from .forward import (
     affine_terms,
     empty_partials,
     merge_partials,
@@ -29,9 +32,6 @@ from .batchnorm.forward import (
     vector,
     write_tile,
 )
-from .grid_sync import counter, grid_barrier
-from .tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
-from .triton_launch import INTERPRETED, launchable, pointers
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
 INTERPRETED_AS = 128  # multiprocessors
