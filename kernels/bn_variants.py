@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from . import running
-from .batchnorm import backward, cooperative, forward
+from .batchnorm import backward, cooperative, forward, running_stats
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
 from .variants import RESNET20, Variant, recorded
 
@@ -42,7 +41,7 @@ def variants() -> list[Variant]:
     p = torch.empty(64, device="meta")
     batches = torch.empty((), dtype=torch.int64, device="meta")
     for momentum in (0.1, None):
-        launch = partial(running.update, p, p, p, p, batches, 8192, momentum)
+        launch = partial(running_stats.update, p, p, p, p, batches, 8192, momentum)
         found.append(recorded(f"running statistics, momentum {momentum}", launch, lambda flags: None))
     return found
 

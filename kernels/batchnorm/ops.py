@@ -24,8 +24,7 @@ from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, 
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 
 if HAS_TRITON:
-    from .. import running
-    from . import backward, cooperative, forward
+    from . import backward, cooperative, forward, running_stats
 
 
 @register("batch_norm_act")
@@ -272,7 +271,7 @@ def update_running_statistics(
 ) -> None:
     """Moves the running statistics towards a batch's, in place; the variance as the unbiased estimate."""
     if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
-        running.update(mean, var, running_mean, running_var, batches, count, momentum)
+        running_stats.update(mean, var, running_mean, running_var, batches, count, momentum)
         return
     batches.add_(1)
     rate: Any = 1 / batches.to(running_mean.dtype) if momentum is None else momentum

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import launchable
+from ..triton_launch import launchable
 
 BLOCK = 1024
 
