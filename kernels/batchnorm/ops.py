@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import processes, reference
+from .. import reference
 from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
+from . import sync_stats
 
 if HAS_TRITON:
     from . import backward, cooperative, forward, running_stats
@@ -60,9 +61,9 @@ def batch_norm_act(
         if group and not given:
             starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
             counts = (m - starts).clamp(max=tiles.rows)
-            local_count, local_mean, local_m2 = processes.merge(counts, statistics[:, 0], statistics[:, 1])
+            local_count, local_mean, local_m2 = sync_stats.merge(counts, statistics[:, 0], statistics[:, 1])
             local_mean += x[:1, :, :1, :1].flatten()  # partial means are about x's first row
-            count, mean, var = processes.mean_and_var(local_count, local_mean, local_m2, group)
+            count, mean, var = sync_stats.mean_and_var(local_count, local_mean, local_m2, group)
             statistics = mean, var
         y, mean, var, mask, token = forward.normalise(
             x, residual, weight, bias, statistics, eps, relu, save_mask, fork, tiles
@@ -71,7 +72,7 @@ def batch_norm_act(
         if group and not given:
             wide = x.to(reference.wide_dtype(x))
             local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            count, mean, var = processes.mean_and_var(wide.new_full((), m), local_mean, local_var * m, group)
+            count, mean, var = sync_stats.mean_and_var(wide.new_full((), m), local_mean, local_var * m, group)
         y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
         if given:  # an op returns nothing that it was given
             mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
@@ -149,7 +150,7 @@ def batch_norm_act_backward(
             )
             return dx, dresidual, dbias, dweight, *none
         sums = partials.sum(0)
-        global_means = processes.mean_sums(sums, m, group)[None]
+        global_means = sync_stats.mean_sums(sums, m, group)[None]
         dx, _, _ = backward.input_gradient(
             grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
         )
@@ -167,7 +168,7 @@ def batch_norm_act_backward(
     averages = None
     if batch_statistics:
         sums = torch.stack([dbias, dweight])
-        averages = processes.mean_sums(sums, m, group) if group else sums / m
+        averages = sync_stats.mean_sums(sums, m, group) if group else sums / m
         of_statistics = none
     else:
         invstd = torch.rsqrt(var + eps)
