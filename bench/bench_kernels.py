@@ -36,8 +36,9 @@ from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, no
 from fastres.runs.environment import cpu_name
 from fastres.training.cuda_graph import capturing
 from fastres.training.engine import DTYPES, find_apex, resolve
-from fastres_kernels import BatchNormAct2d, Skip, tables
-from fastres_kernels.tables import Table
+from fastres_kernels import BatchNormAct2d, Skip
+from fastres_kernels.batchnorm import dispatch_table
+from fastres_kernels.batchnorm.dispatch_table import Table
 from fastres_kernels.tiling import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 from fastres_kernels.triton_launch import INTERPRETED
 
@@ -552,6 +553,6 @@ def write_table(rows: list[Row]) -> str:
     """Puts that into the file. Returns a line about it."""
     if (found := fastest(rows)) is None:
         return "--write-table: on a CPU there is nothing to write"
-    tables.write(*found)
+    dispatch_table.write(*found)
     ours = sum(algorithm != "torch" for algorithm in found[1].values())
-    return f"--write-table: the fused kernels are faster at {ours} of {len(found[1])} shapes: {tables.FILE}"
+    return f"--write-table: the fused kernels are faster at {ours} of {len(found[1])} shapes: {dispatch_table.FILE}"

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu
+from .batchnorm.dispatch_table import fastest
 from .batchnorm.ops import batch_norm_act, update_running_statistics
 from .conv_ops import CHANNELS_3X3, conv_norm
-from .tables import fastest
 from .triton_launch import INTERPRETED
 
 

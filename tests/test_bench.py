@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastres_kernels import tables
+from fastres_kernels.batchnorm import dispatch_table
 from tests.commands import run_module
 
 CHECKOUT = Path(__file__).parent.parent
@@ -134,18 +134,18 @@ def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in
 def test_what_was_measured_is_written_where_the_kernels_look_it_up(
     kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert tables.read() == tables.FASTEST and tables.FILE.is_file()
-    monkeypatch.setattr(tables, "FILE", tmp_path / "fastest.json")
-    monkeypatch.setattr(tables, "FASTEST", {(8, 0): {(18, 4, True): "two_pass"}})
+    assert dispatch_table.read() == dispatch_table.FASTEST and dispatch_table.FILE.is_file()
+    monkeypatch.setattr(dispatch_table, "FILE", tmp_path / "fastest.json")
+    monkeypatch.setattr(dispatch_table, "FASTEST", {(8, 0): {(18, 4, True): "two_pass"}})
     line = kernels.write_table(
         [row("two_pass", 20.0, 30.0), row("two_pass", 40.0, 30.0, shape=[128, 64, 8, 8])]
     )
-    assert "faster at 1 of 2 shapes" in line and str(tables.FILE) in line
+    assert "faster at 1 of 2 shapes" in line and str(dispatch_table.FILE) in line
     hopper = {(131072, 16, False): "two_pass", (8192, 64, False): "torch"}
-    assert tables.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
-    monkeypatch.setattr(tables, "FASTEST", tables.read())
+    assert dispatch_table.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
+    monkeypatch.setattr(dispatch_table, "FASTEST", dispatch_table.read())
     kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
-    assert tables.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
+    assert dispatch_table.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
     assert "on a CPU there is nothing to write" in kernels.write_table(
         [row("reference", 1, 1, capability=None)]
     )
@@ -240,8 +240,8 @@ def test_the_report_names_a_file_that_is_no_result(tmp_path: Path) -> None:
 
 
 def test_costs_without_a_sweep_are_not_drawn(tmp_path: Path) -> None:
-    report, tables = (importlib.import_module(f"bench.{name}") for name in ("report", "tables"))
-    cost = tables.Row("bench/bench_scaling.py::bench_cost[DDP on one process]", {"sweep": "cost"})
+    report, dispatch_table = (importlib.import_module(f"bench.{name}") for name in ("report", "tables"))
+    cost = dispatch_table.Row("bench/bench_scaling.py::bench_cost[DDP on one process]", {"sweep": "cost"})
     assert report.draw("a device", [cost], tmp_path) == []
 
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import BatchNormAct2d, statistics_together, tables, tiling, triton_launch
-from fastres_kernels.batchnorm import cooperative, ops
+from fastres_kernels import BatchNormAct2d, statistics_together, tiling, triton_launch
+from fastres_kernels.batchnorm import cooperative, dispatch_table, ops
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -460,7 +460,7 @@ def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch:
     assert "fastres_kernels::batch_norm_act" not in used and "aten::relu_" in used
     assert_close(y, expected, torch.float32)
     assert_close(module(4)(x, skip), module(4)(x, y), torch.float32)
-    monkeypatch.setattr(tables, "table_of", lambda device: {(18, 4, True): "cooperative"})
+    monkeypatch.setattr(dispatch_table, "table_of", lambda device: {(18, 4, True): "cooperative"})
     launched: list[tuple[int, ...]] = []
     forward = cooperative.forward
     monkeypatch.setattr(

@@ -18,7 +18,8 @@ from torch import nn
 from fastres.config.schema import Config
 from fastres.distributed import process_group
 from fastres.utils.errors import Refused
-from fastres_kernels import Conv2d, cpu, tables
+from fastres_kernels import Conv2d, cpu
+from fastres_kernels.batchnorm import dispatch_table
 
 DTYPES = {
     "fp32": torch.float32,
@@ -271,7 +272,7 @@ def _faster_norm(
     if precision != "bf16":
         return "torch", f"the fused kernels were measured in bf16, not in {precision}"
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    if tables.table_of(device) is None:
+    if dispatch_table.table_of(device) is None:
         return "torch", f"the fused kernels were not measured at compute capability {capability}"
     return "measured", f"per shape, as measured at compute capability {capability}"
 

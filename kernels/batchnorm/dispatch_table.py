@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .tiling import matrix_shape
+from ..tiling import matrix_shape
 
 FILE = Path(__file__).with_name("fastest.json")
 
