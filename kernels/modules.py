@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cpu
 from .batchnorm.dispatch_table import fastest
 from .batchnorm.ops import batch_norm_act, update_running_statistics
 from .conv_ops import CHANNELS_3X3, conv_norm
+from .cpu import ops
 from .triton_launch import INTERPRETED
 
 
@@ -134,7 +134,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         algorithm = self.algorithm
         if isinstance(x, Tensor) and self._runs_in_cpp(x):
-            y, gradient = cpu.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
+            y, gradient = ops.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
             return (y, Skip(y, gradient)) if fork else y
         if algorithm == "measured":
             algorithm = "torch" if isinstance(x, WithStatistics) else fastest(x, residual is not None)
@@ -167,7 +167,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def _runs_in_cpp(self, x: Tensor) -> bool:
         """Whether cpu.py takes x: not where processes share statistics, nor where Triton's kernels are interpreted."""
         wanted = self.algorithm == "measured" or not INTERPRETED
-        return wanted and not self.group_name and cpu.normalises(self, x)
+        return wanted and not self.group_name and ops.normalises(self, x)
 
     def pending(self, x: Tensor | WithStatistics) -> Any:
         """forward(x) for a NormConv2d, which computes it as it reads; forward(x) itself where x brings no statistics,
@@ -257,8 +257,8 @@ class Conv2d(nn.Conv2d):
     algorithm = "torch"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.algorithm == "own" and cpu.convolves(self, input):
-            return cpu.conv2d(input, weight, bias, self.stride[0])
+        if self.algorithm == "own" and ops.convolves(self, input):
+            return ops.conv2d(input, weight, bias, self.stride[0])
         return super()._conv_forward(input, weight, bias)
 
 

@@ -23,10 +23,11 @@ from fastres.models.registry import build_model
 from fastres.profiling.trace import WorkCount
 from fastres.training.engine import _faster_norm, resolve
 from fastres.utils.errors import Refused
-from fastres_kernels import BatchNormAct2d, Conv2d, Skip, cpu
+from fastres_kernels import BatchNormAct2d, Conv2d, Skip
+from fastres_kernels.cpu import ops
 from tests.commands import run_fastres, users_environment
 
-HERE, WHY = cpu.available()
+HERE, WHY = ops.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
 # A result in bf16 is rounded once, to 8 bits; one in float32 is a sum of products of such, in another order.
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
@@ -436,8 +437,8 @@ def test_under_compile_the_modules_are_torchs() -> None:
 
 
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "ISA", ("sse2", "avx4096f", "amx_fp256"))
-    assert cpu.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
+    monkeypatch.setattr(ops, "ISA", ("sse2", "avx4096f", "amx_fp256"))
+    assert ops.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
 
 
 ASK = "from fastres_kernels import cpu; print(*cpu.available())"

@@ -18,8 +18,9 @@ from torch import nn
 from fastres.config.schema import Config
 from fastres.distributed import process_group
 from fastres.utils.errors import Refused
-from fastres_kernels import Conv2d, cpu
+from fastres_kernels import Conv2d
 from fastres_kernels.batchnorm import dispatch_table
+from fastres_kernels.cpu import ops
 
 DTYPES = {
     "fp32": torch.float32,
@@ -242,7 +243,7 @@ def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:
 def _runs_in_cpp(
     device: torch.device, precision: str, compiles: bool, channels_last: bool
 ) -> tuple[bool, str]:
-    """Whether fastres_kernels.cpu has what this run takes, and the reason in words. Asked last, it builds them."""
+    """Whether fastres_kernels.cpu.ops has what this run takes, and the reason in words. Asked last, it builds them."""
     if device.type != "cpu":
         return False, "the C++ kernels are for CPUs"
     if precision != "bf16":
@@ -253,7 +254,7 @@ def _runs_in_cpp(
         return False, "the C++ kernels take channels-last only"
     if torch.cpu._is_amx_tile_supported():
         return False, "the C++ kernels were not measured against oneDNN's on a CPU with AMX"
-    return cpu.available()
+    return ops.available()
 
 
 def _faster_norm(
