@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_parts import (
+from .experimental.conv_common import (
     BLOCK_SUMS,
     NO_GRADIENT,
     Gradient,

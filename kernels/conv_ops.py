@@ -23,7 +23,8 @@ from . import reference
 from .triton_launch import HAS_TRITON, channels_last, runs_kernels
 
 if HAS_TRITON:
-    from . import conv_1x1, conv_3x3, conv_parts
+    from . import conv_1x1, conv_3x3
+    from .experimental import conv_common
 
 # Of x and of z, where there is a kernel: powers of two, and few enough for a filter to stay in shared memory.
 CHANNELS_3X3 = {16, 32, 64}
@@ -112,12 +113,12 @@ def conv_norm_backward(
         x = channels_last(x)
         norm = _norm(mean, var, gamma, beta, eps)
         dz = None if dz is None else channels_last(dz)
-        gradient = conv_parts.Gradient(dz, _dense(dmean_z), _dense(dvar_z), channels_last(z), mean_z)
+        gradient = conv_common.Gradient(dz, _dense(dmean_z), _dense(dvar_z), channels_last(z), mean_z)
         if want_input:
             found = kernels.convolve(x, weight, norm, gradient)
             dx, dnorm = found.out, [found.dmean, found.dvar, found.dgamma, found.dbeta]
         if want_weight:
-            dweight = conv_parts.weight_gradient(x, weight, norm, gradient)
+            dweight = conv_common.weight_gradient(x, weight, norm, gradient)
     dmean, dvar, dgamma, dbeta = (_or_empty(gradient, x) for gradient in dnorm)
     return _or_empty(dx, x), _or_empty(dweight, x), dmean, dvar, dgamma, dbeta
 
@@ -258,7 +259,7 @@ def _norm(
 ) -> Any:
     if mean is None or var is None:
         mean = var = gamma = beta = None
-    return conv_parts.Norm(_dense(mean), _dense(var), _dense(gamma), _dense(beta), eps)
+    return conv_common.Norm(_dense(mean), _dense(var), _dense(gamma), _dense(beta), eps)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

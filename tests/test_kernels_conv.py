@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres_kernels import conv_1x1, conv_3x3, conv_ops, conv_parts, grid_sync, reference, triton_launch
+from fastres_kernels import conv_1x1, conv_3x3, conv_ops, grid_sync, reference, triton_launch
+from fastres_kernels.experimental import conv_common
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -229,7 +230,7 @@ def test_what_needs_no_gradient_is_not_computed(r: int, monkeypatch: pytest.Monk
         raise AssertionError("computed")
 
     kernels = {1: conv_1x1, 3: conv_3x3}[r]
-    for needed, spared in (([0], (conv_parts, "weight_gradient")), ([1], (kernels, "convolve"))):
+    for needed, spared in (([0], (conv_common, "weight_gradient")), ([1], (kernels, "convolve"))):
         tensors = inputs(1, 16, 16, 3, 4, r, torch.float32)
         for i, tensor in enumerate(tensors):
             tensor.requires_grad_(i in needed)
@@ -264,14 +265,14 @@ def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
     """All together add 2³¹, whatever their number."""
     n, h, w = shape
     x, weight, *norm = (t.detach() for t in inputs(n, 16, 16, h, w, 3, torch.float16))
-    normalised = conv_parts.Norm(*norm, EPS)
+    normalised = conv_common.Norm(*norm, EPS)
     z, mean = torch.ones_like(x), torch.ones(16)
-    gradient = conv_parts.Gradient(z, mean, mean, z, mean)
+    gradient = conv_common.Gradient(z, mean, mean, z, mean)
     value = grid_sync.counter(x).item()
     for launch_one in (
         lambda: conv_3x3.convolve(x, weight, normalised),
         lambda: conv_3x3.convolve(x, weight, normalised, gradient),
-        lambda: conv_parts.weight_gradient(x, weight, normalised, gradient),
+        lambda: conv_common.weight_gradient(x, weight, normalised, gradient),
     ):
         launch_one()
         value = -(2**31) - value
@@ -285,13 +286,13 @@ def finish(
 ):  # fmt: skip
     """All that programs of the convolutions finish, by as many as the grid has."""
     which, programs = tl.program_id(0), tl.num_programs(0)
-    conv_parts.finish_statistics(
+    conv_common.finish_statistics(
         statistics, mean, var, 8 * P - 3, 1, 8, 1, P, which, programs, K, BLOCK_P, BLOCK
     )
-    conv_parts.finish_norm_gradients(
+    conv_common.finish_norm_gradients(
         sums, vector, vector, 0.0, dmean, dvar, dgamma, dbeta, P, which, programs, K, BLOCK_P, BLOCK
     )
-    conv_parts.finish_weight_gradient(products, dweight, P, which, programs, N, BLOCK_P, BLOCK)
+    conv_common.finish_weight_gradient(products, dweight, P, which, programs, N, BLOCK_P, BLOCK)
 
 
 def test_however_many_programs_finish_they_write_everything_and_the_same_bits(poisoned: None) -> None:
