@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .experimental.conv_common import (
+from ..grid_sync import finishers
+from ..tiling import ceil_div, matrix_shape, next_power_of_two
+from ..triton_launch import launchable
+from ..variants import Variant
+from .conv_common import (
     BLOCK_SUMS,
     NO_GRADIENT,
     Gradient,
@@ -34,10 +38,6 @@ from .experimental.conv_common import (
     store_statistics,
     store_sums,
 )
-from .grid_sync import finishers
-from .tiling import ceil_div, matrix_shape, next_power_of_two
-from .triton_launch import launchable
-from .variants import Variant
 
 
 @triton.jit
