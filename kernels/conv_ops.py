@@ -23,8 +23,7 @@ from . import reference
 from .triton_launch import HAS_TRITON, channels_last, runs_kernels
 
 if HAS_TRITON:
-    from . import conv_3x3
-    from .experimental import conv_1x1, conv_common
+    from .experimental import conv_1x1, conv_3x3, conv_common
 
 # Of x and of z, where there is a kernel: powers of two, and few enough for a filter to stay in shared memory.
 CHANNELS_3X3 = {16, 32, 64}

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres_kernels import conv_3x3, conv_ops, grid_sync, reference, triton_launch
-from fastres_kernels.experimental import conv_1x1, conv_common
+from fastres_kernels import conv_ops, grid_sync, reference, triton_launch
+from fastres_kernels.experimental import conv_1x1, conv_3x3, conv_common
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent

@@ -19,7 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .experimental.conv_common import (
+from ..grid_sync import finishers
+from ..tiling import LEAST_PROGRAMS, ceil_div
+from ..triton_launch import launchable
+from ..variants import Variant
+from .conv_common import (
     BLOCK_SUMS,
     NO_GRADIENT,
     Gradient,
@@ -36,10 +40,6 @@ from .experimental.conv_common import (
     store_statistics,
     store_sums,
 )
-from .grid_sync import finishers
-from .tiling import LEAST_PROGRAMS, ceil_div
-from .triton_launch import launchable
-from .variants import Variant
 
 
 @triton.jit
