@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .batchnorm.dispatch_table import fastest
 from .batchnorm.ops import batch_norm_act, update_running_statistics
-from .conv_ops import CHANNELS_3X3, conv_norm
 from .cpu import ops
+from .experimental.ops import CHANNELS_3X3, conv_norm
 from .triton_launch import INTERPRETED
 
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres_kernels import conv_ops, grid_sync, reference, triton_launch
-from fastres_kernels.experimental import conv_1x1, conv_3x3, conv_common
+from fastres_kernels import grid_sync, reference, triton_launch
+from fastres_kernels.experimental import conv_1x1, conv_3x3, conv_common, ops
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def check_against_the_oracle(
     n, h, w = shape
     tensors = inputs(n, *channels, h, w, r, dtype, norm)
     wide = in_float64(tensors)
-    assert conv_ops.kernels_for(tensors[0], tensors[1])
+    assert ops.kernels_for(tensors[0], tensors[1])
     results, oracle = conv_norm(*tensors, EPS), reference.conv_norm(*wide, EPS)
     assert results[0].dtype == dtype and results[0].is_contiguous(memory_format=torch.channels_last)
     assert results[1].dtype == results[2].dtype == torch.float32
@@ -370,7 +370,7 @@ def test_the_reference_differentiates_as_autograd_does(r: int, norm: str) -> Non
 
 def test_which_kernels_compute_what() -> None:
     def chosen(c: int, k: int, r: int, dtype: torch.dtype = torch.float16, n: int = 1) -> Any:
-        return conv_ops.kernels_for(torch.empty(n, c, 4, 4, dtype=dtype), torch.empty(k, c, r, r))
+        return ops.kernels_for(torch.empty(n, c, 4, 4, dtype=dtype), torch.empty(k, c, r, r))
 
     assert chosen(16, 64, 3) is conv_3x3 and chosen(24, 5, 1) is conv_1x1
     assert chosen(16, 24, 3) is chosen(128, 128, 3) is chosen(16, 16, 5) is None

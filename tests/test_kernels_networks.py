@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres.models.registry import build_model
 from fastres_kernels import NormConv2d
-from fastres_kernels.conv_ops import kernels_for
+from fastres_kernels.experimental.ops import kernels_for
 
 
 def train(

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .triton_launch import HAS_TRITON, channels_last, runs_kernels
+from .. import reference
+from ..triton_launch import HAS_TRITON, channels_last, runs_kernels
 
 if HAS_TRITON:
-    from .experimental import conv_1x1, conv_3x3, conv_common
+    from . import conv_1x1, conv_3x3, conv_common
 
 # Of x and of z, where there is a kernel: powers of two, and few enough for a filter to stay in shared memory.
 CHANNELS_3X3 = {16, 32, 64}
