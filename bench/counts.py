@@ -15,7 +15,7 @@ host        what the host would wait for on a GPU: synchronisations, where it re
 graph       forward and loss under torch.compile, while learning rate and step change and evaluation takes turns with
             training: graph breaks, graphs, recompilations. Dynamo and AOTAutograd do here what they do for inductor.
 block       kernels beside the convolutions, and their bytes, of a basic block compiled for an H100: see
-            kernels/inductor_count.py.
+            kernels/analysis/inductor_counts.py.
 network     launches, convolutions too, of a recorded step, counted likewise: the batch, made on the device; the
             network's forward with the loss, and its backward; the totals. Not the optimizer's, which torch launches.
             "convolutions" are the fused ones, and launch one kernel for each of their gradients; torch's backward of a
@@ -309,7 +309,7 @@ def block() -> Counts:
     with count_blocks() as counting:
         output, errors = counting.communicate()
     if counting.returncode:
-        raise RuntimeError(f"fastres_kernels.inductor_count failed:\n{errors}")
+        raise RuntimeError(f"fastres_kernels.analysis.inductor_counts failed:\n{errors}")
     return {
         f"{norm}, {name}, {what}": Count(passes[key])
         for norm, of_norm in json.loads(output).items()
@@ -319,7 +319,7 @@ def block() -> Counts:
 
 
 def network() -> Counts:
-    from fastres_kernels import inductor_count
+    from fastres_kernels.analysis import inductor_counts
 
     class Net(nn.Module):
         """(128, 16, 32, 32) -> what TrainStep differentiates."""
@@ -327,17 +327,17 @@ def network() -> Counts:
         def __init__(self, **options: Any) -> None:
             super().__init__()
             config, engine = the_recipe()
-            model = build_model(config.model.name, in_channels=inductor_count.SHAPE[1], **options)
+            model = build_model(config.model.name, in_channels=inductor_counts.SHAPE[1], **options)
             model = model.to(memory_format=engine.memory_format)
             compiled = replace(engine, compile=True)
             self.forward_loss = ForwardLoss(model, compiled, "mean", config.train.label_smoothing)
-            self.register_buffer("labels", torch.zeros(inductor_count.SHAPE[0], dtype=torch.int64))
+            self.register_buffer("labels", torch.zeros(inductor_counts.SHAPE[0], dtype=torch.int64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.forward_loss(x, self.labels)
 
-    def launches(generated: tuple[Any, str]) -> list[inductor_count.Launch]:
-        return inductor_count.launches(*generated, [])
+    def launches(generated: tuple[Any, str]) -> list[inductor_counts.Launch]:
+        return inductor_counts.launches(*generated, [])
 
     config, engine = the_recipe()
     step, _ = build(config, engine)
@@ -346,25 +346,25 @@ def network() -> Counts:
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     pieces = {"the batch": (graphed.next_batch,), "the totals": (step.count, loss, correct, BATCH)}
     counts = {
-        f"{name}, launches": Count(len(launches(inductor_count.generate(*piece)["forward"])))
+        f"{name}, launches": Count(len(launches(inductor_counts.generate(*piece)["forward"])))
         for name, piece in pieces.items()
     }
     # Beside convolutions, the head's multiplications, which move little; what a variant moves is not asked.
     head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
-    unasked = patch.object(inductor_count, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
+    unasked = patch.object(inductor_counts, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
     nets = {
         "torch": Net(norm="torch"),
         "fused": Net(norm="fused"),
         "convolutions": Net(norm="fused", fused_convolutions=True),
     }
     for kind, net in nets.items():
-        for name, generated in inductor_count.generate(net, inductor_count.an_activation()).items():
-            with patch.dict(inductor_count.CONVOLUTIONS, head), unasked:
+        for name, generated in inductor_counts.generate(net, inductor_counts.an_activation()).items():
+            with patch.dict(inductor_counts.CONVOLUTIONS, head), unasked:
                 found = launches(generated)
             counts[f"{kind}, {name}, launches"] = Count(len(found))
             # Of torch's norm every kernel but the convolutions is inductor's own: what it moves is read in its text.
             if kind == "torch":
-                moved = inductor_count.totals(found)["kernel_bytes_per_element"]
+                moved = inductor_counts.totals(found)["kernel_bytes_per_element"]
                 counts[f"{kind}, {name}, bytes/element"] = Count(moved)
     return counts
 

@@ -1,6 +1,6 @@
 """What a basic residual block costs under torch.compile, counted in the code that it generates. Needs no GPU.
 
-    python -m fastres_kernels.inductor_count        JSON: bytes, kernels and every launch, forward and backward
+    python -m fastres_kernels.analysis.inductor_counts        JSON: bytes, kernels and every launch, forward and backward
 
 The block is conv 3×3 - BN - ReLU - conv 3×3 - BN - add - ReLU, stride 1, in training, channels-last, bf16 with float32
 parameters: once with torch.nn.BatchNorm2d, which inductor fuses as it can, and once with BatchNormAct2d. Both are
@@ -46,10 +46,10 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
-from .batchnorm import ops
-from .modules import BatchNormAct2d, Skip
-from .tiling import H100
-from .variants import RESNET20, Variant, declared_variants
+from ..batchnorm import ops
+from ..modules import BatchNormAct2d, Skip
+from ..tiling import H100
+from ..variants import RESNET20, Variant, declared_variants
 
 SHAPE = RESNET20[0]
 ELEMENTS = math.prod(SHAPE)
