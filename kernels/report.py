@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from .analysis.compiled_variants import RESNET20, Variant, declared_variants
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 from .triton_launch import HAS_TRITON, INTERPRETED
-from .variants import RESNET20, Variant, declared_variants
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes that a program can have
 

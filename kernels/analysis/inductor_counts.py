@@ -49,7 +49,7 @@ from triton.backends.compiler import GPUTarget
 from ..batchnorm import ops
 from ..modules import BatchNormAct2d, Skip
 from ..tiling import H100
-from ..variants import RESNET20, Variant, declared_variants
+from .compiled_variants import RESNET20, Variant, declared_variants
 
 SHAPE = RESNET20[0]
 ELEMENTS = math.prod(SHAPE)

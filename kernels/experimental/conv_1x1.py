@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..analysis.compiled_variants import Variant
 from ..grid_sync import finishers
 from ..tiling import ceil_div, matrix_shape, next_power_of_two
 from ..triton_launch import launchable
-from ..variants import Variant
 from .conv_common import (
     BLOCK_SUMS,
     NO_GRADIENT,

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..analysis.compiled_variants import Variant
 from ..grid_sync import finishers
 from ..tiling import LEAST_PROGRAMS, ceil_div
 from ..triton_launch import launchable
-from ..variants import Variant
 from .conv_common import (
     BLOCK_SUMS,
     NO_GRADIENT,

@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..analysis.compiled_variants import Variant, recorded
 from ..batchnorm.backward import store_norm_gradients, sum_partials
 from ..batchnorm.forward import affine, merge, merge_rows, through
 from ..grid_sync import counter, finisher, finishers
 from ..tiling import LEAST_PROGRAMS, ceil_div, next_power_of_two
 from ..triton_launch import launchable
-from ..variants import Variant, recorded
 
 # What a program takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient
 # so many numbers. Large, because the others have gone: a round waits for memory as long with few as with many.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_launch import recording
+from ..triton_launch import recording
 
 # Each has variants() -> list[Variant].
 FILES = ("bn_variants", "conv_3x3", "conv_1x1")
