@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .analysis.compiled_variants import RESNET20, Variant, recorded
-from .batchnorm import backward, cooperative, forward, running_stats
-from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
+from ..batchnorm import backward, cooperative, forward, running_stats
+from ..tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
+from .compiled_variants import RESNET20, Variant, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd one.
