@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.interleaved import interleaved
-from bench.steps import DEVICE, Net, Steps, engine_for, engine_training
+from bench.lib.workloads import DEVICE, Net, Steps, engine_for, engine_training
 from fastres.utils.timing import seconds_of
 
 GPU = torch.cuda.is_available()

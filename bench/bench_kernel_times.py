@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.steps import DEVICE, Net, engine_for, engine_training
+from bench.lib.workloads import DEVICE, Net, engine_for, engine_training
 from fastres.profiling import trace
 from fastres.utils.timing import interleaved, wait_for
 

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from bench.interleaved import interleaved
-from bench.steps import DEVICE, Batches, Net, engine_training
+from bench.lib.workloads import DEVICE, Batches, Net, engine_training
 from fastres.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data.loaders.build import Loader, build_loader
 from fastres.data.sources.source import load_source

@@ -25,8 +25,17 @@ import torch
 
 from bench.bench_loaders import fed_by_dali, folders  # noqa: F401, a fixture
 from bench.bench_time_to_90 import GOAL, flags_of, of_runs
+from bench.lib.workloads import (
+    DEVICE,
+    Net,
+    PlainLoop,
+    compare,
+    engine_for,
+    engine_training,
+    held,
+    loop_training,
+)
 from bench.runs import warm_runs
-from bench.steps import DEVICE, Net, PlainLoop, compare, engine_for, engine_training, held, loop_training
 from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import model_options

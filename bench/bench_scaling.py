@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.steps import PLAIN, Net, engine_for, engine_training
+from bench.lib.workloads import PLAIN, Net, engine_for, engine_training
 from fastres.training.engine import resolve
 from fastres.training.step import allow_versions
 from fastres.utils.timing import interleaved

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.steps import (
+from bench.lib.workloads import (
     Net,
     compare,
     engine_for,

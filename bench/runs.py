@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.steps import PlainLoop
+from bench.lib.workloads import PlainLoop
 from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
