@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
+from bench.lib.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
 from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.sources.source import Source, load_source

@@ -25,6 +25,7 @@ import torch
 
 from bench.bench_loaders import fed_by_dali, folders  # noqa: F401, a fixture
 from bench.bench_time_to_90 import GOAL, flags_of, of_runs
+from bench.lib.runs import warm_runs
 from bench.lib.workloads import (
     DEVICE,
     Net,
@@ -35,7 +36,6 @@ from bench.lib.workloads import (
     held,
     loop_training,
 )
-from bench.runs import warm_runs
 from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import model_options

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.runs import PlainRun, needs_patience, run, same
+from bench.lib.runs import PlainRun, needs_patience, run, same
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
 from fastres.training.engine import resolve

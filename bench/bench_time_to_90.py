@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from bench.runs import data_flags, warm_runs
+from bench.lib.runs import data_flags, warm_runs
 
 GOAL, LEVEL = 0.9, 0.01
 

@@ -14,7 +14,7 @@ from typing import Any
 from bench.bench_accuracy import not_lower, together
 from bench.bench_schedule import BASELINES
 from bench.bench_time_to_90 import LEVEL
-from bench.runs import same
+from bench.lib.runs import same
 from bench.tables import Row
 
 SCHEDULE_STEPS, SCHEDULE_S = 64_000, (30.0, 20.0)  # s of training: the target, the stretch

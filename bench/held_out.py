@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.runs import run
+from bench.lib.runs import run
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
 from fastres.training.step import allow_versions
