@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.interleaved import interleaved
+from bench.lib.paired import interleaved
 from bench.lib.workloads import DEVICE, Net, Steps, engine_for, engine_training
 from fastres.utils.timing import seconds_of
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.interleaved import interleaved
+from bench.lib.paired import interleaved
 from bench.lib.workloads import DEVICE, Batches, Net, engine_training
 from fastres.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data.loaders.build import Loader, build_loader

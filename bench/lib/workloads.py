@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.interleaved import interleaved
+from bench.lib.paired import interleaved
 from fastres import build_model
 from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastres.data.loaders.build import build_loader
