@@ -15,7 +15,7 @@ from bench.bench_accuracy import not_lower, together
 from bench.bench_schedule import BASELINES
 from bench.bench_time_to_90 import LEVEL
 from bench.lib.runs import same
-from bench.tables import Row
+from bench.lib.tables import Row
 
 SCHEDULE_STEPS, SCHEDULE_S = 64_000, (30.0, 20.0)  # s of training: the target, the stretch
 TIMES_PLAIN, TIMES_COMPILED, TIMES_PEER, TIMES_INDUCTOR = 15.0, 3.0, 1.10, 1.2

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.bench_kernels import write_table
-from bench.tables import Row, tables
+from bench.lib.tables import Row, tables
 from fastres.config.schema import Config
 from fastres.runs.run_dir import environment
 from fastres.training.engine import resolve

@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import claims
-from bench.tables import Row, tables
+from bench.lib.tables import Row, tables
 from fastres.utils.errors import Refused, run_command
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ from bench.bench_schedule import same_run
 from bench.bench_time_to_90 import of_runs
 from bench.claims import lines
 from bench.lib.runs import PlainRun, difference, run, same
-from bench.tables import Row
+from bench.lib.tables import Row
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
 from tests.commands import users_environment
