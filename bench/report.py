@@ -25,7 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench import claims
+from bench.lib import targets
 from bench.lib.tables import Row, tables
 from fastres.utils.errors import Refused, run_command
 
@@ -102,7 +102,7 @@ def section(device: str, runs: Sequence[Run], plots: Sequence[Path]) -> list[str
     """One device's part of RESULTS.md, or of the terminal where there are no plots."""
     lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
     if any(run.on_gpu for run in runs):
-        lines += ["### what is to be reached", "", "```", *claims.lines(newest(runs)), "```", ""]
+        lines += ["### what is to be reached", "", "```", *targets.lines(newest(runs)), "```", ""]
     for title, rows in tables(newest(runs)):
         lines += [f"### {title}", "", "```", *rows, "```", ""]
     several = {name: values for name, values in ratios(runs).items() if len(values) > 1}
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             if run.on_gpu:
                 by_gpu[run.device].append(run)
         for device, of_device in by_gpu.items() or [("no GPU yet", [])]:
-            print("\n".join([device, *claims.lines(newest(of_device))]))
+            print("\n".join([device, *targets.lines(newest(of_device))]))
         return 0
     devices = list(dict.fromkeys(run.device for run in runs))
     if files:

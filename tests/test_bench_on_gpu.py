@@ -19,9 +19,9 @@ from bench.bench_peers import last_row, shortest
 from bench.bench_peers import summary as peers_summary
 from bench.bench_schedule import same_run
 from bench.bench_time_to_90 import of_runs
-from bench.claims import lines
 from bench.lib.runs import PlainRun, difference, run, same
 from bench.lib.tables import Row
+from bench.lib.targets import lines
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
 from tests.commands import users_environment
