@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=1.50; sys_platform == 'linux'"],
@@ -29,13 +29,16 @@ setup(
     # fastres_kernels, because `kernels` on PyPI is somebody else's.
     package_dir={"fastres": "fastres", "fastres_kernels": "kernels"},
     packages=[
-        *("fastres", "fastres.data", "fastres.models", "fastres.profiling", "fastres.recipes"),
+        *find_packages(include=["fastres", "fastres.*"]),
         "fastres_kernels",
+        *(f"fastres_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_data={
         "fastres": ["py.typed"],
-        "fastres.recipes": ["*.yaml"],
-        "fastres_kernels": ["py.typed", "cpu.cpp", "fastest.json"],
+        "fastres.config.recipes": ["*.yaml"],
+        "fastres_kernels": ["py.typed"],
+        "fastres_kernels.batchnorm": ["fastest.json"],
+        "fastres_kernels.cpu": ["kernels.cpp"],
     },
     install_requires=[
         "torch>=2.11",

@@ -24,7 +24,7 @@ from bench.lib.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, 
 from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.sources.source import Source, load_source
-from fastres.utils.timing import seconds_of
+from fastres.utils.timing import time_region
 
 GPU = torch.cuda.is_available()
 KEEP_THE_END = ["--run.checkpoint_every", "100_000"]  # evaluations stay: the first one at 90 % is reported
@@ -77,7 +77,7 @@ def bench_parity(
         for first in range(0, steps, STEPS_AT_ONCE):
             twin.steps(first, min(first + STEPS_AT_ONCE, steps))
 
-    info["plain_train_time_s"] = [seconds_of(train, twin.loop.engine.device)]
+    info["plain_train_time_s"] = [time_region(train, twin.loop.engine.device)]
     info["accuracies"]["plain"] = [twin.test_accuracy()]
 
 

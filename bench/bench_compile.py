@@ -16,7 +16,7 @@ import torch
 
 from bench.lib.paired import interleaved
 from bench.lib.workloads import DEVICE, Net, Steps, engine_for, engine_training
-from fastres.utils.timing import seconds_of
+from fastres.utils.timing import time_region
 
 GPU = torch.cuda.is_available()
 NETS = {
@@ -65,11 +65,11 @@ def measure(benchmark: Any, net: Net, options: dict[str, Any], rounds: int) -> N
         steps.append(engine_training(net, compile=True, inductor=chosen))
         steps[-1](1)
 
-    first_s = [seconds_of(lambda chosen=chosen: first(chosen), DEVICE) for chosen in ({}, options)]
+    first_s = [time_region(lambda chosen=chosen: first(chosen), DEVICE) for chosen in ({}, options)]
     default, other = steps
     for take in steps:
         take(3)
-    n = max(1, round(ROUND_S / seconds_of(lambda: default(1), DEVICE)))
+    n = max(1, round(ROUND_S / time_region(lambda: default(1), DEVICE)))
     interleaved(benchmark, lambda: default(n), lambda: other(n), n * net.batch, rounds)
     benchmark.extra_info.update(
         options=options,

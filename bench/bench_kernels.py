@@ -8,7 +8,7 @@ calls, replayed from a CUDA graph ("graph") or launched from Python ("plain"), a
 host's. The tensors are random, and more than the L2 holds from one turn to the next. What is fast but wrong is not
 timed: results are first compared to the baseline's.
 
-With --write-table the winners go to kernels/fastest.json, for the engine to take. On a CPU the reference runs, to show
+With --write-table the winners go to kernels/batchnorm/fastest.json, for the engine to take. On a CPU the reference runs, to show
 that all of this does.
 """
 
@@ -520,7 +520,7 @@ def line(row: Row) -> str:
 
 
 def fastest(rows: list[Row]) -> tuple[tuple[int, int], Table] | None:
-    """What fastres_kernels/fastest.json should say of this device: of each shape the fused kernel that beat inductor by
+    """What kernels/batchnorm/fastest.json should say of this device: of each shape the fused kernel that beat inductor by
     most, forward and backward together in a CUDA graph, where 20 to 80 % of the one and of the other do not overlap;
     "torch" where none did. None on a CPU.
     """

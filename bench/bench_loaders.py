@@ -96,9 +96,7 @@ def built(loader: str, fields: dict[str, Any], batch: int) -> Loader:
     )
     engine = resolve(config)
     source = load_source(config.data)
-    return build_loader(
-        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
-    )
+    return build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
 
 
 def fed_by_dali(batch: int, folders: dict[str, Path]) -> Batches:

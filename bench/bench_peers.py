@@ -41,7 +41,7 @@ from fastres.config.cli import parse
 from fastres.config.schema import model_options
 from fastres.data.loaders.build import sample_images
 from fastres.data.sources.source import Source, load_source
-from fastres.utils.timing import seconds_of
+from fastres.utils.timing import time_region
 
 GPU = torch.cuda.is_available()
 RESNET50 = Net(name="resnet50", batch=256 if GPU else 8, side=224, classes=1_000)
@@ -193,7 +193,7 @@ def seconds_to_whiten(flags: list[str], source: Source) -> float:
     """What the engine does of the kind before its clock starts."""
     config = parse(flags)
     model: Any = build_model(config.model.name, **model_options(config.model)).to(DEVICE)
-    return seconds_of(lambda: model.whiten(sample_images(config, source, source.train).to(DEVICE)), DEVICE)
+    return time_region(lambda: model.whiten(sample_images(config, source, source.train).to(DEVICE)), DEVICE)
 
 
 def summary(infos: list[dict[str, Any]]) -> list[str]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from bench.lib.workloads import PLAIN, Net, engine_for, engine_training
 from fastres.training.engine import resolve
-from fastres.training.step import allow_versions
+from fastres.training.step import raise_recompile_limit
 from fastres.utils.timing import interleaved
 
 GPU = torch.cuda.is_available()
@@ -45,7 +45,7 @@ SWEEPS: dict[str, dict[int, Net]] = {
 @pytest.mark.parametrize("sweep", SWEEPS)
 def bench_step(benchmark: Any, sweep: str) -> None:
     _, engine = engine_for()
-    allow_versions(2 * len(SWEEPS[sweep]))
+    raise_recompile_limit(2 * len(SWEEPS[sweep]))
     steps = {str(size): engine_training(one) for size, one in SWEEPS[sweep].items()}
     regions = {size: (lambda take=take: take(STEPS)) for size, take in steps.items()}
     timings = benchmark.pedantic(lambda: interleaved(regions, ROUNDS, engine.device), rounds=1)
@@ -76,7 +76,7 @@ COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def bench_cost(benchmark: Any, what: str) -> None:
     """What a way of running costs by itself: ResNet-20 without it and with it, in turns."""
     _, engine = engine_for()
-    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore())
     try:
         both, more = COSTS[what]
         steps = {

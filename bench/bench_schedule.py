@@ -23,8 +23,8 @@ from bench.lib.runs import PlainRun, needs_patience, run, same
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
 from fastres.training.engine import resolve
-from fastres.utils.errors import Refused
-from fastres.utils.timing import Timing, seconds_of
+from fastres.utils.errors import UsageError
+from fastres.utils.timing import Timing, time_region
 
 GPU = torch.cuda.is_available()
 SAMPLES, STEPS, ROUNDS = (50_000, 2_000, 5) if GPU else (2_048, 4, 3)  # of a turn
@@ -57,7 +57,7 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
 
     def theirs() -> None:
         for name, plain in baselines.items():
-            seconds[name].append(seconds_of(lambda plain=plain: plain.steps(0, STEPS), engine.device))
+            seconds[name].append(time_region(lambda plain=plain: plain.steps(0, STEPS), engine.device))
 
     def ours() -> None:
         # The batches of seed 0 are those of the others; a folder holds one run.
@@ -100,7 +100,7 @@ def bench_graphed_is_ungraphed(
     flags = [*DETERMINISTIC, "--train.steps", str(GRAPHED_STEPS), "--engine.precision", precision]
     try:
         resolve(parse([*flags, "--engine.cuda_graph", "true"]))
-    except Refused as refusal:
+    except UsageError as refusal:
         pytest.skip(str(refusal))
     needs_patience(request.config)
     runs = {name: tmp_path / name for name in ("true", "false")}

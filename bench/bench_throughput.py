@@ -24,7 +24,7 @@ from bench.lib.workloads import (
     plain_inference,
     plain_training,
 )
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 GPU = torch.cuda.is_available()
 
@@ -105,7 +105,7 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) ->
     try:
         _, engine = engine_for(**fields)
         steps = ours(measured, **fields)
-    except Refused as refusal:
+    except UsageError as refusal:
         pytest.skip(str(refusal))
     facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
     compare(

@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--write-table",
         action="store_true",
-        help="put the kernels that bench_kernels found faster into kernels/fastest.json",
+        help="put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json",
     )
     group.addoption(
         "--jpeg-copy",

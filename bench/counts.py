@@ -62,7 +62,7 @@ from fastres.training.cuda_graph import READS, GraphedStep, waits
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, ForwardLoss, TrainStep
-from fastres.utils.errors import Refused, run_command
+from fastres.utils.errors import UsageError, run_command
 from fastres_kernels.report import count_blocks, table
 from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
 
@@ -229,7 +229,7 @@ def evaluated(batches: int) -> Watched:
 def a_loader(config: Config, engine: Engine) -> Any:
     """The resident one, of the training images."""
     source = load_source(config.data)
-    how = {"device": engine.device, "dtype": engine.dtype, "rank": 0, "world": 1}
+    how = {"device": engine.device, "dtype": engine.dtype}
     return build_loader(config, source, source.train, **how)
 
 
@@ -458,7 +458,7 @@ def main() -> int:
     if set(groups) & set(GENERATED) and (INTERPRETED or not HAS_TRITON):
         why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
         others = ",".join(group for group in GROUPS if group not in GENERATED)
-        raise Refused(f"{' and '.join(GENERATED)} compile kernels, and {why}, or count --only {others}")
+        raise UsageError(f"{' and '.join(GENERATED)} compile kernels, and {why}, or count --only {others}")
 
     expected: dict[str, Any] = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     counted = count(groups)

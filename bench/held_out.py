@@ -23,8 +23,8 @@ from pathlib import Path
 from bench.lib.runs import run
 from fastres.config.cli import parse
 from fastres.data.sources.source import load_source
-from fastres.training.step import allow_versions
-from fastres.utils.errors import Refused, run_command
+from fastres.training.step import raise_recompile_limit
+from fastres.utils.errors import UsageError, run_command
 
 
 @dataclass
@@ -74,12 +74,14 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(arguments)
     data, *others = [parse(setting.flags).data for setting in settings]  # refused before anything runs
     if any(other != data for other in others):
-        raise Refused("settings of different data are not compared: give --data's flags before the first +")
+        raise UsageError(
+            "settings of different data are not compared: give --data's flags before the first +"
+        )
     source = load_source(data)
     if not data.validation:
         for setting in settings:
             setting.flags += ["--data.validation", str(len(source.train) // 10)]
-    allow_versions(4 * len(settings))  # each is trained and evaluated
+    raise_recompile_limit(4 * len(settings))  # each is trained and evaluated
     try:
         for seed in range(options.seeds):
             for setting in settings:

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 from bench.lib import targets
 from bench.lib.tables import Row, tables
-from fastres.utils.errors import Refused, run_command
+from fastres.utils.errors import UsageError, run_command
 
 HERE = Path(__file__).parent
 
@@ -67,14 +67,14 @@ class Run:
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
-    """Runs in the order of their times. Refused where a file is not one of ours."""
+    """Runs in the order of their times. UsageError where a file is not one of ours."""
     runs = []
     for path in paths:
         try:
             run = Run(path, json.loads(path.read_text(encoding="utf-8")))
             assert run.device and run.line and isinstance(run.rows, list)
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
-            raise Refused(f"{path} is not a result of pytest bench/: remove it from the folder") from None
+            raise UsageError(f"{path} is not a result of pytest bench/: remove it from the folder") from None
         runs.append(run)
     return sorted(runs, key=lambda run: run.content["datetime"])
 
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     files = args.files
     runs = read(files or sorted((HERE / "results").rglob("*.json")))
     if not runs:
-        raise Refused(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
+        raise UsageError(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
     if args.claims:
         by_gpu: dict[str, list[Run]] = defaultdict(list)
         for run in runs:
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     if files:
         for other in runs[1:]:
             if other.device != runs[0].device:
-                raise Refused(
+                raise UsageError(
                     f"{runs[0].path} is of {runs[0].device} and {other.path} of {other.device}: "
                     "figures of different devices do not compare; name those of one"
                 )

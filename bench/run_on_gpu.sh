@@ -40,7 +40,7 @@ END
 builtin_stages() {
     cat <<'END'
 doctor       |  2 |  7 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m tests.kernels_on_device cuda 200
-table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/fastest.json | fused "relu-128x"
+table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/batchnorm/fastest.json | fused "relu-128x"
 table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
 graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
 schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
@@ -75,7 +75,7 @@ bench() {
     echo "$*"
     "$@" && if [[ ! -s $json ]]; then echo "nothing was measured: the reasons are above" && false; fi
 }
-# The fused kernels of shapes, forward and backward in a graph, beside inductor's: into kernels/fastest.json.
+# The fused kernels of shapes, forward and backward in a graph, beside inductor's: into kernels/batchnorm/fastest.json.
 fused() { bench kernels -k "$1 and full-graph and (two_pass or cooperative)" --write-table; }
 parity() { bench accuracy -k "parity and not digits and seed$1" --seeds $(($1 + 1)); }
 export -f bench fused parity
@@ -221,7 +221,7 @@ code() {
 mark_of() { # of a stage's number: what its mark says where it is done
     local place=""
     [[ ",${needs[$1]}," != *,data,* ]] || place=$DATA_OPTION
-    [[ ",${needs[$1]}," != *,table,* ]] || place+=$(sha256sum <kernels/fastest.json)
+    [[ ",${needs[$1]}," != *,table,* ]] || place+=$(sha256sum <kernels/batchnorm/fastest.json)
     sha256sum <<<"$(code) $torch $place ${commands[$1]}" | cut -c1-16
 }
 
@@ -309,6 +309,6 @@ if needed gpu; then
     echo "== claims"
     "$PYTHON" -m bench.report --claims || failures=$((failures + 1))
     echo
-    echo "to commit: git add bench/results bench/RESULTS.md kernels/fastest.json"
+    echo "to commit: git add bench/results bench/RESULTS.md kernels/batchnorm/fastest.json"
 fi
 ((failures == 0))

@@ -22,7 +22,7 @@ from rich.console import Console
 from fastres.config.schema import Config, EngineConfig, OptimConfig
 from fastres.runs.environment import DALI, version
 from fastres.training.engine import DTYPES, Engine, can_compile, find_apex, resolve
-from fastres.utils.errors import Parser, Refused, first_line, run_command
+from fastres.utils.errors import Parser, UsageError, first_line, run_command
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
 
@@ -117,7 +117,7 @@ def training_step() -> Findings:
         settings: dict[str, Any] = {"precision": precision, "compile": False}
         try:
             loss = loss_of_step(resolve(Config(engine=EngineConfig(**settings))))
-        except Refused as error:
+        except UsageError as error:
             yield NOTE, str(error)
         except Exception as error:
             yield BROKEN, f"{precision}: {type(error).__name__}: {first_line(error)}"

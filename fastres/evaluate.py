@@ -16,13 +16,13 @@ from fastres.config.cli import parse
 from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
 from fastres.data.loaders.build import build_loader
 from fastres.data.sources.source import load_source
-from fastres.distributed import process_group
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
 from fastres.runs.environment import device_name
 from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
-from fastres.training.step import Evaluator, Totals
-from fastres.utils.errors import Parser, Refused, run_command
+from fastres.training.step import Evaluator, Metrics
+from fastres.utils import ranks
+from fastres.utils.errors import Parser, UsageError, run_command
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how
 
@@ -33,7 +33,7 @@ def load_run(
     """A run's configuration with `flags` over it, and its weights: the final ones, or those of a checkpoint."""
     written = folder / "config.yaml"
     if not written.is_file():
-        raise Refused(
+        raise UsageError(
             f"{folder} is not the folder of a run, it holds no config.yaml: give one that fastres.train has written"
         )
     # Trackers off: what they need is not needed to read the run.
@@ -42,18 +42,18 @@ def load_run(
         try:
             return config, _checked(checkpoint.load(file)["trainer"]["model"])
         except (KeyError, TypeError) as error:
-            raise Refused(f"{file} is not a checkpoint of fastres ({error})") from None
+            raise UsageError(f"{file} is not a checkpoint of fastres ({error})") from None
     final = folder / "model.safetensors"
     if not final.is_file():
         newest = next(iter(checkpoint.found(folder / "checkpoints")), "FILE")
-        raise Refused(
+        raise UsageError(
             f"{folder} is a run that is not finished, it holds no model.safetensors: finish it with fastres.train, "
             f"or give --checkpoint {newest}"
         )
     try:
         return config, _checked(safetensors.torch.load_file(final))
     except Exception as error:  # whatever a damaged file provokes
-        raise Refused(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
+        raise UsageError(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
 
 
 def _checked(weights: Any) -> dict[str, Tensor]:
@@ -81,36 +81,34 @@ def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> 
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise Refused(
+        raise UsageError(
             f"the weights are not those of the run's {config.model.name} ({reason}): give files of one run"
         ) from None
     return model
 
 
-def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Totals:
+def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Metrics:
     """Loss and right answers over the whole test set, every sample once."""
     model = engine.place(rebuild(config, weights, engine.norm))
     source = load_source(config.data)
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if len(source.classes) > classes or source.channels != channels:
-        raise Refused(
+        raise UsageError(
             f"{source.name} has {len(source.classes)} classes and {source.channels} channels, the run's network "
             f"{classes} and {channels}: point --data.root and --data.source at the run's data"
         )
-    test = build_loader(
-        config, source, source.test, device=engine.device, dtype=engine.dtype, rank=0, world=1
-    )
+    test = build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
     return Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
 
 
-def agreement(totals: Totals, path: Path) -> str:
+def agreement(totals: Metrics, path: Path) -> str:
     """Whether the summary at `path` has the accuracy of `totals`, in words."""
     if not path.exists():
         return f"there is no {path} to compare with"
     try:
         accuracy = float(json.loads(path.read_text(encoding="utf-8"))["test_accuracy"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise Refused(f"{path} is not a summary of fastres: remove it, and evaluate again") from None
+        raise UsageError(f"{path} is not a summary of fastres: remove it, and evaluate again") from None
     if totals.accuracy == accuracy:
         return f"equals the accuracy in {path}"
     return (
@@ -130,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         for field in dataclasses.fields(fields):
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if process_group.world() > 1:
-        raise Refused(f"{process_group.world()} processes would each do all of it: without torchrun")
+    if ranks.world_size() > 1:
+        raise UsageError(f"{ranks.world_size()} processes would each do all of it: without torchrun")
     # Eager unless asked otherwise: one pass does not earn back what compiling takes.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}

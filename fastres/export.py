@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fastres.config.schema import Config, model_options
 from fastres.evaluate import load_run, rebuild
-from fastres.models.registry import check_takes
+from fastres.models.registry import check_input_shape
 from fastres.models.weights import save_weights
-from fastres.utils.errors import Failed, Parser, Refused, run_command
+from fastres.utils.errors import Parser, RunError, UsageError, run_command
 
 Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
 
@@ -97,7 +97,7 @@ def export(
     Returns the largest difference of two logits, and the shape of one image."""
     format_, model = FORMATS[name], rebuild(config, weights).eval()
     shape = (weights["conv1.weight"].shape[1], *[side_of(config, format_)] * 2)
-    check_takes(config.model.name, (1, *shape), training=False, **model_options(config.model))
+    check_input_shape(config.model.name, (1, *shape), training=False, **model_options(config.model))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=random) for n in BATCHES]
     temporary = output.with_name(f".{os.getpid()}.{output.name}")  # of the same suffix
@@ -109,7 +109,7 @@ def export(
             difference = (torch.cat([again(images) for images in batches]) - wanted).abs().max().item()
         largest = wanted.abs().max().item()
         if not difference <= TOLERANCE * largest:  # true of a NaN, too
-            raise Failed(
+            raise RunError(
                 f"what was written as {name} gives logits that differ by {difference:.2g}, of up to {largest:.2g}: "
                 f"{output} is not kept; try another --format"
             )
@@ -117,7 +117,9 @@ def export(
             os.fsync(file.fileno())
         temporary.replace(output)
     except OSError as error:
-        raise Refused(f"cannot write {output}: {error.strerror or error}; choose another --output") from None
+        raise UsageError(
+            f"cannot write {output}: {error.strerror or error}; choose another --output"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return difference, shape
@@ -127,7 +129,7 @@ def side_of(config: Config, format_: Format) -> int:
     """Side in pixels of the images that the run's network sees, told without looking at the data."""
     side = config.data.image_size or SIDES.get(config.data.source)
     if side is None and format_.fixes_side:
-        raise Refused(
+        raise UsageError(
             f"the run does not say how large the images of its {config.data.source} are: give --data.image_size"
         )
     return side or 32
@@ -148,12 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
-        raise Refused(f"--format {arguments.format}: {missing[0]} is not installed: pip install '.[export]'")
+        raise UsageError(
+            f"--format {arguments.format}: {missing[0]} is not installed: pip install '.[export]'"
+        )
     flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = load_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():
-        raise Refused(f"{output} is there already: choose another --output or remove it")
+        raise UsageError(f"{output} is there already: choose another --output or remove it")
     difference, shape = export(config, weights, arguments.format, output)
     print(
         f"{output}: {config.model.name} in fp32 for images {('N', *shape)}".replace("'", "")

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastres.utils.atomic_io import whole_file
-from fastres.utils.errors import Parser, Refused, run_command
+from fastres.utils.atomic_io import atomic_write
+from fastres.utils.errors import Parser, UsageError, run_command
 
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
     ("train_loss", "train loss"),
@@ -36,13 +36,13 @@ def read_history(run: Path) -> list[dict[str, Any]]:
             raise ValueError("a column is not there")
         return history
     except FileNotFoundError:
-        raise Refused(
+        raise UsageError(
             f"{run} holds no history.csv: give folders of runs that have evaluated at least once"
         ) from None
     except OSError as error:
-        raise Refused(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
+        raise UsageError(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
     except (ValueError, TypeError, csv.Error):
-        raise Refused(f"{run / 'history.csv'} is not a history of fastres") from None
+        raise UsageError(f"{run / 'history.csv'} is not a history of fastres") from None
 
 
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str = "step") -> None:
@@ -75,7 +75,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str 
             axes.yaxis.set_minor_formatter("{x:g}")
         if len(runs) > 1:
             axes.legend()
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format=path.suffix.removeprefix(".") or "png")
 
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output, arguments.against)
     except (OSError, ValueError) as error:
-        raise Refused(f"cannot write {output}: {error}") from None
+        raise UsageError(f"cannot write {output}: {error}") from None
     Console(width=None if sys.stdout.isatty() else 120).print(table_of(runs))
     print(f"curves: {output}")
 

@@ -45,10 +45,10 @@ from fastres.profiling.variants import (
     BLOCKS,
     DEFAULTS,
     REFERENCE,
-    Subject,
     Variant,
-    block_subject,
-    model_subject,
+    Workload,
+    block_workload,
+    model_workload,
     resolved,
     variants_named,
 )
@@ -56,10 +56,10 @@ from fastres.runs.run_dir import write_text
 from fastres.training.cuda_graph import FixedBatch, GraphedStep, recorder_for
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
-from fastres.training.step import TrainStep, allow_versions
+from fastres.training.step import TrainStep, raise_recompile_limit
 from fastres.utils import hardware
-from fastres.utils.errors import Failed, Parser, Refused, first_line, run_command
-from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, wait_for
+from fastres.utils.errors import Parser, RunError, UsageError, first_line, run_command
+from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, wait_for
 
 LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
 WARM_UP, TRACED_STEPS = 1, 3
@@ -89,10 +89,10 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-class Contestant:
+class VariantRun:
     """A variant with its model, its step and its batch, all from the same seed."""
 
-    def __init__(self, subject: Subject, engine: Engine) -> None:
+    def __init__(self, subject: Workload, engine: Engine) -> None:
         torch.manual_seed(0)
         self.subject, self.engine = subject, engine
         self.model = engine.place(subject.build(engine.norm))
@@ -193,27 +193,27 @@ class Prepared:
 
     variant: Variant
     switch: Switch
-    contestant: Contestant
+    contestant: VariantRun
     prepare_s: float
     difference: dict[str, float]
     work: WorkCount
 
 
 def prepare(
-    subject: Subject,
+    subject: Workload,
     switches: Mapping[Variant, Switch],
     absent: dict[str, str],
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, Prepared]:
     """Builds and compiles all of them; those that fail join the absent."""
-    allow_versions(4 * len(switches))
-    reference = Contestant(subject, resolve(REFERENCE.config(subject.model, str(device)))).outcome()
+    raise_recompile_limit(4 * len(switches))
+    reference = VariantRun(subject, resolve(REFERENCE.config(subject.model, str(device)))).outcome()
     ready: dict[str, Prepared] = {}
     for variant, switch in switches.items():
         start = time.perf_counter()
         try:
-            contestant = Contestant(subject, switch())
+            contestant = VariantRun(subject, switch())
             with _named_kernels(contestant.engine):
                 outcome = contestant.outcome()
                 contestant.capture()
@@ -227,12 +227,12 @@ def prepare(
             variant, switch, contestant, prepare_s, difference(outcome, reference), work
         )
     if not ready:
-        raise Failed("; ".join(f"{name}: {reason}" for name, reason in absent.items()))
+        raise RunError("; ".join(f"{name}: {reason}" for name, reason in absent.items()))
     return ready
 
 
 def measure(
-    subject: Subject,
+    subject: Workload,
     switches: Mapping[Variant, Switch],
     absent: dict[str, str],
     *,
@@ -338,7 +338,7 @@ def _named_kernels(engine: Engine) -> AbstractContextManager[Any]:
     return torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
 
 
-def record(contestant: Contestant, path: Path) -> None:
+def record(contestant: VariantRun, path: Path) -> None:
     """A few steps under torch's profiler, in Chrome's format; for nsys the same ranges as NVTX."""
     cuda = contestant.engine.device.type == "cuda"
 
@@ -349,7 +349,7 @@ def record(contestant: Contestant, path: Path) -> None:
 
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-    with no_garbage():
+    with gc_paused():
         # A step before the trace: it starts the tracer, and CUPTI up to 13.1 loses the first kernels of every session
         # but a process's first (pytorch#192021).
         profiler.prepare_trace()
@@ -370,7 +370,7 @@ def record(contestant: Contestant, path: Path) -> None:
     profiler.export_chrome_trace(str(path))
 
 
-def peak_on_gpu(contestant: Contestant, history: Path | None) -> int:
+def peak_on_gpu(contestant: VariantRun, history: Path | None) -> int:
     """The most that a step allocates beyond what is held; its allocations to a file for pytorch.org/memory_viz."""
     device = contestant.engine.device
     contestant.images.grad = None
@@ -458,15 +458,15 @@ def parser() -> Parser:
     return made
 
 
-def subject_of(arguments: argparse.Namespace) -> Subject:
+def workload_of(arguments: argparse.Namespace) -> Workload:
     if arguments.block is None:
         if arguments.channels is not None:
-            raise Refused("--channels belongs to --block; of a network it is --options in_channels=C")
+            raise UsageError("--channels belongs to --block; of a network it is --options in_channels=C")
         name = arguments.model or "resnet20"
-        return model_subject(name, dict(arguments.options), arguments.batch_size, arguments.size)
+        return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size)
     if arguments.options:
-        raise Refused("--options belongs to --model; a block has --channels and --size")
-    return block_subject(
+        raise UsageError("--options belongs to --model; a block has --channels and --size")
+    return block_workload(
         arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32
     )
 
@@ -477,7 +477,7 @@ def folder_for(out: Path | None, name: str) -> Path:
     count = 1
     while (folder / "profile.json").exists():
         if out is not None:
-            raise Refused(f"--out {out} holds a profile already: choose another or remove it")
+            raise UsageError(f"--out {out} holds a profile already: choose another or remove it")
         count += 1
         folder = Path("profiles") / f"{name}-{count}"
     try:
@@ -485,12 +485,12 @@ def folder_for(out: Path | None, name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise Refused(f"--out {folder}: cannot write there ({error.strerror}): choose another") from None
+        raise UsageError(f"--out {folder}: cannot write there ({error.strerror}): choose another") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    subject = subject_of(arguments)
+    subject = workload_of(arguments)
     on_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and torch.cuda.is_available())
     asked = variants_named(arguments.variants or DEFAULTS["cuda" if on_gpu else "cpu"])
     switches, absent = resolved(subject, asked, arguments.device)

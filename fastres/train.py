@@ -23,7 +23,7 @@ from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of, image_size, sample_images
 from fastres.data.sources.source import Source, hold_out, load_source
 from fastres.distributed import process_group, watchdog
-from fastres.models.registry import build_model, check_takes
+from fastres.models.registry import build_model, check_input_shape
 from fastres.models.weights import load_weights, save_weights
 from fastres.runs import checkpoint
 from fastres.runs.environment import device_name
@@ -32,8 +32,9 @@ from fastres.training.cuda_graph import recorded
 from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.schedule import lr_scale
-from fastres.training.step import Batch, Evaluator, Totals, TrainStep, check_channels_last, warm_up
-from fastres.utils.errors import Failed, Refused, first_line, run_command
+from fastres.training.step import Batch, Evaluator, Metrics, TrainStep, check_channels_last, warm_up
+from fastres.utils import ranks
+from fastres.utils.errors import RunError, UsageError, first_line, run_command
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import Clock
 
@@ -44,7 +45,7 @@ GRACE_S = 10.0  # after a signal: time to finish the step and save
 def main(argv: list[str] | None = None) -> int:
     """Trains what the command line asks for. Returns the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    engine = resolve(config, process_group.local_rank())
+    engine = resolve(config, ranks.local_rank())
     process_group.check_batch(config.train.batch_size, config.train.accumulate)
     with stop_on_signal() as stop, process_group.group(engine.device, config.run.timeout_s):
         return train(config, engine, stop)
@@ -52,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, engine: Engine, stop: list[int], source: Source | None = None) -> int:
     """The run. `stop` holds the number of a signal once one has come; `source` stands in for the configured one."""
-    is_main = process_group.rank() == 0
+    is_main = ranks.rank() == 0
     steps, batch_size = config.train.steps, config.train.batch_size
 
     # ------------------------------------------------------------------------------------- folder
     run = Run(config)
-    if (summary := process_group.from_rank0(run.examine)) is not None:
+    if (summary := process_group.broadcast_from_rank0(run.examine)) is not None:
         if is_main:
             print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
         return 0
@@ -70,7 +71,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         curve_split = "validation"
 
     def loader_of(split: Any) -> Any:
-        place = {"rank": process_group.rank(), "world": process_group.world()}
+        place = {"rank": ranks.rank(), "world_size": ranks.world_size()}
         return build_loader(config, source, split, device=engine.device, dtype=engine.dtype, **place)
 
     train_loader, curve_loader = loader_of(training), loader_of(held_out)
@@ -88,15 +89,13 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     model = engine.place(model)
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other processes as DDP goes around them
-        replaced = process_group.from_rank0(lambda: load_weights(model, str(config.model.weights)))
+        replaced = process_group.broadcast_from_rank0(lambda: load_weights(model, str(config.model.weights)))
     process_group.broadcast_buffers(model)
     if config.model.sync_norm:
-        process_group.share_statistics(model)
-    blank = blank_batch(config, source, engine)
-    at_once = (
-        len(blank[0]) // config.train.accumulate * (process_group.world() if config.model.sync_norm else 1)
-    )
-    check_takes(
+        process_group.enable_sync_batchnorm(model)
+    blank = dummy_batch(config, source, engine)
+    at_once = len(blank[0]) // config.train.accumulate * (ranks.world_size() if config.model.sync_norm else 1)
+    check_input_shape(
         config.model.name, (at_once, *blank[0].shape[1:]), training=True, **model_options(config.model)
     )
     warnings = []
@@ -107,7 +106,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
             warnings.append(f"channels_last is lost: {error}")
 
     # ------------------------------------------------------------------------------------- step
-    peak_lr = config.optim.lr * (process_group.world() if config.optim.scale_lr else 1)
+    peak_lr = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
     step = TrainStep(
         model,
         engine,
@@ -123,36 +122,40 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
     # ------------------------------------------------------------------------------------- resume
     clock = Clock(engine.device.type)
 
-    def restored(state: checkpoint.State | None) -> tuple[int, Totals]:
+    def restored(state: checkpoint.State | None) -> tuple[int, Metrics]:
         """The steps that are done, and what they summed to since the last evaluation."""
         if state is None:
-            return 0, Totals()
+            return 0, Metrics()
         try:
             step.load_state_dict(state["trainer"])
             clock.load_state_dict(state["clock"])
-            start, window = state["step"], Totals(**state["window"])
+            start, window = state["step"], Metrics(**state["window"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(f"the checkpoint is of another model: {first_line(error)}") from None
+            raise UsageError(f"the checkpoint is of another model: {first_line(error)}") from None
         if start > steps:
-            raise Refused(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
+            raise UsageError(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
         return start, window
 
     named = config.run.resume not in ("auto", "never")
-    if named and process_group.restarted():  # it was continued from there, and has gone on since
-        named = not process_group.from_rank0(lambda: checkpoint.found(run.checkpoints))
+    if named and ranks.restarted():  # it was continued from there, and has gone on since
+        named = not process_group.broadcast_from_rank0(lambda: checkpoint.found(run.checkpoints))
     if named:  # before the folder is taken: what does not fit leaves nothing behind
-        start, window = restored(process_group.from_rank0(lambda: checkpoint.load(Path(config.run.resume))))
+        start, window = restored(
+            process_group.broadcast_from_rank0(lambda: checkpoint.load(Path(config.run.resume)))
+        )
 
     with ExitStack() as stack:
-        process_group.from_rank0(run.claim)
+        process_group.broadcast_from_rank0(run.claim)
         stack.callback(run.release)
         if not named:
-            start, window = restored(process_group.from_rank0(lambda: checkpoint.latest(run.checkpoints)))
+            start, window = restored(
+                process_group.broadcast_from_rank0(lambda: checkpoint.latest(run.checkpoints))
+            )
         if start == 0 and not config.model.weights and (whiten := getattr(model, "whiten", None)):
             whiten(sample_images(config, source, training).to(engine.device))
             process_group.broadcast_buffers(model)
         progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))
-        process_group.from_rank0(lambda: run.begin(engine, start))
+        process_group.broadcast_from_rank0(lambda: run.begin(engine, start))
         for line in (*engine.reasons, *source.notes, *warnings):
             progress.say(line)
         if replaced:
@@ -174,7 +177,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
         # --------------------------------------------------------------------------------- training
         def save(done: int) -> None:
             """Collective: the state of `done` steps to disk."""
-            process_group.check_equal(model)
+            process_group.assert_replicas_equal(model)
             trainer = step.state_dict()
             watchdog.beat("saves a checkpoint")
             if is_main:
@@ -199,13 +202,13 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
 
             evaluates, saves = due(done, config.train.eval_every), due(done, config.run.checkpoint_every)
             logs = evaluates or due(done, config.train.log_every)
-            stopping = process_group.any_rank(stop[0]) if agrees(done) else 0
+            stopping = process_group.max_over_ranks(stop[0]) if agrees(done) else 0
             if not (logs or saves or stopping):
                 continue
             with clock.paused():
                 totals, bad_step = step.totals.read()
                 if bad_step >= 0:
-                    raise Failed(
+                    raise RunError(
                         f"the loss became non-finite at step {bad_step:,}; {run.kept()}; "
                         "try a smaller --optim.lr or --engine.precision fp32"
                     )
@@ -235,7 +238,7 @@ def train(config: Config, engine: Engine, stop: list[int], source: Source | None
                              "train_loss": window.mean_loss, "train_accuracy": window.accuracy,
                              "lr": lr, "train_time_s": clock.train_time_s}
                         )  # fmt: skip
-                    window = Totals()
+                    window = Metrics()
                 if saves or stopping:
                     save(done)
             if stopping and done < steps:
@@ -301,13 +304,13 @@ def watched(batches: Any) -> Iterator[Any]:
                 if batch is None:
                     return
                 yield batch
-    except Refused as error:
-        raise Failed(str(error)) from None
+    except UsageError as error:
+        raise RunError(str(error)) from None
 
 
-def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
+def dummy_batch(config: Config, source: Source, engine: Engine) -> Batch:
     """Zeros of the shapes, types and strides of this process's share of a batch."""
-    n, side = config.train.batch_size // process_group.world(), image_size(config, source)
+    n, side = config.train.batch_size // ranks.world_size(), image_size(config, source)
     shape = (n, source.channels, side, side)
     images = torch.empty(shape, dtype=engine.dtype, device=engine.device, memory_format=engine.memory_format)
     labels = torch.zeros(n, dtype=torch.int64, device=engine.device)
@@ -318,7 +321,7 @@ def blank_batch(config: Config, source: Source, engine: Engine) -> Batch:
 
 def agrees(done: int) -> bool:
     """Whether the processes compare their signals after this step: always where there is one process."""
-    return process_group.world() == 1 or done % SIGNAL_EVERY == 0
+    return ranks.world_size() == 1 or done % SIGNAL_EVERY == 0
 
 
 @contextmanager

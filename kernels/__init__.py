@@ -17,9 +17,9 @@ from .modules import (
     Conv2d,
     NormConv2d,
     Skip,
+    convert_sync_batchnorm,
+    defer_running_stats,
     fuse_convolutions,
-    statistics_together,
-    synchronise,
 )
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "Conv2d",
     "NormConv2d",
     "Skip",
+    "convert_sync_batchnorm",
+    "defer_running_stats",
     "fuse_convolutions",
-    "statistics_together",
-    "synchronise",
 ]

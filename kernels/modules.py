@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batchnorm.dispatch_table import fastest
 from .batchnorm.ops import batch_norm_act, update_running_statistics
-from .cpu import ops
+from .cpu import ops as cpu_ops
 from .experimental.ops import CHANNELS_3X3, conv_norm
 from .triton_launch import INTERPRETED
 
@@ -33,7 +33,7 @@ class WithStatistics(NamedTuple):
     var: Tensor  # (C,), biased
 
 
-class Pending(NamedTuple):
+class DeferredNormAct(NamedTuple):
     """relu(BatchNorm(z)), yet to be computed by the convolution that reads it."""
 
     z: Tensor  # (N, C, H, W)
@@ -54,17 +54,17 @@ class Statistics(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What is to be done at the end of statistics_together."""
+    """What is to be done at the end of defer_running_stats."""
 
     statistics: list[Statistics]
     counters: list[Any]  # num_batches_tracked, () int64 each: one more
 
 
-_waiting: Waiting | None = None  # inside of statistics_together
+_waiting: Waiting | None = None  # inside of defer_running_stats
 
 
 @contextmanager
-def statistics_together() -> Iterator[None]:
+def defer_running_stats() -> Iterator[None]:
     """Inside of it the running statistics of BatchNormAct2d stay; at its end those of all modules move at once, in two
     kernels under inductor and few in eager execution, where each on its own has one or more. For a forward that calls
     each module once: a module that is called twice may move once."""
@@ -122,7 +122,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.act = act
         self.algorithm = algorithm
-        self.group_name = ""  # of the processes that share the statistics: see synchronise
+        self.group_name = ""  # of the processes that share the statistics: see convert_sync_batchnorm
 
     def forward(
         self, x: Tensor | WithStatistics, residual: Tensor | Skip | None = None, fork: bool = False
@@ -134,7 +134,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         algorithm = self.algorithm
         if isinstance(x, Tensor) and self._runs_in_cpp(x):
-            y, gradient = ops.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
+            y, gradient = cpu_ops.batch_norm_act(x, *_parts(residual, x), self, self.act == "relu")
             return (y, Skip(y, gradient)) if fork else y
         if algorithm == "measured":
             algorithm = "torch" if isinstance(x, WithStatistics) else fastest(x, residual is not None)
@@ -167,7 +167,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def _runs_in_cpp(self, x: Tensor) -> bool:
         """Whether cpu.py takes x: not where processes share statistics, nor where Triton's kernels are interpreted."""
         wanted = self.algorithm == "measured" or not INTERPRETED
-        return wanted and not self.group_name and ops.normalises(self, x)
+        return wanted and not self.group_name and cpu_ops.normalises(self, x)
 
     def pending(self, x: Tensor | WithStatistics) -> Any:
         """forward(x) for a NormConv2d, which computes it as it reads; forward(x) itself where x brings no statistics,
@@ -177,7 +177,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         z, mean, var = self._statistics(x)
         assert mean is not None and var is not None
         self._track(mean.detach(), var.detach(), z.numel() // z.shape[1])
-        return Pending(z, mean, var, self.weight, self.bias, self.eps)
+        return DeferredNormAct(z, mean, var, self.weight, self.bias, self.eps)
 
     def _statistics(self, x: Tensor | WithStatistics) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x, and the mean and variance to normalise it with; None: those of x, which nobody has taken yet."""
@@ -257,24 +257,24 @@ class Conv2d(nn.Conv2d):
     algorithm = "torch"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.algorithm == "own" and ops.convolves(self, input):
-            return ops.conv2d(input, weight, bias, self.stride[0])
+        if self.algorithm == "own" and cpu_ops.convolves(self, input):
+            return cpu_ops.conv2d(input, weight, bias, self.stride[0])
         return super()._conv_forward(input, weight, bias)
 
 
 class NormConv2d(nn.Conv2d):
     """A convolution that normalises its input as it reads, and takes the statistics of its output as it writes.
 
-    Experimental: not yet run on a GPU. (N, C, H, W), or a Pending of it -> (N, K, H, W) with its statistics. 3×3 or
+    Experimental: not yet run on a GPU. (N, C, H, W), or a DeferredNormAct of it -> (N, K, H, W) with its statistics. 3×3 or
     1×1, stride 1, "same" zero padding, no bias, groups or dilation; Triton kernels for every 1×1, and for the 3×3 of
     16, 32 and 64 channels. Made of Conv2d modules by fuse_convolutions.
     """
 
     normalises_input = True
 
-    def forward(self, x: Tensor | Pending) -> WithStatistics:  # type: ignore[override]
+    def forward(self, x: Tensor | DeferredNormAct) -> WithStatistics:  # type: ignore[override]
         norm: Any = (None, None, None, None, 0.0)
-        if isinstance(x, Pending):
+        if isinstance(x, DeferredNormAct):
             x, norm = x.z, x[1:]
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -306,7 +306,7 @@ def _fusable(conv: nn.Conv2d) -> bool:
     )
 
 
-def synchronise(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Makes every BatchNorm2d of the model, on its device already, share its training statistics with the processes of
     the group (None: all of them), forward and backward. torch's own become torch.nn.SyncBatchNorm on a GPU; that
     refuses the CPU, where they become BatchNormAct2d without activation, parameters and keys unchanged. Returns the

@@ -34,7 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # torch.compile's caches know a triton_op by the kernels in it, not by the Python around them or by whether Triton
 # interprets: without this, a graph compiled by another version of this package is taken for this one's (it was: the
 # reference's graph, from a run before, answered a run of the interpreter).
-_sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+_sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
 _digest = hashlib.sha256(_sources).hexdigest()[:16]
 torch.compiler.config.cache_key_tag += f"fastres_kernels {_digest}{' interpreted' if INTERPRETED else ''};"
 

@@ -23,7 +23,7 @@ LONGEST = (
     "test_kernels_bn",
     "test_train",
     "test_counts",
-    "test_graph",
+    "test_cuda_graph",
     "test_models",
     "test_bench",
 )

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastres.training.engine import Engine
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -123,9 +123,9 @@ def engine(**overrides: Any) -> Engine:
 
 
 @contextmanager
-def refused(*names: object) -> Iterator[None]:
+def rejected(*names: object) -> Iterator[None]:
     """The block is refused in one readable line that has each of `names`."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UsageError) as caught:
         yield
     line = str(caught.value)
     assert "\n" not in line and "Traceback" not in line, line

@@ -191,7 +191,7 @@ class Undisturbed:
         import yaml
 
         from fastres.runs import checkpoint
-        from fastres.utils.errors import Refused
+        from fastres.utils.errors import UsageError
 
         def there(name: str) -> bool:
             return (folder / name).exists()
@@ -204,7 +204,7 @@ class Undisturbed:
         for path in checkpoint.found(folder / "checkpoints"):
             try:
                 step = checkpoint.load(path)["step"]
-            except Refused as error:
+            except UsageError as error:
                 raise Lost(str(error)) from None
             same(path.name, path.stem, f"step-{step:08d}")
             newest = max(newest, step)

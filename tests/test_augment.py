@@ -15,7 +15,7 @@ from fastres.data.loaders.build import LOADERS
 from fastres.data.sampling import Samples
 from fastres.data.sources.source import Split
 from tests.commands import run_fastres
-from tests.fixtures import refused, write_image_folder
+from tests.fixtures import rejected, write_image_folder
 from tests.test_loaders import (
     Batches,
     a_source,
@@ -101,7 +101,7 @@ def test_batches_are_those_of_the_plainest_means(loader: str, fields: dict[str, 
         {"cutmix": 1.0},
         {"mixup": 1.0, "cutmix": 1.0, "cutout": 4, "pad_mode": "reflect"},
         {"mixup": 0.4, "batch_size": 50},  # a step of more than two epochs
-        {"cutmix": 1.0, "batch_size": 12, "rank": 1, "world": 3},
+        {"cutmix": 1.0, "batch_size": 12, "rank": 1, "world_size": 3},
     ],
     ids=str,
 )
@@ -196,6 +196,6 @@ def test_what_cannot_be_is_refused(flags: str, names: tuple[str, ...], tmp_path:
 
 def test_reflecting_is_refused_only_where_something_is_padded() -> None:
     flags = ["--data.pad_mode", "reflect", "--data.pad", "8", "--train.batch_size", "2"]
-    with refused("data.pad 8"):
+    with rejected("data.pad 8"):
         build(a_source(8, 8), *flags)
     assert len(list(build(a_source(8, 8), *flags, "--data.augment", "none").train(0, 1))) == 1

@@ -28,9 +28,9 @@ from fastres.config.schema import DataConfig
 from fastres.data.loaders.build import LOADERS
 from fastres.data.sources.formats import decode
 from fastres.data.sources.source import Source, load_source
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 from tests.commands import children, users_environment
-from tests.fixtures import coloured_noise, refused, write_image_folder
+from tests.fixtures import coloured_noise, rejected, write_image_folder
 from tests.test_loaders import make
 
 every_loader = pytest.mark.parametrize("loader", LOADERS)
@@ -96,7 +96,7 @@ def test_odd_pngs_are_seen_alike(loader: str, kind: str, root: Path) -> None:
 def test_a_file_that_would_fill_the_memory_is_refused_by_name(loader: str, root: Path) -> None:
     bomb = root / "train" / "dog" / "00007.png"
     bomb.write_bytes(png(NOISE, width=30_000))
-    with refused(bomb, "exceeds limit"):
+    with rejected(bomb, "exceeds limit"):
         list(make(loader, load(root, loader=loader).train).train(0, 4))
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_dali_alone_cannot_decode_is_refused_by_name(root: Path) -> 
     bad = root / "train" / "dog" / "00007.png"
     bad.write_bytes(png(NOISE, cut=4))
     assert np.array_equal(decode(bad), NOISE)
-    with refused(bad, "DALI cannot decode", "--data.loader dataloader"):
+    with rejected(bad, "DALI cannot decode", "--data.loader dataloader"):
         list(make("dali", load(root, loader="dali").train).train(0, 4))
 
 
@@ -121,13 +121,13 @@ def unreadable(path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_refused_by_name(loader: str, root: Path) -> None:
     secret = root / "train" / "dog" / "00007.png"
     unreadable(secret)
-    with refused(f"cannot read the image {secret}: Permission denied; "):
+    with rejected(f"cannot read the image {secret}: Permission denied; "):
         list(make(loader, load(root, loader=loader).train).train(0, 4))
 
 
 def test_a_folder_that_may_not_be_read_is_refused_by_name(root: Path) -> None:
     unreadable(root / "train" / "dog")
-    with refused(root / "train" / "dog", "Permission denied"):
+    with rejected(root / "train" / "dog", "Permission denied"):
         load(root)
 
 
@@ -138,7 +138,7 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(root: Path) -> None:
 def test_a_bad_file_of_any_name_is_named(loader: str, name: str, root: Path) -> None:
     bad = root / "train" / "dog" / name
     bad.write_bytes(b"text")
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UsageError) as caught:
         list(make(loader, load(root, loader=loader).train, workers=1).train(0, 4))
     assert f"cannot read the image {bad}: " in str(caught.value)
     assert "Traceback" not in str(caught.value)
@@ -267,7 +267,7 @@ def test_where_nothing_can_be_kept_bad_files_are_left_out_all_the_same(
 def test_a_class_without_a_good_file_is_refused_by_name(part: str, root: Path) -> None:
     for path in (root / part / "dog").iterdir():
         path.write_bytes(b"")
-    with refused(root / part / "dog", "no image", "it is empty"):
+    with rejected(root / part / "dog", "no image", "it is empty"):
         load(root, skip_bad=True)
 
 
@@ -280,12 +280,12 @@ def test_the_size_of_most_training_images_counts(root: Path) -> None:
     assert (len(resized.train), len(resized.test), resized.notes) == (10, 4, ())
     for path in (root / "test").rglob("*.png"):  # what they are tested on is not what they are trained on
         Image.new("RGB", (7, 7)).save(path)
-    with refused(root / "test" / "cat", "7x7 pixels, most have 8x8"):
+    with rejected(root / "test" / "cat", "7x7 pixels, most have 8x8"):
         load(root, skip_bad=True)
 
 
 def test_only_image_folders_leave_files_out() -> None:
-    with refused("data.skip_bad", "--data.source imagefolder"):
+    with rejected("data.skip_bad", "--data.source imagefolder"):
         parse(["--recipe", "digits", "--data.skip_bad", "true"])
 
 
@@ -394,7 +394,7 @@ def test_a_file_that_turns_bad_while_it_is_used_is_named(loader: str, turn: str,
     for _ in range(4):  # it has been seen, twice
         next(batches)
     change(victim)
-    with refused(victim, said):
+    with rejected(victim, said):
         for _ in batches:
             pass
     assert (
@@ -438,7 +438,7 @@ def test_a_killed_worker_is_an_error_of_the_next_batch_and_of_nothing_else(root:
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for _ in range(100):  # as a step or a checkpoint would go on
         time.sleep(0.01)
-    with refused("a worker process of the dataloader was killed by SIGKILL", "--data.workers"):
+    with rejected("a worker process of the dataloader was killed by SIGKILL", "--data.workers"):
         for _ in batches:
             pass
 

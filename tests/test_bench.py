@@ -33,7 +33,7 @@ def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the reference is timed and not the kernels, which claims nothing" in done.stdout
-    assert "kernels/fastest.json" not in done.stdout
+    assert "kernels/batchnorm/fastest.json" not in done.stdout
     rows = [row["extra_info"] for row in json.loads((tmp_path / "rows.json").read_text())["benchmarks"]]
     for row in rows:
         assert all(row[name] > 0 for name in NUMBERS)

@@ -29,7 +29,7 @@ from fastres.data.sources.formats import decode
 from fastres.data.sources.source import Source, Split, hold_out, load_source
 from fastres.utils import progress
 from tests.commands import users_environment
-from tests.fixtures import refused, write_image_folder
+from tests.fixtures import rejected, write_image_folder
 
 
 @pytest.fixture
@@ -221,10 +221,10 @@ def test_what_cannot_be_decoded_is_refused_and_leaves_nothing(root: Path, store:
     bad = root / "train" / "dog" / "00007.jpg"
     good = bad.read_bytes()
     bad.write_bytes(good[:100])
-    with refused(bad, "cannot read the image"):
+    with rejected(bad, "cannot read the image"):
         load(root, store)
     Image.new("RGB", (6, 9)).save(bad)
-    with refused(bad, "6x9", "8x8", "resized_crop"):
+    with rejected(bad, "6x9", "8x8", "resized_crop"):
         load(root, store)
     assert {path.suffix for path in store.iterdir()} == {".lock"}
     bad.write_bytes(good)

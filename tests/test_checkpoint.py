@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastres.runs import checkpoint
-from fastres.utils.errors import Failed, Refused
-from tests.fixtures import Creates, refused
+from fastres.utils.errors import RunError, UsageError
+from tests.fixtures import Creates, rejected
 
 
 def a_state(step: int = 3) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
 def test_nothing_is_latest_where_nothing_was_saved(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "nowhere") is None
-    with refused(tmp_path / "step-00000001.pt"):
+    with rejected(tmp_path / "step-00000001.pt"):
         checkpoint.load(tmp_path / "step-00000001.pt")
 
 
@@ -92,7 +92,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in {0, 1, 3, 4, 100, *range(0, len(whole), len(whole) // 40), len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with refused(path):
+        with rejected(path):
             checkpoint.load(path)
 
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None
         path.write_bytes(damaged)
         try:
             state = checkpoint.load(path)
-        except Refused as error:
+        except UsageError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         else:
             assert_same(state, a_state())
@@ -125,7 +125,7 @@ def test_the_last_good_one_is_gone_back_to(tmp_path: Path, capsys: pytest.Captur
     assert len(said) == 2 and str(newest) in said[0] and str(middle) in said[1]
 
     oldest.unlink()
-    with refused(tmp_path):  # never a silent start from step 0
+    with rejected(tmp_path):  # never a silent start from step 0
         checkpoint.latest(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     torch.load(path, weights_only=False)["state"].close()
     assert witness.exists()  # the test has teeth
     witness.unlink()
-    with refused(path):
+    with rejected(path):
         checkpoint.load(path)
     assert not witness.exists()
 
@@ -143,13 +143,13 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [1], torch.zeros(1), {"state": {}}])
 def test_a_file_of_somebody_elses_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "model.pt")
-    with refused(tmp_path / "model.pt", "not a checkpoint"):
+    with rejected(tmp_path / "model.pt", "not a checkpoint"):
         checkpoint.load(tmp_path / "model.pt")
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(Failed) as caught:
+    with pytest.raises(RunError) as caught:
         checkpoint.save(tmp_path / "checkpoints", 1, a_state(), keep=1)
     assert str(tmp_path / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
 
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure_of_one_line(tmp_path: Path
 def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, a_state(1), keep=1)
     (tmp_path / "step-00000002.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(Failed) as caught:
+    with pytest.raises(RunError) as caught:
         checkpoint.save(tmp_path, 2, a_state(2), keep=1)
     assert "\n" not in str(caught.value) and "step-00000002.pt" in str(caught.value)
     assert os.listdir(tmp_path) == ["step-00000001.pt"]  # noqa: PTH208

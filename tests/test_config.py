@@ -14,7 +14,7 @@ import yaml
 from fastres.config.cli import parse, recipe_names
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
-from tests.fixtures import refused
+from tests.fixtures import rejected
 
 RECIPES = {
     "digits",
@@ -242,7 +242,7 @@ def test_a_wrong_tutorial_file_is_refused(
     changed: dict[str, Any], said: tuple[object, ...], file: Any
 ) -> None:
     flags = file({**TUTORIAL, **changed})
-    with refused(flags[1], *said):
+    with rejected(flags[1], *said):
         parse(flags)
 
 
@@ -265,7 +265,7 @@ def test_a_wrong_tutorial_file_is_refused(
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(argv: list[str], said: tuple[str, ...]) -> None:
-    with refused(*said):
+    with rejected(*said):
         parse(argv)
 
 
@@ -286,7 +286,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(argv: list[str], said: tupl
     ],
 )
 def test_an_unknown_name_in_a_file_is_refused(content: str, said: tuple[str, ...], file: Any) -> None:
-    with refused(*said):
+    with rejected(*said):
         parse(file(content))
 
 
@@ -317,7 +317,7 @@ WRONG_TYPES = [  # field, values of another type or range, what it takes
     ],
 )
 def test_the_value_that_is_refused_is_the_one_that_is_named(flags: str, said: str) -> None:
-    with refused(said):
+    with rejected(said):
         parse(flags.split())
 
 
@@ -330,10 +330,10 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(
 ) -> None:
     section, name = field.split(".")
     flags = file({section: {name: value}})
-    with refused(flags[1], field, takes):
+    with rejected(flags[1], field, takes):
         parse(flags)
     text = value if isinstance(value, str) else json.dumps(value)
-    with refused(field, takes):
+    with rejected(field, takes):
         parse([f"--{field}={text}"])
 
 
@@ -343,16 +343,16 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(
 )
 def test_null_is_refused_where_a_value_is_needed(field: str, file: Any) -> None:
     section, name = field.split(".")
-    with refused(field):
+    with rejected(field):
         parse(file({section: {name: None}}))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
 def test_a_number_that_is_not_finite_is_refused(value: str, file: Any) -> None:
-    with refused("optim.weight_decay"):
+    with rejected("optim.weight_decay"):
         parse([f"--optim.weight_decay={value}"])
     literal = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf", "1e400": "1.0e+400"}[value]
-    with refused("optim.weight_decay"):
+    with rejected("optim.weight_decay"):
         parse(file(f"optim: {{weight_decay: {literal}}}"))
 
 
@@ -380,7 +380,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("flags", IMPOSSIBLE)
 def test_an_impossible_value_is_refused_before_anything_is_loaded(flags: str) -> None:
-    with refused(*IMPOSSIBLE[flags]):
+    with rejected(*IMPOSSIBLE[flags]):
         parse(flags.split())
 
 
@@ -388,20 +388,20 @@ def test_an_impossible_value_is_refused_before_anything_is_loaded(flags: str) ->
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> None:
-    with refused("nowhere.yaml", "No such file"):
+    with rejected("nowhere.yaml", "No such file"):
         parse(["--config", "nowhere.yaml"])
-    with refused(tmp_path, "directory"):
+    with rejected(tmp_path, "directory"):
         parse(["--config", str(tmp_path)])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    with refused(tmp_path / "binary", "not a text file"):
+    with rejected(tmp_path / "binary", "not a text file"):
         parse(["--config", str(tmp_path / "binary")])
     for content in ("{", "a: b: c", "optim: [", "!!python/object/apply:os.getcwd []"):
         flags = file(content)
-        with refused(flags[1], "YAML"):
+        with rejected(flags[1], "YAML"):
             parse(flags)
     for content in ("- 1", "3", "", "just words"):
         flags = file(content)
-        with refused(flags[1], "sections"):
+        with rejected(flags[1], "sections"):
             parse(flags)
 
 

@@ -249,7 +249,9 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
 def script(tmp_path: Path, text: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs it on two processes; each line that both print comes twice."""
     file = tmp_path / "script.py"
-    file.write_text("import os, sys, time, torch\nfrom fastres import distributed, watch\n" + text)
+    file.write_text(
+        "import os, sys, time, torch\nfrom fastres.distributed import process_group, watchdog\n" + text
+    )
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file],
         capture_output=True, text=True, env=users_environment(), timeout=240, check=False,
@@ -274,9 +276,9 @@ def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all(tmp_path: Path
     done = script(
         tmp_path,
         """
-from fastres.step import DeviceTotals
+from fastres.step import DeviceMetrics
 with distributed.group(torch.device("cpu")):
-    totals = DeviceTotals(torch.device("cpu"))
+    totals = DeviceMetrics(torch.device("cpu"))
     for step in range(6):
         bad = distributed.rank() == 1 and step >= 4
         totals.step.fill_(step)
@@ -298,11 +300,11 @@ def main():
     with distributed.group(torch.device("cpu")):
         model = torch.nn.Linear(2, 2)
         torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
-        distributed.check_equal(model)
+        distributed.assert_replicas_equal(model)
         print("equal\\n", end="", flush=True)
         with torch.no_grad():
             model.bias[0] += distributed.rank() * 1e-7
-        distributed.check_equal(model)
+        distributed.assert_replicas_equal(model)
 run_command(main)
 """,
     )

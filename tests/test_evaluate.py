@@ -12,9 +12,9 @@ import pytest
 from fastres import evaluate, train
 from fastres.evaluate import evaluate_run, load_run
 from fastres.training.engine import resolve
-from fastres.utils.errors import Refused, run_command
+from fastres.utils.errors import UsageError, run_command
 from tests.commands import run_fastres
-from tests.fixtures import refused
+from tests.fixtures import rejected
 
 TINY = (
     "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
@@ -77,13 +77,13 @@ def test_a_checkpoint_in_place_of_the_final_weights(
     assert "differs from" in said(capsys, run, "--checkpoint", run / "checkpoints/step-00000020.pt")
     unfinished = Path(shutil.copytree(run, tmp_path / "unfinished"))
     (unfinished / "model.safetensors").unlink()
-    with pytest.raises(Refused, match=r"not finished.* --checkpoint \S*step-00000040\.pt"):
+    with pytest.raises(UsageError, match=r"not finished.* --checkpoint \S*step-00000040\.pt"):
         evaluate.main([str(unfinished)])
 
 
 def test_flags_go_over_the_configuration_in_any_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "in fp32" in said(capsys, "--engine.precision", "fp32", "--data.root", "elsewhere", run)
-    with pytest.raises(Refused, match=r"^engine\.precision: 'fp8' is not one of"):
+    with pytest.raises(UsageError, match=r"^engine\.precision: 'fp8' is not one of"):
         evaluate.main([str(run), "--engine.precision", "fp8"])
 
 
@@ -107,7 +107,7 @@ def test_refuses_what_is_not_a_run_in_one_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused("2 processes would each do all of it", "without torchrun"):
+    with rejected("2 processes would each do all of it", "without torchrun"):
         evaluate.main([str(run)])
 
 
@@ -123,7 +123,7 @@ def test_refuses_data_and_weights_that_do_not_fit(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(UsageError, match=reason):
         evaluate.main([str(run), *flags.split()])
 
 
@@ -139,9 +139,9 @@ def test_refuses_weights_of_another_network_or_damaged(run: Path, tmp_path: Path
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("name: resnet20", "name: resnet32"))
-    with pytest.raises(Refused, match="the weights are not those of the run's resnet32"):
+    with pytest.raises(UsageError, match="the weights are not those of the run's resnet32"):
         evaluate.main([str(copy)])
     (copy / "config.yaml").write_text(text)
     (copy / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(Refused, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UsageError, match=r"model\.safetensors cannot be read"):
         evaluate.main([str(copy)])

@@ -19,7 +19,7 @@ from fastres.evaluate import load_run, rebuild
 from fastres.export import FORMATS
 from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
-from fastres.utils.errors import Failed, Refused, run_command
+from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
 
 DIGITS = (
@@ -98,7 +98,7 @@ def test_onnx_runs_for_any_batch(
 
     assert_same_logits(network, run, 1, 8, 8)
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
-    with pytest.raises(Refused, match=r"onnx is not installed: pip install '.\[export\]'"):
+    with pytest.raises(UsageError, match=r"onnx is not installed: pip install '.\[export\]'"):
         export.main([str(run), "--format", "onnx"])
 
 
@@ -112,7 +112,7 @@ def test_a_file_of_other_logits_is_not_kept(
 
     wrong = dataclasses.replace(FORMATS["safetensors"], write=write_wrong)
     monkeypatch.setitem(FORMATS, "safetensors", wrong)
-    with pytest.raises(Failed, match="logits that differ by 1, of up to"):
+    with pytest.raises(RunError, match="logits that differ by 1, of up to"):
         export.main([str(run), "--output", str(tmp_path / "weights.safetensors")])
     assert list(tmp_path.iterdir()) == []
 
@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_are_not_equal(run: Path, tmp_path: Path) ->
     with torch.no_grad():
         model.get_parameter("fc.bias")[0] = torch.nan
     save_weights(model, copy / "model.safetensors")
-    with pytest.raises(Failed):
+    with pytest.raises(RunError):
         export.main([str(copy)])
     assert not (copy / "export.safetensors").exists()
 
@@ -136,7 +136,7 @@ def test_side_of_images_where_the_run_does_not_say(
     (copy / "config.yaml").write_text(text.replace("source: digits", "source: imagefolder"))
     output = tmp_path / "program.pt2"
     command = [str(copy), "--format", "torch_export", "--output", str(output)]
-    with pytest.raises(Refused, match=r"give --data\.image_size"):
+    with pytest.raises(UsageError, match=r"give --data\.image_size"):
         export.main(command)
     export.main([*command, "--data.image_size", "20"])
     assert "(N, 1, 20, 20)" in capsys.readouterr().out
@@ -151,13 +151,13 @@ def test_refusals_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"fastres: error: {there} is there already: choose another --output or remove it"
     assert there.read_text() == "mine"
-    with pytest.raises(Refused, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
         export.main([str(run), "--output", str(tmp_path / "no" / "folder.safetensors")])
-    with pytest.raises(Refused, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
         export.main([str(run), "--format", "torch_export", "--output", str(tmp_path / "no" / "folder.pt2")])
-    with pytest.raises(Refused, match="is not the folder of a run"):
+    with pytest.raises(UsageError, match="is not the folder of a run"):
         export.main([str(tmp_path)])
-    with pytest.raises(Refused, match="--help lists all"):
+    with pytest.raises(UsageError, match="--help lists all"):
         export.main([str(run), "--form", "onnx"])
 
 
@@ -167,5 +167,5 @@ def test_images_too_small_for_the_network_are_refused(run: Path, tmp_path: Path)
     save_weights(model, copy / "model.safetensors")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(re.sub(r"name: resnet\w+", "name: mini_resnet", text))
-    with pytest.raises(Refused, match="mini_resnet cannot take 1 image of 2x2 pixels"):
+    with pytest.raises(UsageError, match="mini_resnet cannot take 1 image of 2x2 pixels"):
         export.main([str(copy), "--format", "torch_export", "--data.image_size", "2"])

@@ -38,7 +38,7 @@ from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
 from fastres.runs.run_dir import HISTORY, Run, read_metrics
-from fastres.utils.errors import Failed, Refused, run_command
+from fastres.utils.errors import RunError, UsageError, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 
 TIMES = int(os.environ.get("FASTRES_FUZZ", "1"))
@@ -79,7 +79,7 @@ def outcome(work: Callable[[], T]) -> T | None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return work()
-    except (Refused, Failed) as error:
+    except (UsageError, RunError) as error:
         raised: Exception = error
     except SystemExit as left:  # --help
         assert left.code == 0
@@ -518,9 +518,9 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     assert history is None or all(row[column] is not None for row in history for column, _ in plot.PANELS)
     Console(file=io.StringIO()).print(plot.table_of([folder]))
     if name == "summary.json":
-        from fastres.training.step import Totals
+        from fastres.training.step import Metrics
 
-        outcome(lambda: evaluate.agreement(Totals(), folder / name))
+        outcome(lambda: evaluate.agreement(Metrics(), folder / name))
     assert files_of(folder) == before
 
 

@@ -97,7 +97,7 @@ def not_supported(*_: object) -> Any:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An NVML with one GPU that does not tell its temperature."""
     clocks = {"sm": 1755, "memory": 2619}
-    held_back_ns = {"power": 5 * 10**9, "thermal": 0}
+    throttled_ns = {"power": 5 * 10**9, "thermal": 0}
     processes = [SimpleNamespace(pid=pid, usedGpuMemory=2**30) for pid in (os.getpid(), 4242)]
     module = SimpleNamespace(
         NVML_CLOCK_SM="sm",
@@ -115,7 +115,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         nvmlDeviceGetEnforcedPowerLimit=lambda gpu: 700_000,
         nvmlDeviceGetTemperature=not_supported,
         nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=97),
-        nvmlDeviceGetViolationStatus=lambda gpu, policy: SimpleNamespace(violationTime=held_back_ns[policy]),
+        nvmlDeviceGetViolationStatus=lambda gpu, policy: SimpleNamespace(violationTime=throttled_ns[policy]),
         nvmlDeviceGetCurrentClocksEventReasons=lambda gpu: 0x04 | 0x40,
         nvmlDeviceGetComputeRunningProcesses=lambda gpu: processes,
     )
@@ -137,7 +137,7 @@ def test_the_state_of_a_gpu(nvml: SimpleNamespace) -> None:
         "temperature_c": None,
         "utilisation": 0.97,
         "throttled": ["power cap", "temperature (hardware)"],
-        "held_back_ns": {"power cap": 5 * 10**9, "temperature": 0},
+        "throttled_ns": {"power cap": 5 * 10**9, "temperature": 0},
         "other_processes": [{"pid": 4242, "bytes": 2**30}],
     }
     assert state["unknown"]["gpu.temperature_c"] == "Not Supported"
@@ -152,9 +152,9 @@ def test_clocks_that_were_held_back_between_two_snapshots_are_a_doubt(nvml: Simp
     nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda gpu: 0x01
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
     before, after = snapshot(CUDA), snapshot(CUDA)
-    after["gpu"]["held_back_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
+    after["gpu"]["throttled_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
     assert doubts(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
-    before["gpu"]["held_back_ns"] = None  # not told
+    before["gpu"]["throttled_ns"] = None  # not told
     assert not any("meanwhile" in line for line in doubts(before, after))
 
 

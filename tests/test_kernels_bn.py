@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres_kernels import BatchNormAct2d, statistics_together, tiling, triton_launch
+from fastres_kernels import BatchNormAct2d, defer_running_stats, tiling, triton_launch
 from fastres_kernels.batchnorm import cooperative, dispatch_table, ops
 from tests.commands import users_environment
 
@@ -124,7 +124,7 @@ def test_running_statistics_that_move_together_are_those_that_move_apart(algorit
     together, apart = Norms(algorithm=algorithm), Norms(algorithm=algorithm)
     for step in range(3):
         x = random((4, 6, 5, 3), torch.float32, step, scale=step + 1, shift=step)
-        with statistics_together():
+        with defer_running_stats():
             y = together(x)
             assert together.one.num_batches_tracked == step
         assert torch.equal(y, apart(x))
@@ -132,9 +132,9 @@ def test_running_statistics_that_move_together_are_those_that_move_apart(algorit
             assert torch.allclose(mine, theirs, rtol=1e-6), name
     assert [norm.num_batches_tracked.item() for norm in together.children()] == [3, 6, 3]
     before = {name: values.clone() for name, values in together.named_buffers()}
-    with statistics_together():
+    with defer_running_stats():
         together.eval()(x)
-    with pytest.raises((ValueError, RuntimeError), match="5"), statistics_together():
+    with pytest.raises((ValueError, RuntimeError), match="5"), defer_running_stats():
         together.train()(x[:, :5])
     together.eval()
     assert all(torch.equal(before[name], values) for name, values in together.named_buffers())
@@ -610,10 +610,10 @@ def test_the_wrong_import_name_is_loud() -> None:
 
 SYNC = """
 import gc, os, sys, torch, torch.distributed as dist
-from fastres_kernels import BatchNormAct2d, launch, synchronise
+from fastres_kernels import BatchNormAct2d, triton_launch, convert_sync_batchnorm
 dist.init_process_group("gloo")
 rank, kernels = dist.get_rank(), sys.argv[1] == "kernels"
-assert launch.INTERPRETED == kernels
+assert triton_launch.INTERPRETED == kernels
 dtype = torch.float32 if kernels else torch.float64
 sizes = [3, 2]  # unequal shares
 generator = torch.Generator().manual_seed(0)
@@ -638,7 +638,7 @@ def compare():
     tolerance = 1e-12 if not kernels else 1e-4
     whole = run(make(), slice(0, 5))
     for compiled in (False, True):
-        mine = run(synchronise(make()), part, compiled)
+        mine = run(convert_sync_batchnorm(make()), part, compiled)
         for a, b in zip(mine[0], whole[0]):
             assert (a - b[part]).abs().max() < tolerance
         for a, b in zip(mine[1], whole[1]):  # each process has its share of the sum, as DDP expects

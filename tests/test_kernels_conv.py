@@ -427,9 +427,10 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
 
 WITHOUT_THE_INTERPRETER = """
 import torch
-from fastres_kernels import conv_ops, launch
+from fastres_kernels import triton_launch
+from fastres_kernels.experimental import ops as conv_ops
 
-assert launch.HAS_TRITON and not launch.INTERPRETED
+assert triton_launch.HAS_TRITON and not triton_launch.INTERPRETED
 x, weight = torch.randn(2, 16, 3, 4), torch.randn(16, 16, 3, 3)
 vectors = [torch.rand(16) for _ in range(4)]
 z, mean, var = conv_ops.conv_norm(x, weight, *vectors, 1e-5)

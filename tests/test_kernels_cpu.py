@@ -22,7 +22,7 @@ from fastres.config.schema import Config, EngineConfig, ModelConfig
 from fastres.models.registry import build_model
 from fastres.profiling.trace import WorkCount
 from fastres.training.engine import _faster_norm, resolve
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu import ops
 from tests.commands import run_fastres, users_environment
@@ -408,7 +408,7 @@ def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
         ({"precision": "bf16", "channels_last": False}, "the C++ kernels take channels-last only"),
     ):
         assert choice(**fields) == ("torch", "torch", f"conv: torch ({why})")
-        with pytest.raises(Refused, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
+        with pytest.raises(UsageError, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
             resolve(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
 
 
@@ -441,7 +441,7 @@ def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.Monke
     assert ops.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
 
 
-ASK = "from fastres_kernels import cpu; print(*cpu.available())"
+ASK = "from fastres_kernels.cpu import ops; print(*ops.available())"
 
 
 def ask(**environment: str) -> str:
@@ -461,12 +461,16 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert ask(CXX=str(broken)) == f"False {broken} did not build kernels/cpu.cpp: sorry, unimplemented"
+    assert (
+        ask(CXX=str(broken)) == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
+    )
     done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
                        "--run.dir", tmp_path / "run",
                        env={"CXX": str(broken)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"conv: torch ({broken} did not build kernels/cpu.cpp: sorry, unimplemented)" in done.stdout
+    assert (
+        f"conv: torch ({broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented)" in done.stdout
+    )
 
 
 @needs_kernels

@@ -18,9 +18,9 @@ from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data.loaders import dali, resident
 from fastres.data.loaders.build import IGNORED, LOADERS, BatchSpec, Loader, build_loader
-from fastres.data.sampling import Order
+from fastres.data.sampling import SampleOrder
 from fastres.data.sources.source import Source, Split, imagefolder
-from tests.fixtures import refused, write_image_folder
+from tests.fixtures import rejected, write_image_folder
 
 MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)
 Batches = list[tuple[Tensor, Tensor]]
@@ -69,8 +69,8 @@ def expected(split: Split, first: int, last: int, **fields: Any) -> Batches:
     """The batches of steps [first, last) by the plainest means: numpy, one sample at a time."""
     s = spec(split.channels, **fields)
     pad, size = s.pad if s.augment == "crop" else 0, s.image_size
-    order = Order(
-        n=len(split), batch=s.batch_size, seed=s.seed, rank=s.rank, world=s.world, pad=pad,
+    order = SampleOrder(
+        n=len(split), batch=s.batch_size, seed=s.seed, rank=s.rank, world_size=s.world_size, pad=pad,
         flip=s.flip and s.augment != "none",
     )  # fmt: skip
     batches = []
@@ -104,7 +104,7 @@ def assert_equal(batches: Batches, reference: Batches) -> None:
         {"pad": 0},
         {"augment": "none"},  # neither, whatever pad and flip say
         {"batch_size": 50},  # a step of more than two epochs
-        {"rank": 1, "world": 3},
+        {"rank": 1, "world_size": 3},
     ],
     ids=str,
 )
@@ -183,18 +183,22 @@ def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @every_loader
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("n", "eval_batch_size"), [(21, 8), (16, 8), (2, 2), (5, 100), (7, 1)])
 def test_evaluation_has_every_sample_exactly_once(
-    loader: str, world: int, n: int, eval_batch_size: int
+    loader: str, world_size: int, n: int, eval_batch_size: int
 ) -> None:
     split = noise(n)
     of_ranks = [
-        list(make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world=world).evaluate())
-        for rank in range(world)
+        list(
+            make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world_size=world_size).evaluate()
+        )
+        for rank in range(world_size)
     ]
     assert len({len(batches) for batches in of_ranks}) == 1  # a process with one more would wait for ever
-    assert {len(labels) for batches in of_ranks for _, labels in batches} == {-(-eval_batch_size // world)}
+    assert {len(labels) for batches in of_ranks for _, labels in batches} == {
+        -(-eval_batch_size // world_size)
+    }
     whole = normalized(split.array(1), 3)
     found = []
     for images, labels in (batch for batches in of_ranks for batch in batches):
@@ -241,7 +245,7 @@ def test_images_of_unequal_size_are_refused_by_name(loader: str, workers: int, t
     Image.new("RGB", (12, 9)).save(odd)
     split = folder(tmp_path).train
     assert odd in split.paths[1:]
-    with refused(odd, "12x9", "8x8", "resized_crop"):
+    with rejected(odd, "12x9", "8x8", "resized_crop"):
         consume(loader, split, workers=workers)
 
 
@@ -252,7 +256,7 @@ def test_an_image_that_cannot_be_decoded_is_refused_by_name(
 ) -> None:
     bad = write_image_folder(tmp_path, size=8) / "train" / "dog" / "00005.jpg"
     bad.write_bytes(bad.read_bytes()[:100])
-    with refused(bad, "cannot read the image"):
+    with rejected(bad, "cannot read the image"):
         consume(loader, folder(tmp_path).train, workers=workers)
 
 
@@ -386,7 +390,7 @@ def test_a_damaged_file_is_named(loader: str, damage: str, photographs: Path, tm
     bad = root / "test" / "china" / "02.jpg"
     whole = bad.read_bytes()
     bad.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage])
-    with refused("02.jpg"):
+    with rejected("02.jpg"):
         list(make(loader, folder(root).test, image_size=64).evaluate())
 
 
@@ -412,7 +416,7 @@ def test_dali_leaves_nothing_for_a_forked_process_to_collect(
 
 def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with refused("data.loader dali", "pip install", "--data.loader dataloader"):
+    with rejected("data.loader dali", "pip install", "--data.loader dataloader"):
         make("dali", noise())
 
 
@@ -420,7 +424,7 @@ def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def build(source: Source, *flags: str, split: Split | None = None) -> Loader:
-    place = {"device": torch.device("cpu"), "dtype": torch.float32, "rank": 0, "world": 1}
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
     return build_loader(parse(["--data.workers", "0", *flags]), source, split or source.train, **place)
 
 
@@ -434,7 +438,7 @@ def a_source(height: int, width: int) -> Source:
 @pytest.mark.parametrize("size", [6, 12])
 def test_a_part_of_another_size_than_the_training_images_is_refused(loader: str, size: int) -> None:
     test = a_source(size, size).train
-    with refused("image 0", f"{size}x{size}", "8x8"):
+    with rejected("image 0", f"{size}x{size}", "8x8"):
         build(a_source(8, 8), "--data.loader", loader, split=test)
 
 
@@ -453,9 +457,9 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
     grey = replace(a_source(8, 8), train=noise(4, channels=1), mean=MEAN[:1], std=STD[:1])
     for images, _ in build(grey, *flags, "--engine.channels_last", "false").train(0, 2):
         assert images.stride() == (64, 64, 8, 1)
-    with refused("data.pad 8", "8x8"):
+    with rejected("data.pad 8", "8x8"):
         build(a_source(8, 8), *flags[:-1], "8")
-    with refused("data.image_size", "16", "8x8"):
+    with rejected("data.image_size", "16", "8x8"):
         build(a_source(8, 8), *flags, "--data.image_size", "16")
-    with refused("9x8", "resized_crop"):
+    with rejected("9x8", "resized_crop"):
         build(a_source(8, 9), *flags)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastres import plot
 from fastres.runs.run_dir import HISTORY
-from tests.fixtures import refused
+from tests.fixtures import rejected
 
 
 def a_run(folder: Path, rate: float, seconds: float, accuracy: float | None) -> Path:
@@ -72,13 +72,13 @@ def test_over_training_time_the_curves_are_others(runs: list[Path], tmp_path: Pa
 def test_a_folder_without_a_history_and_a_picture_that_cannot_be_written_are_refused(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    with refused("holds no history.csv", "evaluated at least once"):
+    with rejected("holds no history.csv", "evaluated at least once"):
         plot.main([str(tmp_path)])
-    with refused("--outptu", "--help lists all"):
+    with rejected("--outptu", "--help lists all"):
         plot.main([str(runs[0]), "--outptu", "a.png"])
     beside = tmp_path / "a.tmp"
     beside.write_text("somebody's")
     plot.main([str(runs[0]), "--output", str(tmp_path / "a.png")])
     assert beside.read_text() == "somebody's"
-    with refused("cannot write", "nowhere"):
+    with rejected("cannot write", "nowhere"):
         plot.main([str(runs[0]), "--output", str(tmp_path / "nowhere" / "a.png")])

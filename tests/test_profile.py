@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import build_model, profile
 from fastres.config.schema import Config, EngineConfig
-from fastres.profile import Contestant, Outcome, difference, measure, prepare, step_in_parts
+from fastres.profile import Outcome, VariantRun, difference, measure, prepare, step_in_parts
 from fastres.profiling import trace
 from fastres.profiling.report import plot, rows_of, show
 from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
@@ -32,15 +32,15 @@ from fastres.profiling.variants import (
     ALL,
     REFERENCE,
     Variant,
-    block_subject,
-    model_subject,
+    block_workload,
+    model_workload,
     resolved,
     variants_named,
 )
 from fastres.training.engine import Engine, can_compile, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import TrainStep
-from fastres.utils.errors import Failed, Refused
+from fastres.utils.errors import RunError, UsageError
 from fastres_kernels import Conv2d
 from tests.commands import run_fastres
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     arguments: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         profile.main(
             [*arguments.split(), "--device=cpu"] if "--device" not in arguments else arguments.split()
         )
@@ -245,10 +245,10 @@ def test_a_folder_that_holds_a_profile_stays_as_it_is(
         folder = profile.folder_for(None, "resnet8")
         assert folder == Path("profiles") / expected
         (folder / "profile.json").write_text("{}")
-    with pytest.raises(Refused, match="holds a profile already: choose another or remove it"):
+    with pytest.raises(UsageError, match="holds a profile already: choose another or remove it"):
         profile.folder_for(folder, "resnet8")
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match="cannot write there"):
+    with pytest.raises(UsageError, match="cannot write there"):
         profile.folder_for(tmp_path / "file" / "out", "resnet8")
 
 
@@ -277,7 +277,7 @@ def test_every_variant_has_its_own_name_which_means_it() -> None:
 
 
 def test_a_variant_is_what_the_engine_makes_of_it() -> None:
-    subject = model_subject("resnet8", {}, 2, None)
+    subject = model_workload("resnet8", {}, 2, None)
     (asked,) = variants_named(["compile-fused-channels_last-bf16"])
     switches, absent = resolved(subject, [asked], "cpu")
     engine = switches[asked]()
@@ -304,15 +304,15 @@ def test_a_variant_is_what_the_engine_makes_of_it() -> None:
 def test_a_network_has_the_data_of_its_family(
     name: str, options: dict[str, Any], shape: tuple[int, ...], classes: int
 ) -> None:
-    subject = model_subject(name, options, 2, None)
+    subject = model_workload(name, options, 2, None)
     assert (subject.shape, subject.classes) == (shape, classes)
     with torch.device("meta"):
         assert subject.build("torch")(torch.empty(shape)).shape == (2, classes)
-    assert model_subject(name, options, 2, 48).shape[2:] == (48, 48)
+    assert model_workload(name, options, 2, 48).shape[2:] == (48, 48)
 
 
 def test_fused_convolutions_are_for_the_fused_norm() -> None:
-    subject = model_subject("resnet8", {"fused_convolutions": True}, 2, None)
+    subject = model_workload("resnet8", {"fused_convolutions": True}, 2, None)
     plain, fused = ({type(m) for m in subject.build(norm).modules()} for norm in ("torch", "fused"))
     assert plain != fused and Conv2d in plain
 
@@ -343,13 +343,13 @@ def test_steps_in_parts_are_the_steps() -> None:
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
 
 
-def contestant_of(variant: str, subject: Any) -> Contestant:
+def contestant_of(variant: str, subject: Any) -> VariantRun:
     (named,) = variants_named([variant])
-    return Contestant(subject, resolve(named.config(subject.model, "cpu")))
+    return VariantRun(subject, resolve(named.config(subject.model, "cpu")))
 
 
 def test_all_variants_start_alike() -> None:
-    subject = model_subject("resnet8", {}, 2, 16)
+    subject = model_workload("resnet8", {}, 2, 16)
     reference, other = (contestant_of(name, subject) for name in ("fp32", "fused-channels_last-bf16"))
     for name, weight in reference.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name])
@@ -360,7 +360,7 @@ def test_all_variants_start_alike() -> None:
 
 
 def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() -> None:
-    subject = block_subject("bottleneck", 8, 2, 4)
+    subject = block_workload("bottleneck", 8, 2, 4)
     contestant = contestant_of("fp32", subject)
     before = [weight.clone() for weight in contestant.model.parameters()]
     outcome = contestant.outcome()
@@ -375,7 +375,7 @@ def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() ->
     }  # fmt: skip
     assert all(torch.equal(outcome.gradients[n], again.gradients[n]) for n in outcome.gradients)
     assert (
-        contestant_of("fp32", model_subject("resnet8", {}, 2, 16))
+        contestant_of("fp32", model_workload("resnet8", {}, 2, 16))
         .outcome()
         .gradients.keys()
         .isdisjoint({"input"})
@@ -383,7 +383,7 @@ def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() ->
 
 
 def test_fp16_has_finite_gradients_without_the_loss_scale() -> None:
-    subject = block_subject("basic", 8, 2, 4)
+    subject = block_workload("basic", 8, 2, 4)
     reference = contestant_of("fp32", subject).outcome()
     contestant = contestant_of("fp16", subject)
     contestant.step.scaler.scale(torch.ones(()))  # there from now on
@@ -410,7 +410,7 @@ def failing(error: Exception) -> Callable[[], Any]:
 
 
 def test_a_variant_that_fails_leaves_the_others() -> None:
-    subject = block_subject("basic", 8, 2, 4)
+    subject = block_workload("basic", 8, 2, 4)
     broken = Variant("compile", "torch", "nchw", "fp32")
     works = resolved(subject, [REFERENCE], "cpu")[0]
     absent: dict[str, str] = {}
@@ -419,13 +419,13 @@ def test_a_variant_that_fails_leaves_the_others() -> None:
     assert list(prepare(subject, switches, absent, CPU, said.append)) == [REFERENCE.name]
     assert absent == {broken.name: "failed: RuntimeError: no such compiler"}
     assert len(said) == 1 and said[0].startswith(f"{REFERENCE.name}: ready after")
-    with pytest.raises(Failed, match="compile-nchw-fp32: failed: MemoryError"):
+    with pytest.raises(RunError, match="compile-nchw-fp32: failed: MemoryError"):
         prepare(subject, {broken: failing(MemoryError())}, {}, CPU, said.append)
 
 
 @pytest.mark.parametrize("kind", ["network", "block"])
 def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
-    subject = model_subject("resnet8", {}, 2, 8) if kind == "network" else block_subject("basic", 8, 2, 4)
+    subject = model_workload("resnet8", {}, 2, 8) if kind == "network" else block_workload("basic", 8, 2, 4)
     graph = Variant("graph", "torch", "channels_last", "fp32")
     plain = Variant("eager", "torch", "channels_last", "fp32")
 

@@ -17,8 +17,8 @@ import pytest
 
 from fastres.config.cli import parse
 from fastres.data.sources.download import MOST_BYTES, extract
-from fastres.utils.errors import Refused
-from tests.fixtures import refused
+from fastres.utils.errors import UsageError
+from tests.fixtures import rejected
 
 PLAIN = [  # ways to ask jsonargparse for a class
     "model: {{name: resnet18, options: {{stem: {{class_path: {0}}}}}}}",
@@ -42,7 +42,7 @@ def test_a_configuration_file_imports_nothing(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "planted.py").write_text("class Thing: pass\n")
     (tmp_path / "config.yaml").write_text(text.format("planted.Thing"))
-    with pytest.raises(Refused):
+    with pytest.raises(UsageError):
         parse(["--config", str(tmp_path / "config.yaml")])
     assert "planted" not in sys.modules
 
@@ -83,7 +83,7 @@ def test_an_archive_writes_nothing_but_the_files_asked_for(kind: str, packing: s
         for info in HOSTILE[kind](outside):
             tar.fileobj.write(info.tobuf())  # the header alone: addfile() would want the bytes
             tar.offset += tarfile.BLOCKSIZE
-    with refused(archive, folder):
+    with rejected(archive, folder):
         extract(archive, hashlib.md5(archive.read_bytes()).hexdigest(), folder, ["test_batch"])
     assert list(folder.iterdir()) == [] and (outside / "secret").read_text() == "secret"
     assert {path.name for path in tmp_path.rglob("*")} == {"outside", "secret", "a.tar", "data", "cifar"}

@@ -30,7 +30,7 @@ from tests.fixtures import (
     CIFAR10_CLASSES,
     Creates,
     cifar_batch,
-    refused,
+    rejected,
     write_cifar10,
     write_cifar100,
     write_idx,
@@ -140,7 +140,7 @@ def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:
     pickle.loads((folder / "data_batch_3").read_bytes()).clear()
     assert witness.exists()  # the test has teeth
     witness.unlink()
-    with refused(folder / "data_batch_3", "io.open", "--data.root"):
+    with rejected(folder / "data_batch_3", "io.open", "--data.root"):
         load("cifar10", tmp_path)
     assert not witness.exists()
 
@@ -148,14 +148,14 @@ def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [os.system, eval, getattr, np.load, np.memmap, functools.partial, MNIST])
 def test_a_pickle_may_name_nothing_but_arrays(tmp_path: Path, target: Any) -> None:
     write_pickle(tmp_path / "file", {"data": target})
-    with refused(tmp_path / "file", target.__name__):
+    with rejected(tmp_path / "file", target.__name__):
         read_pickle(tmp_path / "file")
 
 
 @pytest.mark.parametrize("dtype", ["O", "f8", "V8", "S8", "u1,O"])
 def test_a_pickle_may_hold_no_arrays_but_of_whole_numbers(tmp_path: Path, dtype: str) -> None:
     write_pickle(tmp_path / "file", {"data": np.zeros(4, dtype)})
-    with refused(tmp_path / "file", "not of whole numbers"):
+    with rejected(tmp_path / "file", "not of whole numbers"):
         read_pickle(tmp_path / "file")
 
 
@@ -196,7 +196,7 @@ BAD_BATCHES = {
 def test_a_bad_cifar_batch_is_refused(tmp_path: Path, content: Any) -> None:
     folder = write_cifar10(tmp_path)
     write_pickle(folder / "data_batch_4", content)
-    with refused(folder / "data_batch_4", "Delete it", "--data.root", "--data.mirror", "--recipe digits"):
+    with rejected(folder / "data_batch_4", "Delete it", "--data.root", "--data.mirror", "--recipe digits"):
         load("cifar10", tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_bad_cifar_batch_is_refused(tmp_path: Path, content: Any) -> None:
 def test_a_truncated_cifar_file_is_refused(tmp_path: Path, name: str, keep: int) -> None:
     path = write_cifar10(tmp_path) / name
     path.write_bytes(path.read_bytes()[:keep])
-    with refused(path, "Delete it"):
+    with rejected(path, "Delete it"):
         load("cifar10", tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_mnist_reads_idx_files_plain_or_gz(tmp_path: Path, source: str, folder: 
 def test_a_truncated_idx_file_is_refused(tmp_path: Path, name: str, keep: int, packed: bool) -> None:
     path = write_mnist_idx(tmp_path, packed=packed) / (name + ".gz" * packed)
     path.write_bytes(path.read_bytes()[:keep])
-    with refused(path, "Delete it", "--data.root", "--recipe digits"):
+    with rejected(path, "Delete it", "--data.root", "--recipe digits"):
         load("mnist", tmp_path)
 
 
@@ -246,7 +246,7 @@ BAD_LABELS = {
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
     path = write_mnist_idx(tmp_path) / "train-labels-idx1-ubyte"
     write_idx(path, labels)
-    with refused(path):
+    with rejected(path):
         load("mnist", tmp_path)
 
 
@@ -255,10 +255,10 @@ def test_idx_images_of_another_size_or_with_a_tail_are_refused(tmp_path: Path) -
     good = path.read_bytes()
     for content in (good + b"\0", good[:-1]):
         path.write_bytes(content)
-        with refused(path, "announces 100,352 bytes"):
+        with rejected(path, "announces 100,352 bytes"):
             load("mnist", tmp_path)
     write_idx(path, np.zeros((128, 32, 32)))
-    with refused(path, "28x28"):
+    with rejected(path, "28x28"):
         load("mnist", tmp_path)
 
 
@@ -296,23 +296,23 @@ def test_test_wins_over_val_and_says_so(tmp_path: Path) -> None:
 
 def test_what_an_image_folder_lacks_is_named(tmp_path: Path) -> None:
     root = tmp_path / "images"
-    with refused(root, "--data.root"):
+    with rejected(root, "--data.root"):
         load("imagefolder", root)
     root.mkdir()
-    with refused("train", root):
+    with rejected("train", root):
         load("imagefolder", root)
     (root / "train").mkdir()
-    with refused("test (or val)", root):
+    with rejected("test (or val)", root):
         load("imagefolder", root)
     (root / "test").mkdir()
-    with refused("no class folders", root / "train"):
+    with rejected("no class folders", root / "train"):
         load("imagefolder", root)
     (root / "train" / "cat").mkdir()
-    with refused("no .jpg, .jpeg, .png files", root / "train" / "cat"):
+    with rejected("no .jpg, .jpeg, .png files", root / "train" / "cat"):
         load("imagefolder", root)
     write_image_folder(root, classes=("cat", "dog"))
     write_image_folder(root, classes=("wolf",), train=0)
-    with refused(root / "test" / "wolf", root / "train"):
+    with rejected(root / "test" / "wolf", root / "train"):
         load("imagefolder", root)
 
 
@@ -333,7 +333,7 @@ def test_links_are_followed_and_those_that_lead_out_are_said(tmp_path: Path) -> 
         assert note.endswith(str(outside / target))
         (root / "train" / link).unlink()
     (root / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
-    with refused("loop.jpg", root):
+    with rejected("loop.jpg", root):
         load("imagefolder", root)
     (root / "train" / "cat" / "loop.jpg").unlink()
     (root / "train" / "cat" / "upwards").symlink_to("..")  # a folder in a class is no class
@@ -363,7 +363,7 @@ def test_links_that_lead_to_no_image_are_refused_by_name(tmp_path: Path, links: 
         assert len(load("imagefolder", root).test) == 4
         (root / "test").rename(root / "elsewhere")
         named = "test (or val)"
-    with refused(named):
+    with rejected(named):
         load("imagefolder", root)
 
 
@@ -408,16 +408,16 @@ def test_an_unreadable_image_is_refused_by_name(tmp_path: Path, suffix: str, dam
         path.mkdir()
     else:
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello"}[damage])
-    with refused(path):
+    with rejected(path):
         source.train.image(5)
-    with refused(path, "it is empty" if damage == "empty" else path):
+    with rejected(path, "it is empty" if damage == "empty" else path):
         source.train.array(workers=2)
 
 
 def test_postscript_is_not_run_for_an_image(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     Image.new("RGB", (5, 6)).save(path, format="EPS")
-    with refused(path, "cannot identify"):
+    with rejected(path, "cannot identify"):
         decode(path)
 
 
@@ -426,7 +426,7 @@ def test_unequal_sizes_name_the_file_both_sizes_and_the_remedy(tmp_path: Path) -
     for index in (590, 280, 400):
         Image.new("RGB", (30, 20)).save(source.train.paths[index])
     remedy = "--data.loader dali --data.augment resized_crop --data.image_size 224"
-    with refused(source.train.paths[280], "30x20", "32x32", remedy):
+    with rejected(source.train.paths[280], "30x20", "32x32", remedy):
         source.train.array(workers=2)
     assert source.train.image(280).shape == (20, 30, 3)
 
@@ -494,11 +494,11 @@ def test_fetch_brings_a_file_over_http_and_file(tmp_path: Path) -> None:
 def test_a_wrong_checksum_leaves_nothing_behind(tmp_path: Path) -> None:
     original, path = tmp_path / "original", tmp_path / "new" / "file"
     original.write_bytes(b"not what was published")
-    with refused(original.as_uri(), md5(original), "0" * 32, "22 bytes", "--data.mirror"):
+    with rejected(original.as_uri(), md5(original), "0" * 32, "22 bytes", "--data.mirror"):
         fetch(original.as_uri(), path, "0" * 32)
     assert list(path.parent.iterdir()) == []
     path.write_text("an older file")
-    with refused(original.as_uri()):
+    with rejected(original.as_uri()):
         fetch(original.as_uri(), path, "0" * 32)
     assert path.read_text() == "an older file" and len(list(path.parent.iterdir())) == 1
 
@@ -526,8 +526,8 @@ def test_mnist_takes_the_first_server_that_answers(tmp_path: Path, dead: str) ->
     with serving(raw) as url:
         published = type("MNIST", (), {"resources": resources, "mirrors": [dead + "/", url + "/"]})
         config = DataConfig(root=str(tmp_path / "data"))
-        source = source.read_mnist("mnist", published, tuple("0123456789"), config)
-    assert len(source.train) == 20
+        loaded = source.read_mnist("mnist", published, tuple("0123456789"), config)
+    assert len(loaded.train) == 20
     brought = {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()}
     assert brought == {path.name for path in raw.iterdir()}
 
@@ -538,7 +538,7 @@ def test_a_mirror_with_another_file_is_refused(tmp_path: Path, source: str) -> N
     served.mkdir()
     for name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz", "train-images-idx3-ubyte.gz"):
         (served / name).write_bytes(b"something else")
-    with refused("wrong checksum", md5(served / name), served.as_uri()):
+    with rejected("wrong checksum", md5(served / name), served.as_uri()):
         load(source, tmp_path / "data", download=True, mirror=served.as_uri())
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
@@ -547,15 +547,15 @@ def test_a_mirror_with_another_file_is_refused(tmp_path: Path, source: str) -> N
 def test_a_failed_download_is_one_line(tmp_path: Path, source: str, dead: str) -> None:
     root = tmp_path / "data"
     remedies = ("--data.root", "--data.mirror", "--recipe digits")
-    with refused(source, root, dead, "Connection refused", *remedies):
+    with rejected(source, root, dead, "Connection refused", *remedies):
         load(source, root, download=True, mirror=dead)
-    with serving(tmp_path) as url, refused(source, root, url, "404", *remedies):
+    with serving(tmp_path) as url, rejected(source, root, url, "404", *remedies):
         load(source, root, download=True, mirror=url)
-    with refused(source, root, tmp_path.as_uri(), "No such file", *remedies):
+    with rejected(source, root, tmp_path.as_uri(), "No such file", *remedies):
         load(source, root, download=True, mirror=tmp_path.as_uri())
-    with refused(source, root, "--data.download is false", *remedies):
+    with rejected(source, root, "--data.download is false", *remedies):
         load(source, root)
-    with refused("ftp://example.org", "http, https or file"):
+    with rejected("ftp://example.org", "http, https or file"):
         load(source, root, download=True, mirror="ftp://example.org")
     assert not root.exists()
 
@@ -563,7 +563,7 @@ def test_a_failed_download_is_one_line(tmp_path: Path, source: str, dead: str) -
 def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file where the folder should be")
     write_archive(tmp_path / CIFAR10.filename)
-    with refused("cifar10", tmp_path / "data", "--data.root"):
+    with rejected("cifar10", tmp_path / "data", "--data.root"):
         load("cifar10", tmp_path / "data", download=True, mirror=tmp_path.as_uri())
 
 
@@ -573,14 +573,14 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "payload", "../../escaped")
     folder = tmp_path / "a" / "cifar-10-batches-py"
-    with refused(archive, folder):
+    with rejected(archive, folder):
         extract(archive, md5(archive), folder, ["test_batch"])
     assert not list(tmp_path.rglob("escaped")) and list(folder.iterdir()) == []
 
 
 def test_an_archive_already_there_is_checked(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.filename).write_bytes(b"half a downl")
-    with refused(tmp_path / CIFAR10.filename, CIFAR10.tgz_md5, "delete it"):
+    with rejected(tmp_path / CIFAR10.filename, CIFAR10.tgz_md5, "delete it"):
         load("cifar10", tmp_path, download=True, mirror=tmp_path.as_uri())
 
 
@@ -615,7 +615,7 @@ def test_image_paths_are_held_out_likewise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [100, 101])
 def test_holding_out_everything_is_refused(n: int) -> None:
-    with refused(f"--data.validation {n}", "100"):
+    with rejected(f"--data.validation {n}", "100"):
         hold_out(numbered(100), n)
 
 

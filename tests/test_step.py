@@ -20,12 +20,12 @@ from fastres.models.registry import build_model
 from fastres.runs import checkpoint
 from fastres.training.optim import build_optimizer, orthogonal
 from fastres.training.step import (
-    DeviceTotals,
+    DeviceMetrics,
     Evaluator,
     ForwardLoss,
     TrainStep,
-    allow_versions,
     check_channels_last,
+    raise_recompile_limit,
     warm_up,
 )
 from tests.fixtures import engine
@@ -494,7 +494,7 @@ def test_mirrored_evaluation_is_the_mean_of_the_logits_of_both_views() -> None:
 
 
 def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
-    totals = DeviceTotals(torch.device("cpu"))
+    totals = DeviceMetrics(torch.device("cpu"))
     for step, loss in enumerate([1.0, 2.0]):
         totals.step.fill_(step)
         totals.add(torch.tensor(loss), torch.tensor(3), 4)
@@ -552,6 +552,6 @@ def test_one_process_may_compile_a_step_for_more_networks_than_dynamos_eight(
 ) -> None:
     config = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)
-    allow_versions(20)
-    allow_versions(4)  # never fewer than somebody else has asked for
+    raise_recompile_limit(20)
+    raise_recompile_limit(4)  # never fewer than somebody else has asked for
     assert config.recompile_limit == 20

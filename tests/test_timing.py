@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastres.utils import timing
-from fastres.utils.timing import Stopwatch, Timing, interleaved, no_garbage, seconds_of
+from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, time_region
 from tests.commands import users_environment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,9 +49,9 @@ def test_regions_run_in_turns_after_a_warm_up_each_with_its_switches_set() -> No
 def test_the_device_is_waited_for_at_both_ends_and_never_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(f"wait for {device}"))
-    seconds_of(lambda: done.extend(["step", "step"]), CUDA)
+    time_region(lambda: done.extend(["step", "step"]), CUDA)
     assert done == ["wait for cuda", "step", "step", "wait for cuda"]
-    seconds_of(lambda: done.clear(), CPU)
+    time_region(lambda: done.clear(), CPU)
     assert done == []
 
 
@@ -172,7 +172,7 @@ def test_garbage_of_before_is_gone_and_none_is_collected_inside(collects: bool) 
     was = gc.isenabled()
     try:
         (gc.enable if collects else gc.disable)()
-        with pytest.raises(ZeroDivisionError), no_garbage():
+        with pytest.raises(ZeroDivisionError), gc_paused():
             assert before() is None and not gc.isenabled()
             raise ZeroDivisionError
         assert gc.isenabled() == collects

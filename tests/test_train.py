@@ -32,7 +32,7 @@ from fastres.train import main
 from fastres.training.engine import resolve
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
-from tests.fixtures import refused, write_image_folder, write_mnist_idx
+from tests.fixtures import rejected, write_image_folder, write_mnist_idx
 
 SUMMARY = {
     "test_accuracy", "test_loss", "steps", "parameters", "images_per_s", "train_time_s", "wall_time_s",
@@ -523,7 +523,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 
 def test_processes_on_one_machine_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with refused("engine.device cuda:0: 2 processes", "use cuda"):
+    with rejected("engine.device cuda:0: 2 processes", "use cuda"):
         resolve(parse(["--engine.device", "cuda:0"]))
 
 

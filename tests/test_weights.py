@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights, save_weights
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -133,7 +133,7 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> 
 def assert_refused(model: nn.Module, path: Path, *words: str) -> None:
     """One line that names the file and has the words; the model is as it was."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         load_weights(model, path)
     message = str(refused.value)
     assert "\n" not in message

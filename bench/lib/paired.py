@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastres.utils.timing import Region, Timing, seconds_of
+from fastres.utils.timing import Region, Timing, time_region
 
 
 def interleaved(benchmark: Any, baseline: Region, region: Region, images: int, rounds: int) -> None:
@@ -15,9 +15,9 @@ def interleaved(benchmark: Any, baseline: Region, region: Region, images: int, r
     baseline_s: list[float] = []
     region_s: list[float] = []
     benchmark.pedantic(
-        lambda: region_s.append(seconds_of(region, device)),
+        lambda: region_s.append(time_region(region, device)),
         # ahead of each round, outside of its time
-        setup=lambda: baseline_s.append(seconds_of(baseline, device)),
+        setup=lambda: baseline_s.append(time_region(baseline, device)),
         rounds=rounds,
     )
     ours, theirs = Timing(tuple(region_s)), Timing(tuple(baseline_s))

@@ -124,7 +124,7 @@ class PlainRun:
                 "device": self.loop.engine.device,
                 "dtype": self.loop.engine.dtype,
                 "rank": 0,
-                "world": 1,
+                "world_size": 1,
             }
             return build_loader(config, source, split, **place)
 

@@ -25,7 +25,7 @@ from fastres.training.engine import Engine, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep
 from fastres.utils.hardware import peaks_of
-from fastres.utils.timing import seconds_of
+from fastres.utils.timing import time_region
 
 # Takes that many steps. First it sets torch's switches, tf32's for one, which belong to the whole process.
 Steps = Callable[[int], None]
@@ -163,7 +163,7 @@ def plain_inference(net: Net) -> Steps:
 
 
 def engine_for(**fields: Any) -> tuple[Config, Engine]:
-    """What the engine makes of these fields here; `norm` is the model's. Raises Refused where they cannot be had."""
+    """What the engine makes of these fields here; `norm` is the model's. Raises UsageError where they cannot be had."""
     norm = fields.pop("norm", "auto")
     if norm == "torch":  # the word says whose operations they are, the convolutions' too
         fields.setdefault("conv", "torch")
@@ -218,7 +218,7 @@ def resident(net: Net, engine: Engine) -> Any:
     }
     config = Config(data=DataConfig(**fields), train=TrainConfig(batch_size=net.batch))
     source = load_source(config.data)
-    place = {"device": engine.device, "dtype": engine.dtype, "rank": 0, "world": 1}
+    place = {"device": engine.device, "dtype": engine.dtype}
     return build_loader(config, source, source.train, **place)
 
 
@@ -270,7 +270,7 @@ def compare(
     baseline = build_baseline()
     for warm_up in (baseline, ours):
         warm_up(2)
-    step_s, baseline_s = (seconds_of(lambda steps=steps: steps(1), DEVICE) for steps in (ours, baseline))
+    step_s, baseline_s = (time_region(lambda steps=steps: steps(1), DEVICE) for steps in (ours, baseline))
     n = max(1, round(ROUND_S / step_s))
     low, high = ROUNDS
     rounds = min(high, max(low, int(BUDGET_S / (n * (step_s + baseline_s)))))

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, check, dump
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 TUTORIAL_KEYS = ("height", "width", "label", "num_layer", "model_mode", "zero_padding")
 MOST_VALUES = 10_000  # in a configuration file: nine lines of YAML's anchors can stand for billions
@@ -59,16 +59,18 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if _count(content) > MOST_VALUES:
-            raise Refused(
+            raise UsageError(
                 f"{path} holds more than {MOST_VALUES:,} values, those that it repeats by * counted"
             )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
-        raise Refused(f"cannot read configuration file {path}: {reason}") from None
+        raise UsageError(f"cannot read configuration file {path}: {reason}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise Refused(f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}")
+        raise UsageError(
+            f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}"
+        )
     if set(content) & set(TUTORIAL_KEYS):
         return translate_tutorial(content, path)
     _check_fields(content, path)
@@ -77,7 +79,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Names of the packaged recipes, sorted."""
-    folder = resources.files("fastres.recipes")
+    folder = resources.files("fastres.config.recipes")
     return sorted(
         entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
     )
@@ -86,27 +88,27 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> dict[str, Any]:
     """A packaged recipe as a nested dict."""
     if name not in recipe_names():
-        raise Refused(
+        raise UsageError(
             f"unknown recipe {name!r}{_nearest(name, recipe_names())}; there are: {', '.join(recipe_names())}"
         )
-    with resources.as_file(resources.files("fastres.recipes") / f"{name}.yaml") as path:
+    with resources.as_file(resources.files("fastres.config.recipes") / f"{name}.yaml") as path:
         return load_file(path)
 
 
 def translate_tutorial(flat: dict[str, Any], path: Path) -> dict[str, Any]:
     """The tutorial's config.json (height, width, label, num_layer, model_mode, zero_padding) in our sections."""
     if unknown := sorted(set(flat) - set(TUTORIAL_KEYS), key=str):
-        raise Refused(f"{path}: unknown key {unknown[0]!r}; the tutorial's are {', '.join(TUTORIAL_KEYS)}")
+        raise UsageError(f"{path}: unknown key {unknown[0]!r}; the tutorial's are {', '.join(TUTORIAL_KEYS)}")
     mode, n = flat.get("model_mode", "resnet"), flat.get("num_layer", 3)
     if mode not in ("resnet", "cnn"):
-        raise Refused(f"{path}: model_mode is {mode!r}; it is resnet or cnn")
+        raise UsageError(f"{path}: model_mode is {mode!r}; it is resnet or cnn")
     for key in ("num_layer", "height", "width", "label"):
         if key in flat and (type(flat[key]) is not int or flat[key] < 1):
-            raise Refused(f"{path}: {key} is {flat[key]!r}; it is a whole number above 0")
+            raise UsageError(f"{path}: {key} is {flat[key]!r}; it is a whole number above 0")
     if type(flat.get("zero_padding", True)) is not bool:
-        raise Refused(f"{path}: zero_padding is {flat['zero_padding']!r}; it is true or false")
+        raise UsageError(f"{path}: zero_padding is {flat['zero_padding']!r}; it is true or false")
     if flat.get("height") != flat.get("width"):
-        raise Refused(f"{path}: height {flat.get('height')} and width {flat.get('width')} must be equal")
+        raise UsageError(f"{path}: height {flat.get('height')} and width {flat.get('width')} must be equal")
     # Not resnetN: 50 and 152 are ImageNet's.
     model: dict[str, Any] = {"name": "cifar_resnet", "options": {"blocks_per_stage": n}}
     if mode == "cnn":
@@ -126,19 +128,21 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
     for section, fields in content.items():
         if section == "recipe":
             if not isinstance(fields, str):
-                raise Refused(f"{path}: recipe: {fields!r} is not the name of a recipe")
+                raise UsageError(f"{path}: recipe: {fields!r} is not the name of a recipe")
             continue
         if section not in SECTIONS:
             near = _nearest(str(section), SECTIONS)
-            raise Refused(f"{path}: unknown section {section!r}{near}; there are: {', '.join(SECTIONS)}")
+            raise UsageError(f"{path}: unknown section {section!r}{near}; there are: {', '.join(SECTIONS)}")
         if not isinstance(fields, dict):
-            raise Refused(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
+            raise UsageError(
+                f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}"
+            )
         for name, value in fields.items():
             key = f"{section}.{name}"
             if key not in FIELDS:  # jsonargparse would import the module of a field class_path
-                raise Refused(f"{path}: unknown field {key}{_nearest(key, FIELDS)}; --help lists them all")
+                raise UsageError(f"{path}: unknown field {key}{_nearest(key, FIELDS)}; --help lists them all")
             if value is None and "null" not in _describe(key):
-                raise Refused(f"{path}: {key}: null is not {_describe(key)}")
+                raise UsageError(f"{path}: {key}: null is not {_describe(key)}")
 
 
 def _count(value: Any, known: dict[int, int] | None = None) -> int:
@@ -198,11 +202,11 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
     try:
         files, flags = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise Refused(str(error)) from None
+        raise UsageError(str(error)) from None
     for flag in flags:
         section = flag.partition("=")[0].removeprefix("--")
         if flag.startswith("--") and section in SECTIONS:
-            raise Refused(
+            raise UsageError(
                 f"--{section} is a section; give its fields, such as --{_example_of(section)}, or --config FILE"
             )
     return files, flags
@@ -224,15 +228,17 @@ def _refuse_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> A
         text = " ".join(str(error).split())
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]
-        raise Refused(f"{where}{key}: {_given(given, key)!r} is not {_describe(key)}") from None
+        raise UsageError(f"{where}{key}: {_given(given, key)!r} is not {_describe(key)}") from None
     if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
-        raise Refused(
+        raise UsageError(
             f"unknown flag --{match[2]}{_nearest(match[2], FIELDS)}; --help lists them all"
         ) from None
     if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
         key = f"{match[1]}.{match[2]}"
-        raise Refused(f"{where}unknown field {key}{_nearest(key, FIELDS)}; --help lists them all") from None
-    raise Refused(f"{where}{text}") from None
+        raise UsageError(
+            f"{where}unknown field {key}{_nearest(key, FIELDS)}; --help lists them all"
+        ) from None
+    raise UsageError(f"{where}{text}") from None
 
 
 def _example_of(section: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fastres.utils.errors import Refused, first_line
+from fastres.utils.errors import UsageError, first_line
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is
@@ -305,7 +305,7 @@ def check(config: Config) -> None:
 
     def refuse_if(wrong: bool, line: str) -> None:
         if wrong:
-            raise Refused(line)
+            raise UsageError(line)
 
     for section in SECTIONS:
         for name, value in vars(getattr(config, section)).items():
@@ -387,7 +387,7 @@ def check(config: Config) -> None:
             classes = config.model.num_classes or 10
             build_model(config.model.name, norm=norm, num_classes=classes, **model_options(config.model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise Refused(f"model: {first_line(error)}") from None
+        raise UsageError(f"model: {first_line(error)}") from None
 
 
 def model_options(model: ModelConfig) -> dict[str, Any]:

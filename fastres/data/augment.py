@@ -19,13 +19,13 @@ from fastres.data.spec import BatchSpec
 Draws = dict[str, Tensor]  # fields of Samples as tensors, only those that images are made from: (n, ...) each
 
 
-class Finish:
+class BatchTransform:
     """From cropped pixels to what the network sees: normalised, cut out, mixed. The last step of every loader."""
 
     def __init__(self, spec: BatchSpec) -> None:
         self.spec = spec
         self.shift, self.scale = (
-            of_a_row(torch.tensor(of, device=spec.device), spec.image_size) for of in (spec.mean, spec.std)
+            tile_row(torch.tensor(of, device=spec.device), spec.image_size) for of in (spec.mean, spec.std)
         )
         self.fields = (*("cutout",) * bool(spec.cutout), *("blend", "box") * spec.mixes)
 
@@ -67,7 +67,7 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
 def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(images - shift) / scale, rounded once to dtype.
 
-    images: (n, H, W, C) uint8 in any strides. shift, scale: (W·C,) float32, of_a_row(). Returns (n, C, H, W)
+    images: (n, H, W, C) uint8 in any strides. shift, scale: (W·C,) float32, tile_row(). Returns (n, C, H, W)
     channels-last.
     """
     n, h, w, c = images.shape
@@ -76,7 +76,7 @@ def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) 
     return rows.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def of_a_row(values: Tensor, width: int) -> Tensor:
+def tile_row(values: Tensor, width: int) -> Tensor:
     """A mean or a standard deviation, (C,) float32 of pixels from 0 to 1 -> (W·C,) of a row of pixels from 0 to 255."""
     return values.mul(255).repeat(width)
 

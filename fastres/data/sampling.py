@@ -76,14 +76,14 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class SampleOrder:
     """The samples of one process's share of every step."""
 
     n: int  # samples in the split
     batch: int  # samples of a step, over all processes
     seed: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     size: int = 1  # side of a crop, in pixels
     pad: int = 0
     flip: bool | Literal["alternating"] = False
@@ -93,7 +93,7 @@ class Order:
 
     @property
     def local_batch(self) -> int:
-        return self.batch // self.world
+        return self.batch // self.world_size
 
     def samples(self, first_step: int, last_step: int) -> Samples:
         """This process's samples of the steps [first_step, last_step), step after step."""

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastres.data.sampling import Order
+from fastres.data.sampling import SampleOrder
 
 IGNORED = -100  # the label that no sample has; cross_entropy's ignore_index
 
@@ -36,16 +36,16 @@ class BatchSpec:
     cutmix: float = 0.0
     classes: int = 0  # columns of mixed labels
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
-    def order(self, n: int) -> Order:
+    def order(self, n: int) -> SampleOrder:
         """The order of training for a split of n samples."""
-        return Order(
+        return SampleOrder(
             n=n,
             batch=self.batch_size,
             seed=self.seed,
             rank=self.rank,
-            world=self.world,
+            world_size=self.world_size,
             size=self.image_size,
             pad=self.margin,
             flip=self.flip if self.augment != "none" else False,
@@ -66,11 +66,11 @@ class BatchSpec:
     def eval_batches(self, n: int) -> list[tuple[np.ndarray, int]]:
         """This process's samples of each evaluation batch, (eval_share,) int64, and how many of them count: some of the
         last batches are filled up."""
-        share, whole = self.eval_share, self.eval_share * self.world
+        share, whole = self.eval_share, self.eval_share * self.world_size
         starts = range(self.rank * share, -(-n // whole) * whole, whole)
         return [(np.arange(start, start + share) % n, min(max(n - start, 0), share)) for start in starts]
 
     @property
     def eval_share(self) -> int:
         """Rows of an evaluation batch on each process."""
-        return -(-self.eval_batch_size // self.world)
+        return -(-self.eval_batch_size // self.world_size)

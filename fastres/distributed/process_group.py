@@ -1,13 +1,12 @@
-"""Processes: who this one is, and the few things they say to each other. Without torchrun all of it is a no-op."""
+"""Ranks and the collectives between them. Without torchrun there is one process, and all of this is a no-op."""
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,70 +17,115 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fastres.distributed.watchdog import no_step, watching
-from fastres.utils.errors import Failed, Refused
-from fastres_kernels import synchronise
+from fastres.distributed.watchdog import Watchdog
+from fastres.utils import ranks
+from fastres.utils.errors import RunError, UsageError
+from fastres_kernels import convert_sync_batchnorm
 
 T = TypeVar("T")
 
-# What the hosts tell each other goes through gloo: it costs a GPU no wait, and rank 0 may take its time over a data set
-# that it decodes while the others wait for its word.
-_hosts: dist.ProcessGroup | None = None
 
+class ProcessGroup:
+    """The processes of a run: what the hosts tell each other, and the watchdog that looks after them.
 
-def rank() -> int:
-    """This process's number, 0 to world() - 1, as torchrun set it."""
-    return int(os.environ.get("RANK", "0"))
+    Control messages use gloo even on GPUs: they never synchronise the device, and they have a long timeout, because the
+    other ranks may have to wait while rank 0 decodes a data set.
+    """
 
+    def __init__(self, watchdog: Watchdog | None = None, control: dist.ProcessGroup | None = None) -> None:
+        self.watchdog = watchdog or Watchdog()
+        self.control = control  # gloo's; None for one process
 
-def world() -> int:
-    """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on every rank. An error there is raised everywhere, printed once."""
+        if ranks.world_size() == 1:
+            return work()
+        box: list[Any] = [None]
+        if ranks.rank() == 0:
+            try:
+                box[0] = (work(), None)
+            except Exception as error:
+                box[0] = (None, error)
+        dist.broadcast_object_list(box, group=self.control)
+        result, failure = box[0]
+        if failure is not None:
+            failure.said = ranks.rank() != 0
+            raise failure
+        return result
 
+    def rank0_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on one rank of each other host, then on the rest, and return its result.
 
-def local_rank() -> int:
-    """This process's number on its machine: its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+        Rank 0 may download and write; another host may have a disk of its own; the rest find the work done.
+        """
+        done: list[T] = []
+        self.broadcast_from_rank0(lambda: done.append(work()))
+        if not done and ranks.local_rank() == 0:
+            done.append(work())
+        if ranks.world_size() > 1:
+            dist.barrier(self.control)
+        return done[0] if done else work()
 
+    def max_over_ranks(self, flag: int) -> int:
+        """Return the largest flag of all ranks, so that all of them stop at the same step."""
+        if ranks.world_size() == 1:
+            return flag
+        box = torch.tensor(flag)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return int(box)
 
-def local_world() -> int:
-    """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    def with_heartbeat(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches, with a heartbeat around the wait for each.
 
-
-def restarted() -> bool:
-    """Whether torchrun has started these processes anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        Data that turns out bad once training has begun fails the run (RunError) instead of rejecting its input.
+        """
+        try:
+            with closing(batches):  # type: ignore[type-var]
+                while True:
+                    self.watchdog.heartbeat("waits for its data")
+                    batch = next(batches, None)
+                    self.watchdog.heartbeat()
+                    if batch is None:
+                        return
+                    yield batch
+        except UsageError as error:
+            raise RunError(str(error)) from None
 
 
 @contextmanager
-def group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
-    """The processes as one, where there are several: gloo on a CPU, NCCL on GPUs. Each is watched: one that hangs ends
-    the run after timeout_s, and without a launcher none stays.
+def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterator[ProcessGroup]:
+    """Initialise the process group (NCCL on GPUs, gloo on CPUs; nothing to do for one process).
 
-    Raises Failed where another process is gone.
+    A watchdog ends the run if a rank makes no progress for `timeout_s` seconds or if the launcher dies.
+
+    Raises:
+        RunError: if another process is gone.
     """
-    global _hosts
-    if world() == 1:
-        with watching(alone=True):
-            yield
+    watchdog = Watchdog()
+    if ranks.world_size() == 1:
+        with watchdog.running(alone=True):
+            yield ProcessGroup(watchdog)
         return
     try:
-        with watching(alone=False) as looks:
-            later = timedelta(seconds=timeout_s + 60)  # the watch comes first, because it can say who hangs
+        with watchdog.running(alone=False):
+            later = timedelta(
+                seconds=timeout_s + 60
+            )  # the watchdog comes first, because it can name who hangs
             store, _, _ = next(dist.rendezvous("env://", timeout=later))
             session = _session(store, later.total_seconds())
             store = dist.PrefixStore(session, store)
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=later)
-            _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # type: ignore[assignment]
-            looks.append(no_step(rank(), world(), timeout_s, session))
-            yield
+            dist.init_process_group(
+                backend, store=store, rank=ranks.rank(), world_size=ranks.world_size(), timeout=later
+            )
+            control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            watchdog.checks.append(watchdog.stall_check(ranks.rank(), ranks.world_size(), timeout_s, session))
+            yield ProcessGroup(watchdog, control)  # type: ignore[arg-type]
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         why = str(error).rpartition("] ")[2].partition(". ")[0]  # gloo's begin with a place in its source
-        raise Failed(
+        raise RunError(
             f"lost the connection to another process ({why}); its own line, if any, says what happened to it"
         ) from None
     dist.destroy_process_group()
@@ -94,15 +138,17 @@ def _session(store: dist.Store, wait_s: float) -> str:
     before them could be reached, and wait for the dead (pytorch#135712; seen with torch 2.14).
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + wait_s
-    if rank() > 0:
-        store.set(f"fastres/hello/{rank()}", me)
+    if ranks.rank() > 0:
+        store.set(f"fastres/hello/{ranks.rank()}", me)
         session = store.get(f"fastres/welcome/{me}").decode()  # waits for it
-        store.set(f"fastres/{session}/{rank()}", "here")
+        store.set(f"fastres/{session}/{ranks.rank()}", "here")
         return session
-    others = {number: f"fastres/hello/{number}" for number in range(1, world())}
+    others = {number: f"fastres/hello/{number}" for number in range(1, ranks.world_size())}
     while missing := [number for number in others if not store.check([f"fastres/{me}/{number}"])]:
         if time.monotonic() > deadline:
-            raise Failed(f"rank {missing[0]} of {world()} processes has not come within {wait_s:g} s")
+            raise RunError(
+                f"rank {missing[0]} of {ranks.world_size()} processes has not come within {wait_s:g} s"
+            )
         for number in missing:
             if store.check([others[number]]):  # perhaps from its life before: nobody waits for that answer
                 store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)
@@ -112,12 +158,12 @@ def _session(store: dist.Store, wait_s: float) -> str:
 
 def check_batch(batch_size: int, accumulate: int) -> None:
     """Refuses a global batch that the processes, and the parts of each one's share, cannot share equally."""
-    parts = world() * accumulate
+    parts = ranks.world_size() * accumulate
     if batch_size % parts:
-        sharers = f"{world()} cannot share it equally"
+        sharers = f"{ranks.world_size()} cannot share it equally"
         if accumulate > 1:
-            sharers = f"{world()} with --train.accumulate {accumulate} cannot share it equally"
-        raise Refused(
+            sharers = f"{ranks.world_size()} with --train.accumulate {accumulate} cannot share it equally"
+        raise UsageError(
             f"train.batch_size {batch_size} is the batch of all processes and {sharers}; "
             f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes"
         )
@@ -125,13 +171,13 @@ def check_batch(batch_size: int, accumulate: int) -> None:
 
 def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
     """The module, its gradients averaged over the processes where there are several."""
-    return module if world() == 1 else data_parallel(module, device, compress_gradients)
+    return module if ranks.world_size() == 1 else data_parallel(module, device, compress_gradients)
 
 
 def data_parallel(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
     """DDP around the module; BatchNorm's running statistics stay each process's own. Collective."""
     # Dynamo would cut the module's graph at DDP's buckets, and several processes would run another program than one.
-    # Little is lost: in bf16 all gradients but BatchNorm's come out of one cast at the end (step.CastTogether).
+    # Little is lost: in bf16 all gradients but BatchNorm's come out of one cast at the end (step.BatchedCast).
     torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
         # torch 2.14 prefers forward_sync_buffers, which torch 2.11 has not.
@@ -147,7 +193,7 @@ def data_parallel(module: nn.Module, device: torch.device, compress_gradients: b
         try:
             dist.all_reduce(torch.ones(1, dtype=torch.bfloat16, device=device))
         except (RuntimeError, ValueError):
-            raise Refused(
+            raise UsageError(
                 f"engine.compress_gradients: {dist.get_backend()} of torch {torch.__version__} cannot add bf16; "
                 "leave it out"
             ) from None
@@ -155,72 +201,33 @@ def data_parallel(module: nn.Module, device: torch.device, compress_gradients: b
     return wrapped
 
 
-def gradients_later(module: nn.Module) -> AbstractContextManager[None]:
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
     """Inside, backward adds to this process's own gradients; the processes exchange them at the next one outside."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def share_statistics(model: nn.Module) -> None:
+def enable_sync_batchnorm(model: nn.Module) -> None:
     """Makes every BatchNorm of the model take the statistics of the whole batch, where there are several processes."""
-    if world() > 1:
-        synchronise(model)
-
-
-def from_rank0(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank; an error there is raised everywhere, and said once."""
-    if world() == 1:
-        return work()
-    box: list[Any] = [None]
-    if rank() == 0:
-        try:
-            box[0] = (work(), None)
-        except Exception as error:
-            box[0] = (None, error)
-    dist.broadcast_object_list(box, group=_hosts)
-    result, failure = box[0]
-    if failure is not None:
-        failure.said = rank() != 0
-        raise failure
-    return result
-
-
-def rank0_first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0, which may download and write, then on one process of each other host, which may have a
-    disk of its own, and then on the rest, which find it done."""
-    done: list[T] = []
-    from_rank0(lambda: done.append(work()))
-    if not done and local_rank() == 0:
-        done.append(work())
-    if world() > 1:
-        dist.barrier(_hosts)
-    return done[0] if done else work()
+    if ranks.world_size() > 1:
+        convert_sync_batchnorm(model)
 
 
 def all_sum(*tensors: Tensor) -> None:
     """Sums each tensor over the processes, in place."""
-    for tensor in tensors if world() > 1 else ():
+    for tensor in tensors if ranks.world_size() > 1 else ():
         dist.all_reduce(tensor)
 
 
 def all_max(tensor: Tensor) -> None:
     """The largest of the processes' values, in place."""
-    if world() > 1:
+    if ranks.world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def any_rank(flag: int) -> int:
-    """The largest flag of all processes: so that all of them stop at the same step."""
-    if world() == 1:
-        return flag
-    box = torch.tensor(flag)
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=_hosts)
-    return int(box)
-
-
-def check_equal(model: nn.Module) -> None:
+def assert_replicas_equal(model: nn.Module) -> None:
     """Fails where the processes' weights differ: a step that did not exchange its gradients shows nowhere else.
     Collective."""
-    if world() == 1:
+    if ranks.world_size() == 1:
         return
     # Of their bits, as whole numbers: the same in any order, on any device.
     bits = {4: torch.int32, 8: torch.int64}
@@ -229,10 +236,10 @@ def check_equal(model: nn.Module) -> None:
     all_max(largest)
     all_max(smallest)
     if not torch.equal(largest, -smallest):
-        raise Failed("the processes' weights differ, which no step should cause: please report it")
+        raise RunError("the processes' weights differ, which no step should cause: please report it")
 
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Rank 0's buffers (BatchNorm's running statistics) on every rank."""
-    for buffer in model.buffers() if world() > 1 else ():
+    for buffer in model.buffers() if ranks.world_size() > 1 else ():
         dist.broadcast(buffer, 0)

@@ -1,7 +1,7 @@
-"""A thread beside the training: it ends a process that would otherwise stay for ever.
+"""A thread that ends a process which would otherwise wait for ever.
 
-Two cases: the launcher is gone, so that nobody would end this process or start another; and no step comes any more
-because a process hangs. Of a process that is gone, the others hear from their connections.
+There are two such cases: the launcher is gone, so nobody would end this process or start another; and a rank hangs, so
+no step completes on any rank. A rank that *died* needs no watchdog, because the connections to it break.
 """
 
 from __future__ import annotations
@@ -21,53 +21,91 @@ from fastres.utils.errors import complain
 
 COMPUTES = "computes"
 LOOK_EVERY_S = 0.5
-ANSWER_S = 5.0  # for all processes to say what they do; they notice within LOOK_EVERY_S of each other
-LEAVE_S = 10.0  # without a launcher: time to reach the step that all save
+ANSWER_S = (
+    5.0  # time for every rank to say what it does; ranks notice a stall within LOOK_EVERY_S of each other
+)
+LEAVE_S = 10.0  # after the launcher is gone: time to reach the step that all ranks save
 
-_last: tuple[float, str] | None = None  # when the training was last heard of, and what it began to do
-
-
-def beat(doing: str = COMPUTES) -> None:
-    """Says that the training goes on, and what it does next: COMPUTES, or what no other process waits for by itself."""
-    global _last
-    _last = (time.monotonic(), doing)
+Check = Callable[[], None]
 
 
-def rest() -> None:
-    """Says that there is no training to watch."""
-    global _last
-    _last = None
+class Watchdog:
+    """The heartbeat of the training loop and the checks that look at it."""
+
+    def __init__(self) -> None:
+        self.last: tuple[float, str] | None = (
+            None  # monotonic time of the last heartbeat, and the activity since
+        )
+        self.checks: list[Check] = []
+
+    def heartbeat(self, doing: str = COMPUTES) -> None:
+        """Record a heartbeat and the current activity.
+
+        Args:
+            doing: COMPUTES for work that involves the other ranks. Any other text names rank-local work (loading data,
+                writing a checkpoint), which is reported as the cause if this rank stalls.
+        """
+        self.last = (time.monotonic(), doing)
+
+    @contextmanager
+    def running(self, alone: bool) -> Iterator[None]:
+        """Run the checks in a thread while the block runs: the launcher's, if there is one, and those in `checks`."""
+        ended = threading.Event()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self.checks.append(_launcher_check())
+
+        def look() -> None:
+            while not ended.wait(LOOK_EVERY_S):
+                for check in self.checks:
+                    check()
+
+        if self.checks or not alone:
+            threading.Thread(target=look, name="fastres-watchdog", daemon=True).start()
+        try:
+            yield
+        finally:
+            self.last = None
+            ended.set()
+
+    def stall_check(self, rank: int, world_size: int, timeout_s: float, token: str) -> Check:
+        """Return a check that ends the process if no heartbeat came for `timeout_s` seconds.
+
+        Before they leave, the ranks tell each other through the launcher's store what they are doing, so that the error
+        names the rank that hangs.
+
+        Args:
+            rank: this process's rank.
+            world_size: the number of processes.
+            timeout_s: seconds without a heartbeat.
+            token: equal on all ranks, and new for every start of the processes.
+        """
+
+        def check() -> None:
+            last = self.last
+            if last is None or time.monotonic() - last[0] < timeout_s:
+                return
+            verdict = [
+                "the processes cannot reach each other, nor the launcher's store: the network between them is down"
+            ]
+
+            def ask() -> None:
+                with suppress(OSError, RuntimeError):  # no connection: the verdict stands
+                    verdict.insert(0, _roll_call(rank, world_size, token, last[1]))
+
+            call = threading.Thread(target=ask, daemon=True)
+            call.start()
+            call.join(3 * ANSWER_S)  # a store behind a dead link never answers
+            complain(f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
+            os._exit(1)
+
+        return check
 
 
-Look = Callable[[], None]
-
-
-@contextmanager
-def watching(alone: bool) -> Iterator[list[Look]]:
-    """Watches this process as long as the block runs: whether its launcher is there, if it has one, and unless it is
-    alone what is added to the list."""
-    ended = threading.Event()
-    looks = [_no_launcher()] if "TORCHELASTIC_RUN_ID" in os.environ else []
-
-    def look() -> None:
-        while not ended.wait(LOOK_EVERY_S):
-            for one in looks:
-                one()
-
-    if looks or not alone:
-        threading.Thread(target=look, name="fastres-watch", daemon=True).start()
-    try:
-        yield looks
-    finally:
-        rest()
-        ended.set()
-
-
-def _no_launcher() -> Look:
-    """Looks whether the launcher is there still. Without it: as at SIGTERM, and after LEAVE_S out whatever happens."""
+def _launcher_check() -> Check:
+    """Return a check that sends SIGTERM once the launcher is gone, and ends the process after LEAVE_S more seconds."""
     launcher, since = os.getppid(), 0.0
 
-    def look() -> None:
+    def check() -> None:
         nonlocal since
         if os.getppid() == launcher:
             return
@@ -78,44 +116,19 @@ def _no_launcher() -> Look:
         elif time.monotonic() - since > LEAVE_S:
             os._exit(128 + signal.SIGTERM)
 
-    return look
+    return check
 
 
-def no_step(rank: int, world: int, timeout_s: float, token: str) -> Look:
-    """Looks whether steps still come. Where none has for timeout_s, the processes tell each other what they do, and
-    leave. `token`: equal on all processes, and new for each start."""
-
-    def look() -> None:
-        if _last is None or time.monotonic() - _last[0] < timeout_s:
-            return
-        verdict = [
-            "the processes cannot reach each other, nor the launcher's store: the network between them is down"
-        ]
-
-        def answer() -> None:
-            with suppress(OSError, RuntimeError):  # no connection: the verdict is there already
-                verdict.insert(0, _roll_call(rank, world, token))
-
-        call = threading.Thread(target=answer, daemon=True)
-        call.start()
-        call.join(3 * ANSWER_S)  # a store behind a dead link never answers
-        complain(f"no step for {timeout_s:g} s: {verdict[0]}; the last checkpoint is intact")
-        os._exit(1)
-
-    return look
-
-
-def _roll_call(rank: int, world: int, token: str) -> str:
-    """Who hangs, in words."""
-    assert _last is not None
+def _roll_call(rank: int, world_size: int, token: str, doing: str) -> str:
+    """Tell the other ranks what this one does, and return in words which rank hangs. Raise OSError if the store is gone."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Raises where nobody can be reached: torch would try again and again, and print a stack each time.
+    # Raises if nobody can be reached: torch would try again and again, and print a stack each time.
     socket.create_connection((address, port), ANSWER_S).close()
     store = dist.TCPStore(
         address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S)
     )
-    keys = [f"fastres/{token}/does/{number}" for number in range(world)]
-    store.set(keys[rank], _last[1])
+    keys = [f"fastres/{token}/does/{number}" for number in range(world_size)]
+    store.set(keys[rank], doing)
     deadline = time.monotonic() + ANSWER_S
     while not store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -16,7 +16,7 @@ from fastres.models.cifar import cifar_resnet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import mini_resnet
 from fastres.models.speedrun import SpeedResNet
-from fastres.utils.errors import Refused, first_line
+from fastres.utils.errors import UsageError, first_line
 from fastres_kernels import fuse_convolutions
 
 # Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
@@ -67,7 +67,7 @@ def build_model(
     return fuse_convolutions(model) if fused_convolutions else model
 
 
-def check_takes(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
+def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
     """Refuses images (N, C, H, W) that are too small for the network, in training too few for BatchNorm. Nothing is
     computed."""
     n, channels, height, width = shape
@@ -77,7 +77,7 @@ def check_takes(name: str, shape: Sequence[int], *, training: bool, **options: A
         try:
             model(torch.empty(shape))
         except (RuntimeError, ValueError) as error:
-            raise Refused(
+            raise UsageError(
                 f"{name} cannot take {n} image{'s' * (n > 1)} of {height}x{width} pixels at once "
                 f"({first_line(error)}): take larger images, more of them at once, or another network"
             ) from None

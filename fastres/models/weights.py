@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastres.utils.atomic_io import whole_file
-from fastres.utils.errors import Refused
+from fastres.utils.atomic_io import atomic_write
+from fastres.utils.errors import UsageError
 
 HEAD = ("fc.weight", "fc.bias")
 PICKLED = (".pth", ".pt")
@@ -23,7 +23,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
 
     `path`: a .safetensors file, or a .pth or .pt state_dict, bare or under "model" or "state_dict". A head
     for another number of classes is not copied, and its keys are returned. Anything else that is missing,
-    unexpected or of another shape is Refused before the model is touched; only num_batches_tracked, which
+    unexpected or of another shape is UsageError before the model is touched; only num_batches_tracked, which
     files older than PyTorch 0.4.1 lack, may be missing.
     """
     path = Path(path)
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         ],
     }
     if found := [f"{fault} {_few(keys)}" for fault, keys in faults.items() if keys]:
-        raise Refused(
+        raise UsageError(
             f"{path} does not fit the model: it {'; it '.join(found)}; name the model it was saved from"
         )
     model.load_state_dict({key: state[key] for key in common if key not in replaced}, strict=False)
@@ -51,16 +51,18 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     # contiguous(): the bytes must not tell whether the model was channels-last.
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(model.state_dict().items())}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.torch.save(state))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     suffix = path.suffix.lower()
     if suffix != ".safetensors" and suffix not in PICKLED:
-        raise Refused(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
+        raise UsageError(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
     if not path.is_file():
-        raise Refused(f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file")
+        raise UsageError(
+            f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file"
+        )
     state: Any
     try:
         if suffix == ".safetensors":
@@ -68,7 +70,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes; torch's own words mislead here
-        raise Refused(
+        raise UsageError(
             f"weights file {path} cannot be read ({type(error).__name__}): it is damaged, or holds something "
             "other than tensors; fetch it again, or save model.state_dict() into it"
         ) from error
@@ -76,7 +78,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(_is_dense(*item) for item in state.items()):
-        raise Refused(f"weights file {path} holds no state_dict; save model.state_dict() into it")
+        raise UsageError(f"weights file {path} holds no state_dict; save model.state_dict() into it")
     return dict(state)
 
 

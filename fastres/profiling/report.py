@@ -13,11 +13,11 @@ from rich.table import Table
 
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
-from fastres.profiling.variants import Subject, Variant
+from fastres.profiling.variants import Variant, Workload
 from fastres.runs.environment import device_name, environment
 from fastres.training.engine import Engine
 from fastres.utils import hardware
-from fastres.utils.atomic_io import whole_file
+from fastres.utils.atomic_io import atomic_write
 from fastres.utils.timing import Timing
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ class Result:
 class Profile:
     """One run of the command; the first result is the baseline."""
 
-    subject: Subject
+    subject: Workload
     engine: Engine  # of the baseline
     rounds: int
     steps: int  # of a round
@@ -221,7 +221,7 @@ def plot(profile: Profile, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
 

@@ -17,10 +17,10 @@ from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, in
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import MiniResNet
-from fastres.models.registry import build_model, check_takes
+from fastres.models.registry import build_model, check_input_shape
 from fastres.models.speedrun import SpeedResNet
 from fastres.training.engine import Engine, resolve
-from fastres.utils.errors import Refused, first_line
+from fastres.utils.errors import UsageError, first_line
 
 # ------------------------------------------------------------------------------------------- variants
 
@@ -74,7 +74,7 @@ REFERENCE = ALL[0]
 
 
 def resolved(
-    subject: Subject, variants: Sequence[Variant], device: str
+    subject: Workload, variants: Sequence[Variant], device: str
 ) -> tuple[dict[Variant, Callable[[], Engine]], dict[str, str]]:
     """Those that can be had here, each with what switches torch to it; and why the others cannot."""
     check(Config(engine=EngineConfig(device=device)))
@@ -86,13 +86,13 @@ def resolved(
         switch = partial(resolve, variant.config(subject.model, device))
         try:
             switch()
-        except Refused as error:
+        except UsageError as error:
             absent[variant.name] = str(error)
         else:
             switches[variant] = switch
     if not switches:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-        raise Refused(f"--variants: none of them can be had here: {reasons}")
+        raise UsageError(f"--variants: none of them can be had here: {reasons}")
     return switches, absent
 
 
@@ -103,7 +103,7 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
         if "*" in name:
             matching = [v for v in ALL if fnmatchcase(v.name, name) or fnmatchcase("-".join(v.words), name)]
             if not matching:
-                raise Refused(f"--variants {name}: no variant matches; names read like {ALL[-1].name}")
+                raise UsageError(f"--variants {name}: no variant matches; names read like {ALL[-1].name}")
             found += matching
             continue
         chosen = {axis: words[0] for axis, words in AXES.items()}
@@ -112,9 +112,11 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
             axis = next((axis for axis, words in AXES.items() if word in words), None)
             if axis is None:
                 words = [word for words in AXES.values() for word in words]
-                raise Refused(f"--variants {name}: {unknown('word', word, words)}")
+                raise UsageError(f"--variants {name}: {unknown('word', word, words)}")
             if axis in given:
-                raise Refused(f"--variants {name}: {given[axis]} and {word} are both a {axis}; leave out one")
+                raise UsageError(
+                    f"--variants {name}: {given[axis]} and {word} are both a {axis}; leave out one"
+                )
             given[axis] = chosen[axis] = word
         found.append(Variant(**chosen))
     return list(dict.fromkeys(found))
@@ -136,7 +138,7 @@ class BlockNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What every variant computes."""
 
     name: str
@@ -156,7 +158,7 @@ INPUTS: dict[type[nn.Module], tuple[int, int, int]] = {  # channels, side and cl
 }
 
 
-def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Subject:
+def model_workload(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Workload:
     fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
     of_data = ("num_classes", "in_channels")  # in training these come from the data, here from nowhere else
     model = ModelConfig(
@@ -169,7 +171,7 @@ def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int
         with torch.device("meta"):
             family = type(build_model(name, norm=model.norm, **options))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise Refused(f"model: {first_line(error)}") from None
+        raise UsageError(f"model: {first_line(error)}") from None
     channels, side, classes = INPUTS[family]
     if options.get("stem") == "small":
         side, classes = INPUTS[CifarResNet][1:]
@@ -183,18 +185,18 @@ def model_subject(name: str, options: dict[str, Any], batch_size: int, size: int
         return build_model(name, norm=norm, **options | changed)
 
     shape = (batch_size, channels, size or side, size or side)
-    check_takes(name, shape, training=True, **options | {"num_classes": classes})
-    return Subject(name, build, shape, classes, False, model)
+    check_input_shape(name, shape, training=True, **options | {"num_classes": classes})
+    return Workload(name, build, shape, classes, False, model)
 
 
-def block_subject(kind: str, channels: int, batch_size: int, size: int) -> Subject:
+def block_workload(kind: str, channels: int, batch_size: int, size: int) -> Workload:
     block = BLOCKS[kind]
     inner, rest = divmod(channels, block.expansion)
     if rest:
-        raise Refused(f"--channels {channels}: a {kind} block's are a multiple of {block.expansion}")
+        raise UsageError(f"--channels {channels}: a {kind} block's are a multiple of {block.expansion}")
 
     def build(norm: str) -> nn.Module:
         return BlockNet(block(channels, inner, norm=NORMS[norm]))
 
     shape = (batch_size, channels, size, size)
-    return Subject(f"{kind}-{channels}x{size}", build, shape, channels, True, ModelConfig())
+    return Workload(f"{kind}-{channels}x{size}", build, shape, channels, True, ModelConfig())

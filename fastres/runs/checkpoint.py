@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.utils.atomic_io import whole_file
-from fastres.utils.errors import Failed, Refused
+from fastres.utils.atomic_io import atomic_write
+from fastres.utils.errors import RunError, UsageError
 
 State = dict[str, Any]
 
@@ -28,10 +28,10 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
     torch.save({"state": state, "sha256": digest(state)}, content)
     try:
         folder.mkdir(exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(content.getbuffer())
     except OSError as error:
-        raise Failed(
+        raise RunError(
             f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"
         ) from None
     for old in found(folder)[keep:]:
@@ -40,28 +40,28 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
 
 
 def load(path: Path) -> State:
-    """The state in a file, on the CPU. Refused where it is missing, truncated, altered or not a checkpoint."""
+    """The state in a file, on the CPU. UsageError where it is missing, truncated, altered or not a checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
-            raise Refused(f"{path} is not a checkpoint of fastres")
+            raise UsageError(f"{path} is not a checkpoint of fastres")
         state, found = content["state"], digest(content["state"])
-    except Refused:
+    except UsageError:
         raise
     except FileNotFoundError:
-        raise Refused(f"there is no checkpoint {path}") from None
+        raise UsageError(f"there is no checkpoint {path}") from None
     except Exception as error:  # bytes from anywhere may make the unpickler raise anything
         # The kind of error alone: torch's own words advise to execute what is in the file.
         kind = type(error).__name__
-        raise Refused(
+        raise UsageError(
             f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint"
         ) from None
     if found != content["sha256"]:
-        raise Refused(
+        raise UsageError(
             f"checkpoint {path} is corrupt: its content does not have the checksum it was written with"
         )
     if not isinstance(state, dict) or type(step := state.get("step", 0)) is not int or step < 0:
-        raise Refused(f"{path} is not a checkpoint of fastres")
+        raise UsageError(f"{path} is not a checkpoint of fastres")
     return state
 
 
@@ -76,11 +76,11 @@ def latest(folder: Path) -> State | None:
     for path in found(folder):
         try:
             return load(path)
-        except Refused as error:
+        except UsageError as error:
             broken.append(str(error))
             print(f"fastres: {error}; going back to the one before it", flush=True)
     if broken:
-        raise Refused(f"no checkpoint in {folder} can be read: remove the folder to start anew")
+        raise UsageError(f"no checkpoint in {folder} can be read: remove the folder to start anew")
     return None
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fastres.distributed import process_group
 from fastres.training.engine import Engine
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
@@ -34,7 +33,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "device": device_name(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "processes": process_group.world(),
+        "processes": ranks.world_size(),
         "precision": engine.precision,
         "compile": engine.compile,
         "norm": engine.norm,

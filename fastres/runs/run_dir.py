@@ -14,13 +14,13 @@ import filelock
 import yaml
 
 from fastres.config.schema import Config, differences, dump, to_dict
-from fastres.distributed import process_group
 from fastres.plot import plot_curves, read_history
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
 from fastres.training.engine import Engine
-from fastres.utils.atomic_io import whole_file
-from fastres.utils.errors import Failed, Refused, first_line
+from fastres.utils import ranks
+from fastres.utils.atomic_io import atomic_write
+from fastres.utils.errors import RunError, UsageError, first_line
 
 HISTORY = (
     "step",
@@ -48,18 +48,18 @@ class Run:
 
     def examine(self) -> dict[str, Any] | None:
         """Whether this folder may be used, writing nothing: the summary of the same run where it is finished,
-        None where there is something to do. Refused where it holds another run."""
+        None where there is something to do. UsageError where it holds another run."""
         if self.folder.exists() and not self.folder.is_dir():
-            raise Refused(f"run.dir {self.folder} is a file; choose a folder")
+            raise UsageError(f"run.dir {self.folder} is a file; choose a folder")
         known = self.folder / "config.yaml"
         if not known.exists():
             if checkpoint.found(self.checkpoints):
-                raise Refused(
+                raise UsageError(
                     f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
                 )
             return None
-        if self.config.run.resume != "auto" and not process_group.restarted():
-            raise Refused(
+        if self.config.run.resume != "auto" and not ranks.restarted():
+            raise UsageError(
                 f"run.dir {self.folder} already holds a run; leave out --run.resume to continue it, "
                 "or choose another --run.dir"
             )
@@ -67,9 +67,9 @@ class Run:
             old = yaml.safe_load(known.read_text(encoding="utf-8"))
             changed = differences(old, to_dict(self.config))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
-            raise Refused(f"{known} cannot be read; choose another --run.dir") from None
+            raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
-            raise Refused(
+            raise UsageError(
                 f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: "
                 "choose another --run.dir, or give the values it was started with"
             )
@@ -80,7 +80,7 @@ class Run:
             content = json.loads(summary.read_text(encoding="utf-8"))
             float(content["test_accuracy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise Refused(
+            raise UsageError(
                 f"{summary} is not a summary of fastres: remove it to finish the run again"
             ) from None
         return content
@@ -91,11 +91,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout:
-            raise Refused(
+            raise UsageError(
                 f"run.dir {self.folder} is being written by another process; choose another"
             ) from None
         except OSError as error:
-            raise Refused(
+            raise UsageError(
                 f"cannot write to run.dir {self.folder}: {error.strerror}; choose another"
             ) from None
         self.examine()  # again: another process may have been here since
@@ -113,7 +113,7 @@ class Run:
                 try:
                     self._trackers.append(TRACKERS[name](self))
                 except Exception as error:  # whatever a service or its client has to say
-                    raise Refused(f"run.{name}: {first_line(error)}; see to it, or leave it out") from None
+                    raise UsageError(f"run.{name}: {first_line(error)}; see to it, or leave it out") from None
 
     def kept(self) -> str:
         """Where the newest checkpoint is, in words."""
@@ -126,7 +126,9 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise Failed(f"cannot write to run.dir {self.folder}: {error.strerror}; {self.kept()}") from None
+            raise RunError(
+                f"cannot write to run.dir {self.folder}: {error.strerror}; {self.kept()}"
+            ) from None
 
     def release(self) -> None:
         """Lets others write here."""
@@ -186,7 +188,7 @@ def _is_row(row: Any) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -38,8 +38,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastres.data.augment import Draws
 from fastres.training.step import Batch, Evaluator, TrainStep, compiled, unchanged
-from fastres.utils.errors import Failed, first_line
-from fastres.utils.timing import no_garbage
+from fastres.utils.errors import RunError, first_line
+from fastres.utils.timing import gc_paused
 
 BLOCK_STEPS = 256  # whose draws are copied at once: 0.8 MB at 128 images a step
 WARM_UP = 3  # runs before the one that is recorded: cuDNN chooses its algorithms, Triton its configurations
@@ -64,7 +64,7 @@ class Recorder(Protocol):
 
 
 def recorder_for(device: torch.device) -> Recorder:
-    return CudaRecorder(device) if device.type == "cuda" else HostRecorder(device)
+    return CudaRecorder(device) if device.type == "cuda" else OpRecorder(device)
 
 
 # ------------------------------------------------------------------------------------------- steps
@@ -101,7 +101,7 @@ class FixedBatch:
         return self.images, self.labels
 
 
-class Rows:
+class DeviceTable:
     """A table on the device that recorded work reads row by row.
 
     columns: (rows, ...) each. The memory stays where it is, whatever is filled in.
@@ -150,7 +150,7 @@ class GraphedStep:
         self.step, self.batches, self.lr_at = step, batches, lr_at
         # A list: dynamo takes a dict's keys for those very tensors, and would compile every run of a process anew.
         self._rates = list(step.learning_rates)
-        self._rows = Rows(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
+        self._rows = DeviceTable(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
         compiles = step.inner.compiled and batches.compiles
         self._next_batch = compiled(self.next_batch) if compiles else self.next_batch
         self._due: Iterator[int] = iter(())  # the steps of the block that have not been taken
@@ -206,7 +206,7 @@ class GraphedEvaluation:
     def __init__(self, evaluate: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
         self.evaluator, self.batches = evaluate, batches
         columns = batches.eval_draws()  # the same at every evaluation
-        self._rows = Rows(columns, len(columns["index"]), evaluate.totals.loss.device)
+        self._rows = DeviceTable(columns, len(columns["index"]), evaluate.totals.loss.device)
         self._rows.fill(columns)
         self.recording = recorder.record(self._work, [*evaluate.totals.tensors, *self._rows.changed])
 
@@ -244,10 +244,10 @@ def recorded(
         graphed = GraphedStep(step, training, lr_at, recorder)
         return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
     except Exception as error:
-        step.break_off()
+        step.abort_step()
         why = first_line(error)
         if not engine.cuda_graph_may_fall_back:
-            raise Failed(
+            raise RunError(
                 f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto"
             ) from error
         say(f"cuda_graph: false (the step has no graph: {why})")
@@ -294,7 +294,7 @@ def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     capture is an error of its own."""
     inside: BaseException | None = None
     try:
-        with no_garbage(), torch.cuda.graph(graph, **how):
+        with gc_paused(), torch.cuda.graph(graph, **how):
             try:
                 yield
             except BaseException as error:
@@ -316,7 +316,7 @@ WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.__repr__)
 
 
-class HostRecorder:
+class OpRecorder:
     """Operators with the tensors that they read and wrote, as autograd and the optimizer called them, called again.
 
     What is made on the way stays in memory, so this is for small networks. What inductor compiles it does not see.

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from fastres.config.schema import Config
-from fastres.distributed import process_group
-from fastres.utils.errors import Refused
+from fastres.utils import ranks
+from fastres.utils.errors import UsageError
 from fastres_kernels import Conv2d
 from fastres_kernels.batchnorm import dispatch_table
-from fastres_kernels.cpu import ops
+from fastres_kernels.cpu import ops as cpu_ops
 
 DTYPES = {
     "fp32": torch.float32,
@@ -86,9 +86,9 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     bf16, why = computes_in_bf16(device)
     precision = choose("precision", wanted.precision, "bf16" if bf16 else "fp32", why)
     if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise Refused(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
+        raise UsageError(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
     if precision == "bf16" and device.type == "cuda" and not bf16:
-        raise Refused(f"engine.precision bf16: {why}; use fp16 or fp32")
+        raise UsageError(f"engine.precision bf16: {why}; use fp16 or fp32")
 
     compiles, why = can_compile(device)
     if compiles and device.type == "cpu":
@@ -98,16 +98,16 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
     else:
         compile_ = choose("compile", wanted.compile, compiles, why)
     if compile_ and not compiles:
-        raise Refused(f"engine.compile true: {why}")
-    graphs, why, remedy = can_graph(config, device)
+        raise UsageError(f"engine.compile true: {why}")
+    graphs, why, remedy = cuda_graph_support(config, device)
     cuda_graph = choose("cuda_graph", wanted.cuda_graph, graphs, why)
     if cuda_graph and not graphs:
-        raise Refused(f"engine.cuda_graph true: {why}; {remedy}")
+        raise UsageError(f"engine.cuda_graph true: {why}; {remedy}")
     in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
     norm = choose("norm", config.model.norm, *_faster_norm(config, device, precision, in_cpp, why))
     conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
     if conv == "own" and not in_cpp:
-        raise Refused(f"engine.conv own: {why}; use torch")
+        raise UsageError(f"engine.conv own: {why}; use torch")
     _check_norm(norm, config, device, precision)
     _set_switches(precision, wanted.deterministic)
     return Engine(
@@ -126,18 +126,18 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
 
 
 def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
-    """With its number, and made this process's current one. Refused where it is not to be had."""
+    """With its number, and made this process's current one. UsageError where it is not to be had."""
     named = ":" in str(device)
-    if named and (processes := process_group.local_world()) > 1:
-        raise Refused(
+    if named and (processes := ranks.local_world_size()) > 1:
+        raise UsageError(
             f"engine.device {device}: {processes} processes would share it; use cuda, which gives each its own"
         )
     if not torch.cuda.is_available():
-        raise Refused(f"engine.device {device}: torch sees no GPU here; use --engine.device cpu")
+        raise UsageError(f"engine.device {device}: torch sees no GPU here; use --engine.device cpu")
     device = device if named else torch.device("cuda", local_rank)
     if device.index >= (there := torch.cuda.device_count()):
         remedy = "use another number" if named else f"use --nproc_per_node {there}"
-        raise Refused(f"engine.device {device}: this machine has {there} GPU{'s' * (there > 1)}; {remedy}")
+        raise UsageError(f"engine.device {device}: this machine has {there} GPU{'s' * (there > 1)}; {remedy}")
     torch.cuda.set_device(device)
     return device
 
@@ -145,21 +145,21 @@ def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
 def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
     """Refuses a norm that was asked for and cannot run here."""
     if norm == "fused" and device.type == "cuda" and not _has_triton():
-        raise Refused("model.norm fused: the kernels need Triton: pip install triton; or use torch")
+        raise UsageError("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
         apex, why = find_apex(APEX_NORM)
         if apex is None:
-            raise Refused(f"model.norm apex: {why}; use torch or fused")
+            raise UsageError(f"model.norm apex: {why}; use torch or fused")
         if precision != "fp16" or not config.engine.channels_last:
-            raise Refused(
+            raise UsageError(
                 "model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16"
             )
     if norm == "fused" and not config.engine.channels_last:
-        raise Refused(
+        raise UsageError(
             "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
         )
     if config.model.sync_norm and norm == "apex":
-        raise Refused("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
+        raise UsageError("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
 
 
 def _set_switches(precision: str, deterministic: bool) -> None:
@@ -224,12 +224,12 @@ def _missing_headers() -> str:
     return "" if there else "no Python headers: apt-get install python3-dev"
 
 
-def can_graph(config: Config, device: torch.device) -> tuple[bool, str, str]:
+def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str, str]:
     """Whether this run's steps can be CUDA graphs, the reason in words, and the remedy where they cannot."""
     if device.type != "cuda":
         return False, "CUDA graphs are for GPUs", "leave it at auto"
-    if process_group.world() > 1:
-        why = f"{process_group.world()} processes exchange gradients in every step, which is not captured"
+    if ranks.world_size() > 1:
+        why = f"{ranks.world_size()} processes exchange gradients in every step, which is not captured"
         return False, why, "use one, or leave it at auto"
     if config.data.loader != "resident":
         why = f"the batches of data.loader {config.data.loader} are made outside of the step"
@@ -254,7 +254,7 @@ def _runs_in_cpp(
         return False, "the C++ kernels take channels-last only"
     if torch.cpu._is_amx_tile_supported():
         return False, "the C++ kernels were not measured against oneDNN's on a CPU with AMX"
-    return ops.available()
+    return cpu_ops.available()
 
 
 def _faster_norm(

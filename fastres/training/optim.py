@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastres.config.schema import OptimConfig
 from fastres.training.engine import find_apex
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 
 def sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
@@ -83,7 +83,7 @@ def apex_sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> t
     """apex's FusedSGD, where a genuine apex is installed. It reads lr on the host at every step."""
     optimizers, reason = find_apex("optimizers")
     if optimizers is None:
-        raise Refused(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
+        raise UsageError(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
     return optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 

@@ -23,8 +23,9 @@ from fastres.data.loaders.build import IGNORED, Loader
 from fastres.distributed import process_group
 from fastres.training.engine import Engine
 from fastres.training.optim import learning_rates
-from fastres.utils.errors import Refused, first_line, out_of_memory
-from fastres_kernels import statistics_together
+from fastres.utils import ranks
+from fastres.utils.errors import UsageError, first_line, out_of_memory
+from fastres_kernels import defer_running_stats
 
 Batch = tuple[
     Tensor, Tensor
@@ -38,14 +39,14 @@ def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def allow_versions(count: int) -> None:
+def raise_recompile_limit(count: int) -> None:
     """Of one step's code: dynamo keeps what it compiles by code, which all networks and settings of a process share,
     and gives up at the ninth."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
 
 
-class CastTogether(torch.autograd.Function):
+class BatchedCast(torch.autograd.Function):
     """(dtype, *weights) -> the weights in dtype. Two kernels under inductor and one for their gradients, where casting
     each takes a launch, and its gradient another (docs/EXPERIMENTS.md, "The fused kernels, without a GPU")."""
 
@@ -89,7 +90,7 @@ class ForwardLoss(nn.Module):
         self.casts_together = self.mixed and engine.compile
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with statistics_together():
+        with defer_running_stats():
             logits = self._logits(images)
         if self.mirrored:
             logits = (logits + self._logits(images.flip(3))) / 2
@@ -127,7 +128,7 @@ class ForwardLoss(nn.Module):
         names = sorted(found, key=lambda name: found[name].numel() % 8 != 0)
         if not names:
             return {}
-        cast = CastTogether.apply(self.engine.dtype, *(found[name] for name in names))
+        cast = BatchedCast.apply(self.engine.dtype, *(found[name] for name in names))
         return dict(zip(names, cast, strict=True))
 
     @property
@@ -141,15 +142,15 @@ class ForwardLoss(nn.Module):
 
 
 @dataclass
-class Totals:
+class Metrics:
     """Sums of a window of steps, on the host."""
 
     loss: float = 0.0  # summed over samples
     correct: int = 0
     samples: int = 0
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(self.loss + other.loss, self.correct + other.correct, self.samples + other.samples)
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(self.loss + other.loss, self.correct + other.correct, self.samples + other.samples)
 
     @property
     def mean_loss(self) -> float:
@@ -160,8 +161,8 @@ class Totals:
         return self.correct / max(1, self.samples)
 
 
-class DeviceTotals:
-    """Totals that grow on the device; reading them is the only synchronisation."""
+class DeviceMetrics:
+    """Metrics that grow on the device; reading them is the only synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -178,11 +179,11 @@ class DeviceTotals:
         fine = torch.isfinite(loss) | (self.bad_step >= 0)
         self.bad_step.copy_(torch.where(fine, self.bad_step, self.step))
 
-    def read(self) -> tuple[Totals, int]:
+    def read(self) -> tuple[Metrics, int]:
         """The sums over all processes since the last reset, and the first bad step (-1: none)."""
         sums, bad = self.state_dict(), self.bad_step.clone()
         process_group.all_max(bad)
-        return Totals(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
+        return Metrics(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -202,7 +203,7 @@ class DeviceTotals:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Rank 0 takes the sums, the others start from nothing: together they are what was saved."""
         self.reset()
-        if process_group.rank() == 0:
+        if ranks.rank() == 0:
             self.loss.copy_(state["loss"])
             self.correct.copy_(state["counts"][0])
             self.samples.copy_(state["counts"][1])
@@ -233,7 +234,7 @@ class TrainStep:
         self.optimizer = build_optimizer(model, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
-        self.totals = DeviceTotals(engine.device)
+        self.totals = DeviceMetrics(engine.device)
         self.inner = ForwardLoss(model, engine, "mean", label_smoothing)
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
@@ -255,7 +256,7 @@ class TrainStep:
             self.model.train()
         *parts, last = self._parts(images, labels)
         for part in parts:
-            with process_group.gradients_later(self.forward_loss):
+            with process_group.no_sync(self.forward_loss):
                 self._add(part)
         self._add(last)
         self.update()
@@ -277,7 +278,7 @@ class TrainStep:
             self._add(self._parts(images, labels)[0])
         self.model.zero_grad()
 
-    def break_off(self) -> None:
+    def abort_step(self) -> None:
         """Forgets a step that did not come to its end: gradients, and what the scaler knows of them."""
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
@@ -349,14 +350,14 @@ class Evaluator:
 
     def __init__(self, model: nn.Module, engine: Engine, mirrored: bool = False) -> None:
         self.model = model
-        self.totals = DeviceTotals(engine.device)
+        self.totals = DeviceMetrics(engine.device)
         self.time_s = 0.0  # of the last one
         self.forward_loss = ForwardLoss(model, engine, "sum", mirrored=mirrored)
         if engine.compile:
             self.forward_loss.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Totals:
+    def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Metrics:
         start = time.perf_counter()
         self.model.eval()
         process_group.broadcast_buffers(self.model)  # BatchNorm statistics are each process's own until here
@@ -382,7 +383,7 @@ def warm_up(
     try:
         train_step.warm_up(*batch)
         evaluate(itertools.islice(evaluation.evaluate(), 1))
-    except Refused:  # the data's fault, not the compiler's
+    except UsageError:  # the data's fault, not the compiler's
         raise
     except Exception as error:
         if out_of_memory(error) or not (

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write to; it takes the name `path` once it is on the disk.
 
     Where that fails (OSError, or whatever the block raises), what was at `path` is as it was and nothing else is left.

@@ -13,15 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastres.utils import ranks
 
-class Refused(Exception):
+
+class UsageError(Exception):
     """Input that cannot be accepted: one line that names the thing and the remedy. Exit status 2."""
 
     status = 2
     said = False  # by the process where it happened
 
 
-class Failed(Exception):
+class RunError(Exception):
     """A run that had started and cannot go on: one line with what is left of it. Exit status 1."""
 
     status = 1
@@ -35,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> Any:
-        raise Refused(f"{message}; --help lists all")
+        raise UsageError(f"{message}; --help lists all")
 
 
 def first_line(error: BaseException) -> str:
@@ -67,7 +69,7 @@ def complain(what: str, said: bool = False) -> None:
     # It may repeat what a file says: nothing in it may move a terminal's cursor or fail to be encoded.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
     if not said:
-        who = f"rank {os.environ['RANK']}: " if _several() else ""
+        who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that is gone has taken its folder with it
@@ -78,20 +80,20 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main() and exits: its return value (None is 0), or one line on stderr and 2 or 1."""
     try:
         status = main() or 0
-    except (Refused, Failed) as error:
+    except (UsageError, RunError) as error:
         complain(str(error), error.said)
         status = error.status
     except Exception as error:
         if out_of_memory(error):
             remedy = "take a smaller batch, or in training --train.accumulate 2 for the same batch in parts"
-            line, status = f"out of memory ({first_line(error)}): {remedy}", Failed.status
+            line, status = f"out of memory ({first_line(error)}): {remedy}", RunError.status
         elif isinstance(error, OSError) and error.filename is not None:
             line = f"{error.filename}: {error.strerror}; give a path that can be used"
-            status = Refused.status
+            status = UsageError.status
         else:
             raise
         complain(line, getattr(error, "said", False))
-    if _several():
+    if ranks.world_size() > 1:
         # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26
         # runs of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch
         # 2.14, gloo). And after a failure, taking the group down would wait for processes that are gone.
@@ -99,7 +101,3 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

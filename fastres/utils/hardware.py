@@ -20,7 +20,7 @@ import torch
 
 from fastres.training.engine import DTYPES
 from fastres.utils.errors import first_line
-from fastres.utils.timing import interleaved, seconds_of
+from fastres.utils.timing import interleaved, time_region
 
 # ------------------------------------------------------------------------------------------- data sheets
 
@@ -107,7 +107,7 @@ def measured_matmul(device: torch.device, precision: str, rounds: int = 5) -> fl
     while True:
         a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
         torch.mm(a, b)
-        if n == largest or min(seconds_of(partial(torch.mm, a, b), device) for _ in range(3)) >= enough_s:
+        if n == largest or min(time_region(partial(torch.mm, a, b), device) for _ in range(3)) >= enough_s:
             break
         n *= 2
     timing = interleaved({"matmul": partial(torch.mm, a, b)}, rounds, device)["matmul"]
@@ -153,7 +153,7 @@ def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if host["governor"] not in (None, "performance"):
         lines.append(f"the CPU's frequency governor is {host['governor']}")
     if gpu := after["gpu"]:
-        held_back = _grown((before["gpu"] or {}).get("held_back_ns") or {}, gpu.get("held_back_ns") or {})
+        held_back = _grown((before["gpu"] or {}).get("throttled_ns") or {}, gpu.get("throttled_ns") or {})
         if held_back:
             by = ", ".join(f"{reason} {ns / 1e9:.1f} s" for reason, ns in held_back.items())
             lines.append(f"the GPU's clocks were held back meanwhile: {by}")
@@ -211,7 +211,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
         return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
 
-    def held_back_ns() -> dict[str, int]:
+    def throttled_ns() -> dict[str, int]:
         """Since the driver was loaded. What is read at one moment, as above, is of a GPU that has nothing to do."""
         policies = {"power cap": nvml.NVML_PERF_POLICY_POWER, "temperature": nvml.NVML_PERF_POLICY_THERMAL}
         return {
@@ -234,7 +234,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         "utilisation": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
         "throttled": throttled,
-        "held_back_ns": held_back_ns,
+        "throttled_ns": throttled_ns,
         "other_processes": other_processes,
     }
 

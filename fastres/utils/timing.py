@@ -74,7 +74,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(region: Region, device: torch.device) -> float:
+def time_region(region: Region, device: torch.device) -> float:
     """One run of the region, from an idle device to an idle device."""
     wait_for(device)
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def interleaved(
     for turn in range(-warm_up, rounds):
         for name, region in regions.items():
             before(name)
-            taken_s = seconds_of(region, device)
+            taken_s = time_region(region, device)
             if turn >= 0:
                 seconds[name].append(taken_s)
     return {name: Timing(tuple(taken_s)) for name, taken_s in seconds.items()}
@@ -137,7 +137,7 @@ class Stopwatch:
 
 
 @contextmanager
-def no_garbage() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Garbage is collected before and not inside, where what it frees would be taken for a part of the work."""
     collects = gc.isenabled()
     gc.collect()

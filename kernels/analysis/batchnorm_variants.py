@@ -80,8 +80,8 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         add("normalise", given, forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
         add("channel sums", given, backward.with_given_statistics, *sums, tiles)
         if ahead:
-            forward = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
-            add("cooperative forward", act, cooperative.forward, *forward)
+            fused = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
+            add("cooperative forward", act, cooperative.forward, *fused)
         if back:
             add("cooperative backward", act, cooperative.backward, *sums, back)
     return found

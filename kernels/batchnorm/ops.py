@@ -134,7 +134,7 @@ def batch_norm_act_backward(
         store_dz = want_residual or dskip is not None
         sources = (dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz)
         if not batch_statistics:
-            dx, dz, dbias, dweight, dmean, dvar = given_backward(*sources)
+            dx, dz, dbias, dweight, dmean, dvar = backward_fixed_stats(*sources)
             return dx, dz if want_residual else x.new_empty(0), dbias, dweight, dmean, dvar
         if not group and _cooperates(algorithm, x, HELD_BACKWARD):
             dx, dz, dbias, dweight = cooperative_backward(*sources)
@@ -353,8 +353,8 @@ def _(
     return torch.empty_like(x), dz, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@torch.library.custom_op("fastres_kernels::given_backward", mutates_args=())
-def given_backward(
+@torch.library.custom_op("fastres_kernels::backward_fixed_stats", mutates_args=())
+def backward_fixed_stats(
     dy: Tensor,
     dskip: Tensor | None,
     x: Tensor,
@@ -374,7 +374,7 @@ def given_backward(
     )
 
 
-@given_backward.register_fake
+@backward_fixed_stats.register_fake
 def _(
     dy: Tensor,
     dskip: Tensor | None,

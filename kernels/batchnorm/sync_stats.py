@@ -23,10 +23,10 @@ def mean_and_var(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[T
     """Count, (), mean and biased variance, each (C,), over all processes of the group, of count (), mean (C,) and M2
     (C,) of this one. Each process may have another count. Collective.
     """
-    world = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+    world_size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
     mine = torch.cat([mean, m2, count.to(mean.dtype)[None]])
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(mine, world, group)
-    everyone = torch.ops._c10d_functional.wait_tensor(gathered).view(world, -1)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(mine, world_size, group)
+    everyone = torch.ops._c10d_functional.wait_tensor(gathered).view(world_size, -1)
     c = mean.numel()
     total, mean, m2 = merge(everyone[:, -1], everyone[:, :c], everyone[:, c : 2 * c])
     return total, mean, m2 / total

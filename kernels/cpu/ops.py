@@ -1,6 +1,6 @@
 """BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16, for training on a CPU with AVX-512 and its bf16.
 
-cpu.cpp knows no torch: the machine's own g++ builds it, once, in two seconds; ctypes calls it; it runs in the threads
+kernels.cpp knows no torch: the machine's own g++ builds it, once, in two seconds; ctypes calls it; it runs in the threads
 of torch's OpenMP. Each of its functions is an operator of torch, so that profilers and counters see it:
 
     torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, passed, stats)
@@ -32,14 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # as /proc/cpuinfo names them
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     *(f"-m{name.replace('_', '')}" for name in ISA),
 )
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of cpu.cpp: what they return, what they take
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: what they return, what they take
     "bn_forward": (None, [POINTER] * 9 + [INTEGER] * 2 + [REAL] * 2),
     "bn_backward": (None, [POINTER] * 9 + [INTEGER] * 2),
     "weight_gradient": (None, [POINTER] * 3 + [INTEGER] * 6),
@@ -63,7 +63,7 @@ def available() -> tuple[bool, str]:
         _library.append(build(compiler))
     except (OSError, subprocess.CalledProcessError) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()
-        return False, f"{compiler} did not build kernels/cpu.cpp: {said[0] if said else error}"
+        return False, f"{compiler} did not build kernels/cpu/kernels.cpp: {said[0] if said else error}"
     return True, f"the CPU has avx512_bf16, and {compiler} built the kernels for it"
 
 
@@ -300,7 +300,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
-    """Whether cpu.cpp convolves x, (N, C, H, W); without one for the shape oneDNN does."""
+    """Whether kernels.cpp convolves x, (N, C, H, W); without one for the shape oneDNN does."""
     _, c, h, w = x.shape
     return (
         stride == 1

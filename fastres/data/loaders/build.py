@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fastres.config.schema import Config
-from fastres.data.augment import normalize, of_a_row
+from fastres.data.augment import normalize, tile_row
 from fastres.data.loaders.dali import DaliLoader
 from fastres.data.loaders.dataloader import HostLoader, evaluation_view
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 __all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_images"]
 
@@ -51,20 +51,22 @@ def build_loader(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    rank: int,
-    world: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loader:
-    """The configured loader over a split of `source`, for one of `world` processes."""
+    """The configured loader over a split of `source`, for one of `world_size` processes."""
     data, size = config.data, image_size(config, source)
     if data.augment != "resized_crop":  # the training images' size: a part of another would show nowhere else
         split.sized_image(0, size, size)
-    if (data.mixup or data.cutmix) and config.train.batch_size // world % 2:
-        raise Refused(
-            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world} samples on each process are "
+    if (data.mixup or data.cutmix) and config.train.batch_size // world_size % 2:
+        raise UsageError(
+            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world_size} samples on each process are "
             "an odd number; change train.batch_size"
         )
     if data.augment == "crop" and data.pad >= size:  # more than there is to reflect, and crops of zeros alone
-        raise Refused(f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller")
+        raise UsageError(
+            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
+        )
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
@@ -85,7 +87,7 @@ def build_loader(
         dtype=dtype,
         memory_format=torch.channels_last if config.engine.channels_last else torch.contiguous_format,
         rank=rank,
-        world=world,
+        world_size=world_size,
     )
     return LOADERS[data.loader](split, spec)
 
@@ -99,22 +101,22 @@ def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) 
     n = min(n, len(split), max(1, n * 32**2 // size**2))
     part = split.subset(np.linspace(0, len(split) - 1, n).astype(np.int64))
     pixels = [evaluation_view(part, i, config.data.augment, size) for i in range(len(part))]
-    shift, scale = (of_a_row(torch.tensor(of), size) for of in (source.mean, source.std))
+    shift, scale = (tile_row(torch.tensor(of), size) for of in (source.mean, source.std))
     return normalize(torch.from_numpy(np.stack(pixels)), shift, scale, torch.float32)
 
 
 def image_size(config: Config, source: Source) -> int:
-    """Side in pixels of what the network sees. Refused where the data has another and nothing resizes it."""
+    """Side in pixels of what the network sees. UsageError where the data has another and nothing resizes it."""
     if config.data.augment == "resized_crop" and config.data.image_size is not None:
         return config.data.image_size
     height, width = source.train.image(0).shape[:2]
     if height != width:
-        raise Refused(
+        raise UsageError(
             f"{source.name} has images of {width}x{height} pixels; for others than square ones use "
             "--data.loader dali --data.augment resized_crop --data.image_size 224"
         )
     if config.data.image_size not in (None, height):
-        raise Refused(
+        raise UsageError(
             f"data.image_size is {config.data.image_size}, but {source.name} has images of {width}x{height} pixels; "
             "leave it out, or let --data.augment resized_crop resize them"
         )
@@ -126,7 +128,7 @@ def classes_of(config: Config, source: Source) -> int:
     found = len(source.classes)
     wanted = config.model.num_classes or found
     if wanted < found:
-        raise Refused(
+        raise UsageError(
             f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out"
         )
     return wanted

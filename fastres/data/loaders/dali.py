@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Finish, center_view, crop_box, sent
+from fastres.data.augment import BatchTransform, center_view, crop_box, sent
 from fastres.data.sampling import Samples, sample_generator
 from fastres.data.sources.formats import decode, encoded
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 PREFETCH = 2  # batches that DALI works ahead
 
@@ -37,12 +37,12 @@ class DaliLoader:
         try:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
-            raise Refused(
+            raise UsageError(
                 f"data.loader dali: {error}; pip install nvidia-dali-cuda130, or use --data.loader dataloader"
             ) from None
         self.split, self.spec = split, spec
         self.labels = torch.from_numpy(split.labels).to(spec.device)
-        self.finish = Finish(spec)
+        self.finish = BatchTransform(spec)
         # Of each file that has been read: height and width; mtime in ns and bytes.
         self.sizes = np.zeros((len(split), 2), np.int32)
         self.stamps = np.zeros((len(split), 2), np.int64)
@@ -149,7 +149,7 @@ class DaliLoader:
                     for batch in fed:  # it is in one of these: DALI does not say where
                         for index in batch:
                             decode(self.split.paths[index])
-                    raise Refused(self._refusal(str(error), fed)) from error
+                    raise UsageError(self._refusal(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
                 # On torch's stream, as DALI's own iterator: what was queued there before may still use that memory.

@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastres.data.augment import Finish, crop_and_flip_one, resize_and_center_crop, resized_crop
-from fastres.data.sampling import Order, Samples, sample_generator
+from fastres.data.augment import BatchTransform, crop_and_flip_one, resize_and_center_crop, resized_crop
+from fastres.data.sampling import SampleOrder, Samples, sample_generator
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 DEATH_S = 1.0  # from the first error to the death of the worker that is its cause
 REMEDY = "if memory or /dev/shm ran out, use fewer --data.workers or another --data.loader"
@@ -30,7 +30,7 @@ class HostLoader:
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
-        self.finish = Finish(spec)
+        self.finish = BatchTransform(spec)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.spec.order(len(self.split))
@@ -58,9 +58,9 @@ class HostLoader:
             except StopIteration:
                 return
             except Exception as error:
-                if isinstance(error, Refused):
+                if isinstance(error, UsageError):
                     # From a worker it comes wrapped in the worker's traceback, itself the end of it.
-                    line = str(error).rpartition("fastres.utils.errors.Refused: ")[2].strip()
+                    line = str(error).rpartition("fastres.utils.errors.UsageError: ")[2].strip()
                 elif fate := _fate_of_any(workers):  # whatever it shows as
                     line = f"a worker process of the dataloader {fate}; {REMEDY}"
                 else:
@@ -69,7 +69,7 @@ class HostLoader:
                 # which may come by in a forked process, and wait there for seconds.
                 traceback.clear_frames(error.__traceback__)
                 del batches
-                raise Refused(line) from None
+                raise UsageError(line) from None
             yield (
                 pixels.to(self.spec.device, non_blocking=True),
                 labels.to(self.spec.device, non_blocking=True),
@@ -105,7 +105,7 @@ def _fate_of_any(workers: list[BaseProcess]) -> str | None:
 class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
     """This process's samples of the steps [first, last), one after the other."""
 
-    def __init__(self, split: Split, spec: BatchSpec, order: Order, first: int, last: int) -> None:
+    def __init__(self, split: Split, spec: BatchSpec, order: SampleOrder, first: int, last: int) -> None:
         self.split, self.spec, self.order, self.first, self.last = split, spec, order, first, last
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
 
 
 def evaluation_view(split: Split, index: int, augment: str, size: int) -> np.ndarray:
-    """Sample `index` as an evaluation sees it: (size, size, C) uint8. Refused where it is of another size and nothing
+    """Sample `index` as an evaluation sees it: (size, size, C) uint8. UsageError where it is of another size and nothing
     resizes it."""
     if augment == "resized_crop":
         return resize_and_center_crop(split.image(index), size)
@@ -153,5 +153,5 @@ def evaluation_view(split: Split, index: int, augment: str, size: int) -> np.nda
 
 
 @lru_cache(maxsize=4)
-def _samples_of_step(order: Order, step: int) -> Samples:
+def _samples_of_step(order: SampleOrder, step: int) -> Samples:
     return order.samples(step, step + 1)

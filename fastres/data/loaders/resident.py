@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Draws, Finish, crop_and_flip, crop_windows, on_device, sent
+from fastres.data.augment import BatchTransform, Draws, crop_and_flip, crop_windows, on_device, sent
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
@@ -29,7 +29,7 @@ class ResidentLoader:
         self.order = spec.order(len(split))
         self.channels = images.shape[3]
         self.windows = crop_windows(images, spec.image_size, self.order.pad, spec.pad_mode)
-        self.finish = Finish(spec)
+        self.finish = BatchTransform(spec)
         self.fields = ("index", "dy", "dx", "flip", *self.finish.fields)
         self.compiles = not spec.mixes  # mix() blends in one rounding or in two, as who compiles it likes
 

@@ -31,8 +31,8 @@ import numpy as np
 
 from fastres.config.schema import DataConfig
 from fastres.data.sources.formats import check_size, decode, size_or_reason
-from fastres.distributed import process_group
-from fastres.utils.atomic_io import whole_file
+from fastres.utils import ranks
+from fastres.utils.atomic_io import atomic_write
 from fastres.utils.progress import ProgressLine
 
 VERSION = 1  # of what is kept: to be raised where decode() gives other pixels
@@ -50,7 +50,7 @@ def kept_images(
 ) -> tuple[np.ndarray | None, list[str]]:
     """The images of `paths`, all below `folder`, as (N, H, W, 3) uint8 mapped from the cache; and notes for the user.
 
-    No images where the cache cannot be written. Raises Refused where a file cannot be decoded, or is not of the first
+    No images where the cache cannot be written. Raises UsageError where a file cannot be decoded, or is not of the first
     one's size.
     """
     wanted = _fingerprint(folder, paths)
@@ -179,7 +179,7 @@ def _alone(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 
@@ -214,7 +214,7 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
         [header.getvalue()], (np.stack(block).data for block in blocks)
     )
     # Written, not mapped: where the disk is full a write is an error, and a mapped page kills the process.
-    with whole_file(entry.with_suffix(".npy")) as file:
+    with atomic_write(entry.with_suffix(".npy")) as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
@@ -267,7 +267,7 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
     def block(start: int) -> list[T]:
         return [work(path) for path in paths[start : start + BLOCK]]
 
-    show = ProgressLine("decoding", len(paths), enabled=process_group.rank() == 0, stderr=True)
+    show = ProgressLine("decoding", len(paths), enabled=ranks.rank() == 0, stderr=True)
     done = 0
     with show as progress, ThreadPoolExecutor(max(workers, 1)) as pool:
         for results in pool.map(block, range(0, len(paths), BLOCK)):
@@ -277,5 +277,5 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
 
 
 def _say(line: str) -> None:
-    if process_group.rank() == 0:
+    if ranks.rank() == 0:
         print(f"fastres: {line}", file=sys.stderr, flush=True)

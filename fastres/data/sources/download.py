@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 from fastres.config.schema import DataConfig
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 CONNECT_TIMEOUT_S = 10
 CHUNK_BYTES = 1 << 20
@@ -31,7 +31,7 @@ REMEDIES = (
 def fetch(url: str, path: Path, md5: str) -> None:
     """Brings `url` to `path`, which appears whole and with the right checksum or not at all.
 
-    Raises Refused where the checksum differs, OSError where the file cannot be had or written.
+    Raises UsageError where the checksum differs, OSError where the file cannot be had or written.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     digest = hashlib.md5(usedforsecurity=False)
@@ -45,7 +45,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
                     digest.update(chunk)
                     file.write(chunk)
         if digest.hexdigest() != md5:
-            raise Refused(
+            raise UsageError(
                 f"{url} has the wrong checksum: {part.stat().st_size:,} bytes of md5 {digest.hexdigest()}, "
                 f"expected {md5}; nothing was kept. Try again, or name another --data.mirror"
             )
@@ -59,13 +59,15 @@ def fetch(url: str, path: Path, md5: str) -> None:
 def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataConfig) -> None:
     """Fetches `path` from the first of `urls` that answers, or from the mirror alone, under the same name.
 
-    Raises Refused: `what` is missing, why each download failed, and what to do.
+    Raises UsageError: `what` is missing, why each download failed, and what to do.
     """
     if not config.download:
-        raise Refused(f"{what}, and --data.download is false. {REMEDIES}")
+        raise UsageError(f"{what}, and --data.download is false. {REMEDIES}")
     if config.mirror is not None:
         if not re.match(r"(https?|file):", config.mirror):
-            raise Refused(f"--data.mirror {config.mirror} is not a URL that begins with http, https or file")
+            raise UsageError(
+                f"--data.mirror {config.mirror} is not a URL that begins with http, https or file"
+            )
         urls = [f"{config.mirror.rstrip('/')}/{path.name}"]
     failures = []
     for url in urls:
@@ -74,19 +76,19 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
         except OSError as error:
             reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
             failures.append(f"{url} ({reason})")
-    raise Refused(f"{what}, and cannot be downloaded from {' or '.join(failures)}. {REMEDIES}")
+    raise UsageError(f"{what}, and cannot be downloaded from {' or '.join(failures)}. {REMEDIES}")
 
 
 def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None:
     """Brings the members `folder.name`/NAME of a tar archive into `folder`, each one whole or not at all.
 
-    Raises Refused where the archive's checksum differs, or it cannot be read or lacks a file.
+    Raises UsageError where the archive's checksum differs, or it cannot be read or lacks a file.
     """
     try:
         with archive.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != md5:
-            raise Refused(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
+            raise UsageError(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same file system: moves are atomic
             with tarfile.open(archive) as tar:
@@ -100,4 +102,4 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
             for name in names:
                 Path(scratch, name).replace(folder / name)
     except (OSError, KeyError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise Refused(f"cannot unpack {archive} into {folder}: {error}") from error
+        raise UsageError(f"cannot unpack {archive} into {folder}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 # What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
@@ -26,7 +26,7 @@ PNG_BITS = 24  # where a PNG says how many bits a channel has
 
 def damaged(path: Path, reason: object) -> NoReturn:
     """Refuses a file of a published data set."""
-    raise Refused(
+    raise UsageError(
         f"{path} is damaged or of another format: {reason}. "
         "Delete it to download it again (from --data.mirror, if need be), point --data.root at a good copy, "
         "or use --recipe digits, which needs no file"
@@ -36,7 +36,7 @@ def damaged(path: Path, reason: object) -> NoReturn:
 def decode(path: Path) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB: grey is repeated, alpha dropped, 16 bits cut to the upper 8.
 
-    As torchvision does, it leaves EXIF's orientation alone. Raises Refused where the file cannot be decoded.
+    As torchvision does, it leaves EXIF's orientation alone. Raises UsageError where the file cannot be decoded.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -48,7 +48,7 @@ def decode(path: Path) -> np.ndarray:
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
     except Exception as error:  # whatever a decoder trips over in a damaged file; PIL raises a dozen kinds
-        raise Refused(
+        raise UsageError(
             f"cannot read the image {path}: {_reason(path, error)}; replace or delete it"
         ) from error
 
@@ -68,7 +68,7 @@ def size_or_reason(path: Path) -> tuple[int, int] | str:
     try:
         height, width, _ = decode(path).shape
         return height, width
-    except Refused as refusal:
+    except UsageError as refusal:
         assert isinstance(refusal.__cause__, Exception)
         return _reason(path, refusal.__cause__)
 
@@ -76,7 +76,7 @@ def size_or_reason(path: Path) -> tuple[int, int] | str:
 def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> None:
     """Refuses an image whose height and width are not those of others."""
     if size != wanted:
-        raise Refused(
+        raise UsageError(
             f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}: images of unequal size need "
             "--data.loader dali --data.augment resized_crop --data.image_size 224"
         )
@@ -87,7 +87,7 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
     and whether they are the file's own.
 
     What decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a PNG's
-    wrong checksums) goes through decode() and comes as PNG. Raises Refused where the file cannot be decoded.
+    wrong checksums) goes through decode() and comes as PNG. Raises UsageError where the file cannot be decoded.
     """
     try:
         data = np.fromfile(path, np.uint8)
@@ -173,7 +173,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:
-    """A pickled dict of plain values and arrays of whole numbers. Raises Refused where it is not one."""
+    """A pickled dict of plain values and arrays of whole numbers. Raises UsageError where it is not one."""
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -187,7 +187,7 @@ def read_pickle(path: Path) -> dict[Any, Any]:
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """An IDX file of bytes, gzipped if named .gz, as (N, *shape) uint8.
 
-    Raises Refused where its header is not of that shape, or announces more or less than follows.
+    Raises UsageError where its header is not of that shape, or announces more or less than follows.
     """
     try:
         packed = path.read_bytes()

@@ -19,7 +19,7 @@ from fastres.config.schema import DataConfig
 from fastres.data.sources.cache import Size, decode_all, keep_bad, kept_images, sizes_and_reasons
 from fastres.data.sources.download import extract, obtain
 from fastres.data.sources.formats import check_size, damaged, decode, read_idx, read_pickle
-from fastres.utils.errors import Refused
+from fastres.utils.errors import UsageError
 
 HOLD_OUT_SEED = 5_000  # of every run, whatever its run.seed: validation figures compare across seeds
 DIGITS_SEED = 0
@@ -59,11 +59,11 @@ class Split:
         return 3 if self.images is None else self.images.shape[3]
 
     def image(self, index: int) -> np.ndarray:
-        """Sample `index` as (H, W, C) uint8. Refused where its file cannot be decoded."""
+        """Sample `index` as (H, W, C) uint8. UsageError where its file cannot be decoded."""
         return decode(self.paths[index]) if self.images is None else self.images[index]
 
     def sized_image(self, index: int, height: int, width: int) -> np.ndarray:
-        """Sample `index` as (height, width, C) uint8. Refused where it is of another size."""
+        """Sample `index` as (height, width, C) uint8. UsageError where it is of another size."""
         image = self.image(index)
         self.check_size(index, image.shape[0], image.shape[1], height, width)
         return image
@@ -76,7 +76,7 @@ class Split:
     def array(self, workers: int) -> np.ndarray:
         """All samples as (N, H, W, C) uint8, decoded by that many threads.
 
-        Raises Refused where a file cannot be decoded, or is not of the first one's size.
+        Raises UsageError where a file cannot be decoded, or is not of the first one's size.
         """
         return decode_all(self.paths, workers) if self.images is None else self.images
 
@@ -107,17 +107,19 @@ class Source:
 
 
 def load_source(config: DataConfig) -> Source:
-    """The data set that `config` names, checked. Raises Refused where it is bad, or not to be had."""
+    """The data set that `config` names, checked. Raises UsageError where it is bad, or not to be had."""
     try:
         return SOURCES[config.source](config)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
-        raise Refused(f"cannot read {config.source} under --data.root {config.root}: {error}") from error
+        raise UsageError(f"cannot read {config.source} under --data.root {config.root}: {error}") from error
 
 
 def hold_out(split: Split, n: int) -> tuple[Split, Split]:
     """Divides `split` into what is left to train on and `n` held-out samples, the same ones in every run."""
     if n >= len(split):
-        raise Refused(f"--data.validation {n} has to be below the {len(split):,} images of the training set")
+        raise UsageError(
+            f"--data.validation {n} has to be below the {len(split):,} images of the training set"
+        )
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(split))
     return split.subset(np.sort(order[n:])), split.subset(np.sort(order[:n]))
 
@@ -304,18 +306,22 @@ def imagefolder(config: DataConfig) -> Source:
     """root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG; decoded for the resident loader alone."""
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise Refused(f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images")
+        raise UsageError(
+            f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images"
+        )
     held = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not held:
         absent = "test (or val)" if (root / "train").is_dir() else "train"
-        raise Refused(f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*")
+        raise UsageError(
+            f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*"
+        )
 
     outside: list[Path] = []
     parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", held[0])}
     classes = tuple(parts["train"])
     unknown = [name for name in parts[held[0]] if name not in classes]
     if unknown:
-        raise Refused(
+        raise UsageError(
             f"{root / held[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
         )
     notes = [f"{root} has both test and val: test is used"] if len(held) == 2 else []
@@ -380,7 +386,7 @@ def _without_bad(
         good[part] = {name: [path for path in own if path not in bad] for name, own in files.items()}
         for name, left in good[part].items():
             if not left:
-                raise Refused(
+                raise UsageError(
                     f"no image in {root / part / name} can be used, such as {files[name][0].name} "
                     f"({bad[files[name][0]]}): replace them or remove that class"
                 )
@@ -407,7 +413,7 @@ def _one_line(note: str) -> str:
 
 def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> ClassFiles:
     """The image files of each class folder of root/part, both in the order of their names; with those that are links to
-    nothing, where `broken`, else Refused. Links that lead out of root are added to `outside`: shared data sets are
+    nothing, where `broken`, else UsageError. Links that lead out of root are added to `outside`: shared data sets are
     often linked together, so they are read, and said."""
     folder = root / part
     inside = Path(os.path.realpath(root))
@@ -418,7 +424,7 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
 
     def checked(path: Path, broken: bool = False) -> Path:
         if path.is_symlink() and not path.exists() and not broken:
-            raise Refused(
+            raise UsageError(
                 f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it"
             )
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
@@ -439,10 +445,10 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
     classes = {entry.name: path for entry in visible(folder) if (path := checked(Path(entry.path))).is_dir()}
     files = {name: list(images(of_class)) for name, of_class in classes.items()}
     if not files:
-        raise Refused(f"no class folders in {folder}: images belong into {folder}/CLASS/")
+        raise UsageError(f"no class folders in {folder}: images belong into {folder}/CLASS/")
     for name, paths in files.items():
         if not paths:
-            raise Refused(
+            raise UsageError(
                 f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}: fill or remove that class"
             )
     return files

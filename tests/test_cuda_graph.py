@@ -29,19 +29,19 @@ from fastres.train import train
 from fastres.training import cuda_graph
 from fastres.training.cuda_graph import (
     CannotRecord,
+    DeviceTable,
     GraphedEvaluation,
     GraphedStep,
-    HostRecorder,
+    OpRecorder,
     Recording,
-    Rows,
     recorded,
 )
-from fastres.training.engine import Engine, can_graph, resolve
+from fastres.training.engine import Engine, cuda_graph_support, resolve
 from fastres.training.optim import build_optimizer
 from fastres.training.step import Evaluator, TrainStep
-from fastres.utils.errors import Failed
+from fastres.utils.errors import RunError
 from tests.commands import run_fastres
-from tests.fixtures import refused
+from tests.fixtures import rejected
 
 CPU = torch.device("cpu")
 # Epochs of 22.5 steps, blocks of 7: neither ends where an evaluation or a checkpoint falls, and the last block has 2.
@@ -136,7 +136,7 @@ def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
     reasons = []
     for graphed in (False, True):
         flags = ("--optim.lr", 1e30, "--train.log_every", 30, "--run.checkpoint_every", 100)
-        with pytest.raises(Failed) as caught:
+        with pytest.raises(RunError) as caught:
             run(tmp_path / f"{graphed}", *flags, "--train.eval_every", 30, graphed=graphed)
         reasons.append(str(caught.value).partition(";")[0])
     assert reasons[0] == reasons[1] and "the loss became non-finite at step " in reasons[0]
@@ -150,9 +150,7 @@ def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoad
     """As train() does."""
     config = parse([*SHORT, *flags])
     engine, source = resolve(config), load_source(config.data)
-    loader = build_loader(
-        config, source, source.train, device=engine.device, dtype=engine.dtype, rank=0, world=1
-    )
+    loader = build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
     torch.manual_seed(0)
     model = engine.place(build_model("resnet8", in_channels=source.channels))
     if not recordable:
@@ -178,7 +176,7 @@ def take(step: TrainStep | GraphedStep, loader: Any, first: int, last: int) -> N
 
 
 def graphed_step(step: TrainStep, loader: ResidentLoader) -> GraphedStep:
-    return GraphedStep(step, loader, lr_at, HostRecorder(CPU))
+    return GraphedStep(step, loader, lr_at, OpRecorder(CPU))
 
 
 def test_the_learning_rate_is_the_steps_own_in_every_group() -> None:
@@ -194,7 +192,7 @@ def test_python_numbers_stay_what_they_were() -> None:
     """So a recording of TrainStep's own call would keep its first learning rate."""
     step, loader, _ = build()
     batch, lr = next(loader.train(0, 1)), [0.5]
-    recording = HostRecorder(CPU).record(lambda: step(*batch, lr[0], 0), step.changed)
+    recording = OpRecorder(CPU).record(lambda: step(*batch, lr[0], 0), step.changed)
     lr[0] = 0.25
     recording.replay()
     assert step.lr == 0.5
@@ -206,7 +204,7 @@ def test_recording_leaves_no_trace(precision: str) -> None:
     take(step, loader, 0, 3)
     before = checkpoint.digest(step.state_dict())
     graphed_step(step, loader)
-    GraphedEvaluation(evaluate, loader, HostRecorder(CPU))
+    GraphedEvaluation(evaluate, loader, OpRecorder(CPU))
     assert checkpoint.digest(step.state_dict()) == before
     assert all(p.grad is None for p in step.model.parameters())
     take(step, loader, 3, 5)  # and a step may still be taken without it
@@ -277,7 +275,7 @@ def test_a_replay_runs_no_python_of_the_step_and_no_new_memory() -> None:
 
 def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
     step, loader, evaluate = build()
-    replayed = GraphedEvaluation(evaluate, loader, HostRecorder(CPU))  # 15 batches of 100, the last filled up
+    replayed = GraphedEvaluation(evaluate, loader, OpRecorder(CPU))  # 15 batches of 100, the last filled up
     seen = []
     for i in range(3):
         totals = evaluate(replayed.evaluate())
@@ -348,9 +346,9 @@ def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
 
 
 def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
-    rows = Rows({"a": torch.zeros(0, 2)}, 3, CPU)
+    rows = DeviceTable({"a": torch.zeros(0, 2)}, 3, CPU)
     taken = torch.zeros(2)
-    recording = HostRecorder(CPU).record(lambda: taken.copy_(rows.take()["a"]), [taken, *rows.changed])
+    recording = OpRecorder(CPU).record(lambda: taken.copy_(rows.take()["a"]), [taken, *rows.changed])
     for table in (torch.arange(6.0).reshape(3, 2), torch.full((2, 2), 7.0), torch.full((1, 2), 8.0)):
         rows.fill({"a": table})
         for row in table:
@@ -385,14 +383,14 @@ def test_what_waits_or_comes_from_the_host_is_refused_by_its_name_and_place(
 ) -> None:
     x = torch.ones(4)
     with pytest.raises(CannotRecord) as caught:
-        HostRecorder(CPU).record(lambda: work(x), [])
+        OpRecorder(CPU).record(lambda: work(x), [])
     assert why in str(caught.value) and f"({__name__}, line " in str(caught.value)
 
 
 def test_memory_that_grows_is_refused() -> None:
     x, losses = torch.ones(4), list[Tensor]()
     with pytest.raises(CannotRecord, match="the work holds 16 bytes more each time"):
-        HostRecorder(CPU).record(lambda: losses.append(x * 2), [])
+        OpRecorder(CPU).record(lambda: losses.append(x * 2), [])
 
 
 def test_a_graph_of_gradients_from_before_is_refused() -> None:
@@ -405,15 +403,15 @@ def test_a_graph_of_gradients_from_before_is_refused() -> None:
 
     loss = (weight * 2).sum()
     with pytest.raises(CannotRecord, match="a graph of gradients of 1 tensors is still held"):
-        HostRecorder(CPU).record(work, [weight])
+        OpRecorder(CPU).record(work, [weight])
     del loss
-    HostRecorder(CPU).record(work, [weight])
+    OpRecorder(CPU).record(work, [weight])
 
 
 def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
     """As a GPU's graph would: a gradient, an output."""
     x, out = torch.ones(4), dict[str, Tensor]()
-    recording = HostRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
+    recording = OpRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
     held = out["doubled"]
     x.fill_(5)
     recording.replay()
@@ -423,11 +421,11 @@ def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
 def test_a_write_that_nobody_was_told_of_is_refused() -> None:
     x, kept = torch.ones(4), torch.zeros(4)
     with pytest.raises(CannotRecord, match=r"the work writes to a tensor \(4,\), not said to change"):
-        HostRecorder(CPU).record(lambda: kept.add_(x), [])
+        OpRecorder(CPU).record(lambda: kept.add_(x), [])
     norm = nn.BatchNorm2d(2)  # whose operator does not say that it writes
     with pytest.raises(CannotRecord, match="not said to change"):
-        HostRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [])
-    HostRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [*norm.buffers()])
+        OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [])
+    OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [*norm.buffers()])
 
 
 def test_state_that_is_made_at_the_first_step_is_refused() -> None:
@@ -440,12 +438,12 @@ def test_state_that_is_made_at_the_first_step_is_refused() -> None:
         weight.sub_(state["momentum"])
 
     with pytest.raises(CannotRecord, match="not said to change"):
-        HostRecorder(CPU).record(work, [weight])
+        OpRecorder(CPU).record(work, [weight])
 
 
 def test_memory_that_moves_is_noticed_at_the_replay() -> None:
     x, out = torch.ones(4), torch.zeros(4)
-    recording: Recording = HostRecorder(CPU).record(lambda: out.copy_(x * 2), [out])
+    recording: Recording = OpRecorder(CPU).record(lambda: out.copy_(x * 2), [out])
     x.resize_(1000)
     with pytest.raises(CannotRecord, match="has changed what it holds"):
         recording.replay()
@@ -463,7 +461,7 @@ def test_a_cpu_has_no_graphs_and_says_why() -> None:
     assert not engine.cuda_graph
     assert "cuda_graph: false (CUDA graphs are for GPUs)" in engine.reasons
     assert not any("cuda_graph" in line for line in engine_of("--engine.cuda_graph", "false").reasons)
-    with refused("engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto"):
+    with rejected("engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto"):
         engine_of("--engine.cuda_graph", "true")
 
 
@@ -482,7 +480,7 @@ def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "world", "why", "remedy"),
+    ("flags", "world_size", "why", "remedy"),
     [
         ("", "1", None, ""),
         ("", "2", "2 processes exchange gradients in every step, which is not captured", "leave it at auto"),
@@ -493,10 +491,10 @@ def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Pa
     ],
 )  # fmt: skip
 def test_what_a_gpu_needs_for_it(
-    monkeypatch: pytest.MonkeyPatch, flags: str, world: str, why: str | None, remedy: str
+    monkeypatch: pytest.MonkeyPatch, flags: str, world_size: str, why: str | None, remedy: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world)
-    found, reason, todo = can_graph(parse([*SHORT, *flags.split()]), torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    found, reason, todo = cuda_graph_support(parse([*SHORT, *flags.split()]), torch.device("cuda"))
     assert found == (why is None)
     assert (why or "the data set is on the GPU") in reason and remedy in todo
 
@@ -508,7 +506,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     before, said = checkpoint.digest(step.state_dict()), list[str]()
     why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_graph, line "
     if asked_for:
-        with pytest.raises(Failed) as caught:
+        with pytest.raises(RunError) as caught:
             recorded(step, evaluate, loader, loader, lr_at, said.append)
         line = str(caught.value)
         assert (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, chisquare, ks_2samp, kstest, uniform
 
-from fastres.data.sampling import Order, Samples, permutation, sample_generator, words
+from fastres.data.sampling import SampleOrder, Samples, permutation, sample_generator, words
 
 FIELDS = ("epoch", "index", "dy", "dx", "flip")
 
@@ -25,7 +25,7 @@ def everything(samples: Samples) -> list[tuple[float, ...]]:
     return [tuple(row) for row in np.column_stack(list(vars(samples).values())).tolist()]
 
 
-def by_the_specification(order: Order, step: int) -> list[tuple[int, ...]]:
+def by_the_specification(order: SampleOrder, step: int) -> list[tuple[int, ...]]:
     """Step `step` of all processes, sample by sample, from raw Philox words."""
 
     def word(epoch: int, stream: int, position: int) -> int:
@@ -54,14 +54,14 @@ def by_the_specification(order: Order, step: int) -> list[tuple[int, ...]]:
     ],
 )
 def test_sample_j_is_perm_of_seed_and_j_div_n_at_j_mod_n(n: int, batch: int, pad: int, flip: bool) -> None:
-    order = Order(n=n, batch=batch, seed=11, pad=pad, flip=flip)
+    order = SampleOrder(n=n, batch=batch, seed=11, pad=pad, flip=flip)
     for step in range(6):
         assert rows(order.samples(step, step + 1)) == by_the_specification(order, step)
 
 
 small = st.integers(1, 40)
 orders = st.builds(
-    Order, n=small, batch=st.sampled_from([4, 8, 12]), seed=st.integers(0, 2**64 - 1), pad=st.integers(0, 4),
+    SampleOrder, n=small, batch=st.sampled_from([4, 8, 12]), seed=st.integers(0, 2**64 - 1), pad=st.integers(0, 4),
     flip=st.sampled_from([False, True, "alternating"]), size=st.integers(1, 40), cutout=st.booleans(),
     mixup=st.sampled_from([0.0, 0.2, 1.0]), cutmix=st.sampled_from([0.0, 1.0, 2.0]),
 )  # fmt: skip
@@ -69,7 +69,7 @@ orders = st.builds(
 
 @settings(max_examples=50, deadline=None)
 @given(order=orders, a=st.integers(0, 30), length=st.integers(0, 9), cut=st.integers(0, 9))
-def test_blocks_join_and_batches_are_full(order: Order, a: int, length: int, cut: int) -> None:
+def test_blocks_join_and_batches_are_full(order: SampleOrder, a: int, length: int, cut: int) -> None:
     b, c = a + min(cut, length), a + length
     whole = everything(order.samples(a, c))
     assert everything(order.samples(a, b)) + everything(order.samples(b, c)) == whole
@@ -77,13 +77,15 @@ def test_blocks_join_and_batches_are_full(order: Order, a: int, length: int, cut
 
 
 @settings(max_examples=50, deadline=None)
-@given(order=orders, step=st.integers(0, 30), world=st.sampled_from([1, 2, 4]))
-def test_the_shares_of_the_processes_make_up_the_global_batch(order: Order, step: int, world: int) -> None:
+@given(order=orders, step=st.integers(0, 30), world_size=st.sampled_from([1, 2, 4]))
+def test_the_shares_of_the_processes_make_up_the_global_batch(
+    order: SampleOrder, step: int, world_size: int
+) -> None:
     shares = [
-        Order(**{**vars(order), "rank": rank, "world": world}).samples(step, step + 1)
-        for rank in range(world)
+        SampleOrder(**{**vars(order), "rank": rank, "world_size": world_size}).samples(step, step + 1)
+        for rank in range(world_size)
     ]
-    assert {len(share.index) for share in shares} == {order.batch // world}
+    assert {len(share.index) for share in shares} == {order.batch // world_size}
     assert [row for share in shares for row in everything(share)] == everything(order.samples(step, step + 1))
 
 
@@ -95,10 +97,10 @@ def test_a_permutation_has_every_sample_once(seed: int, epoch: int, n: int) -> N
 
 def test_other_seeds_and_epochs_have_other_orders() -> None:
     seeds = [0, 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
-    epochs = [int(e) for e in Order(n=100, batch=100, seed=0).samples(0, 3).epoch[::100]]
+    epochs = [int(e) for e in SampleOrder(n=100, batch=100, seed=0).samples(0, 3).epoch[::100]]
     assert epochs == [0, 1, 2]
     orders = {
-        tuple(Order(n=100, batch=100, seed=seed).samples(epoch, epoch + 1).index.tolist())
+        tuple(SampleOrder(n=100, batch=100, seed=seed).samples(epoch, epoch + 1).index.tolist())
         for seed in seeds
         for epoch in epochs
     }
@@ -110,7 +112,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
     drawn = [
         {
             row[:2]: row[2:]
-            for row in rows(Order(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))
+            for row in rows(SampleOrder(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))
         }
         for batch, steps in ((60, 3), (12, 15), (45, 4), (180, 1))
     ]
@@ -119,13 +121,13 @@ def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
         assert one == other
     epochs = [[drawn[0][epoch, index] for index in range(n)] for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
-    flips = {row[:2]: row[4] for row in rows(Order(n=n, batch=60, seed=3, flip=True).samples(0, 3))}
+    flips = {row[:2]: row[4] for row in rows(SampleOrder(n=n, batch=60, seed=3, flip=True).samples(0, 3))}
     assert flips == {key: draw[2] for key, draw in drawn[0].items()}  # whether there is a crop or not
 
 
 def test_crops_and_flips_are_uniform_and_independent() -> None:
     n, sides = 90_000, 9
-    samples = Order(n=n, batch=n, seed=0, pad=4, flip=True).samples(0, 1)
+    samples = SampleOrder(n=n, batch=n, seed=0, pad=4, flip=True).samples(0, 1)
     cells = (samples.dy * sides + samples.dx) * 2 + samples.flip
     observed = np.bincount(cells, minlength=sides * sides * 2)
     assert len(observed) == sides * sides * 2
@@ -137,7 +139,7 @@ def test_crops_and_flips_are_uniform_and_independent() -> None:
 
 
 def test_alternating_flip_mirrors_every_other_epoch() -> None:
-    order = Order(n=1_000, batch=1_000, seed=0, flip="alternating")
+    order = SampleOrder(n=1_000, batch=1_000, seed=0, flip="alternating")
     flips = []
     for epoch in range(4):
         samples = order.samples(epoch, epoch + 1)
@@ -145,7 +147,7 @@ def test_alternating_flip_mirrors_every_other_epoch() -> None:
     assert 440 < flips[0].sum() < 560
     for one, other in pairwise(flips):
         assert (one != other).all()
-    assert (flips[0] == Order(n=1_000, batch=1_000, seed=0, flip=True).samples(0, 1).flip[
+    assert (flips[0] == SampleOrder(n=1_000, batch=1_000, seed=0, flip=True).samples(0, 1).flip[
         np.argsort(order.samples(0, 1).index)
     ]).all()  # fmt: skip
 
@@ -155,7 +157,7 @@ drawing = {"n": N, "batch": N, "seed": 0, "size": 32}
 
 
 def test_cutouts_are_centred_on_every_pixel_alike() -> None:
-    samples = Order(**drawing, pad=4, flip=True, cutout=True).samples(0, 1)
+    samples = SampleOrder(**drawing, pad=4, flip=True, cutout=True).samples(0, 1)
     y, x = samples.cutout.T
     assert chisquare(np.bincount(y * 32 + x, minlength=32 * 32)).pvalue > 0.001
     others = np.column_stack([samples.dy, samples.dx, samples.flip])
@@ -165,7 +167,7 @@ def test_cutouts_are_centred_on_every_pixel_alike() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
 def test_mixup_shares_are_beta_distributed(alpha: float) -> None:
-    samples = Order(**drawing, mixup=alpha).samples(0, 1)
+    samples = SampleOrder(**drawing, mixup=alpha).samples(0, 1)
     assert kstest(samples.blend, beta(alpha, alpha).cdf).pvalue > 0.001
     assert not samples.box.any()
 
@@ -173,7 +175,7 @@ def test_mixup_shares_are_beta_distributed(alpha: float) -> None:
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_cutmix_boxes_have_beta_distributed_areas_around_uniform_centres(alpha: float) -> None:
     size = 1_024  # large, so that rounding to pixels and the borders do not matter
-    samples = Order(**{**drawing, "size": size}, cutmix=alpha).samples(0, 1)
+    samples = SampleOrder(**{**drawing, "size": size}, cutmix=alpha).samples(0, 1)
     assert (samples.blend == 1).all()
     top, bottom, left, right = samples.box.T
     assert (top >= 0).all() and (bottom <= size).all() and (top <= bottom).all()
@@ -192,7 +194,7 @@ def test_cutmix_boxes_have_beta_distributed_areas_around_uniform_centres(alpha: 
 
 
 def test_a_coin_decides_between_mixup_and_cutmix() -> None:
-    samples = Order(**drawing, mixup=1.0, cutmix=1.0).samples(0, 1)
+    samples = SampleOrder(**drawing, mixup=1.0, cutmix=1.0).samples(0, 1)
     pasted = samples.blend == 1
     assert 0.48 < pasted.mean() < 0.52
     assert not samples.box[~pasted].any()
@@ -203,7 +205,7 @@ def test_a_coin_decides_between_mixup_and_cutmix() -> None:
 def test_neighbours_are_any_two() -> None:
     """What mixup mixes: in a batch's order, over the epochs, every pair is met about equally often."""
     n, epochs = 8, 4_000
-    index = Order(n=n, batch=n, seed=0).samples(0, epochs).index.reshape(-1, 2)
+    index = SampleOrder(n=n, batch=n, seed=0).samples(0, epochs).index.reshape(-1, 2)
     low, high = np.sort(index, axis=1).T
     met = np.bincount(low * n + high, minlength=n * n).reshape(n, n)[np.triu_indices(n, 1)]
     assert chisquare(met).pvalue > 0.001
@@ -216,13 +218,15 @@ def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
     assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert permutation(1, 0, 10).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
     assert permutation(7, 3, 50_000)[:5].tolist() == [38556, 22299, 8306, 33912, 39504]
-    assert rows(Order(n=10, batch=4, seed=5, pad=4, flip=True).samples(2, 3)) == [
+    assert rows(SampleOrder(n=10, batch=4, seed=5, pad=4, flip=True).samples(2, 3)) == [
         (0, 7, 2, 2, 0),
         (0, 8, 8, 1, 0),
         (1, 7, 3, 5, 0),
         (1, 4, 4, 1, 0),
     ]
-    order = Order(n=10, batch=4, seed=5, size=32, flip="alternating", cutout=True, mixup=0.2, cutmix=1.0)
+    order = SampleOrder(
+        n=10, batch=4, seed=5, size=32, flip="alternating", cutout=True, mixup=0.2, cutmix=1.0
+    )
     assert everything(order.samples(2, 3)) == [
         (0, 7, 0, 0, 0, 14, 3, pytest.approx(1.8154185e-14), 0, 0, 0, 0),
         (0, 8, 0, 0, 0, 24, 26, pytest.approx(0.98144223), 0, 0, 0, 0),
