@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, from whose fields the command line comes, and what cannot be together.
+"""Run configuration: frozen dataclasses whose fields define the command line.
 
 The defaults are He et al.'s CIFAR-10 schedule (2015, section 4.2), so a recipe states only what differs from it.
 """
@@ -6,18 +6,13 @@ The defaults are He et al.'s CIFAR-10 schedule (2015, section 4.2), so a recipe 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import math
-import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from fastres.utils.errors import UsageError, first_line
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is
@@ -235,9 +230,9 @@ class EngineConfig:
     deterministic: bool = False
     """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
 
-    conv: Literal["auto", "torch", "own"] = "auto"
-    """3x3 convolutions of up to 64 channels in training. own: this project's C++ kernels, for a CPU with avx512_bf16
-    in bf16; auto takes them where they were measured faster."""
+    conv: Literal["auto", "torch", "cpp"] = "auto"
+    """3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, for a CPU with avx512_bf16
+    in bf16; auto takes them if they were measured faster."""
 
     compress_gradients: bool = False
     """Processes exchange their gradients in bf16, half the bytes; refused where the backend cannot add bf16."""
@@ -294,112 +289,13 @@ FIELDS = [  # `section.field`, each
 ]
 
 
-# ------------------------------------------------------------------------------------------- checking
-
-
-def check(config: Config) -> None:
-    """Refuses values that are each of the right type and cannot be together; loads and writes nothing."""
-    import torch
-
-    from fastres.models.registry import build_model
-
-    def refuse_if(wrong: bool, line: str) -> None:
-        if wrong:
-            raise UsageError(line)
-
-    for section in SECTIONS:
-        for name, value in vars(getattr(config, section)).items():
-            refuse_if(
-                isinstance(value, float) and not math.isfinite(value),
-                f"{section}.{name}: {value} is not finite",
-            )
-            for number in value if isinstance(value, tuple) else (value,):
-                refuse_if(
-                    isinstance(number, int) and number >= 2**63 and name != "seed",
-                    f"{section}.{name}: a number of {len(str(number))} digits does not fit into 64 bits",
-                )
-    data, train, optim, schedule = config.data, config.train, config.optim, config.schedule
-    refuse_if(train.label_smoothing >= 1, f"train.label_smoothing: {train.label_smoothing} is not below 1")
-    for name in ("momentum", "muon_momentum"):
-        share = getattr(optim, name)
-        refuse_if(share >= 1, f"optim.{name}: {share} is not below 1")
-    refuse_if(optim.nesterov and optim.momentum == 0, "optim.nesterov: needs optim.momentum above 0")
-    refuse_if(
-        optim.name == "muon" and config.engine.precision == "fp16",
-        "optim.name muon: does not know of fp16's loss scale; use engine.precision bf16 or fp32",
-    )
-    refuse_if(
-        list(schedule.milestones) != sorted(set(schedule.milestones))
-        or min(schedule.milestones, default=1) < 1,
-        f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
-    )
-    refuse_if(
-        schedule.warmup_steps > train.steps,
-        f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({train.steps})",
-    )
-    refuse_if(
-        not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.engine.device),
-        f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
-    )
-    for name in ("warmup_scale", "final_scale"):
-        share = getattr(schedule, name)
-        refuse_if(share > 1, f"schedule.{name}: {share} is more than 1; it is a share of optim.lr")
-    refuse_if(config.run.seed >= 2**64, f"run.seed: {config.run.seed} does not fit into 64 bits")
-    needs_size = data.augment == "resized_crop" or data.source == "synthetic"
-    refuse_if(
-        data.augment == "resized_crop" and data.image_size is None,
-        "data.augment resized_crop needs data.image_size, such as --data.image_size 224",
-    )
-    refuse_if(
-        data.augment == "resized_crop" and data.loader == "resident",
-        "data.augment resized_crop works from files as they are: use --data.loader dali or dataloader",
-    )
-    for name in ("cutout", "mixup", "cutmix"):
-        refuse_if(
-            data.augment == "none" and getattr(data, name) > 0,
-            f"data.{name}: data.augment none leaves images as they are; leave one of them out",
-        )
-    refuse_if(
-        data.skip_bad and data.source != "imagefolder",
-        "data.skip_bad leaves out files of images: it needs --data.source imagefolder",
-    )
-    refuse_if(
-        data.image_size is not None and needs_size and data.image_size < 8,
-        f"data.image_size: {data.image_size} is below 8",
-    )
-    for extra in ("tensorboard", "wandb"):
-        refuse_if(
-            getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
-            f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
-        )
-    refuse_if(
-        config.model.sync_norm and bool(config.model.options.get("fused_convolutions")),
-        "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
-    )
-    for name in ("num_classes", "in_channels"):
-        refuse_if(
-            name in config.model.options,
-            f"model.options: {name} comes from the data; --model.num_classes sets the size of the head",
-        )
-    try:
-        with torch.device("meta"):
-            norm = "fused" if config.model.norm == "fused" else "torch"
-            classes = config.model.num_classes or 10
-            build_model(config.model.name, norm=norm, num_classes=classes, **model_options(config.model))
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UsageError(f"model: {first_line(error)}") from None
-
-
 def model_options(model: ModelConfig) -> dict[str, Any]:
-    """What build_model takes beside the name and the sizes that come from the data."""
+    """Return the arguments of build_model besides the name and the sizes that come from the data."""
     return model.options | ({} if model.shortcut is None else {"shortcut": model.shortcut})
 
 
-# ------------------------------------------------------------------------------------------- writing
-
-
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain dicts and lists, without the fields that say where the run is kept."""
+    """Return the configuration as plain dicts and lists, without the fields that say where the run is kept."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in LOCAL_FIELDS:
         del plain["run"][name]
@@ -407,14 +303,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; fed back with --config it repeats the run."""
+    """Return the resolved configuration as YAML, which --config accepts to repeat the run."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two to_dict(), one `section.field: old -> new` each; the recipe's name does not count.
+    """Return the differences between two to_dict() as `section.field: old -> new`; the recipe's name does not count.
 
-    A field that a run was written without, by an earlier version, had what is now the default.
+    A field that an earlier version did not write had what is now the default.
     """
     lines, defaults = [], to_dict(Config())
     for section in SECTIONS:

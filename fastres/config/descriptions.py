@@ -1,0 +1,42 @@
+"""What a field takes, in the words of an error message."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fastres.config.schema import Config
+
+
+def describe(key: str) -> str:
+    """Return what the field `section.name` takes, in words, from its type."""
+    section, _, name = key.partition(".")
+    kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name.split(".")[0]]
+    return " or ".join(
+        _describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,))
+    )
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _describe_type(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list of whole numbers such as [32000, 48000]"
+    if typing.get_origin(kind) is dict:
+        return "a mapping such as {stem: small}"
+    return {
+        bool: "true or false",
+        str: "text",
+        PositiveInt: "a whole number above 0",
+        NonNegativeInt: "a whole number, 0 or above",
+        PositiveFloat: "a number above 0",
+        NonNegativeFloat: "a number, 0 or above",
+        type(None): "null",
+    }[kind]

@@ -1,0 +1,113 @@
+"""Configuration files and recipes, as nested dictionaries."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastres.config.descriptions import describe
+from fastres.config.schema import FIELDS, SECTIONS
+from fastres.config.tutorial import TUTORIAL_KEYS, translate_tutorial
+from fastres.utils.errors import UsageError
+from fastres.utils.suggest import did_you_mean
+
+MOST_VALUES = 10_000  # in a configuration file: nine lines of YAML's anchors can stand for billions
+# Values that have another name since version 0.2; the old ones are accepted for one version.
+RENAMED_VALUES: dict[str, dict[str, str]] = {"engine.conv": {"own": "cpp"}}
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """Return a configuration file (YAML or JSON) as a nested dict; the tutorial's flat config.json is translated.
+
+    Raises:
+        UsageError: if the file cannot be read, or has an unknown section or field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _count(content) > MOST_VALUES:
+            raise UsageError(
+                f"{path}: more than {MOST_VALUES:,} values after expanding YAML aliases; split the file or remove the aliases"
+            )
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise UsageError(f"cannot read configuration file {path}: {reason}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}"
+        )
+    if set(content) & set(TUTORIAL_KEYS):
+        return translate_tutorial(content, path)
+    _check_fields(content, path)
+    return content
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes, sorted."""
+    folder = resources.files("fastres.config.recipes")
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Return a packaged recipe as a nested dict. Raise UsageError if there is none of that name."""
+    if name not in recipe_names():
+        raise UsageError(
+            f"unknown recipe {name!r}{did_you_mean(name, recipe_names())}; there are: {', '.join(recipe_names())}"
+        )
+    with resources.as_file(resources.files("fastres.config.recipes") / f"{name}.yaml") as path:
+        return load_file(path)
+
+
+def rename_values(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a nested configuration with the present names of values that were renamed."""
+    for key, names in RENAMED_VALUES.items():
+        section, _, name = key.partition(".")
+        fields = content.get(section)
+        if isinstance(fields, dict) and isinstance(fields.get(name), str) and fields[name] in names:
+            content = content | {section: fields | {name: names[fields[name]]}}
+    return content
+
+
+def _check_fields(content: dict[str, Any], path: Path) -> None:
+    """Raise UsageError for what jsonargparse accepts in a file: command-line flags, unknown sections, null anywhere."""
+    for section, fields in content.items():
+        if section == "recipe":
+            if not isinstance(fields, str):
+                raise UsageError(f"{path}: recipe: {fields!r} is not the name of a recipe")
+            continue
+        if section not in SECTIONS:
+            near = did_you_mean(str(section), SECTIONS)
+            raise UsageError(f"{path}: unknown section {section!r}{near}; there are: {', '.join(SECTIONS)}")
+        if not isinstance(fields, dict):
+            raise UsageError(
+                f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}"
+            )
+        for name, value in fields.items():
+            key = f"{section}.{name}"
+            if key not in FIELDS:  # jsonargparse would import the module of a field class_path
+                raise UsageError(
+                    f"{path}: unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all"
+                )
+            if value is None and "null" not in describe(key):
+                raise UsageError(f"{path}: {key}: null is not {describe(key)}")
+
+
+def _count(value: Any, known: dict[int, int] | None = None) -> int:
+    """Return the number of values in a value, repeated ones each time. Raise ValueError if one contains itself."""
+    known = {} if known is None else known
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0  # until it is known
+        known[id(value)] = 1 + sum(
+            _count(item, known) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    if known[id(value)] == 0:
+        raise ValueError("a value holds itself")
+    return known[id(value)]

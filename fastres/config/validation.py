@@ -1,0 +1,124 @@
+"""Rejection of values that each have the right type and are incompatible. Nothing is loaded or written."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+
+from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, ScheduleConfig, model_options
+from fastres.utils.errors import UsageError, first_line
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for the first value that is out of range or incompatible with another."""
+    _check_numbers(config)
+    _check_training(config)
+    _check_schedule(config.schedule, config.train.steps)
+    _reject_if(
+        not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.engine.device),
+        f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
+    )
+    _check_data(config.data)
+    for extra in ("tensorboard", "wandb"):
+        _reject_if(
+            getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
+            f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
+        )
+    _check_model(config.model)
+
+
+def _reject_if(wrong: bool, line: str) -> None:
+    if wrong:
+        raise UsageError(line)
+
+
+def _check_numbers(config: Config) -> None:
+    for section in SECTIONS:
+        for name, value in vars(getattr(config, section)).items():
+            _reject_if(
+                isinstance(value, float) and not math.isfinite(value),
+                f"{section}.{name}: {value} is not finite",
+            )
+            for number in value if isinstance(value, tuple) else (value,):
+                _reject_if(
+                    isinstance(number, int) and number >= 2**63 and name != "seed",
+                    f"{section}.{name}: a number of {len(str(number))} digits does not fit into 64 bits",
+                )
+    _reject_if(config.run.seed >= 2**64, f"run.seed: {config.run.seed} does not fit into 64 bits")
+
+
+def _check_training(config: Config) -> None:
+    train, optim = config.train, config.optim
+    _reject_if(train.label_smoothing >= 1, f"train.label_smoothing: {train.label_smoothing} is not below 1")
+    for name in ("momentum", "muon_momentum"):
+        share = getattr(optim, name)
+        _reject_if(share >= 1, f"optim.{name}: {share} is not below 1")
+    _reject_if(optim.nesterov and optim.momentum == 0, "optim.nesterov: needs optim.momentum above 0")
+    _reject_if(
+        optim.name == "muon" and config.engine.precision == "fp16",
+        "optim.name muon: does not know of fp16's loss scale; use engine.precision bf16 or fp32",
+    )
+
+
+def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
+    _reject_if(
+        list(schedule.milestones) != sorted(set(schedule.milestones))
+        or min(schedule.milestones, default=1) < 1,
+        f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
+    )
+    _reject_if(
+        schedule.warmup_steps > steps,
+        f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({steps})",
+    )
+    for name in ("warmup_scale", "final_scale"):
+        share = getattr(schedule, name)
+        _reject_if(share > 1, f"schedule.{name}: {share} is more than 1; it is a share of optim.lr")
+
+
+def _check_data(data: DataConfig) -> None:
+    resizes = data.augment == "resized_crop"
+    _reject_if(
+        resizes and data.image_size is None,
+        "data.augment resized_crop needs data.image_size, such as --data.image_size 224",
+    )
+    _reject_if(
+        resizes and data.loader == "resident",
+        "data.augment resized_crop works from files as they are: use --data.loader dali or dataloader",
+    )
+    for name in ("cutout", "mixup", "cutmix"):
+        _reject_if(
+            data.augment == "none" and getattr(data, name) > 0,
+            f"data.{name}: data.augment none leaves images as they are; leave one of them out",
+        )
+    _reject_if(
+        data.skip_bad and data.source != "imagefolder",
+        "data.skip_bad leaves out files of images: it needs --data.source imagefolder",
+    )
+    _reject_if(
+        data.image_size is not None and (resizes or data.source == "synthetic") and data.image_size < 8,
+        f"data.image_size: {data.image_size} is below 8",
+    )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Build the network on the meta device, so that a wrong option is rejected in the model's own words."""
+    import torch
+
+    from fastres.models.registry import build_model
+
+    _reject_if(
+        model.sync_norm and bool(model.options.get("fused_convolutions")),
+        "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
+    )
+    for name in ("num_classes", "in_channels"):
+        _reject_if(
+            name in model.options,
+            f"model.options: {name} comes from the data; --model.num_classes sets the size of the head",
+        )
+    try:
+        with torch.device("meta"):
+            norm = "fused" if model.norm == "fused" else "torch"
+            build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UsageError(f"model: {first_line(error)}") from None

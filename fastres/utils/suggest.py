@@ -1,0 +1,25 @@
+"""The nearest of several names, for errors about a name that is none of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that is spelled most like `word`, or None if none is similar."""
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return " (did you mean NAME?)", or nothing if no choice is similar."""
+    close = nearest(word, choices)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def unknown(what: str, value: object, choices: Iterable[str], near: str | None = None) -> ValueError:
+    """Return the error for a value that is none of the choices: one line with the nearest and all of them."""
+    choices = list(choices)
+    near = near or nearest(str(value).lower(), choices)
+    hint = f"did you mean {near!r}? " if near else ""
+    return ValueError(f"unknown {what} {value!r}; {hint}choose from {', '.join(choices)}")
