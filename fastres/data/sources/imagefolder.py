@@ -1,0 +1,172 @@
+"""Folders of images: train/CLASS/* and test/CLASS/*."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastres.config.schema import DataConfig
+from fastres.data.sources.cache import Size, keep_bad, kept_images, sizes_and_reasons
+from fastres.data.sources.source import NORMALIZATION, Source, Split
+from fastres.utils.errors import UsageError
+
+NAMED = 3  # files that a note names; their full list is in a file
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
+
+
+def imagefolder(config: DataConfig) -> Source:
+    """root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG; decoded for the resident loader alone."""
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise UsageError(
+            f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images"
+        )
+    held = [name for name in ("test", "val") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not held:
+        absent = "test (or val)" if (root / "train").is_dir() else "train"
+        raise UsageError(
+            f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*"
+        )
+
+    outside: list[Path] = []
+    parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", held[0])}
+    classes = tuple(parts["train"])
+    unknown = [name for name in parts[held[0]] if name not in classes]
+    if unknown:
+        raise UsageError(
+            f"{root / held[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
+        )
+    notes = [f"{root} has both test and val: test is used"] if len(held) == 2 else []
+    if outside:
+        notes.append(_one_line(
+            f"{len(outside):,} links lead out of {root} and are followed; the first is {outside[0]}, "
+            f"to {os.path.realpath(outside[0])}"
+        ))  # fmt: skip
+    if config.skip_bad:
+        parts, said = _without_bad(root, parts, config)
+        notes += said
+
+    def split(part: str) -> Split:
+        index = np.array([classes.index(name) for name in parts[part]], np.int64)
+        labels = np.repeat(index, [len(paths) for paths in parts[part].values()])
+        paths = _flat(parts[part])
+        if config.loader == "resident":
+            images, said = kept_images(root / part, paths, config)
+            notes.extend(said)
+            if images is not None:
+                return Split(labels=labels, images=images)
+        return Split(labels=labels, paths=paths)
+
+    train, test = split("train"), split(held[0])
+    mean, std = NORMALIZATION["imagefolder"]
+    return Source(
+        name="imagefolder",
+        train=train,
+        test=test,
+        classes=classes,
+        mean=mean,
+        std=std,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _flat(files: ClassFiles) -> tuple[Path, ...]:
+    return tuple(path for paths in files.values() for path in paths)
+
+
+def _without_bad(
+    root: Path, parts: dict[str, ClassFiles], config: DataConfig
+) -> tuple[dict[str, ClassFiles], list[str]]:
+    """The files that can be decoded and, where nothing resizes them, are of the size of most training images; and notes
+    that name the others."""
+    size: Size | None = None
+    good: dict[str, ClassFiles] = {}
+    notes: list[str] = []
+    for part, files in parts.items():
+        paths = _flat(files)
+        found, said = sizes_and_reasons(root / part, paths, config)
+        notes += said
+        sizes = Counter(one for one in found if not isinstance(one, str))
+        if config.augment != "resized_crop" and sizes and size is None:
+            size = sizes.most_common(1)[0][0]  # of the training images, which come first
+        bad: dict[Path, str] = {}
+        for path, one in zip(paths, found, strict=True):
+            if isinstance(one, str):
+                bad[path] = one
+            elif size is not None and one != size:
+                bad[path] = f"{one[1]}x{one[0]} pixels, most have {size[1]}x{size[0]}"
+        good[part] = {name: [path for path in own if path not in bad] for name, own in files.items()}
+        for name, left in good[part].items():
+            if not left:
+                raise UsageError(
+                    f"no image in {root / part / name} can be used, such as {files[name][0].name} "
+                    f"({bad[files[name][0]]}): replace them or remove that class"
+                )
+        if bad:
+            notes.append(_bad_note(root / part, bad, len(paths), config))
+    return good, notes
+
+
+def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig) -> str:
+    """One line that counts the files left out of a folder, names the first and says where all are listed."""
+    lines = [f"{path.relative_to(folder)} ({reason})" for path, reason in bad.items()]
+    listed = keep_bad(folder, lines, config)
+    more = f" and {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
+    note = (
+        f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}"
+        + (f"; all are listed in {listed}" if listed else "")
+    )
+    return _one_line(note)
+
+
+def _one_line(note: str) -> str:
+    return " ".join(note.encode("utf-8", "backslashreplace").decode().split())  # a file may have any name
+
+
+def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> ClassFiles:
+    """The image files of each class folder of root/part, both in the order of their names; with those that are links to
+    nothing, where `broken`, else UsageError. Links that lead out of root are added to `outside`: shared data sets are
+    often linked together, so they are read, and said."""
+    folder = root / part
+    inside = Path(os.path.realpath(root))
+
+    def visible(parent: Path) -> list[os.DirEntry[str]]:
+        with os.scandir(parent) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+    def checked(path: Path, broken: bool = False) -> Path:
+        if path.is_symlink() and not path.exists() and not broken:
+            raise UsageError(
+                f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it"
+            )
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            outside.append(path)
+        return path
+
+    def images(of_class: Path) -> Iterator[Path]:
+        for entry in visible(of_class):
+            if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            if not entry.is_symlink():  # the listing tells what it is: no call for each of a million files
+                if entry.is_file():
+                    yield Path(entry.path)
+            elif (path := checked(Path(entry.path), broken)).is_file() or not path.exists():
+                yield path
+
+    checked(folder)
+    classes = {entry.name: path for entry in visible(folder) if (path := checked(Path(entry.path))).is_dir()}
+    files = {name: list(images(of_class)) for name, of_class in classes.items()}
+    if not files:
+        raise UsageError(f"no class folders in {folder}: images belong into {folder}/CLASS/")
+    for name, paths in files.items():
+        if not paths:
+            raise UsageError(
+                f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}: fill or remove that class"
+            )
+    return files

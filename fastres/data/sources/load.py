@@ -1,0 +1,30 @@
+"""The data sets by name. To add one: a function from DataConfig to Source, and a line in SOURCES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastres.config.schema import DataConfig
+from fastres.data.sources.builtin import digits, synthetic
+from fastres.data.sources.imagefolder import imagefolder
+from fastres.data.sources.source import Source
+from fastres.data.sources.torchvision_sets import cifar10, cifar100, fashion_mnist, mnist
+from fastres.utils.errors import UsageError
+
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "digits": digits,
+    "imagefolder": imagefolder,
+    "synthetic": synthetic,
+}
+
+
+def load_source(config: DataConfig) -> Source:
+    """The data set that `config` names, checked. Raises UsageError where it is bad, or not to be had."""
+    try:
+        return SOURCES[config.source](config)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+        raise UsageError(f"cannot read {config.source} under --data.root {config.root}: {error}") from error
