@@ -23,7 +23,8 @@ import torch
 from bench.lib.runs import DATA, GraphedTwin, PlainRun, data_flags, difference, run, same
 from fastres.config.cli import parse
 from fastres.config.schema import Config
-from fastres.data.sources.source import Source, load_source
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source
 from fastres.utils.timing import time_region
 
 GPU = torch.cuda.is_available()

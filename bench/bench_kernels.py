@@ -35,7 +35,8 @@ from fastres.config.schema import Config
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
 from fastres.runs.environment import cpu_name
 from fastres.training.cuda_graph import capturing
-from fastres.training.engine import DTYPES, find_apex, resolve
+from fastres.training.engine import find_apex, resolve_engine
+from fastres.utils.precision import DTYPES
 from fastres_kernels import BatchNormAct2d, Skip
 from fastres_kernels.batchnorm import dispatch_table
 from fastres_kernels.batchnorm.dispatch_table import Table
@@ -206,7 +207,7 @@ class Gpu:
     rounds, region_s = 20, 0.002
 
     def __init__(self) -> None:
-        engine = resolve(Config())  # which switches torch as for training
+        engine = resolve_engine(Config())  # which switches torch as for training
         self.device, self.precision = engine.device, engine.precision
         properties = torch.cuda.get_device_properties(self.device)
         self.name = properties.name

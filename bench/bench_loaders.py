@@ -26,8 +26,8 @@ from bench.lib.paired import interleaved
 from bench.lib.workloads import DEVICE, Batches, Net, engine_training
 from fastres.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from fastres.data.loaders.build import Loader, build_loader
-from fastres.data.sources.source import load_source
-from fastres.training.engine import resolve
+from fastres.data.sources.load import load_source
+from fastres.training.engine import resolve_engine
 from fastres.utils.timing import interleaved as timed
 
 BATCH, ROUNDS = 64, 7
@@ -94,7 +94,7 @@ def built(loader: str, fields: dict[str, Any], batch: int) -> Loader:
         train=TrainConfig(batch_size=batch),
         run=RunConfig(),
     )
-    engine = resolve(config)
+    engine = resolve_engine(config)
     source = load_source(config.data)
     return build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
 

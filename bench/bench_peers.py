@@ -40,7 +40,8 @@ from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import model_options
 from fastres.data.loaders.build import sample_images
-from fastres.data.sources.source import Source, load_source
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source
 from fastres.utils.timing import time_region
 
 GPU = torch.cuda.is_available()

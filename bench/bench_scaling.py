@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from bench.lib.workloads import PLAIN, Net, engine_for, engine_training
-from fastres.training.engine import resolve
+from fastres.training.engine import resolve_engine
 from fastres.training.step import raise_recompile_limit
 from fastres.utils.timing import interleaved
 
@@ -87,7 +87,7 @@ def bench_cost(benchmark: Any, what: str) -> None:
         timings = benchmark.pedantic(lambda: interleaved(regions, 3 * ROUNDS, engine.device), rounds=1)
     finally:
         dist.destroy_process_group()
-        resolve(PLAIN)  # switches deterministic algorithms off
+        resolve_engine(PLAIN)  # switches deterministic algorithms off
     ratio = timings["without"].ratio_to(timings["with"])
     benchmark.extra_info.update(
         sweep="cost",

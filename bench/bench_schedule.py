@@ -21,8 +21,8 @@ import torch
 
 from bench.lib.runs import PlainRun, needs_patience, run, same
 from fastres.config.cli import parse
-from fastres.data.sources.source import load_source
-from fastres.training.engine import resolve
+from fastres.data.sources.load import load_source
+from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError
 from fastres.utils.timing import Timing, time_region
 
@@ -44,7 +44,7 @@ OURS = "fastres"
 def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     flags = [*FLAGS, "--train.steps", str(STEPS)]
     config = parse(flags)
-    source, engine = load_source(config.data), resolve(config)
+    source, engine = load_source(config.data), resolve_engine(config)
     compiles = GPU or request.config.option.full  # on a CPU it takes minutes
     baselines = {
         name: PlainRun(config, source, **how)
@@ -99,7 +99,7 @@ def bench_graphed_is_ungraphed(
 ) -> None:
     flags = [*DETERMINISTIC, "--train.steps", str(GRAPHED_STEPS), "--engine.precision", precision]
     try:
-        resolve(parse([*flags, "--engine.cuda_graph", "true"]))
+        resolve_engine(parse([*flags, "--engine.cuda_graph", "true"]))
     except UsageError as refusal:
         pytest.skip(str(refusal))
     needs_patience(request.config)

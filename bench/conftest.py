@@ -19,8 +19,8 @@ import torch
 from bench.bench_kernels import write_table
 from bench.lib.tables import Row, tables
 from fastres.config.schema import Config
-from fastres.runs.run_dir import environment
-from fastres.training.engine import resolve
+from fastres.runs.environment import environment
+from fastres.training.engine import resolve_engine
 from fastres.utils.hardware import doubts, snapshot
 
 BEFORE = pytest.StashKey[dict[str, Any]]()  # the machine's state when the session began
@@ -96,18 +96,18 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What has to be equal for two runs to be compared."""
-    machine_info["fastres"] = environment(resolve(Config()))
+    machine_info["fastres"] = environment(resolve_engine(Config()))
     del machine_info["fastres"]["command"]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[BEFORE] = snapshot(resolve(Config()).device)
+    session.config.stash[BEFORE] = snapshot(resolve_engine(Config()).device)
 
 
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    before, after = config.stash[BEFORE], snapshot(resolve(Config()).device)
+    before, after = config.stash[BEFORE], snapshot(resolve_engine(Config()).device)
     output_json["state"] = {
         "command": ["python", *sys.orig_argv[1:]],
         "before": before,

@@ -56,12 +56,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastres.config.cli import parse
 from fastres.config.schema import Config
 from fastres.data.loaders.build import build_loader
-from fastres.data.sources.source import load_source
+from fastres.data.sources.load import load_source
 from fastres.models.registry import build_model
-from fastres.training.cuda_graph import READS, GraphedStep, waits
-from fastres.training.engine import Engine, resolve
+from fastres.testing.op_recorder import READS, forces_sync
+from fastres.training.cuda_graph import GraphedStep
+from fastres.training.engine import Engine, resolve_engine
+from fastres.training.evaluator import Evaluator
 from fastres.training.optim import build_optimizer
-from fastres.training.step import Evaluator, ForwardLoss, TrainStep
+from fastres.training.step import ForwardLoss, TrainStep
 from fastres.utils.errors import UsageError, run_command
 from fastres_kernels.report import count_blocks, table
 from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
@@ -142,7 +144,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace != "profiler":
             self.watched.operators[self.watched.part] += 1
-        if waits(operator, args):
+        if forces_sync(operator, args):
             self.watched.reads.append(here(str(operator)))
         return operator(*args, **(kwargs or {}))
 
@@ -176,7 +178,7 @@ def watching() -> Iterator[Watched]:
 def the_recipe(precision: str = "bf16") -> tuple[Config, Engine]:
     """On the CPU, eager."""
     config = parse([*RECIPE.split(), "--engine.precision", precision])
-    return config, resolve(config)
+    return config, resolve_engine(config)
 
 
 def build(config: Config, engine: Engine) -> tuple[TrainStep, Evaluator]:

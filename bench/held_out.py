@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench.lib.runs import run
 from fastres.config.cli import parse
-from fastres.data.sources.source import load_source
+from fastres.data.sources.load import load_source
 from fastres.training.step import raise_recompile_limit
 from fastres.utils.errors import UsageError, run_command
 

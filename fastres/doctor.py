@@ -21,8 +21,9 @@ from rich.console import Console
 
 from fastres.config.schema import Config, EngineConfig, OptimConfig
 from fastres.runs.environment import DALI, version
-from fastres.training.engine import DTYPES, Engine, can_compile, find_apex, resolve
+from fastres.training.engine import Engine, can_compile, find_apex, resolve_engine
 from fastres.utils.errors import Parser, UsageError, first_line, run_command
+from fastres.utils.precision import DTYPES
 
 # What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
 
@@ -96,7 +97,7 @@ def gpu() -> Findings:
 
 def engine() -> Findings:
     """What each `auto` resolves to."""
-    for reason in resolve(Config()).reasons:
+    for reason in resolve_engine(Config()).reasons:
         yield OK, reason
 
 
@@ -116,7 +117,9 @@ def training_step() -> Findings:
     for precision in DTYPES if torch.cuda.is_available() else ("fp32", "bf16"):
         settings: dict[str, Any] = {"precision": precision, "compile": False}
         try:
-            loss = loss_of_step(resolve(Config(engine=EngineConfig(**settings))))
+            engine = resolve_engine(Config(engine=EngineConfig(**settings)))
+            engine.apply_torch_settings()
+            loss = loss_of_step(engine)
         except UsageError as error:
             yield NOTE, str(error)
         except Exception as error:
@@ -131,16 +134,15 @@ def training_step() -> Findings:
 def loss_of_step(engine: Engine) -> float:
     """Loss after forward, backward and update of two random images."""
     from fastres.models.registry import build_model
-    from fastres.training.optim import build_optimizer
     from fastres.training.step import TrainStep
 
     torch.manual_seed(0)
     model = engine.place(build_model("resnet20"))
-    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, OptimConfig(), lr))
+    step = TrainStep(model, engine, OptimConfig())
     images = torch.randn(2, 3, 32, 32, device=engine.device, dtype=engine.dtype)
     images = images.to(memory_format=engine.memory_format)
     step(images, torch.tensor([0, 1], device=engine.device), lr=0.1, step=0)
-    return step.totals.read()[0].mean_loss
+    return step.metrics.read()[0].mean_loss
 
 
 def optional() -> Findings:

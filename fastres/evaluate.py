@@ -5,86 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastres.config.cli import parse
-from fastres.config.schema import Config, DataConfig, EngineConfig, model_options
+from fastres.config.schema import Config, DataConfig, EngineConfig
 from fastres.data.loaders.build import build_loader
-from fastres.data.sources.source import load_source
-from fastres.models.registry import build_model
-from fastres.runs import checkpoint
+from fastres.data.sources.load import load_source
 from fastres.runs.environment import device_name
-from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve
-from fastres.training.step import Evaluator, Metrics
+from fastres.runs.loading import load_run, rebuild
+from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve_engine
+from fastres.training.evaluator import Evaluator
+from fastres.training.metrics import Metrics
 from fastres.utils import ranks
 from fastres.utils.errors import Parser, UsageError, run_command
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how
-
-
-def load_run(
-    folder: Path, file: Path | None = None, flags: Sequence[str] = ()
-) -> tuple[Config, dict[str, Tensor]]:
-    """A run's configuration with `flags` over it, and its weights: the final ones, or those of a checkpoint."""
-    written = folder / "config.yaml"
-    if not written.is_file():
-        raise UsageError(
-            f"{folder} is not the folder of a run, it holds no config.yaml: give one that fastres.train has written"
-        )
-    # Trackers off: what they need is not needed to read the run.
-    config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
-    if file is not None:
-        try:
-            return config, _checked(checkpoint.load(file)["trainer"]["model"])
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{file} is not a checkpoint of fastres ({error})") from None
-    final = folder / "model.safetensors"
-    if not final.is_file():
-        newest = next(iter(checkpoint.found(folder / "checkpoints")), "FILE")
-        raise UsageError(
-            f"{folder} is a run that is not finished, it holds no model.safetensors: finish it with fastres.train, "
-            f"or give --checkpoint {newest}"
-        )
-    try:
-        return config, _checked(safetensors.torch.load_file(final))
-    except Exception as error:  # whatever a damaged file provokes
-        raise UsageError(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
-
-
-def _checked(weights: Any) -> dict[str, Tensor]:
-    """Weights with the two tensors whose shapes say what the network is. KeyError, TypeError where they are not."""
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise TypeError("its weights are not all tensors")
-    if weights["conv1.weight"].ndim != 4 or weights["fc.weight"].ndim != 2:
-        raise TypeError("a tensor is of another shape")
-    return weights
-
-
-def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
-    """The run's network holding `weights`, whose shapes tell how many channels and classes it has."""
-    options = model_options(config.model)
-    if norm != "fused":
-        options.pop("fused_convolutions", None)  # the same network, computed in another way
-    try:
-        model = build_model(
-            config.model.name,
-            num_classes=weights["fc.weight"].shape[0],
-            in_channels=weights["conv1.weight"].shape[1],
-            norm=norm,
-            **options,
-        )
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(
-            f"the weights are not those of the run's {config.model.name} ({reason}): give files of one run"
-        ) from None
-    return model
 
 
 def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Metrics:
@@ -139,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     # A network trained with apex's norm is the same without.
     if config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
-    engine = resolve(config)
+    engine = resolve_engine(config)
+    engine.apply_torch_settings()
     totals = evaluate_run(config, engine, weights)
     print(
         f"{arguments.checkpoint or arguments.run}: test accuracy {totals.accuracy:.4f}, loss {totals.mean_loss:.4f}, "

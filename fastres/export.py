@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config.schema import Config, model_options
-from fastres.evaluate import load_run, rebuild
 from fastres.models.registry import check_input_shape
 from fastres.models.weights import save_weights
+from fastres.runs.loading import load_run, rebuild
 from fastres.utils.errors import Parser, RunError, UsageError, run_command
 
 Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32

@@ -52,12 +52,11 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
-from fastres.runs.run_dir import write_text
-from fastres.training.cuda_graph import FixedBatch, GraphedStep, recorder_for
-from fastres.training.engine import Engine, resolve
-from fastres.training.optim import build_optimizer
+from fastres.training.cuda_graph import CudaRecorder, FixedBatch, GraphedStep
+from fastres.training.engine import Engine, resolve_engine
 from fastres.training.step import TrainStep, raise_recompile_limit
 from fastres.utils import hardware
+from fastres.utils.atomic_io import write_text
 from fastres.utils.errors import Parser, RunError, UsageError, first_line, run_command
 from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, wait_for
 
@@ -102,7 +101,7 @@ class VariantRun:
         images = images.to(engine.device, engine.dtype, memory_format=engine.memory_format)
         self.images = images.requires_grad_(subject.is_block)
         self.labels = self.labels.to(engine.device)
-        self.step = TrainStep(self.model, engine, lambda m, lr: build_optimizer(m, Config().optim, lr))
+        self.step = TrainStep(self.model, engine, Config().optim)
         self.graph: GraphedStep | None = None
         self.logits: Tensor | None = None
         # Never removed, and never reading what it writes: compiled code would notice, and be compiled again.
@@ -114,7 +113,7 @@ class VariantRun:
     def capture(self) -> None:
         """Records the step, where that is the variant. Not yet run on a GPU."""
         if self.engine.cuda_graph:
-            batch, recorder = FixedBatch(self.images, self.labels), recorder_for(self.engine.device)
+            batch, recorder = FixedBatch(self.images, self.labels), CudaRecorder(self.engine.device)
             self.graph = GraphedStep(self.step, batch, lambda i: LR, recorder)
 
     def whole_steps(self, steps: int) -> None:
@@ -149,11 +148,7 @@ class VariantRun:
 
     def work(self) -> WorkCount:
         """Of an eager step of the same model."""
-        eager = TrainStep(
-            self.model,
-            replace(self.engine, compile=False),
-            lambda m, lr: build_optimizer(m, Config().optim, lr),
-        )
+        eager = TrainStep(self.model, replace(self.engine, compile=False), Config().optim)
         self.images.grad = None
         with WorkCount() as count:
             step_in_parts(eager, self.images, self.labels, lambda name: nullcontext())
@@ -208,7 +203,7 @@ def prepare(
 ) -> dict[str, Prepared]:
     """Builds and compiles all of them; those that fail join the absent."""
     raise_recompile_limit(4 * len(switches))
-    reference = VariantRun(subject, resolve(REFERENCE.config(subject.model, str(device)))).outcome()
+    reference = VariantRun(subject, resolve_engine(REFERENCE.config(subject.model, str(device)))).outcome()
     ready: dict[str, Prepared] = {}
     for variant, switch in switches.items():
         start = time.perf_counter()

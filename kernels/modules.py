@@ -252,12 +252,12 @@ def _parts(residual: Tensor | Skip | None, x: Tensor) -> tuple[Tensor | None, Te
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d; with `algorithm` "own" through the C++ of cpu.py in training, where it takes the tensor."""
+    """torch.nn.Conv2d; with `algorithm` "cpp" through the C++ of cpu.py in training, where it takes the tensor."""
 
     algorithm = "torch"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.algorithm == "own" and cpu_ops.convolves(self, input):
+        if self.algorithm == "cpp" and cpu_ops.convolves(self, input):
             return cpu_ops.conv2d(input, weight, bias, self.stride[0])
         return super()._conv_forward(input, weight, bias)
 

@@ -27,7 +27,8 @@ from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data.loaders.build import LOADERS
 from fastres.data.sources.formats import decode
-from fastres.data.sources.source import Source, load_source
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source
 from fastres.utils.errors import UsageError
 from tests.commands import children, users_environment
 from tests.fixtures import coloured_noise, rejected, write_image_folder

@@ -23,7 +23,7 @@ from bench.lib.runs import PlainRun, difference, run, same
 from bench.lib.tables import Row
 from bench.lib.targets import lines
 from fastres.config.cli import parse
-from fastres.data.sources.source import load_source
+from fastres.data.sources.load import load_source
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent

@@ -26,7 +26,8 @@ from PIL import Image
 from fastres import train
 from fastres.config.schema import DataConfig
 from fastres.data.sources.formats import decode
-from fastres.data.sources.source import Source, Split, hold_out, load_source
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source, Split, hold_out
 from fastres.utils import progress
 from tests.commands import users_environment
 from tests.fixtures import rejected, write_image_folder

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fastres.config.cli import parse, recipe_names
+from fastres.config.cli import parse
+from fastres.config.files import recipe_names
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
 from tests.fixtures import rejected

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from fastres.config.cli import parse
 from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
-from fastres.data.sources.source import load_source
+from fastres.data.sources.load import load_source
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.testing.op_recorder import OpRecorder
 from fastres.train import train
 from fastres.training import cuda_graph
 from fastres.training.cuda_graph import (
@@ -32,13 +33,13 @@ from fastres.training.cuda_graph import (
     DeviceTable,
     GraphedEvaluation,
     GraphedStep,
-    OpRecorder,
     Recording,
-    recorded,
+    capture_if_enabled,
 )
-from fastres.training.engine import Engine, cuda_graph_support, resolve
+from fastres.training.engine import Engine, cuda_graph_support, resolve_engine
+from fastres.training.evaluator import Evaluator
 from fastres.training.optim import build_optimizer
-from fastres.training.step import Evaluator, TrainStep
+from fastres.training.step import TrainStep
 from fastres.utils.errors import RunError
 from tests.commands import run_fastres
 from tests.fixtures import rejected
@@ -59,7 +60,7 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, *flags: object, graphed: bool) -> Path:
     """The run's folder. On a CPU the engine refuses graphs; nothing else is told otherwise."""
     config = parse([*SHORT, *map(str, flags), "--run.dir", str(folder)])
-    engine = replace(resolve(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
+    engine = replace(resolve_engine(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
     assert train(config, engine, [0]) == 0
     return folder
 
@@ -149,7 +150,7 @@ def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
 def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoader, Evaluator]:
     """As train() does."""
     config = parse([*SHORT, *flags])
-    engine, source = resolve(config), load_source(config.data)
+    engine, source = resolve_engine(config), load_source(config.data)
     loader = build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
     torch.manual_seed(0)
     model = engine.place(build_model("resnet8", in_channels=source.channels))
@@ -453,7 +454,7 @@ def test_memory_that_moves_is_noticed_at_the_replay() -> None:
 
 
 def engine_of(*flags: str) -> Engine:
-    return resolve(parse([*SHORT, *flags]))
+    return resolve_engine(parse([*SHORT, *flags]))
 
 
 def test_a_cpu_has_no_graphs_and_says_why() -> None:
@@ -507,13 +508,13 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_graph, line "
     if asked_for:
         with pytest.raises(RunError) as caught:
-            recorded(step, evaluate, loader, loader, lr_at, said.append)
+            capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
         line = str(caught.value)
         assert (
             line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("leave it at auto")
         )
         return
-    taken, training, evaluation = recorded(step, evaluate, loader, loader, lr_at, said.append)
+    taken, training, evaluation = capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
     (line,) = said
     assert line.startswith("cuda_graph: false (") and why in line
     assert (taken, training, evaluation) == (step, loader, loader)
@@ -531,7 +532,7 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
     fine = cuda_graph._why_not
     last = torch.ops.aten._amp_update_scale_.default  # after the update of the weights
     monkeypatch.setattr(cuda_graph, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
-    taken, training, _ = recorded(step, evaluate, loader, loader, lr_at, said.append)
+    taken, training, _ = capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
     assert "_amp_update_scale_" in said[0]
     assert checkpoint.digest(step.state_dict()) == before
     take(taken, training, 0, 2)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fastres import evaluate, train
-from fastres.evaluate import evaluate_run, load_run
-from fastres.training.engine import resolve
+from fastres.evaluate import evaluate_run
+from fastres.runs.loading import load_run
+from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError, run_command
 from tests.commands import run_fastres
 from tests.fixtures import rejected
@@ -42,7 +43,7 @@ def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 def test_evaluation_is_the_summary_to_the_last_digit(run: Path) -> None:
     config, weights = load_run(run)
-    totals, summary = evaluate_run(config, resolve(config), weights), summary_of(run)
+    totals, summary = evaluate_run(config, resolve_engine(config), weights), summary_of(run)
     assert totals.accuracy == summary["test_accuracy"] > 0.15  # and not the 10 % of untrained weights
     assert totals.mean_loss == summary["test_loss"]
     assert totals.samples == summary["test_samples"] == 360

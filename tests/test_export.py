@@ -15,10 +15,10 @@ import torchvision
 from torch import Tensor, nn
 
 from fastres import export, train
-from fastres.evaluate import load_run, rebuild
 from fastres.export import FORMATS
 from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
+from fastres.runs.loading import load_run, rebuild
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
 

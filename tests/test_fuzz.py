@@ -31,13 +31,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres import evaluate, plot, train
-from fastres.config.cli import TUTORIAL_KEYS, parse, recipe_names
+from fastres.config.cli import parse
+from fastres.config.files import recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
+from fastres.config.tutorial import TUTORIAL_KEYS
 from fastres.data.sources.cache import kept_images, sizes_and_reasons
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
-from fastres.runs.run_dir import HISTORY, Run, read_metrics
+from fastres.runs.history import HISTORY, read_metrics
+from fastres.runs.run_dir import RunDir
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 
@@ -506,7 +509,7 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     )
     (folder / name).write_bytes(altered(data, name, (run / name).read_bytes()))
     before = files_of(folder)
-    summary = outcome(lambda: Run(config_of(folder)).examine())
+    summary = outcome(lambda: RunDir(config_of(folder)).examine())
     assert summary is None or f"{summary['test_accuracy']:.4f}"
     if name in ("config.yaml", "model.safetensors"):
         found = outcome(lambda: evaluate.load_run(folder))
@@ -518,7 +521,7 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     assert history is None or all(row[column] is not None for row in history for column, _ in plot.PANELS)
     Console(file=io.StringIO()).print(plot.table_of([folder]))
     if name == "summary.json":
-        from fastres.training.step import Metrics
+        from fastres.training.metrics import Metrics
 
         outcome(lambda: evaluate.agreement(Metrics(), folder / name))
     assert files_of(folder) == before
@@ -532,7 +535,7 @@ def test_a_run_with_damaged_metrics_goes_on(data: DataObject, run: Path, tmp_pat
     metrics = folder / "metrics.jsonl"
     metrics.write_bytes(altered(data, "metrics.jsonl", (run / "metrics.jsonl").read_bytes()))
     kept = read_metrics(metrics)
-    again = Run(config_of(folder))
+    again = RunDir(config_of(folder))
     again.begin(engine(), 2)
     assert json.dumps(read_metrics(metrics)) == json.dumps([row for row in kept if row["step"] <= 2])
     outcome(again.write_history)

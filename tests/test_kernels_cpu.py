@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastres.config.schema import Config, EngineConfig, ModelConfig
 from fastres.models.registry import build_model
 from fastres.profiling.trace import WorkCount
-from fastres.training.engine import _faster_norm, resolve
+from fastres.training.engine import _faster_norm, resolve_engine
 from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu import ops
@@ -337,7 +337,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
 
     def losses(precision: Any, norm: Any = "auto", conv: Any = "auto") -> tuple[Tensor, set[str]]:
         fields = EngineConfig(precision=precision, conv=conv)
-        engine = resolve(Config(model=ModelConfig(norm=norm), engine=fields))
+        engine = resolve_engine(Config(model=ModelConfig(norm=norm), engine=fields))
         torch.manual_seed(0)
         model = engine.place(build_model(name, norm=engine.norm, **options))
         optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
@@ -395,7 +395,7 @@ def backwards_of(loss: Tensor) -> set[str]:
 
 def choice(**engine: Any) -> tuple[str, str, str]:
     """norm, conv, and the reason for the latter."""
-    resolved = resolve(Config(engine=EngineConfig(device="cpu", **engine)))
+    resolved = resolve_engine(Config(engine=EngineConfig(device="cpu", **engine)))
     return resolved.norm, resolved.conv, next(r for r in resolved.reasons if r.startswith("conv: "))
 
 
@@ -409,7 +409,7 @@ def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
     ):
         assert choice(**fields) == ("torch", "torch", f"conv: torch ({why})")
         with pytest.raises(UsageError, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
-            resolve(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
+            resolve_engine(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
 
 
 @pytest.mark.parametrize(("channels_last", "norm"), [(True, "fused"), (False, "torch")])
@@ -417,7 +417,7 @@ def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(
     channels_last: bool, norm: str
 ) -> None:
     engine = EngineConfig(device="cpu", channels_last=channels_last)
-    assert resolve(Config(model=ModelConfig(sync_norm=True), engine=engine)).norm == norm
+    assert resolve_engine(Config(model=ModelConfig(sync_norm=True), engine=engine)).norm == norm
 
 
 @pytest.mark.parametrize(

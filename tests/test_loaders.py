@@ -17,9 +17,11 @@ from torch import Tensor
 from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data.loaders import dali, resident
-from fastres.data.loaders.build import IGNORED, LOADERS, BatchSpec, Loader, build_loader
+from fastres.data.loaders.build import LOADERS, Loader, build_loader
 from fastres.data.sampling import SampleOrder
-from fastres.data.sources.source import Source, Split, imagefolder
+from fastres.data.sources.imagefolder import imagefolder
+from fastres.data.sources.source import Source, Split
+from fastres.data.spec import IGNORED, BatchSpec
 from tests.fixtures import rejected, write_image_folder
 
 MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from fastres.runs import checkpoint
-from fastres.runs.run_dir import read_metrics
+from fastres.runs.history import read_metrics
 from fastres.train import main
 from tests.commands import users_environment
 from tests.test_train import sha256

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastres import plot
-from fastres.runs.run_dir import HISTORY
+from fastres.runs.history import HISTORY
 from tests.fixtures import rejected
 
 

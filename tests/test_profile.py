@@ -37,7 +37,7 @@ from fastres.profiling.variants import (
     resolved,
     variants_named,
 )
-from fastres.training.engine import Engine, can_compile, resolve
+from fastres.training.engine import Engine, can_compile, resolve_engine
 from fastres.training.optim import build_optimizer
 from fastres.training.step import TrainStep
 from fastres.utils.errors import RunError, UsageError
@@ -322,7 +322,7 @@ def test_fused_convolutions_are_for_the_fused_norm() -> None:
 
 def test_steps_in_parts_are_the_steps() -> None:
     """Bit for bit, what is counted too."""
-    engine = resolve(Config(engine=EngineConfig(precision="bf16", compile=False)))
+    engine = resolve_engine(Config(engine=EngineConfig(precision="bf16", compile=False)))
     images = torch.randn(4, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last)
     labels = torch.randint(10, (4,))
     steps = []
@@ -345,7 +345,7 @@ def test_steps_in_parts_are_the_steps() -> None:
 
 def contestant_of(variant: str, subject: Any) -> VariantRun:
     (named,) = variants_named([variant])
-    return VariantRun(subject, resolve(named.config(subject.model, "cpu")))
+    return VariantRun(subject, resolve_engine(named.config(subject.model, "cpu")))
 
 
 def test_all_variants_start_alike() -> None:
@@ -430,7 +430,7 @@ def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
     plain = Variant("eager", "torch", "channels_last", "fp32")
 
     def switch(replayed: bool) -> Engine:  # on a CPU the engine itself refuses
-        return replace(resolve(plain.config(subject.model, "cpu")), cuda_graph=replayed)
+        return replace(resolve_engine(plain.config(subject.model, "cpu")), cuda_graph=replayed)
 
     switches = {graph: partial(switch, True), plain: partial(switch, False)}
     profile = measure(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastres.runs import checkpoint
-from fastres.runs.run_dir import write_text
+from fastres.utils.atomic_io import write_text
 from tests.commands import users_environment
 from tests.soak import FLAGS, Lost, Undisturbed
 

@@ -25,7 +25,8 @@ from fastres.config.schema import DataConfig
 from fastres.data.sources import source
 from fastres.data.sources.download import extract, fetch
 from fastres.data.sources.formats import decode, read_pickle
-from fastres.data.sources.source import SOURCES, Source, Split, hold_out, load_source, normalization
+from fastres.data.sources.load import SOURCES, load_source
+from fastres.data.sources.source import Source, Split, hold_out, normalization
 from tests.fixtures import (
     CIFAR10_CLASSES,
     Creates,

@@ -15,19 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.config.schema import OptimConfig
-from fastres.data.loaders.build import IGNORED
+from fastres.data.spec import IGNORED
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.training.build import warm_up
+from fastres.training.channels_last import check_channels_last
+from fastres.training.evaluator import Evaluator
+from fastres.training.metrics import DeviceMetrics
 from fastres.training.optim import build_optimizer, orthogonal
-from fastres.training.step import (
-    DeviceMetrics,
-    Evaluator,
-    ForwardLoss,
-    TrainStep,
-    check_channels_last,
-    raise_recompile_limit,
-    warm_up,
-)
+from fastres.training.step import ForwardLoss, TrainStep, raise_recompile_limit
 from tests.fixtures import engine
 
 Batch = tuple[Tensor, Tensor]

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from fastres.config.cli import parse
 from fastres.data.loaders.build import sample_images
-from fastres.data.sources.source import load_source
-from fastres.evaluate import evaluate_run, load_run
+from fastres.data.sources.load import load_source
+from fastres.evaluate import evaluate_run
 from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.runs.loading import load_run
 from fastres.train import main
-from fastres.training.engine import resolve
+from fastres.training.engine import resolve_engine
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
 from tests.fixtures import rejected, write_image_folder, write_mnist_idx
@@ -259,7 +260,7 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
 
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     run_config, tensors = load_run(tmp_path / "whole")
-    assert evaluate_run(run_config, resolve(run_config), tensors).accuracy == summary["test_accuracy"]
+    assert evaluate_run(run_config, resolve_engine(run_config), tensors).accuracy == summary["test_accuracy"]
     assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
@@ -524,7 +525,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 def test_processes_on_one_machine_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with rejected("engine.device cuda:0: 2 processes", "use cuda"):
-        resolve(parse(["--engine.device", "cuda:0"]))
+        resolve_engine(parse(["--engine.device", "cuda:0"]))
 
 
 def test_a_tracker_that_cannot_begin_is_refused(

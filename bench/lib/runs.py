@@ -25,12 +25,13 @@ from fastres import build_model
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
 from fastres.data.loaders.build import build_loader, classes_of
-from fastres.data.sources.source import Source, load_source
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source
 from fastres.train import train
 from fastres.training.cuda_graph import capturing
-from fastres.training.engine import resolve
+from fastres.training.engine import resolve_engine
+from fastres.training.evaluator import Evaluator
 from fastres.training.schedule import lr_scale
-from fastres.training.step import Evaluator
 
 # ---- the data ---------------------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def needs_patience(config: pytest.Config) -> None:
 def run(flags: Sequence[str], seed: int, folder: Path, source: Source | None = None) -> dict[str, Any]:
     """One run of fastres.train in this process, and its summary. `source` stands in for the configured one."""
     config = parse([*flags, "--run.seed", str(seed), "--run.dir", str(folder)])
-    engine, said = resolve(config), io.StringIO()
+    engine, said = resolve_engine(config), io.StringIO()
     with contextlib.redirect_stdout(said):
         status = train(config, engine, [0], source)
     assert status == 0

@@ -17,13 +17,14 @@ from bench.lib.paired import interleaved
 from fastres import build_model
 from fastres.config.schema import Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastres.data.loaders.build import build_loader
-from fastres.data.sources.source import load_source
+from fastres.data.sources.load import load_source
 from fastres.distributed.process_group import data_parallel
 from fastres.training.cuda_graph import Batches as RecordedBatches
 from fastres.training.cuda_graph import FixedBatch, GraphedStep, recorder_for
-from fastres.training.engine import Engine, resolve
+from fastres.training.engine import Engine, resolve_engine
+from fastres.training.evaluator import Evaluator
 from fastres.training.optim import build_optimizer
-from fastres.training.step import Evaluator, TrainStep
+from fastres.training.step import TrainStep
 from fastres.utils.hardware import peaks_of
 from fastres.utils.timing import time_region
 
@@ -116,7 +117,7 @@ class PlainLoop:
 
     def switch(self) -> Engine:
         """torch's switches, which belong to the whole process, to this loop's; before its steps."""
-        return resolve(self.config)
+        return resolve_engine(self.config)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: float = 0.1) -> torch.Tensor:
         """images: (b, C, S, S) in the engine's memory format, labels: (b,) -> the loss, () on the device."""
@@ -152,7 +153,7 @@ def plain_inference(net: Net) -> Steps:
 
     @torch.no_grad()
     def steps(n: int) -> None:
-        resolve(PLAIN)
+        resolve_engine(PLAIN)
         for _ in range(n):
             model(images)
 
@@ -168,7 +169,7 @@ def engine_for(**fields: Any) -> tuple[Config, Engine]:
     if norm == "torch":  # the word says whose operations they are, the convolutions' too
         fields.setdefault("conv", "torch")
     config = Config(model=ModelConfig(norm=norm), engine=EngineConfig(**fields))
-    return config, resolve(config)
+    return config, resolve_engine(config)
 
 
 def engine_training(
@@ -195,13 +196,13 @@ def engine_training(
     if engine.cuda_graph and batches is None and not ddp:
         images, labels = next(held(net, engine, engine.dtype))
         step.warm_up(images, labels)
-        return replayed(step, loader or FixedBatch(images, labels), lambda: resolve(config))
+        return replayed(step, loader or FixedBatch(images, labels), lambda: resolve_engine(config))
     if loader is not None:
         batches = loader.train(0, 1_000_000)
     feed = held(net, engine, engine.dtype) if batches is None else batches
 
     def steps(n: int) -> None:
-        resolve(config)
+        resolve_engine(config)
         for i in range(n):
             step(*next(feed), 0.1, i)
 
@@ -244,7 +245,7 @@ def engine_inference(net: Net, **fields: Any) -> Steps:
 
     @torch.no_grad()
     def steps(n: int) -> None:
-        resolve(config)
+        resolve_engine(config)
         for _ in range(n):
             evaluate.forward_loss(images, labels)
 

@@ -7,8 +7,7 @@ enters.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,14 +25,6 @@ NORMS: dict[str, Norm] = {
     "measured": partial(BatchNormAct2d, algorithm="measured"),  # auto's choice on a device that was measured
     "apex": ApexBatchNormAct2d,
 }
-
-
-def unknown(what: str, value: object, choices: Iterable[str], near: str | None = None) -> ValueError:
-    """The error for a value that is none of the choices: one line with the nearest of them and all."""
-    choices = list(choices)
-    near = near or next(iter(difflib.get_close_matches(str(value).lower(), choices, n=1)), None)
-    hint = f"did you mean {near!r}? " if near else ""
-    return ValueError(f"unknown {what} {value!r}; {hint}choose from {', '.join(choices)}")
 
 
 # ---- the seam ----------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from fastres.models.blocks import (
     global_pool,
     init_weights,
     norm_act_fork,
-    unknown,
 )
+from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 
 MOST_BLOCKS = 10_000  # per stage, a depth of 60,002: a slip of the finger should not fill the memory

@@ -18,8 +18,8 @@ from fastres.models.blocks import (
     global_pool,
     init_weights,
     norm_act,
-    unknown,
 )
+from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 
 STEMS = ("imagenet", "small")

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, unknown
+from fastres.models.blocks import NORMS, BasicBlock, Bottleneck
 from fastres.models.cifar import cifar_resnet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import mini_resnet
 from fastres.models.speedrun import SpeedResNet
 from fastres.utils.errors import UsageError, first_line
+from fastres.utils.suggest import unknown
 from fastres_kernels import fuse_convolutions
 
 # Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.

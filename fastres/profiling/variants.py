@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.config.schema import Config, EngineConfig, ModelConfig, check
-from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights, unknown
+from fastres.config.schema import Config, EngineConfig, ModelConfig
+from fastres.config.validation import check
+from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, global_pool, init_weights
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import ResNet
 from fastres.models.mini import MiniResNet
 from fastres.models.registry import build_model, check_input_shape
 from fastres.models.speedrun import SpeedResNet
-from fastres.training.engine import Engine, resolve
+from fastres.training.engine import Engine, resolve_engine
 from fastres.utils.errors import UsageError, first_line
+from fastres.utils.suggest import unknown
 
 # ------------------------------------------------------------------------------------------- variants
 
@@ -79,11 +81,11 @@ def resolved(
     """Those that can be had here, each with what switches torch to it; and why the others cannot."""
     check(Config(engine=EngineConfig(device=device)))
     # A device that is not here is refused once, not for each.
-    resolve(REFERENCE.config(subject.model, device))
+    resolve_engine(REFERENCE.config(subject.model, device))
     switches: dict[Variant, Callable[[], Engine]] = {}
     absent: dict[str, str] = {}
     for variant in variants:
-        switch = partial(resolve, variant.config(subject.model, device))
+        switch = partial(resolve_engine, variant.config(subject.model, device))
         try:
             switch()
         except UsageError as error:

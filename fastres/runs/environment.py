@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastres.training.engine import Engine
+from fastres.utils import ranks
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
 

@@ -1,54 +1,46 @@
-"""What a run leaves behind: its folder, its lock, configuration, environment, metrics, summary."""
+"""The folder of a run: its lock, configuration, environment, metrics and summary."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
 
+from fastres.config.files import rename_values
 from fastres.config.schema import Config, differences, dump, to_dict
-from fastres.plot import plot_curves, read_history
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
+from fastres.runs.history import read_metrics, write_history
+from fastres.runs.trackers import TRACKERS, Tracker, start_tracker
 from fastres.training.engine import Engine
 from fastres.utils import ranks
-from fastres.utils.atomic_io import atomic_write
-from fastres.utils.errors import RunError, UsageError, first_line
-
-HISTORY = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "eval_split",
-    "eval_loss",
-    "eval_accuracy",
-    "lr",
-    "train_time_s",
-)
+from fastres.utils.atomic_io import write_text
+from fastres.utils.errors import RunError, UsageError
 
 
-class Run:
-    """The folder of a run. Every process has one of these; only rank 0 takes the folder and writes."""
+class RunDir:
+    """The folder of a run. Every rank has one of these; only rank 0 acquires the folder and writes."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = Path(config.run.dir or f"runs/{config.recipe}")
         self.checkpoints = self.folder / "checkpoints"
         self._lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        self._trackers: list[Any] = []
+        self._trackers: list[Tracker] = []
 
-    # -------------------------------------------------------------------------------- before it starts
+    def check_resumable(self) -> dict[str, Any] | None:
+        """Return the summary if the folder holds this run, finished, and None if there is something to do.
 
-    def examine(self) -> dict[str, Any] | None:
-        """Whether this folder may be used, writing nothing: the summary of the same run where it is finished,
-        None where there is something to do. UsageError where it holds another run."""
+        Nothing is written.
+
+        Raises:
+            UsageError: if the folder holds another run or cannot be used.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"run.dir {self.folder} is a file; choose a folder")
         known = self.folder / "config.yaml"
@@ -64,7 +56,7 @@ class Run:
                 "or choose another --run.dir"
             )
         try:
-            old = yaml.safe_load(known.read_text(encoding="utf-8"))
+            old = rename_values(yaml.safe_load(known.read_text(encoding="utf-8")))
             changed = differences(old, to_dict(self.config))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
@@ -73,11 +65,15 @@ class Run:
                 f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: "
                 "choose another --run.dir, or give the values it was started with"
             )
+        return self._finished_summary()
+
+    def _finished_summary(self) -> dict[str, Any] | None:
+        """Return the content of summary.json, or None if there is none. Raise UsageError if it is no summary."""
         summary = self.folder / "summary.json"
         if not summary.exists():
             return None
         try:
-            content = json.loads(summary.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
             float(content["test_accuracy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(
@@ -85,8 +81,12 @@ class Run:
             ) from None
         return content
 
-    def claim(self) -> None:
-        """Takes the folder: nobody else may write here until this process ends."""
+    def acquire(self) -> None:
+        """Take the folder: no other process may write to it until this one ends or releases it.
+
+        Raises:
+            UsageError: if another process has it, or it cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -98,10 +98,10 @@ class Run:
             raise UsageError(
                 f"cannot write to run.dir {self.folder}: {error.strerror}; choose another"
             ) from None
-        self.examine()  # again: another process may have been here since
+        self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Writes what is known before the first step, and drops the metrics of steps that will be taken again."""
+        """Write what is known before the first step, and drop the metrics of steps that will run again."""
         with self.writing():
             if not (self.folder / "config.yaml").exists():
                 write_text(self.folder / "config.yaml", dump(self.config))
@@ -110,36 +110,31 @@ class Run:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for name in TRACKERS:
             if getattr(self.config.run, name):
-                try:
-                    self._trackers.append(TRACKERS[name](self))
-                except Exception as error:  # whatever a service or its client has to say
-                    raise UsageError(f"run.{name}: {first_line(error)}; see to it, or leave it out") from None
+                self._trackers.append(start_tracker(name, self.config, self.folder))
 
-    def kept(self) -> str:
-        """Where the newest checkpoint is, in words."""
+    def checkpoint_hint(self) -> str:
+        """Return in words where the newest checkpoint is."""
         newest = checkpoint.found(self.checkpoints)
         return f"the state is in {newest[0]}" if newest else "there is no checkpoint yet"
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A full disk, or a folder that has gone, in one line."""
+        """Turn an OSError of the block, such as a full disk, into a RunError of one line."""
         try:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write to run.dir {self.folder}: {error.strerror}; {self.kept()}"
+                f"cannot write to run.dir {self.folder}: {error.strerror}; {self.checkpoint_hint()}"
             ) from None
 
     def release(self) -> None:
-        """Lets others write here."""
+        """Close the trackers and let other processes write to the folder."""
         for tracker in self._trackers:
             tracker.close()
         self._lock.release()
 
-    # -------------------------------------------------------------------------------- while it runs
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl and passes it to the trackers."""
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl and pass it to the trackers."""
         with self.writing():
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -147,89 +142,10 @@ class Run:
                 tracker.log(row)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are evaluations."""
+        """Return the lines of metrics.jsonl that are evaluations."""
         return [row for row in read_metrics(self.folder / "metrics.jsonl") if row["split"] != "train"]
 
     def write_history(self) -> None:
-        """history.csv and history.png from the evaluations so far."""
-        rows = [
-            {name: row[name] for name in HISTORY if name in row}
-            | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
-            for row in self.evaluations()
-        ]
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, HISTORY)
-        writer.writeheader()
-        writer.writerows(rows)
+        """Write history.csv and history.png from the evaluations so far."""
         with self.writing():
-            write_text(self.folder / "history.csv", table.getvalue())
-            if rows:
-                plot_curves({self.folder.name: read_history(self.folder)}, self.folder / "history.png")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are rows; one that a kill cut short, say, is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, RecursionError):
-            if _is_row(row := json.loads(line)):
-                rows.append(row)
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    """Whether all is there that a history needs."""
-    if not isinstance(row, dict) or row.get("split") not in ("train", "test", "validation"):
-        return False
-    numbers = ["loss", "accuracy", "lr", "train_time_s"]
-    numbers += ["train_loss", "train_accuracy"] if row["split"] != "train" else []
-    return type(row.get("step")) is int and all(type(row.get(name)) in (int, float) for name in numbers)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-# ------------------------------------------------------------------------------------------- trackers
-
-
-class TensorBoardTracker:
-    """Scalars for TensorBoard, in the run's folder."""
-
-    def __init__(self, run: Run) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"))
-
-    def log(self, row: dict[str, Any]) -> None:
-        for name, value in _scalars(row):
-            self.writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbTracker:
-    """Scalars for Weights & Biases."""
-
-    def __init__(self, run: Run) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project="fastres", name=run.folder.name, dir=str(run.folder), config=to_dict(run.config)
-        )
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.run.log(dict(_scalars(row)), step=row["step"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}  # by their fields in RunConfig
-
-
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(f"{row['split']}/{name}", value) for name, value in row.items() if name not in ("step", "split")]
+            write_history(self.evaluations(), self.folder)

@@ -1,4 +1,4 @@
-"""What the hardware allows: every `auto` of the engine resolved, with the reason; what cannot be had is refused."""
+"""The engine: every `auto` of the configuration resolved for this machine, with the reason."""
 
 from __future__ import annotations
 
@@ -18,17 +18,12 @@ from torch import nn
 from fastres.config.schema import Config
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError
+from fastres.utils.precision import DTYPES, computes_in_bf16
 from fastres_kernels import Conv2d
 from fastres_kernels.batchnorm import dispatch_table
 from fastres_kernels.cpu import ops as cpu_ops
+from fastres_kernels.triton_launch import HAS_TRITON
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 APEX_NORM = "contrib.groupbn.batch_norm"
 
 
@@ -42,10 +37,11 @@ class Engine:
     compile: bool
     compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
     norm: str  # a name in models.blocks.NORMS
-    conv: str  # "torch" or "own": Conv2d.algorithm
+    conv: str  # "torch" or "cpp": Conv2d.algorithm
     compress_gradients: bool
-    cuda_graph: bool = False  # whole steps are recorded and replayed: fastres/training/cuda_graph.py
+    cuda_graph: bool = False  # whole steps are captured and replayed: training/cuda_graph.py
     cuda_graph_may_fall_back: bool = False  # auto's choice, as compile's
+    deterministic: bool = False
     reasons: tuple[str, ...]
 
     @property
@@ -55,11 +51,28 @@ class Engine:
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """Of activations, weights and batches."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def apply_torch_settings(self) -> None:
+        """Set torch's process-wide switches to this engine's: the current GPU, TF32, cuDNN's search, determinism."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.benchmark = not self.deterministic
+        if self.deterministic:
+            # Read once, at a process's first matrix product: bench/conftest.py sets it for all benchmarks.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
+        # It fills memory that is about to be written: a tool to find reads before writes, not needed for equal runs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
     def place(self, model: nn.Module) -> nn.Module:
-        """On the device, in the engine's memory format, its convolutions as chosen; weights in fp32, or in fp64 where
-        activations are."""
+        """Move the model to the device, in the engine's memory format, and choose its convolutions' algorithm.
+
+        Weights become fp32, or fp64 if activations are.
+        """
         for module in model.modules():
             if isinstance(module, Conv2d):
                 module.algorithm = self.conv
@@ -67,49 +80,53 @@ class Engine:
         return model.to(self.device, weights_dtype).to(memory_format=self.memory_format)
 
 
-def resolve(config: Config, local_rank: int = 0) -> Engine:
-    """The engine for this configuration on this machine, process-wide switches of torch set."""
-    wanted, reasons = config.engine, list[str]()
+class _Choices:
+    """The values that `auto` takes, with a line for each."""
 
-    def choose(field: str, value: Any, choice: Any, reason: str) -> Any:
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def choose(self, field: str, value: Any, choice: Any, reason: str) -> Any:
+        """Return `value`, or for auto `choice`, whose reason is kept."""
         if value != "auto":
             return value
-        reasons.append(f"{field}: {str(choice).lower()} ({reason})")
+        self.reasons.append(f"{field}: {str(choice).lower()} ({reason})")
         return choice
 
-    on_gpu = torch.cuda.is_available()
-    why = "torch sees a GPU" if on_gpu else "torch sees no GPU"
-    device = torch.device(choose("device", wanted.device, "cuda" if on_gpu else "cpu", why))
-    if device.type == "cuda":
-        device = _a_gpu(device, local_rank)
 
-    bf16, why = computes_in_bf16(device)
-    precision = choose("precision", wanted.precision, "bf16" if bf16 else "fp32", why)
-    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UsageError(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
-    if precision == "bf16" and device.type == "cuda" and not bf16:
-        raise UsageError(f"engine.precision bf16: {why}; use fp16 or fp32")
+def resolve_engine(config: Config, local_rank: int = 0) -> Engine:
+    """Return the engine for this configuration on this machine. Nothing in the process changes.
+
+    Args:
+        config: the run's configuration.
+        local_rank: this process's number on its host, which is its GPU's.
+
+    Raises:
+        UsageError: if a value that was asked for is unavailable here.
+    """
+    wanted, choices = config.engine, _Choices()
+    device = _resolve_device(wanted.device, local_rank, choices)
+    precision = _resolve_precision(wanted.precision, device, choices)
 
     compiles, why = can_compile(device)
     if compiles and device.type == "cpu":
-        compile_ = choose(
+        compile_ = choices.choose(
             "compile", wanted.compile, False, "eager was measured faster on a CPU: docs/EXPERIMENTS.md"
         )
     else:
-        compile_ = choose("compile", wanted.compile, compiles, why)
+        compile_ = choices.choose("compile", wanted.compile, compiles, why)
     if compile_ and not compiles:
         raise UsageError(f"engine.compile true: {why}")
     graphs, why, remedy = cuda_graph_support(config, device)
-    cuda_graph = choose("cuda_graph", wanted.cuda_graph, graphs, why)
+    cuda_graph = choices.choose("cuda_graph", wanted.cuda_graph, graphs, why)
     if cuda_graph and not graphs:
         raise UsageError(f"engine.cuda_graph true: {why}; {remedy}")
     in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
-    norm = choose("norm", config.model.norm, *_faster_norm(config, device, precision, in_cpp, why))
-    conv = choose("conv", wanted.conv, "own" if in_cpp else "torch", why)
-    if conv == "own" and not in_cpp:
-        raise UsageError(f"engine.conv own: {why}; use torch")
+    norm = choices.choose("norm", config.model.norm, *_faster_norm(config, device, precision, in_cpp, why))
+    conv = choices.choose("conv", wanted.conv, "cpp" if in_cpp else "torch", why)
+    if conv == "cpp" and not in_cpp:
+        raise UsageError(f"engine.conv cpp: {why}; use torch")
     _check_norm(norm, config, device, precision)
-    _set_switches(precision, wanted.deterministic)
     return Engine(
         device=device,
         precision=precision,
@@ -121,30 +138,46 @@ def resolve(config: Config, local_rank: int = 0) -> Engine:
         compress_gradients=wanted.compress_gradients,
         cuda_graph=bool(cuda_graph),
         cuda_graph_may_fall_back=wanted.cuda_graph == "auto",
-        reasons=tuple(reasons),
+        deterministic=wanted.deterministic,
+        reasons=tuple(choices.reasons),
     )
 
 
-def _a_gpu(device: torch.device, local_rank: int) -> torch.device:
-    """With its number, and made this process's current one. UsageError where it is not to be had."""
+def _resolve_device(wanted: str, local_rank: int, choices: _Choices) -> torch.device:
+    """Return the device, a GPU with its number. Raise UsageError if it is unavailable."""
+    on_gpu = torch.cuda.is_available()
+    why = "torch sees a GPU" if on_gpu else "torch sees no GPU"
+    device = torch.device(choices.choose("device", wanted, "cuda" if on_gpu else "cpu", why))
+    if device.type != "cuda":
+        return device
     named = ":" in str(device)
     if named and (processes := ranks.local_world_size()) > 1:
         raise UsageError(
             f"engine.device {device}: {processes} processes would share it; use cuda, which gives each its own"
         )
-    if not torch.cuda.is_available():
+    if not on_gpu:
         raise UsageError(f"engine.device {device}: torch sees no GPU here; use --engine.device cpu")
     device = device if named else torch.device("cuda", local_rank)
-    if device.index >= (there := torch.cuda.device_count()):
-        remedy = "use another number" if named else f"use --nproc_per_node {there}"
-        raise UsageError(f"engine.device {device}: this machine has {there} GPU{'s' * (there > 1)}; {remedy}")
-    torch.cuda.set_device(device)
+    if device.index >= (count := torch.cuda.device_count()):
+        remedy = "use another number" if named else f"use --nproc_per_node {count}"
+        raise UsageError(f"engine.device {device}: this machine has {count} GPU{'s' * (count > 1)}; {remedy}")
     return device
+
+
+def _resolve_precision(wanted: str, device: torch.device, choices: _Choices) -> str:
+    """Return a name in DTYPES. Raise UsageError if the device lacks it."""
+    bf16, why = computes_in_bf16(device)
+    precision: str = choices.choose("precision", wanted, "bf16" if bf16 else "fp32", why)
+    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UsageError(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
+    if precision == "bf16" and device.type == "cuda" and not bf16:
+        raise UsageError(f"engine.precision bf16: {why}; use fp16 or fp32")
+    return precision
 
 
 def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
     """Refuses a norm that was asked for and cannot run here."""
-    if norm == "fused" and device.type == "cuda" and not _has_triton():
+    if norm == "fused" and device.type == "cuda" and not HAS_TRITON:
         raise UsageError("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
         apex, why = find_apex(APEX_NORM)
@@ -162,40 +195,10 @@ def _check_norm(norm: str, config: Config, device: torch.device, precision: str)
         raise UsageError("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
 
 
-def _set_switches(precision: str, deterministic: bool) -> None:
-    """Of torch, for the whole process."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        # Looked at once, at the first product of matrices in a process: bench/conftest.py sets it for all of them.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    # It would write to all memory that is about to be written: for finding what reads before, not for equal runs.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def computes_in_bf16(device: torch.device) -> tuple[bool, str]:
-    """Whether the device computes in bf16 rather than emulating it, and the reason in words."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        name = f"compute capability {major}.{minor}"
-        return (True, name) if major >= 8 else (False, f"{name} has no bf16, 8.0 has")
-    if torch.cpu._is_amx_tile_supported():
-        return True, "the CPU has AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return True, "the CPU has avx512_bf16"
-    return False, "the CPU has neither avx512_bf16 nor AMX"
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def can_compile(device: torch.device) -> tuple[bool, str]:
     """Whether torch.compile has what it needs here, and the reason with the remedy in words."""
     if device.type == "cuda":
-        if not _has_triton():
+        if not HAS_TRITON:
             return False, "Triton is not installed: pip install triton"
         # It builds what launches its kernels at the first of them; on Windows it brings its own compiler.
         compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
@@ -262,7 +265,7 @@ def _faster_norm(
 ) -> tuple[str, str]:
     """auto's choice of the norm, and the reason in words. in_cpp, why: what _runs_in_cpp says."""
     on_gpu = device.type == "cuda"
-    if on_gpu and not _has_triton():
+    if on_gpu and not HAS_TRITON:
         return "torch", "the fused kernels need Triton: pip install triton"
     if config.model.sync_norm and config.engine.channels_last:
         return "fused", "it shares statistics between processes"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process or the power goes."""
+"""Atomic writes: a file is complete or unchanged, whenever the process or the power fails."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to; it takes the name `path` once it is on the disk.
+    """Yield a binary file to write to; it is renamed to `path` once it is on the disk.
 
-    Where that fails (OSError, or whatever the block raises), what was at `path` is as it was and nothing else is left.
+    If that fails (OSError, or whatever the block raises), `path` is unchanged and no temporary file is left.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -28,8 +28,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut, where the system can do so."""
+    """Make a rename in the folder survive a power cut, if the system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:

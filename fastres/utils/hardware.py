@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastres.training.engine import DTYPES
 from fastres.utils.errors import first_line
+from fastres.utils.precision import DTYPES
 from fastres.utils.timing import interleaved, time_region
 
 # ------------------------------------------------------------------------------------------- data sheets

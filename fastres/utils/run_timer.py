@@ -1,4 +1,4 @@
-"""Time: of the process from its start, and of training with everything else left out."""
+"""The time of the process from its start, and of training without everything else."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from contextlib import contextmanager
 STARTED = time.perf_counter()  # fastres imports this first, before torch is imported
 
 
-class Clock:
-    """Seconds of training and of the whole run, over restarts. The device is waited for where it stops."""
+class RunTimer:
+    """Seconds of training and of the whole run, over restarts. Stopping synchronises the device."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
-        self._train = self._wall = 0.0  # of the processes before this one, and what this one has trained
+        self._train = self._wall = 0.0  # of earlier processes of the run, and what this one has trained
         self._since: float | None = None
 
     def start(self) -> None:
+        """Start counting training time."""
         self._wait()
         self._since = time.perf_counter()
 
     def stop(self) -> None:
+        """Stop counting training time."""
         self._train, self._since = self.train_time_s, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside: evaluation, checkpoints."""
+        """Leave out the block: evaluation, checkpoints."""
         self.stop()
         yield
         self.start()
 
     @property
     def train_time_s(self) -> float:
+        """Seconds of training so far."""
         if self._since is None:
             return self._train
         self._wait()
@@ -40,13 +43,15 @@ class Clock:
 
     @property
     def wall_time_s(self) -> float:
+        """Seconds since the run began, interruptions left out."""
         return self._wall + time.perf_counter() - STARTED
 
     def state_dict(self) -> dict[str, float]:
+        """Return both times."""
         return {"train_time_s": self.train_time_s, "wall_time_s": self.wall_time_s}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from there."""
+        """Continue from saved times."""
         self._train, self._wall = state["train_time_s"], state["wall_time_s"]
 
     def _wait(self) -> None:

@@ -1,0 +1,135 @@
+"""The curves of a run: metrics.jsonl while it trains, history.csv and history.png of its evaluations."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastres.utils.atomic_io import atomic_write, write_text
+from fastres.utils.errors import UsageError
+
+HISTORY = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "eval_split",
+    "eval_loss",
+    "eval_accuracy",
+    "lr",
+    "train_time_s",
+)
+PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
+    ("train_loss", "train loss"),
+    ("eval_loss", "{} loss"),
+    ("train_accuracy", "train accuracy"),
+    ("eval_accuracy", "{} accuracy"),
+)
+SPLITS = ("test", "validation")
+AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time, s")}  # (column, what it says)
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's history.csv, numbers as float. Raise UsageError if it is missing or not a history."""
+    try:
+        with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        history = [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
+        needed = {"step", "train_time_s", "eval_split", *(column for column, _ in PANELS)}
+        if not all(needed <= row.keys() and row["eval_split"] in SPLITS for row in history):
+            raise ValueError("a column is not there")
+        return history
+    except FileNotFoundError:
+        raise UsageError(
+            f"{run} holds no history.csv: give folders of runs that have evaluated at least once"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
+    except (ValueError, TypeError, csv.Error):
+        raise UsageError(f"{run / 'history.csv'} is not a history of fastres") from None
+
+
+def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str = "step") -> None:
+    """Draw train and evaluation loss and accuracy in 2 x 2 panels, with one line per run.
+
+    Args:
+        runs: histories by the name that the legend shows.
+        path: of the picture; its suffix is the format.
+        against: one of AGAINST.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import LogLocator
+
+    x, label = AGAINST[against]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    splits = {row["eval_split"] for rows in runs.values() for row in rows}
+    split = " / ".join(sorted(splits)) or "validation"
+    for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+        for name, rows in runs.items():
+            axes.plot(
+                [row[x] for row in rows],
+                [row[column] for row in rows],
+                label=name,
+                linewidth=1.4,
+                marker="o" if len(rows) < 3 else None,
+            )
+        axes.set_title(title.format(split))
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if "loss" in column and all(row[column] > 0 for rows in runs.values() for row in rows):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        if len(runs) > 1:
+            axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix.removeprefix(".") or "png")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl that are rows, without a line that a kill has cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            if _is_row(row := json.loads(line)):
+                rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Return True if the row has all that a history needs."""
+    if not isinstance(row, dict) or row.get("split") not in ("train", "test", "validation"):
+        return False
+    numbers = ["loss", "accuracy", "lr", "train_time_s"]
+    numbers += ["train_loss", "train_accuracy"] if row["split"] != "train" else []
+    return type(row.get("step")) is int and all(type(row.get(name)) in (int, float) for name in numbers)
+
+
+def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
+    """Write history.csv and, if there are any evaluations, history.png into the run's folder.
+
+    Args:
+        evaluations: the rows of metrics.jsonl that are evaluations.
+        folder: the run's.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    rows = [
+        {name: row[name] for name in HISTORY if name in row}
+        | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
+        for row in evaluations
+    ]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, HISTORY)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "history.csv", table.getvalue())
+    if rows:
+        plot_curves({folder.name: read_history(folder)}, folder / "history.png")

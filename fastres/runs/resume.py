@@ -1,0 +1,88 @@
+"""What a checkpoint of a run holds: saving it, and continuing from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from fastres.config.schema import Config
+from fastres.distributed import process_group
+from fastres.distributed.process_group import ProcessGroup
+from fastres.runs import checkpoint
+from fastres.runs.run_dir import RunDir
+from fastres.training.metrics import Metrics
+from fastres.training.step import TrainStep
+from fastres.utils import ranks
+from fastres.utils.errors import UsageError, first_line
+from fastres.utils.run_timer import RunTimer
+
+
+def starts_elsewhere(config: Config, run: RunDir, group: ProcessGroup) -> bool:
+    """Return True if run.resume names a checkpoint to start from. Collective.
+
+    A run that torchrun restarted continues from its own checkpoints instead, if it has any by then.
+    """
+    if config.run.resume in ("auto", "never"):
+        return False
+    return not (ranks.restarted() and group.broadcast_from_rank0(lambda: checkpoint.found(run.checkpoints)))
+
+
+def load_named(config: Config, group: ProcessGroup) -> checkpoint.State:
+    """Return the state of the checkpoint that run.resume names. Collective."""
+    return group.broadcast_from_rank0(lambda: checkpoint.load(Path(config.run.resume)))
+
+
+def load_latest(run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
+    """Return the state of the folder's newest checkpoint that can be read, or None. Collective."""
+    return group.broadcast_from_rank0(lambda: checkpoint.latest(run.checkpoints))
+
+
+def restore(
+    state: checkpoint.State | None, step: TrainStep, timer: RunTimer, steps: int
+) -> tuple[int, Metrics]:
+    """Copy a checkpoint's state into the step and the timer.
+
+    Args:
+        state: of a checkpoint; None starts from the beginning.
+        step: the step.
+        timer: the run's timer.
+        steps: the length of the run.
+
+    Returns:
+        The number of steps that are done, and what they summed to since the last evaluation.
+
+    Raises:
+        UsageError: if the checkpoint is of another model, or beyond the run's last step.
+    """
+    if state is None:
+        return 0, Metrics()
+    try:
+        step.load_state_dict(state["trainer"])
+        timer.load_state_dict(state["clock"])
+        start, since_eval = state["step"], Metrics(**state["window"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"the checkpoint is of another model: {first_line(error)}") from None
+    if start > steps:
+        raise UsageError(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
+    return start, since_eval
+
+
+def save(
+    run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: RunTimer, since_eval: Metrics
+) -> None:
+    """Write a checkpoint of `done` steps. Collective.
+
+    Raises:
+        RunError: if the ranks' weights differ, or the disk is full.
+    """
+    process_group.assert_replicas_equal(step.model)
+    trainer = step.state_dict()
+    group.watchdog.heartbeat("saves a checkpoint")
+    if ranks.rank() == 0:
+        state = {
+            "step": done,
+            "window": asdict(since_eval),
+            "clock": timer.state_dict(),
+            "trainer": trainer,
+        }
+        checkpoint.save(run.checkpoints, done, state, run.config.run.keep_checkpoints)

@@ -1,0 +1,191 @@
+"""The log of a training run: the progress line, metrics.jsonl, the curves, and summary.json."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from fastres.config.schema import Config
+from fastres.models.weights import save_weights
+from fastres.runs.environment import device_name
+from fastres.runs.run_dir import RunDir
+from fastres.training.build import Parts
+from fastres.training.metrics import Metrics
+from fastres.utils.atomic_io import write_text
+from fastres.utils.errors import RunError
+from fastres.utils.progress import ProgressLine
+from fastres.utils.run_timer import RunTimer
+
+
+class TrainingLog:
+    """Logs a run on rank 0, and keeps the sums since the last log line and the last evaluation on every rank.
+
+    Args:
+        config: the run's configuration.
+        run: its folder.
+        parts: its parts.
+        timer: its timer.
+        progress: the line in the terminal.
+        start: steps that were done before.
+        since_eval: what these summed to since the last evaluation.
+        is_main: True on rank 0, which writes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        parts: Parts,
+        timer: RunTimer,
+        progress: ProgressLine,
+        *,
+        start: int,
+        since_eval: Metrics,
+        is_main: bool,
+    ) -> None:
+        self.config, self.run, self.parts, self.timer, self.progress = config, run, parts, timer, progress
+        self.is_main = is_main
+        self.since_eval = since_eval
+        self.last_eval: Metrics | None = None
+        self._logged, self._logged_s = start, timer.train_time_s  # step and time of the last log line
+
+    # -------------------------------------------------------------------------------- when something is due
+
+    def evaluation_due(self, done: int) -> bool:
+        """Return True if the curve has a point after `done` steps."""
+        return self._due(done, self.config.train.eval_every)
+
+    def checkpoint_due(self, done: int) -> bool:
+        """Return True if a checkpoint is saved after `done` steps."""
+        return self._due(done, self.config.run.checkpoint_every)
+
+    def line_due(self, done: int) -> bool:
+        """Return True if the training metrics are logged after `done` steps."""
+        return self._due(done, self.config.train.log_every) or self.evaluation_due(done)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.config.train.steps
+
+    # -------------------------------------------------------------------------------- lines and rows
+
+    def begin(self, start: int) -> None:
+        """Print what the run is."""
+        for note in self.parts.notes:
+            self.progress.say(note)
+        config, data = self.config, self.parts.data
+        engine = self.parts.step.engine
+        self.progress.say(
+            f"{config.model.name}, {self.parts.parameters:,} parameters, {data.source.name}: "
+            f"{len(data.training):,} training images, {config.train.steps:,} steps of {config.train.batch_size} "
+            f"on {device_name(engine.device)} in {engine.precision}, {self.run.folder}"
+            + (f", continued at step {start:,}" if start else "")
+        )
+
+    def read_metrics(self) -> Metrics:
+        """Return the sums over all ranks since the last reset. Collective.
+
+        Raises:
+            RunError: if the loss has become non-finite.
+        """
+        metrics, bad_step = self.parts.step.metrics.read()
+        if bad_step >= 0:
+            raise RunError(
+                f"the loss became non-finite at step {bad_step:,}; {self.run.checkpoint_hint()}; "
+                "try a smaller --optim.lr or --engine.precision fp32"
+            )
+        return metrics
+
+    def training(self, done: int, lr: float, metrics: Metrics) -> None:
+        """Log the training metrics after `done` steps, and start new sums."""
+        self.parts.step.metrics.reset()
+        self.since_eval += metrics
+        seconds = max(self.timer.train_time_s - self._logged_s, 1e-9)
+        speed = (done - self._logged) * self.config.train.batch_size / seconds
+        self._logged, self._logged_s = done, self.timer.train_time_s
+        self.progress.update(
+            done,
+            f"loss {metrics.mean_loss:.4f}  accuracy {metrics.accuracy:.2%}  lr {lr:.4g}  {speed:,.0f} images/s",
+        )
+        self._append(
+            {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
+             "lr": lr, "images_per_s": speed, "train_time_s": self.timer.train_time_s}
+        )  # fmt: skip
+
+    def evaluation(self, done: int, lr: float, metrics: Metrics) -> None:
+        """Log a point of the curve after `done` steps."""
+        split = self.parts.data.curve_split
+        self.progress.say(
+            f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}"
+        )
+        self._append(
+            {"step": done, "split": split, "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
+             "train_loss": self.since_eval.mean_loss, "train_accuracy": self.since_eval.accuracy,
+             "lr": lr, "train_time_s": self.timer.train_time_s}
+        )  # fmt: skip
+        self.since_eval, self.last_eval = Metrics(), metrics
+
+    def stopped(self, done: int, number: int) -> None:
+        """Log that signal `number` stopped the run after `done` steps."""
+        if self.is_main:
+            self.run.write_history()
+            name = signal.Signals(number).name
+            self.progress.say(f"stopped by {name} at step {done:,}; {self.run.checkpoint_hint()}")
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.is_main:
+            self.run.append_metrics(row)
+
+    # -------------------------------------------------------------------------------- the end
+
+    def final_is_known(self) -> bool:
+        """Return True if the last point of the curve is the result on the test set."""
+        return self.last_eval is not None and self.parts.data.curve_split == "test"
+
+    def finish(self, final: Metrics, *, captured: bool) -> None:
+        """Write the weights, the curves and the summary, and print the result.
+
+        Args:
+            final: of the test set after the last step.
+            captured: True if the steps were replayed from a CUDA graph.
+        """
+        if not self.is_main:
+            return
+        folder: Path = self.run.folder
+        with self.run.writing():
+            save_weights(self.parts.model, folder / "model.safetensors")
+            self.run.write_history()
+            write_text(folder / "summary.json", json.dumps(self._summary(final, captured), indent=2) + "\n")
+        self.progress.say(
+            f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {self.config.train.steps:,} "
+            f"steps in {self.timer.train_time_s:.1f} s of training; curves: {folder / 'history.png'}"
+        )
+
+    def _summary(self, final: Metrics, captured: bool) -> dict[str, Any]:
+        config, parts, timer = self.config, self.parts, self.timer
+        steps, engine = config.train.steps, parts.step.engine
+        at_90 = next((row for row in self.run.evaluations() if row["accuracy"] >= 0.9), None)
+        return {
+            "recipe": config.recipe,
+            "model": config.model.name,
+            "data": parts.data.source.name,
+            "test_accuracy": final.accuracy,
+            "test_loss": final.mean_loss,
+            "test_samples": final.samples,
+            "test_views": 1 + config.train.eval_mirrored,  # views of an image whose logits are averaged
+            "steps": steps,
+            "parameters": parts.parameters,
+            "images_per_s": steps * config.train.batch_size / timer.train_time_s if steps else None,
+            "train_time_s": timer.train_time_s,
+            "wall_time_s": timer.wall_time_s,
+            "final_evaluation_s": parts.evaluator.time_s,
+            "first_step_at_90": at_90 and at_90["step"],
+            "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
+            "curve": parts.data.curve_split,
+            "device": device_name(engine.device),
+            "precision": engine.precision,
+            "compile": parts.step.inner.compiled,
+            "cuda_graph": captured,
+            "seed": config.run.seed,
+        }

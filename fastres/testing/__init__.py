@@ -1,0 +1,1 @@
+"""Test doubles with the rules of the real thing. Product code does not import them."""

@@ -1,0 +1,196 @@
+"""The parts of a run, built from its configuration: data, network, step, schedule. The benches build theirs here too."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastres.config.schema import Config, model_options
+from fastres.data.loaders.build import Loader, build_loader, classes_of, image_size, sample_images
+from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source, Split, hold_out
+from fastres.distributed import process_group
+from fastres.distributed.process_group import ProcessGroup
+from fastres.models.registry import build_model, check_input_shape
+from fastres.models.weights import load_weights
+from fastres.training.channels_last import check_channels_last
+from fastres.training.engine import Engine
+from fastres.training.evaluator import Evaluator
+from fastres.training.schedule import lr_scale
+from fastres.training.step import Batch, TrainStep
+from fastres.utils import ranks
+from fastres.utils.errors import UsageError, first_line, out_of_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The splits of a run and their loaders."""
+
+    source: Source
+    training: Split
+    curve_split: str  # "test" or "validation": the samples of the evaluation curve
+    train_loader: Loader
+    curve_loader: Loader
+    test_loader: Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All that a training loop needs."""
+
+    data: Data
+    model: nn.Module
+    step: TrainStep
+    evaluator: Evaluator
+    lr_at: Callable[[int], float]  # the learning rate of a step, before it is scaled for a parameter group
+    dummy_batch: Batch
+    notes: tuple[str, ...]  # lines for the log
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained and untrained parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Source | None = None) -> Parts:
+    """Build all parts of a run. Collective.
+
+    Args:
+        config: the run's configuration.
+        engine: the resolved engine, whose torch settings are applied.
+        group: the run's processes.
+        source: stands in for the configured source.
+
+    Raises:
+        UsageError: if the data is bad or does not fit the network, or the weights do not.
+    """
+    data = build_data(config, engine, group, source)
+    model = build_network(config, engine, data.source)
+    notes = [*engine.reasons, *data.source.notes]
+    replaced: list[str] = []
+    if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
+        replaced = group.broadcast_from_rank0(lambda: load_weights(model, str(config.model.weights)))
+    process_group.broadcast_buffers(model)
+    if config.model.sync_norm:
+        process_group.enable_sync_batchnorm(model)
+    dummy = dummy_batch(config, data.source, engine)
+    _check_batch_shape(config, dummy)
+    if engine.channels_last:
+        try:
+            check_channels_last(model, engine, dummy)
+        except AssertionError as error:  # slower, but not wrong: reported, not fatal
+            notes.append(f"channels_last is lost: {error}")
+    if replaced:
+        notes.append(f"weights: head replaced ({', '.join(replaced)})")
+    step = TrainStep(model, engine, config.optim, config.train.label_smoothing, config.train.accumulate)
+    return Parts(
+        data=data,
+        model=model,
+        step=step,
+        evaluator=Evaluator(model, engine, config.train.eval_mirrored),
+        lr_at=partial(learning_rate, config),
+        dummy_batch=dummy,
+        notes=tuple(notes),
+    )
+
+
+def build_data(config: Config, engine: Engine, group: ProcessGroup, source: Source | None = None) -> Data:
+    """Load the source, or take the given one, and build a loader for each split. Collective."""
+    source = source or group.rank0_first(lambda: load_source(config.data))
+    training, curve, curve_split = source.train, source.test, "test"
+    if config.data.validation:
+        training, curve = hold_out(source.train, config.data.validation)
+        curve_split = "validation"
+    loader_of = partial(split_loader, config, engine, source)
+    curve_loader = loader_of(curve)
+    return Data(
+        source=source,
+        training=training,
+        curve_split=curve_split,
+        train_loader=loader_of(training),
+        curve_loader=curve_loader,
+        test_loader=loader_of(source.test) if config.data.validation else curve_loader,
+    )
+
+
+def split_loader(config: Config, engine: Engine, source: Source, split: Split) -> Loader:
+    """Build this rank's loader over a split, for the engine's device and dtype."""
+    return build_loader(
+        config,
+        source,
+        split,
+        device=engine.device,
+        dtype=engine.dtype,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+    )
+
+
+def build_network(config: Config, engine: Engine, source: Source) -> nn.Module:
+    """Build the network for the source's channels and classes from the run's seed, on the engine's device."""
+    torch.manual_seed(config.run.seed)
+    model = build_model(
+        config.model.name,
+        num_classes=classes_of(config, source),
+        in_channels=source.channels,
+        norm=engine.norm,
+        **model_options(config.model),
+    )
+    return engine.place(model)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of step number `step`, from 0, for the global batch."""
+    peak = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
+    return peak * lr_scale(config.schedule, step, config.train.steps)
+
+
+def dummy_batch(config: Config, source: Source, engine: Engine) -> Batch:
+    """Return zeros with the shapes, dtypes and strides of this rank's batch."""
+    n, side = config.train.batch_size // ranks.world_size(), image_size(config, source)
+    shape = (n, source.channels, side, side)
+    images = torch.empty(shape, dtype=engine.dtype, device=engine.device, memory_format=engine.memory_format)
+    labels = torch.zeros(n, dtype=torch.int64, device=engine.device)
+    if config.data.mixup or config.data.cutmix:
+        labels = torch.zeros(n, classes_of(config, source), device=engine.device)
+    return images.zero_(), labels
+
+
+def _check_batch_shape(config: Config, batch: Batch) -> None:
+    """Raise UsageError if the network cannot take one micro-batch, or BatchNorm has too few values of it."""
+    n, *image = batch[0].shape
+    at_once = n // config.train.accumulate * (ranks.world_size() if config.model.sync_norm else 1)
+    options = model_options(config.model)
+    check_input_shape(config.model.name, (at_once, *image), training=True, **options)
+
+
+def fit_whitening(config: Config, engine: Engine, parts: Parts) -> None:
+    """Fit the network's whitening to training images, if it has a whitening layer. Collective."""
+    if whiten := getattr(parts.model, "whiten", None):
+        whiten(sample_images(config, parts.data.source, parts.data.training).to(engine.device))
+        process_group.broadcast_buffers(parts.model)
+
+
+def warm_up(parts: Parts, say: Callable[[str], None]) -> None:
+    """Compile training and evaluation before the timer starts; the model's state stays as it is.
+
+    If compiling was auto's choice and the compiler is broken, everything runs eagerly, and `say` gets the reason.
+    """
+    step, evaluator = parts.step, parts.evaluator
+    try:
+        step.warm_up(*parts.dummy_batch)
+        evaluator(itertools.islice(parts.data.curve_loader.evaluate(), 1))
+    except UsageError:  # the data's fault, not the compiler's
+        raise
+    except Exception as error:
+        if out_of_memory(error) or not (step.engine.compile and step.engine.compile_may_fall_back):
+            raise
+        say(f"compile: false (the compiler failed: {first_line(error)})")
+        step.run_eagerly()
+        evaluator.forward_loss.run_eagerly()
+        step.warm_up(*parts.dummy_batch)

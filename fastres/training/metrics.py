@@ -1,0 +1,83 @@
+"""Loss and accuracy: sums that grow on the device, and the same sums on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastres.distributed import process_group
+from fastres.utils import ranks
+
+
+@dataclass
+class Metrics:
+    """Sums over an interval of steps, on the host."""
+
+    loss: float = 0.0  # summed over samples
+    correct: int = 0
+    samples: int = 0
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(self.loss + other.loss, self.correct + other.correct, self.samples + other.samples)
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss per sample."""
+        return self.loss / max(1, self.samples)
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of correct predictions."""
+        return self.correct / max(1, self.samples)
+
+
+class DeviceMetrics:
+    """Metrics that grow on the device; reading them is the only host-device synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        # Two tensors, because two elements of one tensor would take four times as many operators a step.
+        self.correct, self.samples = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        # The current step, and the first step with a non-finite loss; on the device, so that a replay can set them.
+        self.step, self.bad_step = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def add(self, loss: Tensor, correct: Tensor, samples: int | Tensor) -> None:
+        """Add the loss, () summed over the samples, and the counts."""
+        self.loss += loss
+        self.correct += correct
+        self.samples += samples
+        fine = torch.isfinite(loss) | (self.bad_step >= 0)
+        self.bad_step.copy_(torch.where(fine, self.bad_step, self.step))
+
+    def read(self) -> tuple[Metrics, int]:
+        """Return the sums over all ranks since the last reset, and the first step with a non-finite loss (-1: none)."""
+        sums, bad = self.state_dict(), self.bad_step.clone()
+        process_group.all_max(bad)
+        return Metrics(sums["loss"].item(), *sums["counts"].tolist()), int(bad.item())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that change."""
+        return self.loss, self.correct, self.samples, self.step, self.bad_step
+
+    def reset(self) -> None:
+        """Set the sums to zero."""
+        for tensor in (self.loss, self.correct, self.samples):
+            tensor.zero_()
+        self.bad_step.fill_(-1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums over all ranks. Collective."""
+        loss, counts = self.loss.clone(), torch.stack([self.correct, self.samples])
+        process_group.all_sum(loss, counts)
+        return {"loss": loss, "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Give the sums to rank 0 and zeros to the others, so that together they are what was saved."""
+        self.reset()
+        if ranks.rank() == 0:
+            self.loss.copy_(state["loss"])
+            self.correct.copy_(state["counts"][0])
+            self.samples.copy_(state["counts"][1])
