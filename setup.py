@@ -34,6 +34,7 @@ setup(
         *(f"fastres_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_data={
+        "": ["*.pyi"],
         "fastres": ["py.typed"],
         "fastres.config.recipes": ["*.yaml"],
         "fastres_kernels": ["py.typed"],
@@ -45,6 +46,7 @@ setup(
         "torchvision>=0.26",
         "filelock>=3.12",
         "jsonargparse[signatures]>=4.40",
+        "lazy_loader>=0.4",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",

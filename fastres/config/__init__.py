@@ -1,0 +1,5 @@
+"""Run configuration: its fields, its checks, and how it is read."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""From a data set to batches on the device."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Several processes: their group, and the watchdog."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""A run's folder: checkpoints, log, curves, environment."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

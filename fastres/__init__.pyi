@@ -1,0 +1,3 @@
+from .models.registry import build_model as build_model
+
+__version__: str

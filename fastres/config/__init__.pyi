@@ -1,0 +1,13 @@
+from .cli import parse as parse
+from .files import load_file as load_file
+from .files import load_recipe as load_recipe
+from .files import recipe_names as recipe_names
+from .schema import Config as Config
+from .schema import DataConfig as DataConfig
+from .schema import EngineConfig as EngineConfig
+from .schema import ModelConfig as ModelConfig
+from .schema import OptimConfig as OptimConfig
+from .schema import RunConfig as RunConfig
+from .schema import ScheduleConfig as ScheduleConfig
+from .schema import TrainConfig as TrainConfig
+from .validation import check as check

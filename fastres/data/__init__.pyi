@@ -1,0 +1,9 @@
+from .loaders.build import LOADERS as LOADERS
+from .loaders.build import Loader as Loader
+from .loaders.build import build_loader as build_loader
+from .sources.load import SOURCES as SOURCES
+from .sources.load import load_source as load_source
+from .sources.source import Source as Source
+from .sources.source import Split as Split
+from .spec import IGNORED as IGNORED
+from .spec import BatchSpec as BatchSpec

@@ -1,0 +1,14 @@
+from .build import Parts as Parts
+from .build import build_parts as build_parts
+from .cuda_graph import CudaRecorder as CudaRecorder
+from .cuda_graph import GraphedStep as GraphedStep
+from .cuda_graph import capture_if_enabled as capture_if_enabled
+from .engine import Engine as Engine
+from .engine import resolve_engine as resolve_engine
+from .evaluator import Evaluator as Evaluator
+from .metrics import Metrics as Metrics
+from .optim import OPTIMIZERS as OPTIMIZERS
+from .optim import build_optimizer as build_optimizer
+from .schedule import SCHEDULES as SCHEDULES
+from .schedule import lr_scale as lr_scale
+from .step import TrainStep as TrainStep
