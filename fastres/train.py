@@ -65,19 +65,14 @@ def train(
     timer = RunTimer(engine.device.type)
 
     # ------------------------------------------------------------------------ resume
-    state = None
-    elsewhere = resume.starts_elsewhere(config, run, group)
-    if (
-        elsewhere
-    ):  # before the folder is acquired, so that a checkpoint that does not fit leaves nothing behind
-        state = resume.load_named(config, group)
-        start, since_eval = resume.restore(state, step, timer, steps)
+    # A named checkpoint is restored before the folder is acquired, so that one that does not fit leaves nothing behind.
+    named = resume.load_named(config, run, group)
+    start, since_eval = resume.restore(named, step, timer, steps)
     with ExitStack() as stack:
         group.broadcast_from_rank0(run.acquire)
         stack.callback(run.release)
-        if not elsewhere:
-            state = resume.load_latest(run, group)
-            start, since_eval = resume.restore(state, step, timer, steps)
+        if named is None:
+            start, since_eval = resume.restore(resume.load_latest(run, group), step, timer, steps)
         if start == 0 and not config.model.weights:
             fit_whitening(config, engine, parts)
         progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))

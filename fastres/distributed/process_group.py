@@ -37,7 +37,7 @@ class ProcessGroup:
         self.control = control  # gloo's; None for one process
 
     def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and return its result on every rank. An error there is raised everywhere, printed once."""
+        """Run `work` on rank 0 and return its result on every rank; an error is raised everywhere and printed once."""
         if ranks.world_size() == 1:
             return work()
         box: list[Any] = [None]
@@ -132,10 +132,13 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
 
 
 def _session(store: dist.Store, wait_s: float) -> str:
-    """A name that all processes of this start have in common, and no start before it had.
+    """Return a name that the processes of this start share and that no earlier start had.
 
-    torchrun's store outlives the processes that it starts again: without a name of their own they read where those
-    before them could be reached, and wait for the dead (pytorch#135712; seen with torch 2.14).
+    torchrun's store outlives the processes that it restarts. Without a name of their own, restarted processes read the
+    addresses of those before them and wait for the dead (pytorch#135712; seen with torch 2.14).
+
+    Raises:
+        RunError: on rank 0, if another rank has not come within `wait_s` seconds.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + wait_s
     if ranks.rank() > 0:
@@ -150,14 +153,14 @@ def _session(store: dist.Store, wait_s: float) -> str:
                 f"rank {missing[0]} of {ranks.world_size()} processes has not come within {wait_s:g} s"
             )
         for number in missing:
-            if store.check([others[number]]):  # perhaps from its life before: nobody waits for that answer
+            if store.check([others[number]]):  # possibly of the previous start: nobody waits for that answer
                 store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)
         time.sleep(0.01)
     return me
 
 
 def check_batch(batch_size: int, accumulate: int) -> None:
-    """Refuses a global batch that the processes, and the parts of each one's share, cannot share equally."""
+    """Raise UsageError if the global batch cannot be split evenly over the ranks and their micro-batches."""
     parts = ranks.world_size() * accumulate
     if batch_size % parts:
         sharers = f"{ranks.world_size()} cannot share it equally"
@@ -170,17 +173,26 @@ def check_batch(batch_size: int, accumulate: int) -> None:
 
 
 def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
-    """The module, its gradients averaged over the processes where there are several."""
+    """Return the module in DDP, or the module itself for one process. Collective."""
     return module if ranks.world_size() == 1 else data_parallel(module, device, compress_gradients)
 
 
 def data_parallel(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
-    """DDP around the module; BatchNorm's running statistics stay each process's own. Collective."""
-    # Dynamo would cut the module's graph at DDP's buckets, and several processes would run another program than one.
-    # Little is lost: in bf16 all gradients but BatchNorm's come out of one cast at the end (step.BatchedCast).
+    """Return the module in DDP; each rank keeps its own BatchNorm running statistics. Collective.
+
+    Args:
+        module: on the device, compiled or not.
+        device: its device.
+        compress_gradients: all-reduce the gradients in bf16.
+
+    Raises:
+        UsageError: if the backend cannot add bf16 and compress_gradients is set.
+    """
+    # Dynamo would split the module's graph at DDP's buckets, and several processes would run another program than one.
+    # Little is lost: in bf16 all gradients except BatchNorm's come out of one cast at the end (step.BatchedCast).
     torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
-        # torch 2.14 prefers forward_sync_buffers, which torch 2.11 has not.
+        # torch 2.14 prefers forward_sync_buffers, which torch 2.11 does not have.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(
             module,
@@ -202,34 +214,36 @@ def data_parallel(module: nn.Module, device: torch.device, compress_gradients: b
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Inside, backward adds to this process's own gradients; the processes exchange them at the next one outside."""
+    """Keep gradients local inside the block; the next backward outside it all-reduces them."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def enable_sync_batchnorm(model: nn.Module) -> None:
-    """Makes every BatchNorm of the model take the statistics of the whole batch, where there are several processes."""
+    """Make every BatchNorm use the statistics of the global batch, if there are several processes."""
     if ranks.world_size() > 1:
         convert_sync_batchnorm(model)
 
 
 def all_sum(*tensors: Tensor) -> None:
-    """Sums each tensor over the processes, in place."""
+    """All-reduce each tensor by its sum, in place."""
     for tensor in tensors if ranks.world_size() > 1 else ():
         dist.all_reduce(tensor)
 
 
 def all_max(tensor: Tensor) -> None:
-    """The largest of the processes' values, in place."""
+    """All-reduce the tensor by its maximum, in place."""
     if ranks.world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def assert_replicas_equal(model: nn.Module) -> None:
-    """Fails where the processes' weights differ: a step that did not exchange its gradients shows nowhere else.
-    Collective."""
+    """Raise RunError if the ranks' weights differ. Collective.
+
+    A step that did not all-reduce its gradients would show nowhere else.
+    """
     if ranks.world_size() == 1:
         return
-    # Of their bits, as whole numbers: the same in any order, on any device.
+    # Sums of the weights' bits as integers do not depend on the order of the summation or on the device.
     bits = {4: torch.int32, 8: torch.int64}
     sums = torch.stack([p.detach().view(bits[p.element_size()]).sum() for p in model.parameters()])
     largest, smallest = sums.clone(), -sums
@@ -240,6 +254,6 @@ def assert_replicas_equal(model: nn.Module) -> None:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Rank 0's buffers (BatchNorm's running statistics) on every rank."""
+    """Copy rank 0's buffers (BatchNorm's running statistics) to every rank."""
     for buffer in model.buffers() if ranks.world_size() > 1 else ():
         dist.broadcast(buffer, 0)

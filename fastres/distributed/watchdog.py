@@ -120,7 +120,7 @@ def _launcher_check() -> Check:
 
 
 def _roll_call(rank: int, world_size: int, token: str, doing: str) -> str:
-    """Tell the other ranks what this one does, and return in words which rank hangs. Raise OSError if the store is gone."""
+    """Tell the other ranks what this one does, and return which rank hangs. Raise OSError if the store is gone."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Raises if nobody can be reached: torch would try again and again, and print a stack each time.
     socket.create_connection((address, port), ANSWER_S).close()

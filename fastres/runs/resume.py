@@ -17,18 +17,15 @@ from fastres.utils.errors import UsageError, first_line
 from fastres.utils.run_timer import RunTimer
 
 
-def starts_elsewhere(config: Config, run: RunDir, group: ProcessGroup) -> bool:
-    """Return True if run.resume names a checkpoint to start from. Collective.
+def load_named(config: Config, run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
+    """Return the state of the checkpoint that run.resume names, or None if it names none. Collective.
 
     A run that torchrun restarted continues from its own checkpoints instead, if it has any by then.
     """
     if config.run.resume in ("auto", "never"):
-        return False
-    return not (ranks.restarted() and group.broadcast_from_rank0(lambda: checkpoint.found(run.checkpoints)))
-
-
-def load_named(config: Config, group: ProcessGroup) -> checkpoint.State:
-    """Return the state of the checkpoint that run.resume names. Collective."""
+        return None
+    if ranks.restarted() and group.broadcast_from_rank0(lambda: checkpoint.found(run.checkpoints)):
+        return None
     return group.broadcast_from_rank0(lambda: checkpoint.load(Path(config.run.resume)))
 
 

@@ -17,7 +17,7 @@ def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
     """Run one eager forward and backward in the engine's precision; the model's state stays as it is.
 
     Raises:
-        AssertionError: names the first convolution or normalisation whose activations or gradients are not channels-last.
+        AssertionError: names the first convolution or norm whose activations or gradients are not channels-last.
     """
     wrong: list[str] = []
 

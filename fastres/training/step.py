@@ -64,7 +64,7 @@ class BatchedCast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Inductor makes no single kernel of casting a list, but of multiplying it: times one in the wider dtype is exact.
+        # Inductor makes one kernel of multiplying a list, not of casting it; times one in the wider dtype is exact.
         one = torch.ones((), dtype=ctx.dtype, device=grads[0].device)
         return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 

@@ -60,8 +60,8 @@ def build_loader(
         split.sized_image(0, size, size)
     if (data.mixup or data.cutmix) and config.train.batch_size // world_size % 2:
         raise UsageError(
-            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world_size} samples on each process are "
-            "an odd number; change train.batch_size"
+            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world_size} samples on each "
+            "process are an odd number; change train.batch_size"
         )
     if data.augment == "crop" and data.pad >= size:  # more than there is to reflect, and crops of zeros alone
         raise UsageError(
