@@ -14,7 +14,7 @@ from fastres.config.tutorial import TUTORIAL_KEYS, translate_tutorial
 from fastres.utils.errors import UsageError
 from fastres.utils.suggest import did_you_mean
 
-MOST_VALUES = 10_000  # in a configuration file: nine lines of YAML's anchors can stand for billions
+MOST_VALUES = 10_000  # values in a configuration file: nine lines of YAML anchors can expand to billions
 # Values that have another name since version 0.2; the old ones are accepted for one version.
 RENAMED_VALUES: dict[str, dict[str, str]] = {"engine.conv": {"own": "cpp"}}
 
@@ -29,7 +29,8 @@ def load_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if _count(content) > MOST_VALUES:
             raise UsageError(
-                f"{path}: more than {MOST_VALUES:,} values after expanding YAML aliases; split the file or remove the aliases"
+                f"{path}: more than {MOST_VALUES:,} values after expanding YAML aliases; "
+                "split the file or remove the aliases"
             )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 DEFAULT_RECIPE = "cifar10-resnet20"
-LOCAL_FIELDS = ("dir", "resume")  # of RunConfig: where a run is kept is not part of what it is
+LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +28,30 @@ class ModelConfig:
     (with options.blocks_per_stage), mini_resnet, speed_resnet (with options.widths)."""
 
     shortcut: Literal["pad", "maxpool_pad", "conv1x1"] | None = None
-    """Shortcut of the CIFAR family where the shape changes (null: the paper's, pad)."""
+    """Shortcut of the CIFAR family for blocks that change the shape (null: pad, as in the paper)."""
 
     norm: Literal["auto", "torch", "fused", "apex"] = "auto"
-    """BatchNorm implementation; the state_dict's keys are the same under each. fused: with ReLU and addition, in Triton
-    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto takes it where it was measured faster, and with
+    """BatchNorm implementation; all have the same state_dict keys. fused computes ReLU and the addition too, in Triton
+    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto chooses it if it was measured faster, and with
     sync_norm."""
 
     sync_norm: bool = False
-    """Share BatchNorm statistics between processes (SyncBatchNorm)."""
+    """Compute BatchNorm statistics over the global batch of all processes (SyncBatchNorm)."""
 
     num_classes: PositiveInt | None = None
-    """Outputs of the head (null: as many as the data has classes)."""
+    """Outputs of the head (null: the number of classes in the data)."""
 
     weights: str | None = None
-    """File to start from: .safetensors or a torchvision state_dict; a head of another size is replaced."""
+    """File of initial weights: .safetensors or a torchvision state_dict; a head of another size is replaced."""
 
-    # Plain values, not Any: for Any jsonargparse takes {class_path: ...} as a class to import and to call.
+    # Plain values, not Any: for Any, jsonargparse would import and call a class named by {class_path: ...}.
     options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)
     """Further options of build_model, such as {stem: small, zero_init_residual: true}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The samples and how they reach the device."""
+    """The data set and how its samples reach the device."""
 
     source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = (
         "cifar10"
@@ -59,87 +59,88 @@ class DataConfig:
     """Data set. digits is built in: scikit-learn's 1,797 handwritten digits, 8x8."""
 
     root: str = "data"
-    """Folder of the data set: torchvision's layout, or train/CLASS/* and test/CLASS/* for imagefolder."""
+    """Folder of the data set, in torchvision's layout, or with train/CLASS/* and test/CLASS/* for imagefolder."""
 
     mirror: str | None = None
-    """Base URL (http, https or file) to download from, in place of the data set's own server."""
+    """Base URL (http, https or file) to download from instead of the data set's own server."""
 
     download: bool = True
-    """Download what is not under root; checksummed."""
+    """Download files that are missing under root and verify their checksums."""
 
     cache: str | None = None
-    """Folder where decoded image folders are kept for the resident loader (null: fastres in the user's cache folder,
-    $XDG_CACHE_HOME or ~/.cache)."""
+    """Folder for the cache of decoded image folders, used by the resident loader (null: fastres in the user's cache
+    folder, $XDG_CACHE_HOME or ~/.cache)."""
 
     skip_bad: bool = False
-    """Leave out the files of an image folder that cannot be decoded, and without resized_crop those of another size
-    than most; all are tried at the first start."""
+    """Skip image files that cannot be decoded. Without resized_crop, also skip images whose size differs from the most
+    common one. The first run decodes every file to find them."""
 
     validation: NonNegativeInt = 0
-    """Training samples held out for the evaluation curve by a fixed seed (0: the curve uses the test set)."""
+    """Training samples to hold out, by a fixed seed, for the evaluation curve (0: the curve uses the test set)."""
 
     loader: Literal["resident", "dali", "dataloader"] = "resident"
-    """resident: the data set lives on the device, augmentation runs there; dali: NVIDIA's, on a GPU where there is one;
-    dataloader: torch's, the baseline."""
+    """resident keeps the data set on the device and augments there; dali is NVIDIA's, on a GPU if there is one;
+    dataloader is torch's, the baseline."""
 
     augment: Literal["crop", "resized_crop", "none"] = "crop"
-    """crop: zero-pad by data.pad, then a random crop; resized_crop: random area and aspect (ImageNet)."""
+    """crop pads by data.pad and takes a random crop; resized_crop takes a random area and aspect ratio (ImageNet)."""
 
     pad: NonNegativeInt = 4
-    """Pixels added to each side before the random crop."""
+    """Pixels to add on each side before the random crop."""
 
     pad_mode: Literal["zero", "reflect"] = "zero"
-    """What they are: black, or the image mirrored around its outermost pixels."""
+    """Padding content: black pixels, or the image reflected at its border."""
 
     flip: bool | Literal["alternating"] = True
-    """Horizontal flip with probability one half; alternating: a random half in the first epoch, then by turns."""
+    """Flip horizontally with probability one half; alternating flips a random half of the images in the
+    first epoch, the other half in the second, and so on by turns."""
 
     cutout: NonNegativeInt = 0
-    """Side in pixels of a square that is blanked around a random pixel (0: none; the paper has 16 for CIFAR-10)."""
+    """Side in pixels of the square to blank around a random pixel (0: none; the paper uses 16 for CIFAR-10)."""
 
     mixup: NonNegativeFloat = 0.0
-    """Blend pairs of images and their labels by shares from Beta(mixup, mixup) (0: no; the paper has 1)."""
+    """Blend pairs of images and their labels with weights from Beta(mixup, mixup) (0: off; the paper uses 1)."""
 
     cutmix: NonNegativeFloat = 0.0
-    """Paste a part of one image into another, labels by area, from Beta(cutmix, cutmix) (0: no; the paper has 1).
-    With mixup too, a coin decides for each image."""
+    """Paste a box of one image into another and mix the labels by area, from Beta(cutmix, cutmix) (0: off; the paper
+    uses 1). If mixup is on too, a coin toss decides for each image."""
 
     image_size: PositiveInt | None = None
-    """Side in pixels that the network sees (null: the data's own, 32 of synthetic; needed for resized_crop)."""
+    """Side in pixels of the network's input (null: that of the data, 32 for synthetic; required for resized_crop)."""
 
     synthetic_samples: PositiveInt = 2048
     """Training samples of the synthetic source (a quarter as many for test)."""
 
     workers: NonNegativeInt = 2
-    """Worker processes per rank of the dataloader; threads of DALI, and of decoding for the resident loader."""
+    """Worker processes per rank for the dataloader; threads for DALI and for decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, in optimizer steps, never in epochs."""
+    """The length of the run, in optimizer steps."""
 
     steps: NonNegativeInt = 64_000
     """Optimizer steps of the run."""
 
     batch_size: PositiveInt = 128
-    """Samples of one step over all processes."""
+    """Global batch size: samples of one step over all processes."""
 
     accumulate: PositiveInt = 1
-    """Parts in which each process takes its share of a batch, one after another, for the memory of one of them. The
-    gradient is that of the whole batch; BatchNorm sees one part at a time, as it sees one process's."""
+    """Micro-batches that each process splits its batch into, so that only one has to fit in memory. The gradient is
+    that of the global batch; BatchNorm sees one micro-batch at a time."""
 
     eval_every: PositiveInt = 1_000
     """Steps between evaluations; the last step is always evaluated."""
 
     eval_batch_size: PositiveInt = 1_000
-    """Samples of one evaluation batch over all processes; it changes the speed, not the figures."""
+    """Samples of one evaluation batch over all processes; it changes the speed, not the result."""
 
     eval_mirrored: bool = False
-    """Evaluate by the mean of the logits of an image and of its mirror image (test-time augmentation); the summary's
-    test_views is then 2."""
+    """Average the logits of each image and its mirror image in evaluations (test-time augmentation); test_views in
+    the summary is then 2."""
 
     log_every: PositiveInt = 100
-    """Steps between lines of metrics; the device is synchronised only there."""
+    """Steps between log lines; the device is synchronised only there."""
 
     label_smoothing: NonNegativeFloat = 0.0
     """Label smoothing of the training loss, in [0, 1)."""
@@ -147,11 +148,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer; learning rates are those of the global batch."""
+    """The optimizer. Learning rates are for the global batch."""
 
     name: Literal["sgd", "muon", "apex_sgd"] = "sgd"
-    """sgd is torch's, fused; muon is Muon (Jordan et al. 2024) for the weights of convolutions, and sgd for the rest;
-    apex_sgd is apex's FusedSGD, where a genuine apex is installed."""
+    """sgd is torch's fused SGD; muon is Muon (Jordan et al. 2024) for the weights of convolutions and sgd for the rest;
+    apex_sgd is apex's FusedSGD, if a genuine apex is installed."""
 
     lr: PositiveFloat = 0.1
     """Peak learning rate."""
@@ -166,19 +167,20 @@ class OptimConfig:
     """L2 penalty added to the gradient."""
 
     decay_norm_and_bias: bool = True
-    """Decay BatchNorm parameters and biases too, as He et al. do."""
+    """Apply weight decay to BatchNorm parameters and biases too, as He et al. do."""
 
     norm_bias_lr_scale: PositiveFloat = 1.0
-    """BatchNorm's biases learn at this many times lr (64 in cifar10-airbench); decayed, they are so no faster."""
+    """Learning-rate multiplier for BatchNorm biases (64 in cifar10-airbench). Their weight decay is divided by the same
+    factor, so the decay per step is unchanged."""
 
     muon_lr: PositiveFloat = 0.24
-    """Peak learning rate of the weights that muon takes: the length of a step, whatever the gradient."""
+    """Peak learning rate of the weights that muon updates; it is the length of a step, whatever the gradient."""
 
     muon_momentum: NonNegativeFloat = 0.6
-    """Their momentum, Nesterov's, in [0, 1). They are not decayed: their norm stays the same."""
+    """Nesterov momentum of those weights, in [0, 1). They have no weight decay, because their norm is fixed."""
 
     scale_lr: bool = False
-    """Multiply lr by the number of processes (for a batch size that was scaled likewise)."""
+    """Multiply lr by the number of processes (if batch_size was multiplied too)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,76 +188,76 @@ class ScheduleConfig:
     """The learning rate as a pure function of the step."""
 
     name: Literal["multistep", "cosine", "triangular", "constant"] = "multistep"
-    """multistep: lr times factor at each milestone; cosine and triangular: to final_scale at the last step."""
+    """multistep multiplies lr by factor at each milestone; cosine and triangular reach final_scale at the last step."""
 
     milestones: tuple[int, ...] = (32_000, 48_000)
     """Steps at which multistep multiplies the learning rate by factor."""
 
     factor: PositiveFloat = 0.1
-    """What multistep multiplies by."""
+    """Factor of multistep."""
 
     warmup: Literal["linear", "constant"] = "linear"
     """Shape of the first warmup_steps: linear from warmup_scale to 1, or constant at warmup_scale."""
 
     warmup_steps: NonNegativeInt = 0
-    """Steps of warm-up; triangular peaks here."""
+    """Steps of warm-up; triangular has its peak at their end."""
 
     warmup_scale: NonNegativeFloat = 0.0
-    """Share of lr at which the warm-up starts."""
+    """Fraction of lr at which the warm-up starts."""
 
     final_scale: NonNegativeFloat = 0.0
-    """Share of lr that cosine and triangular reach at the end."""
+    """Fraction of lr that cosine and triangular reach at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the step runs. auto falls back with a printed reason; an explicit value that cannot be had is refused."""
+    """How the step runs. auto falls back and logs the reason; an explicit value that is unavailable is rejected."""
 
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
-    """auto is bf16 where the device computes in it, else fp32; fp16 scales the loss; fp64 is for comparisons."""
+    """auto is bf16 if the device computes in it, otherwise fp32; fp16 scales the loss; fp64 is for comparisons."""
 
     channels_last: bool = True
-    """Keep activations and weights in channels-last order, checked forward and backward."""
+    """Keep activations and weights in channels-last order; a check at the start covers forward and backward."""
 
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile of forward and loss without graph breaks; auto does so on a GPU where Triton is there."""
+    """Compile forward and loss with torch.compile, without graph breaks; auto does so on a GPU with Triton."""
 
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Replay the whole step, its batch included, as one CUDA graph; auto does so on a GPU with data.loader resident,
+    """Replay the whole step, including its batch, as one CUDA graph; auto does so on a GPU with data.loader resident,
     one process and optim.name sgd or muon."""
 
     deterministic: bool = False
-    """Bitwise equal runs on the same device (on a CPU they are so anyway)."""
+    """Make runs on the same device bitwise identical (on a CPU they always are)."""
 
     conv: Literal["auto", "torch", "cpp"] = "auto"
     """3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, for a CPU with avx512_bf16
     in bf16; auto takes them if they were measured faster."""
 
     compress_gradients: bool = False
-    """Processes exchange their gradients in bf16, half the bytes; refused where the backend cannot add bf16."""
+    """All-reduce gradients in bf16, which halves the bytes; rejected if the backend cannot add bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run is kept and how it goes on."""
+    """Where the run is stored and how it resumes."""
 
     dir: str | None = None
     """Folder of the run (null: runs/RECIPE)."""
 
     seed: NonNegativeInt = 0
-    """Seed of weights, order and augmentation."""
+    """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto: continue a run of the same config; never: refuse a folder that holds a run; or a checkpoint's path."""
+    """auto continues a run with the same configuration; never rejects a folder with a run; or a checkpoint's path."""
 
     checkpoint_every: PositiveInt = 2_000
-    """Steps between checkpoints; the last step is always kept."""
+    """Steps between checkpoints; the last step is always saved."""
 
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Number of checkpoints to keep, newest first."""
 
     tensorboard: bool = False
     """Write TensorBoard events too (extra: tensorboard)."""
@@ -264,12 +266,12 @@ class RunConfig:
     """Log to Weights & Biases too (extra: wandb)."""
 
     timeout_s: PositiveFloat = 600.0
-    """Seconds without a step after which several processes give up, naming the one that hangs."""
+    """Seconds without a step after which a run of several processes ends and names the process that hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. `recipe` names the file that the rest started from."""
+    """A whole run. `recipe` names the recipe that it started from."""
 
     recipe: str = DEFAULT_RECIPE
     model: ModelConfig = field(default_factory=ModelConfig)

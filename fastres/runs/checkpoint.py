@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, verified when read, never executed.
+"""Checkpoints: written atomically, verified when read, never executed.
 
-A file is a torch.save of plain tensors, numbers, strings and containers with a SHA-256 over all of them. It is
-read with weights_only, so that nothing in it runs.
+A file is a torch.save of plain tensors, numbers, strings and containers, with a SHA-256 over all of them. It is read
+with weights_only, so nothing in it runs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ State = dict[str, Any]
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> Path:
-    """Writes the state of step `step` into the folder and removes all but the newest `keep`. Returns its path."""
+    """Write the state after `step` steps, remove all but the newest `keep` checkpoints, and return the new path.
+
+    Raises:
+        RunError: if it cannot be written; earlier checkpoints are intact.
+    """
     path = folder / f"step-{step:08d}.pt"
-    # To memory first: torch's writer answers a full disk with an assertion about positions.
+    # Serialise to memory first, because torch's writer answers a full disk with an assertion about positions.
     content = io.BytesIO()
     torch.save({"state": state, "sha256": digest(state)}, content)
     try:
@@ -40,7 +44,11 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
 
 
 def load(path: Path) -> State:
-    """The state in a file, on the CPU. UsageError where it is missing, truncated, altered or not a checkpoint."""
+    """Return the state in a file, on the CPU.
+
+    Raises:
+        UsageError: if the file is missing, truncated, altered or not a checkpoint.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or set(content) != {"state", "sha256"}:
@@ -50,8 +58,8 @@ def load(path: Path) -> State:
         raise
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # bytes from anywhere may make the unpickler raise anything
-        # The kind of error alone: torch's own words advise to execute what is in the file.
+    except Exception as error:  # foreign bytes can make the unpickler raise anything
+        # Only the type of the error, because torch's own message advises to execute what is in the file.
         kind = type(error).__name__
         raise UsageError(
             f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint"
@@ -66,12 +74,16 @@ def load(path: Path) -> State:
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first."""
+    """Return the checkpoints of a folder, newest first."""
     return sorted(folder.glob("step-????????.pt"), reverse=True)
 
 
 def latest(folder: Path) -> State | None:
-    """The newest checkpoint that can be read, or None where there is none at all."""
+    """Return the newest checkpoint that can be read, or None if there are none.
+
+    Raises:
+        UsageError: if there are checkpoints and none can be read.
+    """
     broken = []
     for path in found(folder):
         try:
@@ -85,7 +97,7 @@ def latest(folder: Path) -> State | None:
 
 
 def digest(state: State) -> str:
-    """SHA-256 over structure, names, numbers and tensors; equal for equal content whatever the device or strides."""
+    """Return the SHA-256 over structure, names, numbers and tensors. It does not depend on device or strides."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where and with what something runs: the versions, the commit, the names of the device and of the processor."""
+"""The environment of a run: versions, commit, and the names of the device and the processor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from fastres.training.engine import Engine
 from fastres.utils import ranks
 
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of them is enough
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # either is enough
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    """Where and with what this ran: versions, device, commit, command."""
+    """Return the versions, device, commit and command of this process, as written to env.json."""
     device = engine.device
     return {
         "fastres": version("fastres"),
@@ -44,7 +44,7 @@ def environment(engine: Engine) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with -dirty where it has changes; None where this is an installed package."""
+    """Return the checkout's commit, with -dirty if it has changes, or None for an installed package."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -57,12 +57,12 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name as its maker gives it."""
+    """Return the device's name as its maker gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:
-    """The processor's name, with the number of threads that torch uses."""
+    """Return the processor's name, with the number of threads that torch uses."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -77,7 +77,7 @@ def cpu_name() -> str:
 
 
 def version(package: str) -> str | None:
-    """The version that is installed, if any."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

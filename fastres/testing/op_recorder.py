@@ -60,7 +60,7 @@ class OpRecorder:
             kept.append(sum(watcher.kept_bytes() for watcher in watchers))
         if kept[-1] > kept[-2]:
             raise CannotRecord(
-                f"the work keeps {kept[-1] - kept[-2]} more bytes at each call; all replays would write to the same ones"
+                f"the work keeps {kept[-1] - kept[-2]} more bytes at each call; replays would share one copy"
             )
         recording = _HostRecording()
         with preserving(mutated), _OpWatcher(self.device, recording).watching():

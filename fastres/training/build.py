@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration: data, network, step, schedule. The benches build theirs here too."""
+"""The parts of a run, built from its configuration: data, network, step, schedule."""
 
 from __future__ import annotations
 

@@ -29,13 +29,13 @@ APEX_NORM = "contrib.groupbn.batch_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How the step runs on this device; `reasons` has a line for each choice that `auto` made."""
+    """How the step runs on this device. `reasons` has a line for each choice that `auto` made."""
 
     device: torch.device
     precision: str  # a name in DTYPES
     channels_last: bool
     compile: bool
-    compile_may_fall_back: bool  # auto's choice: a compiler that turns out broken means eager, not failure
+    compile_may_fall_back: bool  # auto's choice: if the compiler is broken, run eagerly instead of failing
     norm: str  # a name in models.blocks.NORMS
     conv: str  # "torch" or "cpp": Conv2d.algorithm
     compress_gradients: bool
@@ -46,12 +46,12 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of the batches."""
+        """The dtype of activations and batches."""
         return DTYPES[self.precision]
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of activations, weights and batches."""
+        """The memory format of activations, weights and batches."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def apply_torch_settings(self) -> None:
@@ -176,7 +176,7 @@ def _resolve_precision(wanted: str, device: torch.device, choices: _Choices) -> 
 
 
 def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
-    """Refuses a norm that was asked for and cannot run here."""
+    """Raise UsageError if a norm that was asked for cannot run here."""
     if norm == "fused" and device.type == "cuda" and not HAS_TRITON:
         raise UsageError("model.norm fused: the kernels need Triton: pip install triton; or use torch")
     if norm == "apex":
@@ -196,11 +196,11 @@ def _check_norm(norm: str, config: Config, device: torch.device, precision: str)
 
 
 def can_compile(device: torch.device) -> tuple[bool, str]:
-    """Whether torch.compile has what it needs here, and the reason with the remedy in words."""
+    """Return True if torch.compile has what it needs here, and the reason, with the remedy, in words."""
     if device.type == "cuda":
         if not HAS_TRITON:
             return False, "Triton is not installed: pip install triton"
-        # It builds what launches its kernels at the first of them; on Windows it brings its own compiler.
+        # Triton builds its launcher at the first launch; on Windows it brings its own compiler.
         compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
         if sys.platform != "win32" and shutil.which(compiler) is None:
             return False, "no C compiler for Triton on the PATH: apt-get install gcc"
@@ -212,7 +212,7 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
             found,
             "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt",
         )
-    # As inductor looks for it.
+    # The compiler that inductor looks for.
     compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "clang++")
     if shutil.which(compiler) is None:
         remedy = "apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
@@ -222,13 +222,13 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
 
 
 def _missing_headers() -> str:
-    """Python's, with the remedy; empty where they are there."""
+    """Return which of Python's headers are missing, with the remedy, or an empty text."""
     there = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
     return "" if there else "no Python headers: apt-get install python3-dev"
 
 
 def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str, str]:
-    """Whether this run's steps can be CUDA graphs, the reason in words, and the remedy where they cannot."""
+    """Return True if this run's steps can be CUDA graphs, the reason in words, and the remedy if they cannot."""
     if device.type != "cuda":
         return False, "CUDA graphs are for GPUs", "leave it at auto"
     if ranks.world_size() > 1:
@@ -246,7 +246,7 @@ def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str,
 def _runs_in_cpp(
     device: torch.device, precision: str, compiles: bool, channels_last: bool
 ) -> tuple[bool, str]:
-    """Whether fastres_kernels.cpu.ops has what this run takes, and the reason in words. Asked last, it builds them."""
+    """Return True if the C++ kernels serve this run, and the reason in words. They are built if all else fits."""
     if device.type != "cpu":
         return False, "the C++ kernels are for CPUs"
     if precision != "bf16":
@@ -263,7 +263,7 @@ def _runs_in_cpp(
 def _faster_norm(
     config: Config, device: torch.device, precision: str, in_cpp: bool, why: str
 ) -> tuple[str, str]:
-    """auto's choice of the norm, and the reason in words. in_cpp, why: what _runs_in_cpp says."""
+    """Return auto's choice of the norm and the reason in words, given the result of _runs_in_cpp."""
     on_gpu = device.type == "cuda"
     if on_gpu and not HAS_TRITON:
         return "torch", "the fused kernels need Triton: pip install triton"
@@ -282,7 +282,7 @@ def _faster_norm(
 
 
 def find_apex(part: str) -> tuple[ModuleType | None, str]:
-    """That part of NVIDIA's apex, or None and the reason. PyPI's package of that name is another project."""
+    """Return that part of NVIDIA's apex, or None, and the reason. PyPI's package of that name is another project."""
     try:
         return importlib.import_module(f"apex.{part}"), "apex is there"
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: what is resumed, replayed or run on more processes is equal."""
+"""The learning rate as a pure function of the step, so that resumed, replayed and distributed runs are equal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastres.config.schema import ScheduleConfig
 
 
 def multistep(config: ScheduleConfig, step: int, steps: int) -> float:
-    """factor to the number of milestones passed (He et al. 2015, section 4.2)."""
+    """Return factor to the power of the milestones passed (He et al. 2015, section 4.2)."""
     return config.factor ** sum(step >= milestone for milestone in config.milestones)
 
 
 def cosine(config: ScheduleConfig, step: int, steps: int) -> float:
-    """From 1 at the end of the warm-up to final_scale at the last step (Loshchilov and Hutter 2016)."""
+    """Return a cosine from 1 at the end of the warm-up to final_scale at the last step (Loshchilov and Hutter 2016)."""
     return (
         config.final_scale
         + (1 - config.final_scale) * (1 + math.cos(math.pi * _done(config, step, steps))) / 2
@@ -22,12 +22,12 @@ def cosine(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def triangular(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Linear from 1 at the end of the warm-up to final_scale at the last step (Smith 2017)."""
+    """Return a line from 1 at the end of the warm-up to final_scale at the last step (Smith 2017)."""
     return 1 + (config.final_scale - 1) * _done(config, step, steps)
 
 
 def constant(config: ScheduleConfig, step: int, steps: int) -> float:
-    """1 throughout."""
+    """Return 1 throughout."""
     return 1.0
 
 
@@ -40,7 +40,7 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, int, int], float]] = {
 
 
 def lr_scale(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Share of optim.lr that step `step` of `steps` (counted from 0) is taken with, warm-up included."""
+    """Return the fraction of optim.lr for step `step` of `steps` (counted from 0), warm-up included."""
     if step < config.warmup_steps:
         if config.warmup == "constant":
             return config.warmup_scale
@@ -49,5 +49,5 @@ def lr_scale(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def _done(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Share of the way from the end of the warm-up to the last step."""
+    """Return the fraction of the way from the end of the warm-up to the last step."""
     return (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)

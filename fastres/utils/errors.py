@@ -1,5 +1,7 @@
-"""The two ways in which a command ends badly on purpose. Anything else is a bug and shows its traceback, but for memory
-that ran out and paths that the system refuses."""
+"""The two errors that a command reports in one line.
+
+Any other exception is a bug and shows its traceback, except for exhausted memory and paths that the system rejects.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,21 @@ from fastres.utils import ranks
 
 
 class UsageError(Exception):
-    """Input that cannot be accepted: one line that names the thing and the remedy. Exit status 2."""
+    """Invalid input: one line that names the thing and the remedy. Exit status 2."""
 
     status = 2
-    said = False  # by the process where it happened
+    said = False  # True if another rank has printed it
 
 
 class RunError(Exception):
-    """A run that had started and cannot go on: one line with what is left of it. Exit status 1."""
+    """A run that has started and cannot continue: one line that says what is left of it. Exit status 1."""
 
     status = 1
     said = False
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command other than train: refuses in one line, and takes no abbreviations, as train does."""
+    """The parser of a command other than train: one-line errors and no abbreviations, as in train."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, **how)
@@ -41,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what it says; its kind where it says nothing."""
+    """Return the first non-empty line of the error's message, or its type name if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -54,7 +56,10 @@ OUT_OF_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what it is. torch has a type of its own only for what its allocator of a GPU's memory says."""
+    """Return True if `error` means that memory ran out.
+
+    torch raises OutOfMemoryError only from its CUDA caching allocator; other sources are recognised by their message.
+    """
     import torch
 
     said = str(error).lower()
@@ -64,20 +69,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def complain(what: str, said: bool = False) -> None:
-    """One line on stderr, unless another process has said it; of several processes, with this one's rank. What torchrun
-    says at its end repeats it."""
-    # It may repeat what a file says: nothing in it may move a terminal's cursor or fail to be encoded.
+    """Print one line on stderr, with the rank if there are several processes, and leave it for torchrun's report.
+
+    Args:
+        what: the message.
+        said: True if another rank has printed it.
+    """
+    # It may quote a file: nothing in it may move the terminal's cursor or fail to be encoded.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
     if not said:
         who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):  # a launcher that is gone has taken its folder with it
+        with contextlib.suppress(OSError):  # a launcher that is gone has removed its folder
             Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main() and exits: its return value (None is 0), or one line on stderr and 2 or 1."""
+    """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr."""
     try:
         status = main() or 0
     except (UsageError, RunError) as error:
@@ -94,9 +103,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         complain(line, getattr(error, "said", False))
     if ranks.world_size() > 1:
-        # At the interpreter's end, whatever still refers to the process group leaves threads that nobody joins: 9 of 26
-        # runs of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch
-        # 2.14, gloo). And after a failure, taking the group down would wait for processes that are gone.
+        # When the interpreter ends, any reference to the process group leaves threads that nobody joins: 9 of 26 runs
+        # of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch 2.14,
+        # gloo). After a failure, destroying the group would wait for processes that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
