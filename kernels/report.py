@@ -3,9 +3,9 @@
     python -m fastres_kernels.report                    everything: a minute with Triton's cache filled, five without
     python -m fastres_kernels.report --only normalise   of the kernels those with "normalise" in their name
 
-Every Variant of the kernel files is compiled ahead of time for sm_80 and sm_90, as it is launched under torch.compile.
+Every CompiledVariant of the kernel files is compiled ahead of time for sm_80 and sm_90, as it is launched under torch.compile.
 Below stands what a basic residual block moves and launches, with torch's BatchNorm and with these kernels:
-inductor_count.py says how that is counted.
+inductor_counts.py says how that is counted.
 
 Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than there is or computes in
 float64; 2 where there is nothing to compile with.
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from .analysis.compiled_variants import RESNET20, Variant, declared_variants
+from .analysis.compiled_variants import RESNET20, CompiledVariant, declared_variants
+from .analysis.text_table import table
 from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
 from .triton_launch import HAS_TRITON, INTERPRETED
 
@@ -51,7 +52,7 @@ class Compiled:
 # ---- compiling ---------------------------------------------------------------------------------------------
 
 
-def compile_ahead(variant: Variant, capability: int) -> Compiled:
+def compile_ahead(variant: CompiledVariant, capability: int) -> Compiled:
     """For a GPU of that compute capability, which need not be there. Triton keeps the result in its cache."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -158,7 +159,7 @@ def main() -> int:
         output, errors = counting.communicate()
     blocks = {} if counting.returncode else json.loads(output)
     if counting.returncode:
-        wrong.append(f"inductor_count: {errors}")
+        wrong.append(f"inductor_counts: {errors}")
 
     versions = {
         "torch": torch.__version__,
@@ -180,7 +181,7 @@ def main() -> int:
 def count_blocks() -> subprocess.Popen[str]:
     """In a process of its own, which it makes believe in a GPU; one that it has would only be in the way."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.inductor_count"],
+        [sys.executable, "-m", f"{__package__}.analysis.inductor_counts"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -203,7 +204,7 @@ def kernel_table(kernels: list[Compiled]) -> str:
 
 
 def block_table(blocks: dict[str, Any]) -> str:
-    """Of what inductor_count.py gives; kernels without those of the convolutions."""
+    """Of what inductor_counts.py gives; kernels without those of the convolutions."""
     names = {
         "torch": "torch.nn.BatchNorm2d",
         "two_pass": "BatchNormAct2d, two_pass",
@@ -241,16 +242,6 @@ def cooperative_shapes() -> str:
         ]
         lines.append(f"    {name:8}  {', '.join(fitting)}")
     return "\n".join(lines)
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Columns as wide as they need to be, the first flush left, the others right."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    )
 
 
 if __name__ == "__main__":

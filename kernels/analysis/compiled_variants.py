@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..triton_launch import recording
 
-# Each has variants() -> list[Variant].
-FILES = ("bn_variants", "conv_3x3", "conv_1x1")
+# Each has variants() -> list[CompiledVariant].
+FILES = ("batchnorm_variants", "convolution_variants")
 # (N, C, H, W) of ResNet-20's stages at batch 128; the block that inductor_count.py counts is of the first.
 RESNET20 = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
 
@@ -30,7 +30,7 @@ TYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class CompiledVariant:
     """One form in which a kernel is compiled: as it is launched under torch.compile, so that report.py compiles the
     same."""
 
@@ -61,9 +61,9 @@ class Variant:
         ]
 
 
-def recorded(
+def variant_from_launch(
     name: str, launch: Callable[[], Any], moved: Callable[[dict[str, Any]], float | None]
-) -> Variant:
+) -> CompiledVariant:
     """The variant of the one kernel that `launch()` launches; it runs nothing, so tensors of the meta device will do.
     `moved`: the kernel's flags -> bytes per element."""
     with recording() as launches:
@@ -85,7 +85,7 @@ def recorded(
     known = {
         option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options
     }
-    return Variant(
+    return CompiledVariant(
         name=name,
         kernel=kernel,
         signature=signature,
@@ -95,7 +95,7 @@ def recorded(
     )
 
 
-def declared_variants() -> list[Variant]:
+def declared_variants() -> list[CompiledVariant]:
     """Those of all files. Imports Triton."""
     files = [import_module(f".{file}", __package__) for file in FILES]
     return [variant for file in files for variant in file.variants()]

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant
 from ..grid_sync import finishers
 from ..tiling import ceil_div, matrix_shape, next_power_of_two
 from ..triton_launch import launchable
@@ -27,7 +26,6 @@ from .conv_common import (
     Gradient,
     Norm,
     Results,
-    convolution_variants,
     finish_convolution,
     input_terms,
     load_input,
@@ -159,13 +157,3 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         **tile,
     )
     return found
-
-
-def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Of ResNet-50 at batch 256, the shapes that are bound by memory, and the widest."""
-    layers = ((64, 64, 56), (64, 256, 56), (256, 64, 56), (512, 2048, 7))
-    return [
-        variant
-        for c, k, size in layers
-        for variant in convolution_variants(convolve, 256, c, k, size, 1, dtype)
-    ]

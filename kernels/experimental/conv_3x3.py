@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant
 from ..grid_sync import finishers
 from ..tiling import LEAST_PROGRAMS, ceil_div
 from ..triton_launch import launchable
@@ -29,7 +28,6 @@ from .conv_common import (
     Gradient,
     Norm,
     Results,
-    convolution_variants,
     finish_convolution,
     input_terms,
     load_input,
@@ -233,11 +231,3 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         **tile,
     )
     return found
-
-
-def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Of ResNet-20 at batch 128."""
-    layers = ((16, 32), (32, 16), (64, 8))
-    return [
-        variant for c, size in layers for variant in convolution_variants(convolve, 128, c, c, size, 3, dtype)
-    ]

@@ -14,7 +14,6 @@ nothing else: equal inputs give equal bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant, recorded
 from ..batchnorm.backward import store_norm_gradients, sum_partials
 from ..batchnorm.forward import affine, merge, merge_rows, through
 from ..grid_sync import counter, finisher, finishers
@@ -470,40 +468,3 @@ def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[
         return {"BLOCK": 32, "BLOCK_C": c, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     block_c, block_k = (min(max(next_power_of_two(n), 16), 128) for n in (c, k))
     return {"BLOCK": 64, "BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
-
-
-# ---- for report.py -----------------------------------------------------------------------------------------
-
-
-def convolution_variants(
-    convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int, dtype: torch.dtype
-) -> list[Variant]:
-    """All three for n images of size × size. Bytes are per element of x."""
-    weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
-    x, z = (
-        torch.empty((n, channels, size, size), dtype=dtype, device="meta").to(
-            memory_format=torch.channels_last
-        )
-        for channels in (c, k)
-    )
-    of_x, of_z = (torch.empty(channels, device="meta") for channels in (c, k))
-    norm, gradient = Norm(of_x, of_x, of_x, of_x, 1e-5), Gradient(z, of_z, of_z, z, of_z)
-    name = f"{r}×{r} convolution, {str(dtype).removeprefix('torch.')}, {c} -> {k}"
-    wider = k / c
-    return [
-        recorded(
-            f"{name}, forward",
-            lambda: convolve(x, weight, norm),
-            lambda _: dtype.itemsize * (1 + wider),
-        ),
-        recorded(
-            f"{name}, input gradient",
-            lambda: convolve(x, weight, norm, gradient),
-            lambda _: dtype.itemsize * (2 + 2 * wider),
-        ),
-        recorded(
-            f"{name}, weight gradient",
-            lambda: weight_gradient(x, weight, norm, gradient),
-            lambda _: dtype.itemsize * (1 + 2 * wider),
-        ),
-    ]
