@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres_kernels import BatchNormAct2d, grid_sync
-from fastres_kernels.modules import NormConv2d
+from fastres_kernels.experimental import NormConv2d, PrecomputedStatsNormAct2d
 
 Work = Callable[[], list[Tensor]]
 Shape = tuple[int, int, int, int]
@@ -59,13 +59,13 @@ def blocks(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Wo
     channels = shape[1]
     torch.manual_seed(0)
     convs = [NormConv2d(channels, channels, 3, padding="same", bias=False) for _ in range(2)]
-    norms = [BatchNormAct2d(channels), BatchNormAct2d(channels, act="none")]
+    norms = [PrecomputedStatsNormAct2d(channels), PrecomputedStatsNormAct2d(channels, act="none")]
     model = nn.ModuleList([*convs, *norms]).to(device, _parameters_of(dtype))
     x, dy = (_random(shape, seed, device, dtype) for seed in range(2))
     leaves = [x.requires_grad_(), *model.parameters()]
 
     def work() -> list[Tensor]:
-        y = norms[1](convs[1](norms[0].pending(convs[0](x))), x)
+        y = norms[1](convs[1](norms[0].deferred(convs[0](x))), x)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
     return work

@@ -242,7 +242,7 @@ def test_bad_input_is_refused_as_by_torch() -> None:
 
 def conv_of(c: int, k: int, stride: int = 1, bias: bool = False) -> Conv2d:
     conv = Conv2d(c, k, 3, stride, padding=1, bias=bias).to(memory_format=torch.channels_last)
-    conv.algorithm = "own"
+    conv.algorithm = "cpp"
     return conv
 
 
@@ -288,16 +288,16 @@ def test_the_weight_gradient_is_the_same_again() -> None:
 @needs_kernels
 def test_what_the_convolution_does_not_take_is_torchs() -> None:
     def used(conv: nn.Conv2d, x: Tensor, autocast: bool = True) -> str:
-        conv.algorithm = "own"  # type: ignore[assignment]
+        conv.algorithm = "cpp"  # type: ignore[assignment]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = conv(x)
         return y.grad_fn.name() if y.grad_fn else "none"
 
     x = random(2, 16, 8, 8)
-    own = "_Conv2dBackward"
-    assert used(Conv2d(16, 16, 3, padding=1), x) == own
-    assert used(Conv2d(16, 16, 3, padding="same"), x) == own
-    assert used(Conv2d(16, 16, 3, padding=1).bfloat16(), x, autocast=False) == own
+    cpp = "_Conv2dBackward"
+    assert used(Conv2d(16, 16, 3, padding=1), x) == cpp
+    assert used(Conv2d(16, 16, 3, padding="same"), x) == cpp
+    assert used(Conv2d(16, 16, 3, padding=1).bfloat16(), x, autocast=False) == cpp
     for conv in (
         Conv2d(16, 16, 3),  # no padding
         Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
@@ -308,8 +308,8 @@ def test_what_the_convolution_does_not_take_is_torchs() -> None:
         Conv2d(16, 12, 3, padding=1),
         Conv2d(16, 128, 3, padding=1),
     ):
-        assert used(conv, x) != own, conv
-    assert used(Conv2d(16, 16, 3, padding=1), x.float()) != own
+        assert used(conv, x) != cpp, conv
+    assert used(Conv2d(16, 16, 3, padding=1), x.float()) != cpp
     assert used(Conv2d(16, 16, 3, padding=1).requires_grad_(False), x) == "none"
     with torch.no_grad():
         assert used(Conv2d(16, 16, 3, padding=1), x) == "none"
@@ -362,7 +362,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
 @needs_kernels
 def test_what_counts_operators_sees_them() -> None:
     x, flops, calls = random(2, 16, 8, 8).requires_grad_(), {}, {}
-    for algorithm in ("torch", "own"):
+    for algorithm in ("torch", "cpp"):
         net = nn.Sequential(conv_of(16, 16), norm_of(16), conv_of(16, 32, 2), conv_of(32, 32))
         for module in (net[0], net[2], net[3]):
             module.algorithm = algorithm
@@ -373,8 +373,8 @@ def test_what_counts_operators_sees_them() -> None:
         flops[algorithm] = counter.get_total_flops()
         assert work.flops == flops[algorithm]
         calls[algorithm] = {key[0]: n for key, n in work.calls.items() if "cpp" in key[0]}
-    assert flops["own"] == flops["torch"] > 0
-    assert {name.removeprefix("fastres_kernels::cpp_") for name in calls["own"]} == {
+    assert flops["cpp"] == flops["torch"] > 0
+    assert {name.removeprefix("fastres_kernels::cpp_") for name in calls["cpp"]} == {
         "batch_norm_act", "batch_norm_act_backward", "convolution", "weight_gradient",
     }  # fmt: skip
 
@@ -401,15 +401,15 @@ def choice(**engine: Any) -> tuple[str, str, str]:
 
 @needs_kernels
 def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
-    assert choice(precision="bf16") == ("measured", "own", f"conv: own ({WHY})")
+    assert choice(precision="bf16") == ("measured", "cpp", f"conv: cpp ({WHY})")
     for fields, why in (
         ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
         ({"precision": "bf16", "compile": True}, "torch.compile does not see into the C++ kernels"),
         ({"precision": "bf16", "channels_last": False}, "the C++ kernels take channels-last only"),
     ):
         assert choice(**fields) == ("torch", "torch", f"conv: torch ({why})")
-        with pytest.raises(UsageError, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
-            resolve(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
+        with pytest.raises(UsageError, match=f"engine.conv cpp: {why.replace('+', '.')}; use torch"):
+            resolve(Config(engine=EngineConfig(device="cpu", conv="cpp", **fields)))
 
 
 @pytest.mark.parametrize(("channels_last", "norm"), [(True, "fused"), (False, "torch")])
@@ -495,7 +495,7 @@ def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: 
 @pytest.mark.parametrize("channels", [32, 64])
 def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(channels: int) -> None:
     conv = conv_of(48, 16).bfloat16()
-    conv.algorithm = "own"
+    conv.algorithm = "cpp"
     with pytest.raises(RuntimeError, match=f"48 channels, but got {channels}"):
         conv(random(2, channels, 8, 8))
 
