@@ -19,7 +19,9 @@ class Skip(NamedTuple):
     """An activation on a skip connection: returned by BatchNormAct2d with `fork`, accepted as its `residual`."""
 
     y: Tensor  # (N, C, H, W)
-    gradient: Tensor  # receives y's gradient in its place, so that it arrives separately: see batchnorm/ops.py
+    gradient: (
+        Tensor  # receives y's gradient in its place, so that it arrives separately: see batchnorm/ops.py
+    )
 
 
 # ---- running statistics ------------------------------------------------------------------------------------

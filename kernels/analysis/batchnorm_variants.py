@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..batchnorm import backward, cooperative, forward, running_stats
-from ..tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
+from ..tiling import BACKWARD_TILE, FORWARD_TILE, H100, matrix_shape, one_pass_tiles, two_pass_tiles
 from .compiled_variants import RESNET20, CompiledVariant, variant_from_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,7 +42,9 @@ def variants() -> list[CompiledVariant]:
     batches = torch.empty((), dtype=torch.int64, device="meta")
     for momentum in (0.1, None):
         launch = partial(running_stats.update, p, p, p, p, batches, 8192, momentum)
-        found.append(variant_from_launch(f"running statistics, momentum {momentum}", launch, lambda flags: None))
+        found.append(
+            variant_from_launch(f"running statistics, momentum {momentum}", launch, lambda flags: None)
+        )
     return found
 
 
@@ -53,7 +55,7 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[CompiledVariant]:
     m, c = matrix_shape(x)
     p, partials, bits = meta(c), meta(1, 2, c), meta(1, dtype=torch.uint8)
     tiles = two_pass_tiles(m, c)
-    ahead, back = (one_pass_tiles(m, c, held, H100) for held in (HELD_FORWARD, HELD_BACKWARD))
+    ahead, back = (one_pass_tiles(m, c, on_chip, H100) for on_chip in (FORWARD_TILE, BACKWARD_TILE))
     found = []
 
     def add(kernel: str, act: str, launch: Callable[..., Any], *arguments: Any) -> None:
@@ -78,7 +80,7 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[CompiledVariant]:
         add("input gradient", act, backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
         add("normalise", given, forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
-        add("channel sums", given, backward.with_given_statistics, *sums, tiles)
+        add("channel sums", given, backward.with_fixed_stats, *sums, tiles)
         if ahead:
             fused = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
             add("cooperative forward", act, cooperative.forward, *fused)

@@ -1,6 +1,6 @@
-"""What a basic residual block costs under torch.compile, counted in the code that it generates. Needs no GPU.
+"""Count what a basic residual block costs under torch.compile in the code that it generates. Needs no GPU.
 
-    python -m fastres_kernels.analysis.inductor_counts        JSON: bytes, kernels and every launch, forward and backward
+    python -m fastres_kernels.analysis.inductor_counts    JSON: bytes, kernels and every launch, forward and backward
 
 The block is conv 3×3 - BN - ReLU - conv 3×3 - BN - add - ReLU, stride 1, in training, channels-last, bf16 with float32
 parameters: once with torch.nn.BatchNorm2d, which inductor fuses as it can, and once with BatchNormAct2d. Both are
@@ -232,7 +232,9 @@ def launches(graph: GraphLowering, code: str, variants: list[CompiledVariant]) -
     return found
 
 
-def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]) -> float:
+def bytes_per_element(
+    source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]
+) -> float:
     """What `call` moves, which launches the first function in `source`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     if not kernel.name.startswith("triton_"):  # as inductor names its own
