@@ -186,8 +186,9 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
                     result.fill_(float("nan"))
             graph.replay()
             expect_the_same(results, f"at replay {i + 1}")
-    # All programs of a kernel add 2³¹ together, so none was lost, and none counted twice.
-    assert all(count.item() in (0, -(2**31)) for count in grid_sync._counters.values()), "a counter is off"
+    # The increments of a kernel's CTAs add up to 2³¹, so none was lost, and none counted twice.
+    counters = grid_sync.counter_pool(found[0].device).by_stream.values()
+    assert all(count.item() in (0, -(2**31)) for count in counters), "a counter is off"
 
 
 def main(device: torch.device, repeats: int) -> None:

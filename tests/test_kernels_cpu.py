@@ -5,8 +5,6 @@ In bf16 only: an input is rounded before, so that the oracle sees what the kerne
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +23,9 @@ from fastres.training.engine import _faster_norm, resolve
 from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu import ops
-from tests.commands import run_fastres, users_environment
+from tests.commands import run_fastres, run_module
 
+CHECKOUT = Path(__file__).parent.parent
 HERE, WHY = ops.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
 # A result in bf16 is rounded once, to 8 bits; one in float32 is a sum of products of such, in another order.
@@ -441,28 +440,22 @@ def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.Monke
     assert ops.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
 
 
-ASK = "from fastres_kernels.cpu import ops; print(*ops.available())"
-
-
-def ask(**environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK],
-        env=users_environment(environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+def ask(**environment: str) -> list[str]:
+    """Return what tests.workers.kernels_cpu_available prints: the kernels' availability, and the OpenMP libraries."""
+    done = run_module("tests.workers.kernels_cpu_available", cwd=CHECKOUT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @needs_kernels
 def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None:
-    assert ask(CXX="no-such-g++") == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
+    assert ask(CXX="no-such-g++")[0] == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
     broken.chmod(0o755)
     assert (
-        ask(CXX=str(broken)) == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
+        ask(CXX=str(broken))[0]
+        == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
     )
     done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
                        "--run.dir", tmp_path / "run",
@@ -475,21 +468,21 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
 
 @needs_kernels
 def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -> None:
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     (kept,) = (tmp_path / "fastres").iterdir()
     before = kept.stat().st_mtime_ns
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_mtime_ns == before
     kept.write_bytes(b"")  # as a crash of the machine may leave it
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_size > 0
 
 
 @needs_kernels
 def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "fastres").write_text("a file where the folder would be")
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
-    assert ask(XDG_CACHE_HOME="", HOME="~").startswith("True")  # a user without a home
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
+    assert ask(XDG_CACHE_HOME="", HOME="~")[0].startswith("True")  # a user without a home
 
 
 @pytest.mark.parametrize("channels", [32, 64])
@@ -503,8 +496,4 @@ def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(cha
 @needs_kernels
 def test_the_library_shares_torchs_threads() -> None:
     """A second OpenMP in the process would be a second pool of threads, spinning beside torch's."""
-    find = f"{ASK}; print(*{{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}})"
-    done = subprocess.run(
-        [sys.executable, "-c", find], env=users_environment(), capture_output=True, text=True, check=True
-    )
-    assert len(done.stdout.splitlines()[-1].split()) == 1, done.stdout
+    assert len(ask()[-1].split()) == 1
