@@ -8,8 +8,8 @@ calls, replayed from a CUDA graph ("graph") or launched from Python ("plain"), a
 host's. The tensors are random, and more than the L2 holds from one turn to the next. What is fast but wrong is not
 timed: results are first compared to the baseline's.
 
-With --write-table the winners go to kernels/batchnorm/fastest.json, for the engine to take. On a CPU the reference runs, to show
-that all of this does.
+With --write-table the winners are written to kernels/batchnorm/fastest.json, where the engine looks them up. On a CPU
+the reference runs, to show that all of this works.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastres.utils.precision import DTYPES
 from fastres_kernels import BatchNormAct2d, Skip
 from fastres_kernels.batchnorm import dispatch_table
 from fastres_kernels.batchnorm.dispatch_table import Table
-from fastres_kernels.tiling import HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
+from fastres_kernels.tiling import BACKWARD_TILE, FORWARD_TILE, one_pass_tiles
 from fastres_kernels.triton_launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -116,8 +116,8 @@ VARIANTS: dict[str, tuple[Norm, bool]] = {
 }
 
 # Bytes per element of the activation, forward and backward, that a variant by its construction reads and writes,
-# each element being of 2 bytes. Of the fused kernels see bn_forward.py, bn_backward.py and bn_cooperative.py; eager's
-# are those of torch's kernels for channels-last; inductor's were counted in the code that it generates for these very
+# each element being of 2 bytes. For the fused kernels see the modules of kernels/batchnorm/; eager's are those of
+# torch's kernels for channels-last; inductor's were counted in the code that it generates for these very
 # layers (torch 2.14, for an H100). Alone, it keeps ReLU's mask in bytes, and so moves less than in a network.
 BYTES: dict[str, dict[str, dict[str, float]]] = {
     "two_pass": {
@@ -283,8 +283,8 @@ def cooperates(case: Case, direction: str, multiprocessors: int) -> bool:
     """Whether a cooperative kernel takes the case, or of a block its narrowest BatchNorm; "full": forward at least."""
     n, c, h, w = case.shape
     c = c // Bottleneck.expansion if case.what == "bottlenecks" else c
-    held = HELD_BACKWARD if direction == "backward" else HELD_FORWARD
-    return one_pass_tiles(n * h * w, c, held, multiprocessors) is not None
+    on_chip = BACKWARD_TILE if direction == "backward" else FORWARD_TILE
+    return one_pass_tiles(n * h * w, c, on_chip, multiprocessors) is not None
 
 
 # ---- timing ------------------------------------------------------------------------------------------------
@@ -521,9 +521,10 @@ def line(row: Row) -> str:
 
 
 def fastest(rows: list[Row]) -> tuple[tuple[int, int], Table] | None:
-    """What kernels/batchnorm/fastest.json should say of this device: of each shape the fused kernel that beat inductor by
-    most, forward and backward together in a CUDA graph, where 20 to 80 % of the one and of the other do not overlap;
-    "torch" where none did. None on a CPU.
+    """Return the entries of kernels/batchnorm/fastest.json for this device, or None on a CPU.
+
+    For each shape this is the fused kernel that beat inductor by most, forward and backward together in a CUDA graph,
+    if the ranges from 20 to 80 % of both do not overlap; otherwise it is "torch".
     """
     capability, precision = (
         rows[0]["capability"],

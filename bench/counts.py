@@ -65,7 +65,8 @@ from fastres.training.evaluator import Evaluator
 from fastres.training.optim import build_optimizer
 from fastres.training.step import ForwardLoss, TrainStep
 from fastres.utils.errors import UsageError, run_command
-from fastres_kernels.report import count_blocks, table
+from fastres_kernels.analysis.text_table import table
+from fastres_kernels.report import count_blocks
 from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
 
 CHECKOUT = Path(__file__).parent.parent

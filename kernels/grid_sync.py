@@ -1,15 +1,17 @@
-"""Where the programs of one kernel wait for each other, so that one launch does what would take two.
+"""Synchronise the CTAs of one kernel, so that one launch does the work of two.
 
-They count themselves in a () int32 of memory, of which the sign counts: all programs together add 2³¹, so it changes
-when the last one comes, and nobody sets it back (as inductor's x_grid_barrier). Kernels of one stream run one after
-another, and so share one counter. A graph has that of the stream it was captured on: graphs of one such stream are not
-to be replayed at the same time, nor beside kernels on it. (torch gives its 32 streams of a priority out in turn: two
-torch.cuda.Stream may be one.) Not yet run on a GPU.
+The CTAs count arrivals in an int32 scalar. All increments add up to 2³¹, so the sign flips when the last CTA arrives
+and the counter never has to be reset (as inductor's x_grid_barrier). The kernels of one stream run one after another,
+so they share a counter. A CUDA graph uses the counter of the stream on which it was captured. Graphs captured on one
+stream must therefore not be replayed at the same time, nor next to kernels on that stream; note that two
+torch.cuda.Stream objects may be one stream, because torch hands out its 32 streams per priority in rotation. Not yet
+run on a GPU.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 import triton
@@ -19,10 +21,12 @@ from torch import Tensor
 from .tiling import H100
 from .triton_launch import INTERPRETED
 
+# ---- in kernels --------------------------------------------------------------------------------------------
+
 
 @triton.jit
-def number_of_program():
-    """In the order in which a GPU starts them, from 0; and how many there are."""
+def cta_number():
+    """Return this CTA's number, in the order in which a GPU starts them, and the number of CTAs in the grid."""
     across, down = tl.num_programs(0), tl.num_programs(1)
     number = tl.program_id(0) + across * (tl.program_id(1) + down * tl.program_id(2))
     return number, across * down * tl.num_programs(2)
@@ -30,17 +34,18 @@ def number_of_program():
 
 @triton.jit
 def arrive(arrived):
-    """Called once by every program: what it has stored will be seen by those that `wait`, with what is returned."""
-    number, programs = number_of_program()
-    tl.debug_barrier()  # all threads' stores before the one thread's release
-    # 2³¹ less what the others add; the sign is flipped, because a subtraction that overflows fails in TRITON_DEBUG.
-    rest = (1 - programs) ^ -(2**31)
+    """Count this CTA as arrived, once, and return the token for `wait`. CTAs that wait then see what it has stored."""
+    number, ctas = cta_number()
+    tl.debug_barrier()  # all threads store before one thread releases
+    # CTA 0 adds 2³¹ minus what the others add. XOR flips the sign, because a subtraction that overflows fails in
+    # TRITON_DEBUG.
+    rest = (1 - ctas) ^ -(2**31)
     return tl.atomic_add(arrived, tl.where(number == 0, rest, 1), sem="release")
 
 
 @triton.jit
 def wait(arrived, before):
-    """Returns when every program of the grid has arrived."""
+    """Return when every CTA of the grid has arrived. `before` is what `arrive` returned."""
     while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
         pass
     tl.debug_barrier()
@@ -48,58 +53,93 @@ def wait(arrived, before):
 
 @triton.jit
 def grid_barrier(arrived):
-    """Returns when every program of the grid has called it. All of them have to be on the GPU at once, which a
-    cooperative launch guarantees or refuses."""
+    """Return when every CTA of the grid has called it.
+
+    All of them have to be on the GPU at once. A cooperative launch guarantees that, or fails.
+    """
     wait(arrived, arrive(arrived))
 
 
-def finishers(parts: int, x: Tensor) -> int:
-    """How many programs are to finish a kernel in so many parts on x's device: at most half as many as it has
-    multiprocessors, so that others have a place while they wait. The interpreter runs programs one after another: there
-    the last one finishes all, for it alone never waits."""
+@triton.jit
+def final_reducer(arrived, FINAL_REDUCERS: tl.constexpr):
+    """Return this CTA's index among those doing the final reduction, and their number. Every CTA calls it once.
+
+    The last FINAL_REDUCERS CTAs that a GPU starts get indices from 0 and return when all CTAs have called. The others
+    return a negative index at once. No cooperative launch is needed, because the CTAs that wait leave room for the
+    others: see `final_reducers`.
+    """
+    number, ctas = cta_number()
+    reducers = tl.minimum(FINAL_REDUCERS, ctas)
+    index = number - (ctas - reducers)
+    before = arrive(arrived)
+    if index >= 0:
+        wait(arrived, before)
+    return index, reducers
+
+
+# ---- on the host -------------------------------------------------------------------------------------------
+
+
+def final_reducers(parts: int, x: Tensor) -> int:
+    """Return how many CTAs should do a final reduction of `parts` independent parts on x's device.
+
+    This is at most half of the device's multiprocessors, so that other CTAs have room while these wait. The interpreter
+    runs CTAs one after another, so only the last one can do it without waiting.
+    """
     if INTERPRETED:
         return 1
-    there = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H100
-    return min(parts, max(1, there // 2))
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else H100
+    return min(parts, max(1, multiprocessors // 2))
 
 
-@triton.jit
-def finisher(arrived, FINISHERS: tl.constexpr):
-    """Called once by every program: the last FINISHERS that a GPU starts are numbered from 0, and go on when all have
-    called; the others get less than 0, at once. Also how many finish. Needs no cooperative launch, for those that wait
-    leave places to the others: see `finishers`."""
-    number, programs = number_of_program()
-    finishing = tl.minimum(FINISHERS, programs)
-    which = number - (programs - finishing)
-    before = arrive(arrived)
-    if which >= 0:
-        wait(arrived, before)
-    return which, finishing
+STREAMS = 128  # counters allocated at a time; torch has 32 streams per priority
 
 
-STREAMS = 128  # torch has 32 of each priority
-_unused: dict[torch.device, list[Tensor]] = {}
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
+class CounterPool:
+    """The counters of a device, one per stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.by_stream: dict[int, Tensor] = {}  # () int32 each
+        self.unused: list[Tensor] = []
+
+    def of_stream(self, stream: int) -> Tensor:
+        if stream not in self.by_stream:
+            if not self.unused:
+                self.unused = self._allocate()
+            self.by_stream[stream] = self.unused.pop()
+        return self.by_stream[stream]
+
+    def _allocate(self) -> list[Tensor]:
+        on_gpu = self.device.type == "cuda"
+        # A capture would record the zeroing and repeat it at every replay, which resets another graph's counters.
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fastres_kernels: a kernel's first call is being captured; call it once before"
+            )
+        # Each counter has a cache line of its own, at an address for which Triton specialises as for any tensor's. A
+        # separate thread allocates them, because torch.compile wants back everything that its own thread allocates
+        # while warming up for CUDA graphs (mode="reduce-overhead").
+        with ThreadPoolExecutor(1) as thread:
+            made = thread.submit(torch.zeros, (STREAMS, 32), dtype=torch.int32, device=self.device)
+        counters = list(made.result()[:, 0].unbind())
+        if on_gpu:  # other streams do not wait for that thread's
+            torch.cuda.default_stream(self.device).synchronize()
+        return counters
+
+
+@cache  # counters outlive the kernels and the graphs that use them
+def counter_pool(device: torch.device) -> CounterPool:
+    return CounterPool(device)
 
 
 def counter(x: Tensor) -> Tensor:
-    """The () int32 that the kernels of x's device and of the current stream count in. It outlives them: only ops that
-    torch.compile does not look into can take it. RuntimeError where a device's first call is being captured."""
+    """Return the () int32 in which the kernels on x's device and the current stream count arrivals.
+
+    It outlives the call, so only ops that torch.compile does not look into can use it.
+
+    Raises:
+        RuntimeError: if the first call on a device is being captured in a CUDA graph.
+    """
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if (x.device, stream) not in _counters:
-        if not _unused.get(x.device):
-            # A capture would note the zeros down, and set them when it is replayed: too late for another graph.
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "fastres_kernels: a kernel's first call is being captured; call it once before"
-                )
-            # Each in a cache line of its own, at an address that Triton compiles for as for any tensor's. From a thread
-            # of its own: of what a thread allocates while torch.compile warms up for its own CUDA graphs
-            # (mode="reduce-overhead") it wants everything back.
-            with ThreadPoolExecutor(1) as thread:
-                made = thread.submit(torch.zeros, (STREAMS, 32), dtype=torch.int32, device=x.device)
-            _unused[x.device] = list(made.result()[:, 0].unbind())
-            if x.is_cuda:  # other streams do not wait for that thread's
-                torch.cuda.default_stream(x.device).synchronize()
-        _counters[x.device, stream] = _unused[x.device].pop()
-    return _counters[x.device, stream]
+    return counter_pool(x.device).of_stream(stream)

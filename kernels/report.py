@@ -1,14 +1,14 @@
-"""What the kernels cost, told without a GPU: registers, spills, shared memory, width of accesses, bytes, launches.
+"""Report the cost of the kernels without a GPU: registers, spills, shared memory, access widths, bytes, launches.
 
     python -m fastres_kernels.report                    everything: a minute with Triton's cache filled, five without
-    python -m fastres_kernels.report --only normalise   of the kernels those with "normalise" in their name
+    python -m fastres_kernels.report --only normalise   only kernels with "normalise" in their name
 
-Every Variant of the kernel files is compiled ahead of time for sm_80 and sm_90, as it is launched under torch.compile.
-Below stands what a basic residual block moves and launches, with torch's BatchNorm and with these kernels:
-inductor_count.py says how that is counted.
+Every variant that analysis/ declares is compiled ahead of time for sm_80 and sm_90, as torch.compile launches it. A
+second table shows what a basic residual block moves and launches, with torch's BatchNorm and with these kernels;
+analysis/inductor_counts.py describes how that is counted.
 
-Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than there is or computes in
-float64; 2 where there is nothing to compile with.
+Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than the GPU has, or computes
+in float64; 2 if Triton is missing or interprets.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from typing import Any
 
 import torch
 
-from .analysis.compiled_variants import RESNET20, Variant, declared_variants
-from .tiling import H100, HELD_BACKWARD, HELD_FORWARD, one_pass_tiles
+from .analysis.compiled_variants import RESNET20, CompiledVariant, declared_variants
+from .analysis.text_table import table
+from .tiling import BACKWARD_TILE, FORWARD_TILE, H100, one_pass_tiles
 from .triton_launch import HAS_TRITON, INTERPRETED
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes that a program can have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes that a CTA can have
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """A variant for one target."""
+class KernelCost:
+    """What a variant costs when compiled for one target."""
 
     name: str
     target: str  # "sm_80"
-    registers: int  # of a thread
-    spills: int  # bytes of a thread's stack, for which these kernels have no other use
-    shared: int  # bytes of a program
+    registers: int  # per thread
+    spills: int  # bytes of stack per thread; these kernels use it for nothing else
+    shared: int  # bytes per CTA
     bytes_per_element: float | None
-    widest_load: int  # bytes of a thread's widest access to global memory; the hardware's widest is 16
+    widest_load: int  # bytes of a thread's widest access to global memory; the hardware allows 16
     widest_store: int
-    float64: int  # instructions that compute in float64
+    float64: int  # number of instructions that compute in float64
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------
 
 
-def compile_ahead(variant: Variant, capability: int) -> Compiled:
-    """For a GPU of that compute capability, which need not be there. Triton keeps the result in its cache."""
+def compile_ahead(variant: CompiledVariant, capability: int) -> KernelCost:
+    """Compile the variant for a GPU of that compute capability, which need not be present. Triton caches the result."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -66,7 +67,7 @@ def compile_ahead(variant: Variant, capability: int) -> Compiled:
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = resource_usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
-    return Compiled(
+    return KernelCost(
         name=variant.name,
         target=f"sm_{capability}",
         registers=registers,
@@ -80,7 +81,7 @@ def compile_ahead(variant: Variant, capability: int) -> Compiled:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, of a thread."""
+    """Return the registers and the bytes of stack per thread."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -93,7 +94,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def widest_access(ptx: str, direction: str) -> int:
-    """Bytes of a thread's widest "ld" from global memory, or "st" to it; 0 if there is none."""
+    """Return the bytes of a thread's widest access to global memory, "ld" or "st"; 0 if there is none."""
     accesses = re.findall(rf"\b{direction}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
     widths = [int(vector or 1) * int(bits) // 8 for vector, bits in accesses]
     if direction == "ld":  # straight into shared memory
@@ -101,8 +102,8 @@ def widest_access(ptx: str, direction: str) -> int:
     return max(widths, default=0)
 
 
-def faults(kernel: Compiled, capability: int) -> list[str]:
-    """What makes the report fail."""
+def faults(kernel: KernelCost, capability: int) -> list[str]:
+    """Return a line for each property of the kernel that makes the report fail."""
     found = []
     if kernel.spills:
         found.append(f"spills {kernel.spills} bytes a thread")
@@ -118,53 +119,26 @@ def faults(kernel: Compiled, capability: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastres_kernels.report", description="What the kernels cost, told without a GPU."
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[""],
-        metavar="TEXT",
-        help="compile the kernels with a TEXT in their name",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with versions")
-    options = parser.parse_args()
+    parser, options = parse_arguments()
     if not HAS_TRITON or INTERPRETED:
         why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
         print(f"fastres_kernels.report compiles kernels, and {why}", file=sys.stderr)
         return 2
-
-    import triton
-    from triton.errors import TritonError
-
     variants = [
         variant for variant in declared_variants() if any(text in variant.name for text in options.only)
     ]
     if not variants:
         parser.error(f"no kernel has {' or '.join(map(repr, options.only))} in its name")
-    kernels, wrong = [], []
-    with count_blocks() as counting:  # beside the compiling
-        for number, variant in enumerate(variants, 1):
-            print(f"compiling {number}/{len(variants)}: {variant.name}", file=sys.stderr)
-            for capability in SHARED_MEMORY:
-                try:
-                    kernels.append(compile_ahead(variant, capability))
-                except TritonError as error:
-                    wrong.append(f"{variant.name}, sm_{capability}: {error}")
-                else:
-                    wrong += faults(kernels[-1], capability)
+
+    with count_blocks() as counting:  # while the kernels are compiled
+        kernels, wrong = compile_all(variants)
         print("counting what torch.compile generates for a residual block", file=sys.stderr)
         output, errors = counting.communicate()
     blocks = {} if counting.returncode else json.loads(output)
     if counting.returncode:
-        wrong.append(f"inductor_count: {errors}")
+        wrong.append(f"inductor_counts: {errors}")
 
-    versions = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": triton.knobs.nvidia.ptxas.version,
-    }
+    versions = tool_versions()
     print(", ".join(f"{name} {version}" for name, version in versions.items()), end="\n\n")
     print(kernel_table(kernels), end="\n\n")
     print(block_table(blocks))
@@ -177,10 +151,55 @@ def main() -> int:
     return 1 if wrong else 0
 
 
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastres_kernels.report", description="Report the cost of the kernels without a GPU."
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="compile only kernels with one of these texts in their name",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results and versions to FILE")
+    return parser, parser.parse_args()
+
+
+def compile_all(variants: list[CompiledVariant]) -> tuple[list[KernelCost], list[str]]:
+    """Compile the variants for all targets; return their costs, and a line for each fault."""
+    from triton.errors import TritonError
+
+    kernels, wrong = [], []
+    for number, variant in enumerate(variants, 1):
+        print(f"compiling {number}/{len(variants)}: {variant.name}", file=sys.stderr)
+        for capability in SHARED_MEMORY:
+            try:
+                kernels.append(compile_ahead(variant, capability))
+            except TritonError as error:
+                wrong.append(f"{variant.name}, sm_{capability}: {error}")
+            else:
+                wrong += faults(kernels[-1], capability)
+    return kernels, wrong
+
+
+def tool_versions() -> dict[str, str]:
+    import triton
+
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ptxas": triton.knobs.nvidia.ptxas.version,
+    }
+
+
 def count_blocks() -> subprocess.Popen[str]:
-    """In a process of its own, which it makes believe in a GPU; one that it has would only be in the way."""
+    """Start analysis.inductor_counts, which prints JSON, in a process that sees no GPU.
+
+    That process replaces torch's functions so that inductor finds an H100; a GPU that is present would interfere.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.inductor_count"],
+        [sys.executable, "-m", f"{__package__}.analysis.inductor_counts"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -188,7 +207,7 @@ def count_blocks() -> subprocess.Popen[str]:
     )
 
 
-def kernel_table(kernels: list[Compiled]) -> str:
+def kernel_table(kernels: list[KernelCost]) -> str:
     return table(
         ["kernel", "target", "registers", "spills", "shared", "bytes/element", "widest load", "widest store"],
         [
@@ -203,7 +222,7 @@ def kernel_table(kernels: list[Compiled]) -> str:
 
 
 def block_table(blocks: dict[str, Any]) -> str:
-    """Of what inductor_count.py gives; kernels without those of the convolutions."""
+    """Format the result of inductor_counts.py. The number of kernels excludes the convolutions."""
     names = {
         "torch": "torch.nn.BatchNorm2d",
         "two_pass": "BatchNormAct2d, two_pass",
@@ -229,28 +248,18 @@ def block_table(blocks: dict[str, Any]) -> str:
 
 
 def cooperative_shapes() -> str:
-    """A note on the last row: which of ResNet-20's tensors go through the cooperative kernels."""
+    """Return a note on the table's last row that lists the ResNet-20 tensors that cooperative kernels take."""
     lines = [
         "cooperative: one kernel where the tensor fits on an H100 at once, else two_pass. Of ResNet-20, N×C×H×W:"
     ]
-    for name, held in (("forward", HELD_FORWARD), ("backward", HELD_BACKWARD)):
+    for name, tile in (("forward", FORWARD_TILE), ("backward", BACKWARD_TILE)):
         fitting = [
             f"{n}×{c}×{h}×{w}" + " (this block)" * ((n, c, h, w) == RESNET20[0])
             for n, c, h, w in RESNET20
-            if one_pass_tiles(n * h * w, c, held, H100)
+            if one_pass_tiles(n * h * w, c, tile, H100)
         ]
         lines.append(f"    {name:8}  {', '.join(fitting)}")
     return "\n".join(lines)
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Columns as wide as they need to be, the first flush left, the others right."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    )
 
 
 if __name__ == "__main__":

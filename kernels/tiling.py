@@ -1,10 +1,10 @@
-"""How a channels-last tensor, seen as a matrix [M = N·H·W, C], is cut into tiles and given to programs.
+"""Partition a channels-last tensor, seen as a matrix [M = N·H·W, C], into tiles and assign them to CTAs.
 
-None of it has been measured on a GPU yet. The sizes come from arithmetic. Of a tile of 2,048 elements each thread of 4
-warps has 16, 32 bytes of bf16, and the loops have STAGES of them in flight: two such programs on each of 132
-multiprocessors keep 4 MB in flight, where 3 TB/s at 700 ns of latency take 2. Every second-pass program reads all
-partials of its channels from the L2, and waits for them. All programs together read 8·P²·C bytes so, P being the
-programs along M: so few along M, and where a tensor is small, many along C.
+The sizes come from arithmetic; none has been measured on a GPU yet. With a tile of 2,048 elements, each thread of
+4 warps has 16 elements, 32 bytes of bf16, and the loops have STAGES tiles in flight. Two such CTAs on each of 132
+multiprocessors keep 4 MB in flight, and 3 TB/s at a latency of 700 ns need 2 MB. Every second-pass CTA must load every
+partial sum of its channels from the L2 before it can start. With P CTAs along M that is 8·P²·C bytes in total, so P is
+kept small and small tensors are split along C instead.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from torch import Tensor
 TILE = 2048  # elements of a tile
 WARPS = 4
 STAGES = 4  # tiles of a loop that are fetched ahead
-# Channels of a tile. 16 of 2 bytes are a sector of 32 bytes, which is what the L2 gives. Memory gives more: of a tensor
-# that may not be in the L2, whole cache lines of 128 bytes are read.
+# Channels of a tile. 16 channels of 2 bytes are a sector of 32 bytes, the unit of the L2. Tensors that may not be in
+# the L2 are read in whole cache lines of 128 bytes.
 SMALL, SMALL_BLOCK_C, MAX_BLOCK_C = 2**23, 16, 64  # elements of a tensor, 16 MB in bf16; channels
-LEAST_PROGRAMS = 256  # two on each of an H100's multiprocessors
-MAX_PARTIALS = 256  # programs along M
+MIN_CTAS = 256  # two on each of an H100's multiprocessors
+MAX_PARTIALS = 256  # CTAs along M
 H100 = 132  # its multiprocessors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """What the programs of a cooperative kernel keep in registers, with 8 warps each. Sizes found by compiling for
-    sm_80 and sm_90: with twice the tile, or one more program on a multiprocessor, registers spill.
+class OnChipTile:
+    """The tile that each CTA of a cooperative kernel, 8 warps, keeps in registers.
+
+    The sizes were found by compiling for sm_80 and sm_90: with twice the tile, or one more CTA per multiprocessor,
+    registers spill.
     """
 
-    tile: int  # elements
-    programs: int  # on one multiprocessor at once
-    registers: int  # of a thread at most, so that they fit there
+    elements: int  # of the tile that a CTA keeps
+    ctas_per_sm: int  # resident at once
+    max_registers: int  # per thread, so that these CTAs fit
 
 
-HELD_FORWARD = Held(tile=8192, programs=2, registers=128)
-HELD_BACKWARD = Held(tile=4096, programs=2, registers=128)  # of two tensors
-HELD_WARPS = 8
+FORWARD_TILE = OnChipTile(elements=8192, ctas_per_sm=2, max_registers=128)
+BACKWARD_TILE = OnChipTile(elements=4096, ctas_per_sm=2, max_registers=128)  # of two tensors
+ON_CHIP_WARPS = 8
 
 
 def next_power_of_two(n: int) -> int:
@@ -50,22 +52,21 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int]:
-    """(N, C, H, W) -> M = N·H·W and C."""
+    """Return M = N·H·W and C of a tensor (N, C, H, W)."""
     n, c, h, w = x.shape
     return n * h * w, c
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """A grid of `partials` × `c_blocks` programs; each walks `rows` rows of `block_c` channels in tiles of
-    `block_m`."""
+    """A grid of `partials` × `c_blocks` CTAs; each walks `rows` rows of `block_c` channels, `block_m` at a time."""
 
     block_m: int
     block_c: int
-    rows: int  # of one program; a multiple of block_m, which is a multiple of 8
+    rows: int  # per CTA; a multiple of block_m, which is a multiple of 8
     partials: int
     c_blocks: int
-    block_p: int  # partials that a second-pass program reads at a time
+    block_p: int  # partials that a second-pass CTA reads at a time
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -73,32 +74,33 @@ class Tiles:
 
 
 def two_pass_tiles(m: int, c: int) -> Tiles:
-    """For the kernels that walk. m rows, c channels, both ≥ 1."""
+    """Return the tiles of the two-pass kernels for m ≥ 1 rows and c ≥ 1 channels."""
     block_c = _channels(m, c)
     c_blocks = ceil_div(c, block_c)
     # A tile no taller than the tensor, and in whole bytes of mask bits.
     block_m = max(8, min(TILE // block_c, next_power_of_two(m)))
-    # More than the least of programs only where reading the partials stays under half of the tensor's own bytes.
-    wanted = max(LEAST_PROGRAMS // c_blocks, math.isqrt(m // 8), 1)
+    # More than MIN_CTAS only if reading the partials stays under half of the tensor's own bytes.
+    wanted = max(MIN_CTAS // c_blocks, math.isqrt(m // 8), 1)
     wanted = min(wanted, MAX_PARTIALS, ceil_div(m, block_m))
     rows = ceil_div(ceil_div(m, wanted), block_m) * block_m
     return _tiles(m, block_m, block_c, rows, c_blocks)
 
 
-def one_pass_tiles(m: int, c: int, held: Held, multiprocessors: int) -> Tiles | None:
-    """For the cooperative kernels, whose programs hold a tile each and are on the GPU all at once. None where the
-    tensor does not fit there.
+def one_pass_tiles(m: int, c: int, on_chip: OnChipTile, multiprocessors: int) -> Tiles | None:
+    """Return the tiles of the cooperative kernels for m rows and c channels, or None if the tensor does not fit.
+
+    Each CTA keeps one tile on chip, and all CTAs are on the GPU at once.
     """
     block_c = _channels(m, c)
     c_blocks = ceil_div(c, block_c)
-    block_m = max(8, min(held.tile // block_c, next_power_of_two(m)))
-    if ceil_div(m, block_m) * c_blocks > held.programs * multiprocessors:
+    block_m = max(8, min(on_chip.elements // block_c, next_power_of_two(m)))
+    if ceil_div(m, block_m) * c_blocks > on_chip.ctas_per_sm * multiprocessors:
         return None
     return _tiles(m, block_m, block_c, block_m, c_blocks)
 
 
 def _channels(m: int, c: int) -> int:
-    """Of a tile of a tensor of m rows and c channels."""
+    """Return the number of channels in a tile of a tensor of m rows and c channels."""
     return min(next_power_of_two(c), SMALL_BLOCK_C if m * c <= SMALL else MAX_BLOCK_C)
 
 

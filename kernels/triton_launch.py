@@ -12,6 +12,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +64,13 @@ def register(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., 
 
 
 def launchable(kernel: Any, *, opaque: bool = False) -> Any:
-    """The kernel as an op's body has to launch it: `launchable(kernel)[grid](...)`. `opaque`: in an op that
-    torch.compile does not look into.
+    """Return the kernel as the body of an op has to launch it: `launchable(kernel)[grid](...)`.
+
+    `opaque`: the op is one that torch.compile does not look into.
     """
-    if _recorded is not None:
-        return _Recorder(kernel, opaque)
+    launches = _launches.get()
+    if launches is not None:
+        return _Recorder(kernel, opaque, launches)
     return kernel if INTERPRETED or opaque else torch.library.wrap_triton(kernel)
 
 
@@ -82,42 +86,47 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-_recorded: list[Launch] | None = None
+# The list that `recording` fills, in the context that entered it.
+_launches: ContextVar[list[Launch] | None] = ContextVar("fastres_kernels launches", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Launches are taken down and nothing runs."""
-    global _recorded
-    _recorded = []
+    """Record launches in the list that is yielded, and run none of them. Other threads launch as usual."""
+    launches: list[Launch] = []
+    token = _launches.set(launches)
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded = None
+        _launches.reset(token)
 
 
 class _Recorder:
-    def __init__(self, kernel: Any, opaque: bool) -> None:
-        self.kernel, self.opaque = kernel, opaque
+    """Stands for a kernel inside `recording`."""
+
+    def __init__(self, kernel: Any, opaque: bool, launches: list[Launch]) -> None:
+        self.kernel, self.opaque, self.launches = kernel, opaque, launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        assert _recorded is not None
-        return lambda *args, **kwargs: _recorded.append(Launch(self.kernel, self.opaque, args, kwargs))
+        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, self.opaque, args, kwargs))
 
 
 def channels_last(x: Tensor, *, warn: str = "") -> Tensor:
-    """x, (N, C, H, W), with channels-last strides: itself where it has them. `warn` names what is converted; it is
-    said once per name."""
+    """Return x, (N, C, H, W), with channels-last strides; x itself if it has them.
+
+    `warn` names the tensor in a warning about the copy, which is issued once per name.
+    """
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
-    if warn and warn not in _warned:
-        _warned.add(warn)
-        warnings.warn(
-            f"fastres_kernels: {warn} is not channels-last and is copied at every step; "
-            "call .to(memory_format=torch.channels_last) on the model and its input",
-            stacklevel=2,
-        )
+    if warn:
+        warn_of_copy(warn)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-_warned: set[str] = set()
+@cache  # one warning per name
+def warn_of_copy(what: str) -> None:
+    warnings.warn(
+        f"fastres_kernels: {what} is not channels-last and is copied at every step; "
+        "call .to(memory_format=torch.channels_last) on the model and its input",
+        stacklevel=3,
+    )

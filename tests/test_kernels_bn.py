@@ -6,6 +6,8 @@ barrier of the cooperative kernels, and speed.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -23,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres_kernels import BatchNormAct2d, defer_running_stats, tiling, triton_launch
 from fastres_kernels.batchnorm import cooperative, dispatch_table, ops
-from tests.commands import users_environment
+from tests.commands import run_module
 
 CHECKOUT = Path(__file__).parent.parent
 ALGORITHMS = ("two_pass", "cooperative")
@@ -122,9 +124,10 @@ class Norms(nn.Module):
 @pytest.mark.parametrize("algorithm", ["two_pass", "measured"])
 def test_running_statistics_that_move_together_are_those_that_move_apart(algorithm: str) -> None:
     together, apart = Norms(algorithm=algorithm), Norms(algorithm=algorithm)
+    deferral = defer_running_stats(together)
     for step in range(3):
         x = random((4, 6, 5, 3), torch.float32, step, scale=step + 1, shift=step)
-        with defer_running_stats():
+        with deferral:
             y = together(x)
             assert together.one.num_batches_tracked == step
         assert torch.equal(y, apart(x))
@@ -132,14 +135,92 @@ def test_running_statistics_that_move_together_are_those_that_move_apart(algorit
             assert torch.allclose(mine, theirs, rtol=1e-6), name
     assert [norm.num_batches_tracked.item() for norm in together.children()] == [3, 6, 3]
     before = {name: values.clone() for name, values in together.named_buffers()}
-    with defer_running_stats():
+    with deferral:
         together.eval()(x)
-    with pytest.raises((ValueError, RuntimeError), match="5"), defer_running_stats():
+    with pytest.raises((ValueError, RuntimeError), match="5"), deferral:
         together.train()(x[:, :5])
     together.eval()
     assert all(torch.equal(before[name], values) for name, values in together.named_buffers())
-    together.train()(x)  # nobody waits any more
+    together.train()(x)  # outside of the block
     assert together.one.num_batches_tracked == 4
+
+
+def test_a_models_modules_share_one_reusable_deferral() -> None:
+    model = Norms()
+    deferral = defer_running_stats(model)
+    assert defer_running_stats(model) is defer_running_stats(model.one) is deferral
+    extended = nn.Sequential(model, module(6))
+    wider = defer_running_stats(extended)
+    assert wider is not deferral and model.one.deferral is extended[1].deferral is wider
+    x = random((4, 6, 5, 3), torch.float32, 0)
+    with deferral:  # no module refers to it any more
+        extended(x)
+        assert model.one.num_batches_tracked == 1
+    plain = defer_running_stats(nn.BatchNorm2d(6))
+    with plain:
+        assert plain.active
+    assert not plain.active
+
+
+def test_nested_deferrals_update_at_the_end_of_the_outermost_and_an_exception_discards_all() -> None:
+    model, x = Norms(), random((4, 6, 5, 3), torch.float32, 0)
+    deferral = defer_running_stats(model)
+    with deferral:
+        with deferral:
+            model.one(x)
+        assert model.one.num_batches_tracked == 0
+        model.third(x)
+    assert model.one.num_batches_tracked == model.third.num_batches_tracked == 1
+    with pytest.raises(KeyError), deferral, deferral:
+        model.one(x)
+        raise KeyError
+    assert not deferral.active and not deferral.statistics and not deferral.counters
+    assert model.one.num_batches_tracked == 1
+
+
+def test_a_copied_model_defers_on_its_own_even_if_copied_inside_of_a_block() -> None:
+    model, x = Norms(), random((4, 6, 5, 3), torch.float32, 0)
+    deferral = defer_running_stats(model)
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        with deferral:
+            model.one(x)
+            twin = copied(model)
+        theirs = defer_running_stats(twin)
+        assert theirs is not deferral and twin.third.deferral is theirs and not theirs.active
+        assert list(twin.state_dict()) == list(model.state_dict())
+        before = twin.one.num_batches_tracked.clone()
+        with theirs:
+            twin.one(x)
+            assert twin.one.num_batches_tracked == before
+        assert twin.one.num_batches_tracked == before + 1
+
+
+def test_deferred_statistics_compile_in_one_graph_without_recompilations() -> None:
+    class Step(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.deferral = model, defer_running_stats(model)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.deferral:
+                return self.model(x)
+
+    torch._dynamo.reset()
+    eager, compiled = Step(Norms()), Step(Norms())
+    call = torch.compile(compiled, fullgraph=True, dynamic=False, backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for step in range(4):
+        x = random((4, 6, 5, 3), torch.float32, step)
+        assert torch.equal(call(x), eager(x))
+        if step == 1:  # evaluation between training steps
+            assert torch.equal(call.eval()(x), eager.eval()(x))
+            call.train()
+            eager.train()
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert not compiled.deferral.active
+    for (name, mine), theirs in zip(compiled.named_buffers(), eager.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_the_state_dict_is_that_of_batch_norm() -> None:
@@ -244,10 +325,10 @@ class small_tiles:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(tiling, "TILE", self.tile)
         self.patch.setattr(tiling, "MAX_PARTIALS", 5)
-        for name in ("HELD_FORWARD", "HELD_BACKWARD"):
-            held = tiling.Held(tile=self.tile, programs=100, registers=128)
-            self.patch.setattr(cooperative, name, held)
-            self.patch.setattr(ops, name, held)
+        for name in ("FORWARD_TILE", "BACKWARD_TILE"):
+            on_chip = tiling.OnChipTile(elements=self.tile, ctas_per_sm=100, max_registers=128)
+            self.patch.setattr(cooperative, name, on_chip)
+            self.patch.setattr(ops, name, on_chip)
 
     def __exit__(self, *exception: object) -> None:
         self.patch.undo()
@@ -294,11 +375,11 @@ def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
 
 def test_what_does_not_fit_on_the_gpu_is_not_given_to_a_cooperative_kernel() -> None:
     fits = {
-        c: tiling.one_pass_tiles(128 * h * h, c, tiling.HELD_FORWARD, 132)
+        c: tiling.one_pass_tiles(128 * h * h, c, tiling.FORWARD_TILE, 132)
         for c, h in ((16, 32), (32, 16), (64, 8))
     }
     assert all(fits.values())  # ResNet-20 at batch 128 on an H100
-    assert tiling.one_pass_tiles(256 * 56 * 56, 256, tiling.HELD_FORWARD, 132) is None
+    assert tiling.one_pass_tiles(256 * 56 * 56, 256, tiling.FORWARD_TILE, 132) is None
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -433,8 +514,8 @@ def test_bad_options_are_refused() -> None:
             BatchNormAct2d(4, **options)
 
 
-def test_what_is_not_channels_last_is_converted_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "_warned", set())
+def test_what_is_not_channels_last_is_converted_and_said_once() -> None:
+    triton_launch.warn_of_copy.cache_clear()
     norm, x = module(4), torch.randn(2, 4, 3, 3)
     with pytest.warns(UserWarning, match="the input of batch_norm_act is not channels-last"):
         y = norm(x)
@@ -514,45 +595,11 @@ def test_autocast_leaves_the_statistics_in_float32() -> None:
     assert_close(norm.running_mean, 0.1 * x.double().mean((0, 2, 3)), torch.float32)
 
 
-def in_a_process(script: str, **env: str | None) -> str:
-    """Runs the script with one thread in a process of its own; its standard output."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env=users_environment(env),
-        cwd=CHECKOUT / "tests",
-        timeout=300,
-    )
+def worker(name: str, **env: str | None) -> str:
+    """Run tests.workers.NAME in a process of its own, in a user's environment; return its standard output."""
+    done = run_module(f"tests.workers.{name}", cwd=CHECKOUT, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-TRAIN = """
-import torch
-from fastres import build_model
-from fastres.config import Config, EngineConfig
-from fastres.engine import resolve
-from fastres.step import ForwardLoss
-
-def losses(norm, backend):
-    torch.manual_seed(0)
-    model = build_model("resnet20", norm=norm).to(memory_format=torch.channels_last)
-    engine = resolve(Config(engine=EngineConfig(precision="fp32", device="cpu")))
-    forward_loss = ForwardLoss(model, engine, "mean")
-    if backend:
-        forward_loss.compile(fullgraph=True, dynamic=False, backend=backend)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
-    y = torch.randint(10, (16,), generator=generator)
-    for _ in range(3):
-        loss, _ = forward_loss(x, y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.item()
-"""
 
 
 @pytest.mark.parametrize("interpret", ["1", None])
@@ -561,41 +608,19 @@ def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_s
 ) -> None:
     """fullgraph=True, backward through AOTAutograd and inductor; interpreted, the op is in both graphs as it is; not
     interpreted, on a CPU, inductor sees through it to the reference's operations."""
-    script = f"""{TRAIN}
-from torch._inductor import compile_fx
-seen = []
-inner = compile_fx.compile_fx_inner
-def watched(graph, *args, **kwargs):
-    seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-    return inner(graph, *args, **kwargs)
-def backend(graph, inputs):
-    return compile_fx.compile_fx(graph, inputs, inner_compile=watched)
-torch._functorch.config.enable_autograd_cache = False
-plain, fused, compiled = list(losses("torch", None)), list(losses("fused", None)), list(losses("fused", backend))
-assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
-assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, compiled)), (plain, compiled)
-forward, backward = seen
-print(sum("fastres_kernels.batch_norm_act.default" in target for target in forward))
-print(sum("fastres_kernels.batch_norm_act_backward.default" in target for target in backward))
-"""
     expected = ["19", "19"] if interpret else ["0", "0"]
-    assert in_a_process(script, TRITON_INTERPRET=interpret).split() == expected
+    assert worker("kernels_compile", TRITON_INTERPRET=interpret).split() == expected
 
 
 def test_without_triton_the_modules_run_through_the_reference() -> None:
-    script = f"""
-import sys
-sys.modules["triton"] = None  # as where it is not installed
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name.startswith("triton") else find(name, *args)
-{TRAIN}
-plain, fused = list(losses("torch", None)), list(losses("fused", None))
-assert all(abs(a - b) < 1e-4 * a for a, b in zip(plain, fused)), (plain, fused)
-import fastres_kernels.launch
-assert not fastres_kernels.triton_launch.HAS_TRITON and "fastres_kernels.batchnorm.forward" not in sys.modules
-"""
-    in_a_process(script, TRITON_INTERPRET=None)
+    assert worker("kernels_without_triton", TRITON_INTERPRET=None) == "equal\n"
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    find = "import sys, fastres_kernels; print('torch' in sys.modules, *dir(fastres_kernels))"
+    done = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=True)
+    imported, *names = done.stdout.split()
+    assert imported == "False" and {"BatchNormAct2d", "Conv2d", "defer_running_stats"} <= set(names)
 
 
 def test_the_wrong_import_name_is_loud() -> None:
@@ -608,65 +633,13 @@ def test_the_wrong_import_name_is_loud() -> None:
 
 # ---- several processes ---------------------------------------------------------------------------------------
 
-SYNC = """
-import gc, os, sys, torch, torch.distributed as dist
-from fastres_kernels import BatchNormAct2d, triton_launch, convert_sync_batchnorm
-dist.init_process_group("gloo")
-rank, kernels = dist.get_rank(), sys.argv[1] == "kernels"
-assert triton_launch.INTERPRETED == kernels
-dtype = torch.float32 if kernels else torch.float64
-sizes = [3, 2]  # unequal shares
-generator = torch.Generator().manual_seed(0)
-x, residual, weights = (torch.randn(5, 4, 3, 3, generator=generator, dtype=torch.float64) + 2 for _ in range(3))
-
-def run(norm, part, compiled=False):
-    leaves = [t[part].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, residual)]
-    call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
-    y = call(*leaves)
-    (y * weights[part].to(dtype)).sum().backward()
-    gradients = [norm.weight.grad, norm.bias.grad]
-    norm.zero_grad(set_to_none=True)
-    return [y, *(leaf.grad for leaf in leaves)], gradients, [norm.running_mean.clone(), norm.running_var.clone()]
-
-def make():
-    norm = BatchNormAct2d(4).to(dtype)
-    torch.nn.init.uniform_(norm.weight, 0.5, 2, generator=torch.Generator().manual_seed(1))
-    return norm
-
-def compare():
-    part = slice(0, 3) if rank == 0 else slice(3, 5)
-    tolerance = 1e-12 if not kernels else 1e-4
-    whole = run(make(), slice(0, 5))
-    for compiled in (False, True):
-        mine = run(convert_sync_batchnorm(make()), part, compiled)
-        for a, b in zip(mine[0], whole[0]):
-            assert (a - b[part]).abs().max() < tolerance
-        for a, b in zip(mine[1], whole[1]):  # each process has its share of the sum, as DDP expects
-            dist.all_reduce(a)
-            assert (a - b).abs().max() < tolerance * 10
-        for a, b in zip(mine[2], whole[2]):
-            assert (a - b).abs().max() < tolerance
-
-compare()
-gc.collect()
-dist.barrier()
-dist.destroy_process_group()
-print("equal", flush=True)
-os._exit(0)  # at the interpreter's end a thread of gloo's that nobody joined sometimes means SIGABRT (torch 2.14)
-"""
-
 
 @pytest.mark.parametrize("path", ["kernels", "reference"])
-def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(
-    path: str, tmp_path: Path
-) -> None:
-    script = tmp_path / "sync.py"
-    script.write_text(SYNC)
-    env = users_environment({"TRITON_INTERPRET": "1" if path == "kernels" else None})
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, path],
-        capture_output=True, text=True, env=env, timeout=300,
-    )  # fmt: skip
+def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(path: str) -> None:
+    script = CHECKOUT / "tests" / "workers" / "kernels_sync_stats.py"
+    env = {"TRITON_INTERPRET": "1" if path == "kernels" else None}
+    launcher = ("--standalone", "--nproc_per_node", 2)
+    done = run_module("torch.distributed.run", *launcher, script, path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
 

@@ -6,8 +6,6 @@ here it is float16 and float32. What only a GPU can show is bfloat16, and speed.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres_kernels import grid_sync, reference, triton_launch
 from fastres_kernels.experimental import conv_1x1, conv_3x3, conv_common, ops
-from tests.commands import users_environment
+from tests.commands import run_module
 
 CHECKOUT = Path(__file__).parent.parent
 conv_norm = torch.ops.fastres_kernels.conv_norm
@@ -212,13 +210,13 @@ def test_gradients_of_any_strides_and_of_any_of_the_results(loss: Any, r: int) -
 
 
 @pytest.mark.parametrize("r", [1, 3])
-def test_inputs_of_any_strides_and_weights_of_any_dtype(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_of_any_strides_and_weights_of_any_dtype(r: int) -> None:
     tensors = inputs(2, 16, 16, 4, 6, r, torch.float16)
     x, weight, mean, var, gamma, _ = (t.detach() for t in tensors)
     weight, one = weight.half(), gamma[:1].expand(16)
     plain = conv_norm(x, weight, mean, var, gamma, one.contiguous(), EPS)
     for other in (weight, weight.double(), weight.to(memory_format=torch.channels_last)):
-        monkeypatch.setattr(triton_launch, "_warned", set())
+        triton_launch.warn_of_copy.cache_clear()
         with pytest.warns(UserWarning, match="the input of conv_norm is not channels-last"):
             odd = conv_norm(x.contiguous(), other, mean, var, gamma, one, EPS)
         assert all(map(torch.equal, odd, plain))
@@ -284,15 +282,15 @@ def finish(
     statistics, sums, products, vector, mean, var, dmean, dvar, dgamma, dbeta, dweight, P,
     K: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All that programs of the convolutions finish, by as many as the grid has."""
-    which, programs = tl.program_id(0), tl.num_programs(0)
-    conv_common.finish_statistics(
-        statistics, mean, var, 8 * P - 3, 1, 8, 1, P, which, programs, K, BLOCK_P, BLOCK
+    """Do the final reductions of the convolutions with as many CTAs as the grid has."""
+    index, reducers = tl.program_id(0), tl.num_programs(0)
+    conv_common.reduce_statistics(
+        statistics, mean, var, 8 * P - 3, 1, 8, 1, P, index, reducers, K, BLOCK_P, BLOCK
     )
-    conv_common.finish_norm_gradients(
-        sums, vector, vector, 0.0, dmean, dvar, dgamma, dbeta, P, which, programs, K, BLOCK_P, BLOCK
+    conv_common.reduce_norm_gradients(
+        sums, vector, vector, 0.0, dmean, dvar, dgamma, dbeta, P, index, reducers, K, BLOCK_P, BLOCK
     )
-    conv_common.finish_weight_gradient(products, dweight, P, which, programs, N, BLOCK_P, BLOCK)
+    conv_common.reduce_weight_gradient(products, dweight, P, index, reducers, N, BLOCK_P, BLOCK)
 
 
 def test_however_many_programs_finish_they_write_everything_and_the_same_bits(poisoned: None) -> None:
@@ -425,29 +423,9 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
 
 
-WITHOUT_THE_INTERPRETER = """
-import torch
-from fastres_kernels import triton_launch
-from fastres_kernels.experimental import ops as conv_ops
-
-assert triton_launch.HAS_TRITON and not triton_launch.INTERPRETED
-x, weight = torch.randn(2, 16, 3, 4), torch.randn(16, 16, 3, 3)
-vectors = [torch.rand(16) for _ in range(4)]
-z, mean, var = conv_ops.conv_norm(x, weight, *vectors, 1e-5)
-backward = (z, mean, var, x, weight, *vectors, 1e-5, z, mean, True, True)
-torch.library.opcheck(torch.ops.fastres_kernels.conv_norm_backward, backward)
-leaves = [tensor.requires_grad_() for tensor in (x, weight, *vectors)]
-torch.library.opcheck(torch.ops.fastres_kernels.conv_norm, (*leaves, 1e-5))
-print("checked")
-"""
-
-
 def test_opcheck_where_nothing_interprets() -> None:
-    """On a user's CPU, where the ops are the reference."""
-    command = [sys.executable, "-c", WITHOUT_THE_INTERPRETER]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=users_environment(), cwd=CHECKOUT / "tests"
-    )
+    """Check the ops on a user's CPU, where they are the reference."""
+    done = run_module("tests.workers.kernels_opcheck", cwd=CHECKOUT)
     assert done.stdout == "checked\n", done.stderr
 
 

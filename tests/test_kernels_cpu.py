@@ -5,8 +5,6 @@ In bf16 only: an input is rounded before, so that the oracle sees what the kerne
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +23,9 @@ from fastres.training.engine import _faster_norm, resolve_engine
 from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu import ops
-from tests.commands import run_fastres, users_environment
+from tests.commands import run_fastres, run_module
 
+CHECKOUT = Path(__file__).parent.parent
 HERE, WHY = ops.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
 # A result in bf16 is rounded once, to 8 bits; one in float32 is a sum of products of such, in another order.
@@ -242,7 +241,7 @@ def test_bad_input_is_refused_as_by_torch() -> None:
 
 def conv_of(c: int, k: int, stride: int = 1, bias: bool = False) -> Conv2d:
     conv = Conv2d(c, k, 3, stride, padding=1, bias=bias).to(memory_format=torch.channels_last)
-    conv.algorithm = "own"
+    conv.algorithm = "cpp"
     return conv
 
 
@@ -288,16 +287,16 @@ def test_the_weight_gradient_is_the_same_again() -> None:
 @needs_kernels
 def test_what_the_convolution_does_not_take_is_torchs() -> None:
     def used(conv: nn.Conv2d, x: Tensor, autocast: bool = True) -> str:
-        conv.algorithm = "own"  # type: ignore[assignment]
+        conv.algorithm = "cpp"  # type: ignore[assignment]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = conv(x)
         return y.grad_fn.name() if y.grad_fn else "none"
 
     x = random(2, 16, 8, 8)
-    own = "_Conv2dBackward"
-    assert used(Conv2d(16, 16, 3, padding=1), x) == own
-    assert used(Conv2d(16, 16, 3, padding="same"), x) == own
-    assert used(Conv2d(16, 16, 3, padding=1).bfloat16(), x, autocast=False) == own
+    cpp = "_Conv2dBackward"
+    assert used(Conv2d(16, 16, 3, padding=1), x) == cpp
+    assert used(Conv2d(16, 16, 3, padding="same"), x) == cpp
+    assert used(Conv2d(16, 16, 3, padding=1).bfloat16(), x, autocast=False) == cpp
     for conv in (
         Conv2d(16, 16, 3),  # no padding
         Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
@@ -308,8 +307,8 @@ def test_what_the_convolution_does_not_take_is_torchs() -> None:
         Conv2d(16, 12, 3, padding=1),
         Conv2d(16, 128, 3, padding=1),
     ):
-        assert used(conv, x) != own, conv
-    assert used(Conv2d(16, 16, 3, padding=1), x.float()) != own
+        assert used(conv, x) != cpp, conv
+    assert used(Conv2d(16, 16, 3, padding=1), x.float()) != cpp
     assert used(Conv2d(16, 16, 3, padding=1).requires_grad_(False), x) == "none"
     with torch.no_grad():
         assert used(Conv2d(16, 16, 3, padding=1), x) == "none"
@@ -362,7 +361,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
 @needs_kernels
 def test_what_counts_operators_sees_them() -> None:
     x, flops, calls = random(2, 16, 8, 8).requires_grad_(), {}, {}
-    for algorithm in ("torch", "own"):
+    for algorithm in ("torch", "cpp"):
         net = nn.Sequential(conv_of(16, 16), norm_of(16), conv_of(16, 32, 2), conv_of(32, 32))
         for module in (net[0], net[2], net[3]):
             module.algorithm = algorithm
@@ -373,8 +372,8 @@ def test_what_counts_operators_sees_them() -> None:
         flops[algorithm] = counter.get_total_flops()
         assert work.flops == flops[algorithm]
         calls[algorithm] = {key[0]: n for key, n in work.calls.items() if "cpp" in key[0]}
-    assert flops["own"] == flops["torch"] > 0
-    assert {name.removeprefix("fastres_kernels::cpp_") for name in calls["own"]} == {
+    assert flops["cpp"] == flops["torch"] > 0
+    assert {name.removeprefix("fastres_kernels::cpp_") for name in calls["cpp"]} == {
         "batch_norm_act", "batch_norm_act_backward", "convolution", "weight_gradient",
     }  # fmt: skip
 
@@ -401,15 +400,15 @@ def choice(**engine: Any) -> tuple[str, str, str]:
 
 @needs_kernels
 def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
-    assert choice(precision="bf16") == ("measured", "own", f"conv: own ({WHY})")
+    assert choice(precision="bf16") == ("measured", "cpp", f"conv: cpp ({WHY})")
     for fields, why in (
         ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
         ({"precision": "bf16", "compile": True}, "torch.compile does not see into the C++ kernels"),
         ({"precision": "bf16", "channels_last": False}, "the C++ kernels take channels-last only"),
     ):
         assert choice(**fields) == ("torch", "torch", f"conv: torch ({why})")
-        with pytest.raises(UsageError, match=f"engine.conv own: {why.replace('+', '.')}; use torch"):
-            resolve_engine(Config(engine=EngineConfig(device="cpu", conv="own", **fields)))
+        with pytest.raises(UsageError, match=f"engine.conv cpp: {why.replace('+', '.')}; use torch"):
+            resolve_engine(Config(engine=EngineConfig(device="cpu", conv="cpp", **fields)))
 
 
 @pytest.mark.parametrize(("channels_last", "norm"), [(True, "fused"), (False, "torch")])
@@ -441,28 +440,22 @@ def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.Monke
     assert ops.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
 
 
-ASK = "from fastres_kernels.cpu import ops; print(*ops.available())"
-
-
-def ask(**environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK],
-        env=users_environment(environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+def ask(**environment: str) -> list[str]:
+    """Return what tests.workers.kernels_cpu_available prints: the kernels' availability, and the OpenMP libraries."""
+    done = run_module("tests.workers.kernels_cpu_available", cwd=CHECKOUT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @needs_kernels
 def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None:
-    assert ask(CXX="no-such-g++") == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
+    assert ask(CXX="no-such-g++")[0] == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
     broken.chmod(0o755)
     assert (
-        ask(CXX=str(broken)) == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
+        ask(CXX=str(broken))[0]
+        == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
     )
     done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
                        "--run.dir", tmp_path / "run",
@@ -475,27 +468,27 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
 
 @needs_kernels
 def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -> None:
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     (kept,) = (tmp_path / "fastres").iterdir()
     before = kept.stat().st_mtime_ns
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_mtime_ns == before
     kept.write_bytes(b"")  # as a crash of the machine may leave it
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_size > 0
 
 
 @needs_kernels
 def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "fastres").write_text("a file where the folder would be")
-    assert ask(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
-    assert ask(XDG_CACHE_HOME="", HOME="~").startswith("True")  # a user without a home
+    assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
+    assert ask(XDG_CACHE_HOME="", HOME="~")[0].startswith("True")  # a user without a home
 
 
 @pytest.mark.parametrize("channels", [32, 64])
 def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(channels: int) -> None:
     conv = conv_of(48, 16).bfloat16()
-    conv.algorithm = "own"
+    conv.algorithm = "cpp"
     with pytest.raises(RuntimeError, match=f"48 channels, but got {channels}"):
         conv(random(2, channels, 8, 8))
 
@@ -503,8 +496,4 @@ def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(cha
 @needs_kernels
 def test_the_library_shares_torchs_threads() -> None:
     """A second OpenMP in the process would be a second pool of threads, spinning beside torch's."""
-    find = f"{ASK}; print(*{{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}})"
-    done = subprocess.run(
-        [sys.executable, "-c", find], env=users_environment(), capture_output=True, text=True, check=True
-    )
-    assert len(done.stdout.splitlines()[-1].split()) == 1, done.stdout
+    assert len(ask()[-1].split()) == 1

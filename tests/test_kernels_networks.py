@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models.registry import build_model
-from fastres_kernels import NormConv2d
+from fastres_kernels.experimental import NormConv2d
 from fastres_kernels.experimental.ops import kernels_for
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastres_kernels.report import Compiled, faults, widest_access
+from fastres_kernels.report import KernelCost, faults, widest_access
 
 
 def report(*args: str | Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tm
 
 
 def test_each_fault_is_a_line_with_the_kernels_name() -> None:
-    good = Compiled(
+    good = KernelCost(
         name="normalise, bf16",
         target="sm_90",
         registers=128,

@@ -34,11 +34,11 @@ def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | No
     """relu(norm(x) + residual); x, residual and the result: (N, C, H, W).
 
     A norm whose attribute `act` is "relu" does all of it, called as norm(x, residual). `into`: the convolution that
-    reads the result, and nothing else does; one with the attribute `normalises_input` takes norm.pending(x) in its
+    reads the result, and nothing else does; one with the attribute `normalises_input` takes norm.deferred(x) in its
     place.
     """
     if getattr(into, "normalises_input", False):
-        return norm.pending(x)  # type: ignore[operator]
+        return norm.deferred(x)  # type: ignore[operator]
     if getattr(norm, "act", None) == "relu":
         return norm(x, residual)
     y = norm(x)

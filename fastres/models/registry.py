@@ -18,7 +18,6 @@ from fastres.models.mini import mini_resnet
 from fastres.models.speedrun import SpeedResNet
 from fastres.utils.errors import UsageError, first_line
 from fastres.utils.suggest import unknown
-from fastres_kernels import fuse_convolutions
 
 # Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -51,7 +50,7 @@ def build_model(
 
     `name`: one of MODELS, else `resnetN` or `plainN` with N = 6n+2 (CIFAR family). `norm`: one of NORMS; the
     option `norm_layer`, a callable as torchvision's, overrides it. `fused_convolutions`, experimental and with norm
-    "fused" only: convolutions normalise their own input, see fastres_kernels.NormConv2d. Anything unknown or
+    "fused" only: convolutions normalise their own input, see fastres_kernels.experimental. Anything unknown or
     impossible is a ValueError of one line.
     """
     build = _find(name)
@@ -65,7 +64,11 @@ def build_model(
     if fused_convolutions and norm_layer is not NORMS["fused"]:
         raise ValueError("fused_convolutions: only together with norm 'fused'")
     model = build(norm=norm_layer, **arguments)
-    return fuse_convolutions(model) if fused_convolutions else model
+    if fused_convolutions:
+        from fastres_kernels.experimental import fuse_convolutions
+
+        model = fuse_convolutions(model)
+    return model
 
 
 def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:

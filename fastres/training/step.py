@@ -94,9 +94,10 @@ class ForwardLoss(nn.Module):
         self.mirrored = mirrored
         self.mixed = engine.precision in ("bf16", "fp16")
         self.batches_casts = self.mixed and engine.compile
+        self.running_stats = defer_running_stats(model)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with defer_running_stats():
+        with self.running_stats:
             logits = self._logits(images)
         if self.mirrored:
             logits = (logits + self._logits(images.flip(3))) / 2

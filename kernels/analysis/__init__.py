@@ -1,0 +1,5 @@
+"""Tools that count what the kernels and inductor's code cost; no product code imports them."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

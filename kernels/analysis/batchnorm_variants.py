@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..batchnorm import backward, cooperative, forward, running_stats
-from ..tiling import H100, HELD_BACKWARD, HELD_FORWARD, matrix_shape, one_pass_tiles, two_pass_tiles
-from .compiled_variants import RESNET20, Variant, recorded
+from ..tiling import BACKWARD_TILE, FORWARD_TILE, H100, matrix_shape, one_pass_tiles, two_pass_tiles
+from .compiled_variants import RESNET20, CompiledVariant, variant_from_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd one.
@@ -36,30 +36,32 @@ BYTES: dict[str, Moved] = {
 }
 
 
-def variants() -> list[Variant]:
+def variants() -> list[CompiledVariant]:
     found = [variant for dtype, shapes in SHAPES.items() for shape in shapes for variant in _of(dtype, shape)]
     p = torch.empty(64, device="meta")
     batches = torch.empty((), dtype=torch.int64, device="meta")
     for momentum in (0.1, None):
         launch = partial(running_stats.update, p, p, p, p, batches, 8192, momentum)
-        found.append(recorded(f"running statistics, momentum {momentum}", launch, lambda flags: None))
+        found.append(
+            variant_from_launch(f"running statistics, momentum {momentum}", launch, lambda flags: None)
+        )
     return found
 
 
-def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
+def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[CompiledVariant]:
     """All kernels for a tensor of that shape, (N, C, H, W)."""
     meta = partial(torch.empty, device="meta")
     x = meta(shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
     m, c = matrix_shape(x)
     p, partials, bits = meta(c), meta(1, 2, c), meta(1, dtype=torch.uint8)
     tiles = two_pass_tiles(m, c)
-    ahead, back = (one_pass_tiles(m, c, held, H100) for held in (HELD_FORWARD, HELD_BACKWARD))
+    ahead, back = (one_pass_tiles(m, c, on_chip, H100) for on_chip in (FORWARD_TILE, BACKWARD_TILE))
     found = []
 
     def add(kernel: str, act: str, launch: Callable[..., Any], *arguments: Any) -> None:
         name = f"{kernel}, {dtype}, {act}, C={c}"
         moved = partial(BYTES[kernel], x.element_size())
-        found.append(recorded(name, partial(launch, *arguments), moved))
+        found.append(variant_from_launch(name, partial(launch, *arguments), moved))
 
     add("statistics", "-", forward.statistics, x, tiles)
     # Residual, mask, and whether its output forks: then the backward has a second gradient, of the skip connection.
@@ -78,7 +80,7 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[Variant]:
         add("input gradient", act, backward.input_gradient, *gradient)
         given = f"{act}, given statistics"
         add("normalise", given, forward.normalise, x, residual, *norm, (p, p), eps, True, *ends)
-        add("channel sums", given, backward.with_given_statistics, *sums, tiles)
+        add("channel sums", given, backward.with_fixed_stats, *sums, tiles)
         if ahead:
             fused = (x, residual, *norm, eps, True, mask is not None, forks, ahead)
             add("cooperative forward", act, cooperative.forward, *fused)

@@ -1,5 +1,6 @@
-"""The forms in which the kernels are compiled, taken from real launches: report.py compiles them, inductor_count.py
-looks them up.
+"""The variants in which the kernels are compiled, taken from real launches.
+
+report.py compiles them, and inductor_counts.py looks them up.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..triton_launch import recording
 
-# Each has variants() -> list[Variant].
-FILES = ("bn_variants", "conv_3x3", "conv_1x1")
-# (N, C, H, W) of ResNet-20's stages at batch 128; the block that inductor_count.py counts is of the first.
+# Each has variants() -> list[CompiledVariant].
+FILES = ("batchnorm_variants", "convolution_variants")
+# (N, C, H, W) of ResNet-20's stages at batch 128; the block that inductor_counts.py counts is of the first.
 RESNET20 = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
 
 TYPES = {
@@ -30,30 +31,31 @@ TYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One form in which a kernel is compiled: as it is launched under torch.compile, so that report.py compiles the
-    same."""
+class CompiledVariant:
+    """One form in which a kernel is compiled: the form that torch.compile launches."""
 
     name: str  # "normalise, bf16, add + ReLU, C=16"
     kernel: Any  # the triton.jit function
     # Argument -> "*bf16", "*fp32", "*u8", "i32", "fp32", "constexpr". As in triton.tools.compile, "i32:16" is a
-    # multiple of 16, which Triton's launcher finds out by itself, and without which no access of 16 bytes is generated.
-    # Pointers are taken for such, because torch's allocator makes them so.
+    # multiple of 16. Triton's launcher detects this by itself, and generates accesses of 16 bytes only then. Pointers
+    # count as multiples of 16, because torch's allocator aligns them.
     signature: dict[str, str]
     constants: dict[str, Any]  # the values of the "constexpr" arguments
     num_warps: int = 4
     num_stages: int = 3  # Triton's default
-    maxnreg: int | None = None  # how many registers a thread may have
-    bytes_per_element: float | None  # of global memory, by the maths; None: does not grow with the activation
+    maxnreg: int | None = None  # the most registers per thread
+    bytes_per_element: (
+        float | None
+    )  # of global memory, by the mathematics; None: independent of the activation's size
 
     @property
     def types(self) -> dict[str, str]:
-        """The signature in the order of the arguments, without what is known of their values."""
+        """The signature in the order of the arguments, without the suffix ":16"."""
         return {argument: self.signature[argument].removesuffix(":16") for argument in self.kernel.arg_names}
 
     @property
     def multiples_of_16(self) -> list[int]:
-        """The positions of the arguments that are."""
+        """The positions of the arguments that are multiples of 16."""
         return [
             position
             for position, argument in enumerate(self.kernel.arg_names)
@@ -61,11 +63,13 @@ class Variant:
         ]
 
 
-def recorded(
+def variant_from_launch(
     name: str, launch: Callable[[], Any], moved: Callable[[dict[str, Any]], float | None]
-) -> Variant:
-    """The variant of the one kernel that `launch()` launches; it runs nothing, so tensors of the meta device will do.
-    `moved`: the kernel's flags -> bytes per element."""
+) -> CompiledVariant:
+    """Return the variant of the one kernel that `launch()` launches.
+
+    The kernel does not run, so tensors may be on the meta device. `moved` maps the kernel's flags to bytes per element.
+    """
     with recording() as launches:
         launch()
     ((kernel, opaque, arguments, options),) = launches
@@ -85,7 +89,7 @@ def recorded(
     known = {
         option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options
     }
-    return Variant(
+    return CompiledVariant(
         name=name,
         kernel=kernel,
         signature=signature,
@@ -95,7 +99,7 @@ def recorded(
     )
 
 
-def declared_variants() -> list[Variant]:
-    """Those of all files. Imports Triton."""
+def declared_variants() -> list[CompiledVariant]:
+    """Return the variants of all FILES. Imports Triton."""
     files = [import_module(f".{file}", __package__) for file in FILES]
     return [variant for file in files for variant in file.variants()]

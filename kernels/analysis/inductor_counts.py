@@ -1,6 +1,6 @@
-"""What a basic residual block costs under torch.compile, counted in the code that it generates. Needs no GPU.
+"""Count what a basic residual block costs under torch.compile in the code that it generates. Needs no GPU.
 
-    python -m fastres_kernels.analysis.inductor_counts        JSON: bytes, kernels and every launch, forward and backward
+    python -m fastres_kernels.analysis.inductor_counts    JSON: bytes, kernels and every launch, forward and backward
 
 The block is conv 3×3 - BN - ReLU - conv 3×3 - BN - add - ReLU, stride 1, in training, channels-last, bf16 with float32
 parameters: once with torch.nn.BatchNorm2d, which inductor fuses as it can, and once with BatchNormAct2d. Both are
@@ -9,7 +9,7 @@ activation:
 
 - a kernel of inductor's: each tl.load and tl.store in its text of an activation or a mask. What is smaller is left out:
   vectors, and partial sums of at most 1/64 of an activation;
-- a kernel of this package: what its Variant declares;
+- a kernel of this package: what its CompiledVariant declares;
 - an op of this package that inductor does not see through, launch by launch: each activation and mask that it takes and
   gives, once;
 - a convolution: forward two passes (reads, writes); backward two for the gradient of its input (reads, writes) and two
@@ -49,7 +49,7 @@ from triton.backends.compiler import GPUTarget
 from ..batchnorm import ops
 from ..modules import BatchNormAct2d, Skip
 from ..tiling import H100
-from .compiled_variants import RESNET20, Variant, declared_variants
+from .compiled_variants import RESNET20, CompiledVariant, declared_variants
 
 SHAPE = RESNET20[0]
 ELEMENTS = math.prod(SHAPE)
@@ -199,7 +199,7 @@ class Launch:
     bytes_per_element: float  # of one activation
 
 
-def launches(graph: GraphLowering, code: str, variants: list[Variant]) -> list[Launch]:
+def launches(graph: GraphLowering, code: str, variants: list[CompiledVariant]) -> list[Launch]:
     """All in the generated code, in its order. KeyError for an operation that is neither ours nor a convolution."""
     nodes = list(ast.walk(ast.parse(code)))
     results: dict[ast.expr, str] = {}  # RESULT = value
@@ -232,7 +232,9 @@ def launches(graph: GraphLowering, code: str, variants: list[Variant]) -> list[L
     return found
 
 
-def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variants: list[Variant]) -> float:
+def bytes_per_element(
+    source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]
+) -> float:
     """What `call` moves, which launches the first function in `source`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     if not kernel.name.startswith("triton_"):  # as inductor names its own
@@ -262,8 +264,8 @@ def tensor_bytes(graph: GraphLowering, tensor: ast.expr) -> int:
     return numel * graph.get_dtype(name).itemsize if numel >= ELEMENTS // 8 else 0
 
 
-def variant_of(kernel: ast.FunctionDef, variants: list[Variant]) -> Variant:
-    """The Variant of one of our kernels in generated code. LookupError if none is declared."""
+def variant_of(kernel: ast.FunctionDef, variants: list[CompiledVariant]) -> CompiledVariant:
+    """The CompiledVariant of one of our kernels in generated code. LookupError if none is declared."""
     (heuristics,) = (node for node in kernel.decorator_list if isinstance(node, ast.Call))
     (meta,) = (keyword.value for keyword in heuristics.keywords if keyword.arg == "triton_meta")
     assert isinstance(meta, ast.Dict)

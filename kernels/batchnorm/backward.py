@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grid_sync import counter, finisher, finishers
+from ..grid_sync import counter, final_reducer, final_reducers
 from ..tiling import WARPS, Tiles, matrix_shape
 from ..triton_launch import launchable, pointers
-from .forward import STAGES, affine, affine_terms, empty_partials, load_bits, through, tile_at, vector
+from .forward import STAGES, affine, affine_terms, empty_partials, load_bits, relu_mask, tile_offsets, vector
 
 
 @triton.jit
 def gate_from_input(x, mean, scale, shift, dtype: tl.constexpr):
-    """Where ReLU let through, recomputed from x exactly as normalise_kernel computed it, rounding included."""
-    return through(affine(x, mean, scale, shift).to(dtype))
+    """Recompute ReLU's mask from x exactly as normalise_kernel computed it, rounding included."""
+    return relu_mask(affine(x, mean, scale, shift).to(dtype))
 
 
 @triton.jit
@@ -43,17 +43,17 @@ def gated_gradient(
     GATE: "none", the "bits" of the mask, or recomputed from the "input". AGAIN: what a second pass does with dy,
     "evict_last" where it reads it, else "evict_first".
     """
-    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
-    dz = tl.load(dy + corner + at, valid, other=0.0, eviction_policy=AGAIN).to(tl.float32)
+    base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
+    dz = tl.load(dy + base + offsets, valid, other=0.0, eviction_policy=AGAIN).to(tl.float32)
     if HAS_SKIP:
-        dz += tl.load(dskip + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dz += tl.load(dskip + base + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if GATE == "bits":
         dz = tl.where(load_bits(mask, start, cols, inside, M, C, BLOCK_M, BLOCK_C), dz, 0.0)
     elif GATE == "input":
         dz = tl.where(gate_from_input(value, mean, scale, shift, dtype), dz, 0.0)
     if STORE_DZ:
         rounded = dz.to(dz_out.dtype.element_ty)
-        tl.store(dz_out + corner + at, rounded, valid)
+        tl.store(dz_out + base + offsets, rounded, valid)
         dz = rounded.to(tl.float32)  # sums and dx are of the values that the residual receives
     return dz
 
@@ -70,8 +70,8 @@ def channel_sums_kernel(
     var,  # (C,) float32
     dz_out,  # [M, C], with STORE_DZ
     dx,  # [M, C], with STORE_DX: where the statistics were given, it depends on no sum
-    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
-    arrived,  # () int32: see barrier.py; it and the next four with STORE_DX
+    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each CTA's rows
+    arrived,  # () int32: see grid_sync.py; it and the next four with STORE_DX
     dweight,  # (C,) float32
     dbias,  # (C,) float32
     dmean,  # (C,) float32, of the given statistics
@@ -86,13 +86,13 @@ def channel_sums_kernel(
     STORE_DZ: tl.constexpr,
     STORE_DX: tl.constexpr,
     EPS: tl.constexpr,
-    FINISHERS: tl.constexpr,
+    FINAL_REDUCERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Reads the gradients and x once, sums per element of the tile, and over the tile's rows at the end. Where the
-    statistics were given, nothing comes after it: it sums over the programs too.
+    statistics were given, nothing comes after it: it also does the final reduction.
     """
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -105,35 +105,35 @@ def channel_sums_kernel(
     first = pid * ROWS
     for i in tl.range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M), num_stages=STAGES):
         start = first + i * BLOCK_M
-        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
-        value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
+        value = tl.load(x + base + offsets, valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dz = gated_gradient(
             dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
             HAS_SKIP, GATE, STORE_DZ, "evict_first" if STORE_DZ else "evict_last", BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if STORE_DX:
-            tl.store(dx + corner + at, (dz * scale[None, :]).to(dx.dtype.element_ty), valid)
+            tl.store(dx + base + offsets, (dz * scale[None, :]).to(dx.dtype.element_ty), valid)
         total += dz
         projected += dz * ((value - centre[None, :]) * invstd[None, :])
     to = partials + pid * (2 * C) + cols
     tl.store(to, tl.sum(total, 0), inside)
     tl.store(to + C, tl.sum(projected, 0), inside)
     if STORE_DX:
-        which, programs = finisher(arrived, FINISHERS)
-        if which >= 0:
-            finish_given(
-                partials, weight, bias, var, dweight, dbias, dmean, dvar, C, which, programs,
+        index, reducers = final_reducer(arrived, FINAL_REDUCERS)
+        if index >= 0:
+            reduce_fixed_stats_gradients(
+                partials, weight, bias, var, dweight, dbias, dmean, dvar, C, index, reducers,
                 HAS_WEIGHT, HAS_BIAS, EPS, BLOCK_C, BLOCK_P,
             )  # fmt: skip
 
 
 @triton.jit
-def finish_given(
-    partials, weight, bias, var, dweight, dbias, dmean, dvar, C, which, programs,
+def reduce_fixed_stats_gradients(
+    partials, weight, bias, var, dweight, dbias, dmean, dvar, C, index, reducers,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of parameters and given statistics, from all partials, of every `programs`-th block of channels."""
-    for block in range(which, tl.num_programs(1), programs):
+    """The gradients of parameters and given statistics, from all partials, of every `reducers`-th block of channels."""
+    for block in range(index, tl.num_programs(1), reducers):
         cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = cols < C
         total, projected = sum_partials(partials, cols, inside, C, tl.num_programs(0), BLOCK_C, BLOCK_P)
@@ -166,10 +166,10 @@ def sum_partials(partials, cols, inside, C, P, BLOCK_C: tl.constexpr, BLOCK_P: t
     projected = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        there = (p < P)[:, None] & inside[None, :]
-        at = partials + p[:, None] * (2 * C) + cols[None, :]
-        total += tl.load(at, there, other=0.0)
-        projected += tl.load(at + C, there, other=0.0)
+        mask = (p < P)[:, None] & inside[None, :]
+        addresses = partials + p[:, None] * (2 * C) + cols[None, :]
+        total += tl.load(addresses, mask, other=0.0)
+        projected += tl.load(addresses + C, mask, other=0.0)
     return tl.sum(total, 0), tl.sum(projected, 0)
 
 
@@ -215,13 +215,13 @@ def input_gradient_kernel(
     tiles = tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M)
     for i in tl.range(0, tiles, num_stages=STAGES):
         start = first + (tiles - 1 - i) * BLOCK_M
-        corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
-        value = tl.load(x + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        grad = tl.load(dz + corner + at, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
+        value = tl.load(x + base + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        grad = tl.load(dz + base + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if RECOMPUTE_GATE:
             grad = tl.where(gate_from_input(value, centre, scale, shift, x.dtype.element_ty), grad, 0.0)
         out = scale[None, :] * (grad - mean_dz[None, :] - (value - centre[None, :]) * slope[None, :])
-        tl.store(dx + corner + at, out.to(dx.dtype.element_ty), valid)
+        tl.store(dx + base + offsets, out.to(dx.dtype.element_ty), valid)
 
 
 def gate(relu: bool, mask: Tensor | None) -> str:
@@ -254,7 +254,7 @@ def channel_sums(
     return partials, dz
 
 
-def with_given_statistics(
+def with_fixed_stats(
     dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dx and dz
     dskip: Tensor | None,
     x: Tensor,
@@ -304,7 +304,7 @@ def _launch(
         STORE_DZ=dz is not None,
         STORE_DX=dx is not None,
         EPS=eps,
-        FINISHERS=finishers(tiles.c_blocks, x),
+        FINAL_REDUCERS=final_reducers(tiles.c_blocks, x),
         BLOCK_M=tiles.block_m,
         BLOCK_C=tiles.block_c,
         BLOCK_P=tiles.block_p,

@@ -1,11 +1,11 @@
-"""Forward and backward in one kernel each, for tensors that fit in the GPU's registers.
+"""Compute forward and backward in one kernel each, for tensors that fit in the GPU's registers.
 
-The programs of the grid hold one tile each, meet at a barrier between the two passes, and so read every tensor from
-global memory once: bytes per element in bf16 are 4 (BN + ReLU) and 6⅛ (BN + add + ReLU) forward, 6 and 10⅛ backward.
-All programs have to be on the GPU at once, which a cooperative launch guarantees or refuses. Not yet run on a GPU.
+Each CTA of the grid keeps one tile on chip, and a barrier separates the two passes, so every tensor is read from global
+memory once. Bytes per element in bf16 are 4 (BN + ReLU) and 6⅛ (BN + add + ReLU) forward, 6 and 10⅛ backward. All CTAs
+have to be on the GPU at once; a cooperative launch guarantees that, or fails. Not yet run on a GPU.
 
-The interpreter runs programs one after another, and a barrier would wait for ever: there each kernel is launched twice,
-for what is before the barrier and for what is after it.
+The interpreter runs CTAs one after another, so a barrier would wait for ever. There each kernel is launched twice, once
+for the part before the barrier and once for the part after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..grid_sync import counter, grid_barrier
-from ..tiling import HELD_BACKWARD, HELD_FORWARD, HELD_WARPS, Held, Tiles, matrix_shape, one_pass_tiles
+from ..tiling import (
+    BACKWARD_TILE,
+    FORWARD_TILE,
+    ON_CHIP_WARPS,
+    OnChipTile,
+    Tiles,
+    matrix_shape,
+    one_pass_tiles,
+)
 from ..triton_launch import INTERPRETED, launchable, pointers
 from .backward import gate, gated_gradient, sum_partials
 from .forward import (
@@ -28,7 +36,7 @@ from .forward import (
     merge_rows,
     origin,
     outputs,
-    tile_at,
+    tile_offsets,
     vector,
     write_tile,
 )
@@ -43,7 +51,7 @@ def forward_kernel(
     residual,  # [M, C]
     weight,  # (C,)
     bias,  # (C,)
-    partials,  # (P, 2, C) float32: mean about origin and M2 of each program's rows
+    partials,  # (P, 2, C) float32: mean about origin and M2 of each CTA's rows
     arrived,  # () int32, grid_barrier's
     y,  # [M, C]
     mask,  # (⌈M/8⌉, C) uint8
@@ -70,8 +78,8 @@ def forward_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     start = pid * BLOCK_M
-    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
-    value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
+    base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
+    value = tl.load(x + base + offsets, valid, other=0.0).to(tl.float32)
     about = origin(x, cols, inside)
 
     if PART != AFTER:
@@ -107,7 +115,7 @@ def backward_kernel(
     bias,  # (C,)
     mean,  # (C,) float32
     var,  # (C,) float32
-    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each program's rows
+    partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each CTA's rows
     arrived,  # () int32, grid_barrier's
     dz_out,  # [M, C], with STORE_DZ
     dx,  # [M, C]
@@ -132,10 +140,10 @@ def backward_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     start = pid * BLOCK_M
-    corner, at, valid = tile_at(start, cols, inside, M, C, BLOCK_M)
+    base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
     centre, variance = vector(mean, cols, inside), vector(var, cols, inside)
     invstd, scale, shift = affine_terms(variance, weight, bias, cols, inside, HAS_WEIGHT, HAS_BIAS, EPS)
-    value = tl.load(x + corner + at, valid, other=0.0).to(tl.float32)
+    value = tl.load(x + base + offsets, valid, other=0.0).to(tl.float32)
     dz = gated_gradient(
         dy, dskip, mask, dz_out, value, x.dtype.element_ty, centre, scale, shift, start, cols, inside, M, C,
         HAS_SKIP, GATE, STORE_DZ, "evict_first", BLOCK_M, BLOCK_C,
@@ -154,15 +162,15 @@ def backward_kernel(
             tl.store(dbias + cols, total, inside)
             tl.store(dweight + cols, projected, inside)
         gradient = dz - (total / M)[None, :] - normalised * (projected / M)[None, :]
-        tl.store(dx + corner + at, (scale[None, :] * gradient).to(dx.dtype.element_ty), valid)
+        tl.store(dx + base + offsets, (scale[None, :] * gradient).to(dx.dtype.element_ty), valid)
 
 
-def tiles_for(x: Tensor, held: Held) -> Tiles | None:
-    """How a kernel that holds so much would take x, (N, C, H, W); None where it does not fit on its GPU."""
+def tiles_for(x: Tensor, on_chip: OnChipTile) -> Tiles | None:
+    """Return the tiles for x, (N, C, H, W), of a kernel that keeps `on_chip`, or None if x does not fit on its GPU."""
     multiprocessors = (
         torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
     )
-    return one_pass_tiles(*matrix_shape(x), held, multiprocessors)
+    return one_pass_tiles(*matrix_shape(x), on_chip, multiprocessors)
 
 
 def forward(
@@ -174,7 +182,7 @@ def forward(
     relu: bool,
     save_mask: bool,
     fork: bool,
-    tiles: Tiles,  # of HELD_FORWARD
+    tiles: Tiles,  # of FORWARD_TILE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As bn_forward.normalise with batch statistics."""
     m, c = matrix_shape(x)
@@ -182,7 +190,7 @@ def forward(
     results = (y, mask if save_mask else None, mean, var, skip if fork else None)
     _launch(
         forward_kernel,
-        HELD_FORWARD,
+        FORWARD_TILE,
         tiles,
         x,
         *pointers(residual, weight, bias, empty_partials(x, tiles), counter(x), *results, unused=x),
@@ -212,7 +220,7 @@ def backward(
     eps: float,
     relu: bool,
     store_dz: bool,
-    tiles: Tiles,  # of HELD_BACKWARD
+    tiles: Tiles,  # of BACKWARD_TILE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx; dz, empty where not asked for; dbias and dweight, (C,) float32. For batch statistics."""
     m, c = matrix_shape(x)
@@ -223,7 +231,7 @@ def backward(
     results = (dz if store_dz else None, dx, dweight, dbias)
     _launch(
         backward_kernel,
-        HELD_BACKWARD,
+        BACKWARD_TILE,
         tiles,
         *pointers(*sources, empty_partials(x, tiles), counter(x), *results, unused=x),
         m,
@@ -239,10 +247,10 @@ def backward(
     return dx, dz, dbias, dweight
 
 
-def _launch(kernel: Any, held: Held, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:
+def _launch(kernel: Any, on_chip: OnChipTile, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p}
     for part in (BEFORE, AFTER) if INTERPRETED else (WHOLE,):
-        options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": held.registers}
+        options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": on_chip.max_registers}
         launchable(kernel, opaque=True)[tiles.grid](
-            *args, **flags, PART=part, **blocks, num_warps=HELD_WARPS, **options
+            *args, **flags, PART=part, **blocks, num_warps=ON_CHIP_WARPS, **options
         )

@@ -3,12 +3,12 @@
     batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
     batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight, dmean, dvar)
 
-Neither mutates anything: register_autograd refuses ops that do; running statistics have an op of their own. Each
-picks, by the tensor's device and dtype, the Triton kernels or the reference.
+Neither op mutates its arguments, because register_autograd rejects ops that do; update_running_statistics is an op of
+its own for this reason. Each op chooses the Triton kernels or the reference by the device and dtype of x.
 
-`skip` is how the gradient of a skip connection arrives apart from that of the next layer, so that the backward adds
-them in a pass that it makes anyway. It stands for y and has y's shape, but one element of memory that nobody reads: a
-consumer of y takes y, detached, and skip, and returns y's gradient to skip.
+`skip` makes the gradient of a skip connection arrive separately from the gradient of the next layer, so that the
+backward adds the two in a pass that it makes anyway. It stands for y and has y's shape, but occupies one element of
+memory, which nobody reads. A consumer of y takes y, detached, and skip, and returns the gradient of y to skip.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..tiling import HELD_BACKWARD, HELD_FORWARD, Held, ceil_div, matrix_shape, two_pass_tiles
+from ..tiling import BACKWARD_TILE, FORWARD_TILE, OnChipTile, Tiles, ceil_div, matrix_shape, two_pass_tiles
 from ..triton_launch import HAS_TRITON, channels_last, register, runs_kernels
 from . import sync_stats
 
@@ -28,74 +28,104 @@ if HAS_TRITON:
     from . import backward, cooperative, forward, running_stats
 
 
+# ---- forward -----------------------------------------------------------------------------------------------
+
+
 @register("batch_norm_act")
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W), of x's dtype
-    skip: Tensor | None,  # with it, the residual's gradient goes here
+    skip: Tensor | None,  # receives the residual's gradient in its place, if given
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
-    mean: Tensor | None,  # (C,), with var: the statistics to normalise with; None: those of x
+    mean: Tensor | None,  # (C,), with var the statistics to normalise with; None: those of x
     var: Tensor | None,  # (C,), biased
     eps: float,
     relu: bool,
-    fork: bool,  # whether skip is wanted of this call
-    group: str,  # the process group that shares the statistics; "": none
-    algorithm: str = "two_pass",  # or "cooperative", where the tensor fits
+    fork: bool,  # return a skip
+    group: str,  # name of the process group that shares the statistics; "": none
+    algorithm: str = "two_pass",  # or "cooperative", for tensors that fit
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, channels-last, of x's dtype; the mean and biased variance it was normalised with, each (C,), float32 or wider;
-    how many values of a channel they are of, (), where processes share them, else empty, as it is NHW; the mask,
-    (⌈NHW/8⌉, C) uint8, empty where the backward recomputes it; skip, empty where not wanted."""
+    """Compute y = act(weight·(x - mean)/√(var + eps) + bias + residual) (Ioffe & Szegedy 2015, algorithm 1).
+
+    Returns:
+        y: (N, C, H, W) channels-last, of x's dtype.
+        mean, var: the mean and biased variance used, (C,), float32 or wider.
+        count: () number of values per channel if processes share the statistics; otherwise empty, because it is NHW.
+        mask: (⌈NHW/8⌉, C) uint8, ReLU's mask; empty if the backward recomputes it.
+        skip: of y's shape; empty without `fork`.
+    """
     x = channels_last(x, warn="the input of batch_norm_act")
     if residual is not None:
         residual = channels_last(residual, warn="the residual of batch_norm_act")
     save_mask = relu and residual is not None
-    m, c = matrix_shape(x)
     given = None if mean is None or var is None else (mean, var)
+    options = (eps, relu, save_mask, fork)
     count = x.new_empty(0, dtype=reference.wide_dtype(x))
-    if runs_kernels(x) and not given and not group and _cooperates(algorithm, x, HELD_FORWARD):
-        y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, eps, relu, save_mask, fork)
-    elif runs_kernels(x):
-        tiles = two_pass_tiles(m, c)
+    if not runs_kernels(x):
+        if group and not given:
+            count, mean, var = _shared_statistics(x, group)
+        y, mean, var, mask, token = _reference_forward(x, residual, weight, bias, mean, var, *options)
+        if given:  # an op may not return its arguments
+            mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
+    elif not given and not group and _cooperates(algorithm, x, FORWARD_TILE):
+        y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, *options)
+    else:
+        tiles = two_pass_tiles(*matrix_shape(x))
         statistics: Any = given or forward.statistics(x, tiles)
         if group and not given:
-            starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
-            counts = (m - starts).clamp(max=tiles.rows)
-            local_count, local_mean, local_m2 = sync_stats.merge(counts, statistics[:, 0], statistics[:, 1])
-            local_mean += x[:1, :, :1, :1].flatten()  # partial means are about x's first row
-            count, mean, var = sync_stats.mean_and_var(local_count, local_mean, local_m2, group)
+            count, mean, var = _shared_partials(x, statistics, tiles, group)
             statistics = mean, var
-        y, mean, var, mask, token = forward.normalise(
-            x, residual, weight, bias, statistics, eps, relu, save_mask, fork, tiles
-        )
-    else:
-        if group and not given:
-            wide = x.to(reference.wide_dtype(x))
-            local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            count, mean, var = sync_stats.mean_and_var(wide.new_full((), m), local_mean, local_var * m, group)
-        y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
-        if given:  # an op returns nothing that it was given
-            mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
-        mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
-        token = x.new_zeros(1 if fork else 0)
+        y, mean, var, mask, token = forward.normalise(x, residual, weight, bias, statistics, *options, tiles)
     return y, mean, var, count, mask, token.expand(x.shape) if fork else token
 
 
-@batch_norm_act.register_fake
-def _(
+def _reference_forward(
     x: Tensor,
     residual: Tensor | None,
-    skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
     relu: bool,
+    save_mask: bool,
     fork: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, mean, var, mask and token, as forward.normalise does, from plain PyTorch."""
+    y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
+    mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
+    return y, mean, var, mask, x.new_zeros(1 if fork else 0)
+
+
+def _shared_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count, mean and biased variance of x over all processes of the group. Collective."""
+    m, _ = matrix_shape(x)
+    wide = x.to(reference.wide_dtype(x))
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return sync_stats.mean_and_var(wide.new_full((), m), mean, var * m, group)
+
+
+def _shared_partials(
+    x: Tensor,
+    partials: Tensor,  # (P, 2, C) float32, from forward.statistics
+    tiles: Tiles,
     group: str,
-    algorithm: str = "two_pass",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count, mean and biased variance of x over all processes of the group. Collective."""
+    m, _ = matrix_shape(x)
+    starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
+    counts = (m - starts).clamp(max=tiles.rows)
+    count, mean, m2 = sync_stats.merge(counts, partials[:, 0], partials[:, 1])
+    mean += x[:1, :, :1, :1].flatten()  # partial means are relative to x's first row
+    return sync_stats.mean_and_var(count, mean, m2, group)
+
+
+@batch_norm_act.register_fake
+def _(
+    x: Tensor, residual: Any, skip: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, relu: bool,
+    fork: bool, group: str, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     m, c = matrix_shape(x)
     y = torch.empty_like(channels_last(x))
     count = x.new_empty(() if group and mean is None else 0, dtype=reference.wide_dtype(x))
@@ -105,10 +135,13 @@ def _(
     return y, mean, var, count, mask, x.new_empty(1).expand(x.shape) if fork else x.new_empty(0)
 
 
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
 @register("batch_norm_act_backward")
 def batch_norm_act_backward(
     dy: Tensor,  # (N, C, H, W), any strides
-    dskip: Tensor | None,  # (N, C, H, W), the gradient that came to skip
+    dskip: Tensor | None,  # (N, C, H, W), the gradient of skip
     x: Tensor,  # (N, C, H, W)
     mask: Tensor | None,  # (⌈NHW/8⌉, C) uint8; None: recomputed from x
     weight: Tensor | None,  # (C,)
@@ -117,69 +150,71 @@ def batch_norm_act_backward(
     var: Tensor,  # (C,)
     eps: float,
     relu: bool,
-    batch_statistics: bool,  # whether mean and var are x's own, and pass gradient to it
+    batch_statistics: bool,  # mean and var are x's own, so they pass gradient to x
     want_residual: bool,
     group: str,
     algorithm: str = "two_pass",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx and dresidual (empty where not wanted), channels-last, of x's dtype; dbias, dweight, and of given statistics
-    (else empty) dmean and dvar, (C,), of mean's dtype.
+    """Compute the gradients of batch_norm_act (Ioffe & Szegedy 2015, section 3).
+
+    Returns:
+        dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty if it is not wanted.
+        dbias, dweight: (C,), of mean's dtype.
+        dmean, dvar: (C,), of mean's dtype; empty with batch statistics.
     """
     x = channels_last(x)
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
-    m, c = matrix_shape(x)
-    none = x.new_empty(0), x.new_empty(0)  # of the statistics where they are x's own
-    if runs_kernels(x):
-        store_dz = want_residual or dskip is not None
-        sources = (dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz)
-        if not batch_statistics:
-            dx, dz, dbias, dweight, dmean, dvar = backward_fixed_stats(*sources)
-            return dx, dz if want_residual else x.new_empty(0), dbias, dweight, dmean, dvar
-        if not group and _cooperates(algorithm, x, HELD_BACKWARD):
-            dx, dz, dbias, dweight = cooperative_backward(*sources)
-            return dx, dz if want_residual else x.new_empty(0), dbias, dweight, *none
-        tiles = two_pass_tiles(m, c)
-        partials, dz = backward.channel_sums(*sources, tiles)
-        dresidual = dz if want_residual else x.new_empty(0)
-        recompute_gate = relu and not store_dz
-        grad = dz if store_dz else dy
-        if not group:
-            dx, dbias, dweight = backward.input_gradient(
-                grad, x, weight, bias, mean, var, partials, eps, m, recompute_gate, tiles
-            )
-            return dx, dresidual, dbias, dweight, *none
-        sums = partials.sum(0)
-        global_means = sync_stats.mean_sums(sums, m, group)[None]
-        dx, _, _ = backward.input_gradient(
-            grad, x, weight, bias, mean, var, global_means, eps, 1, recompute_gate, tiles
-        )
-        return dx, dresidual, sums[0].clone(), sums[1].clone(), *none
-
-    dz = dy if dskip is None else dy + dskip
-    if relu:
-        if mask is not None:
-            passes = unpack_bits(mask, x)
-        else:
-            passes = ~(reference.batch_norm_act(x, None, weight, bias, mean, var, eps, False)[0] <= 0)
-        dz = dz * passes
-    dz = channels_last(dz)
-    dbias, dweight = reference.channel_sums(dz, x, mean, var, eps)
-    averages = None
-    if batch_statistics:
-        sums = torch.stack([dbias, dweight])
-        averages = sync_stats.mean_sums(sums, m, group) if group else sums / m
-        of_statistics = none
+    norm = (x, mask, weight, bias, mean, var, eps, relu)
+    none = x.new_empty(0), x.new_empty(0)  # dmean and dvar
+    if not runs_kernels(x):
+        dx, dz, *others = _reference_backward(dy, dskip, *norm, batch_statistics, group)
+        dresidual = dz.clone() if want_residual else x.new_empty(0)
     else:
-        invstd = torch.rsqrt(var + eps)
-        scale = invstd if weight is None else invstd * weight
-        of_statistics = -scale * dbias, -0.5 * scale * invstd * dweight
-    dx = reference.input_gradient(dz, x, weight, mean, var, eps, averages)
-    return dx, dz.clone() if want_residual else x.new_empty(0), dbias, dweight, *of_statistics
+        store_dz = want_residual or dskip is not None
+        if not batch_statistics:
+            dx, dz, *others = backward_fixed_stats(dy, dskip, *norm, store_dz)
+        elif not group and _cooperates(algorithm, x, BACKWARD_TILE):
+            dx, dz, *others = cooperative_backward(dy, dskip, *norm, store_dz)
+        else:
+            dx, dz, *others = _two_pass_backward(dy, dskip, *norm, store_dz, group)
+        dresidual = dz if want_residual else x.new_empty(0)
+    dbias, dweight, dmean, dvar = others if len(others) == 4 else (*others, *none)
+    return dx, dresidual, dbias, dweight, dmean, dvar
 
 
-@batch_norm_act_backward.register_fake
-def _(
+def _two_pass_backward(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    store_dz: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dz (empty without store_dz), dbias and dweight from backward.channel_sums and input_gradient."""
+    m, c = matrix_shape(x)
+    tiles = two_pass_tiles(m, c)
+    partials, dz = backward.channel_sums(
+        dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles
+    )
+    sources = (dz if store_dz else dy, x, weight, bias, mean, var)
+    recompute_gate = relu and not store_dz
+    if not group:
+        dx, dbias, dweight = backward.input_gradient(*sources, partials, eps, m, recompute_gate, tiles)
+        return dx, dz, dbias, dweight
+    sums = partials.sum(0)
+    global_means = sync_stats.mean_sums(sums, m, group)[None]
+    dx, _, _ = backward.input_gradient(*sources, global_means, eps, 1, recompute_gate, tiles)
+    return dx, dz, sums[0].clone(), sums[1].clone()  # DDP sums the parameters' gradients over the processes
+
+
+def _reference_backward(
     dy: Tensor,
     dskip: Tensor | None,
     x: Tensor,
@@ -191,16 +226,46 @@ def _(
     eps: float,
     relu: bool,
     batch_statistics: bool,
-    want_residual: bool,
     group: str,
-    algorithm: str = "two_pass",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """Return dx, dz, dbias and dweight, without batch statistics dmean and dvar too, from plain PyTorch."""
+    dz = dy if dskip is None else dy + dskip
+    if relu:
+        if mask is not None:
+            passes = unpack_bits(mask, x)
+        else:
+            passes = ~(reference.batch_norm_act(x, None, weight, bias, mean, var, eps, False)[0] <= 0)
+        dz = dz * passes
+    dz = channels_last(dz)
+    dbias, dweight = reference.channel_sums(dz, x, mean, var, eps)
+    averages = None
+    dstatistics: tuple[Tensor, ...] = ()
+    if batch_statistics:
+        m, _ = matrix_shape(x)
+        sums = torch.stack([dbias, dweight])
+        averages = sync_stats.mean_sums(sums, m, group) if group else sums / m
+    else:
+        invstd = torch.rsqrt(var + eps)
+        scale = invstd if weight is None else invstd * weight
+        dstatistics = -scale * dbias, -0.5 * scale * invstd * dweight
+    dx = reference.input_gradient(dz, x, weight, mean, var, eps, averages)
+    return dx, dz, dbias, dweight, *dstatistics
+
+
+@batch_norm_act_backward.register_fake
+def _(
+    dy: Tensor, dskip: Any, x: Tensor, mask: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, eps: float,
+    relu: bool, batch_statistics: bool, want_residual: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = torch.empty_like(channels_last(x))
     dresidual = torch.empty_like(dx) if want_residual else x.new_empty(0)
     dbias, dweight, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
     if batch_statistics:
         dmean, dvar = x.new_empty(0), x.new_empty(0)
     return dx, dresidual, dbias, dweight, dmean, dvar
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,28 +281,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
-    x, mask, weight, bias, mean, var = ctx.saved_tensors
+    _, _, weight, bias, *_ = saved = ctx.saved_tensors
     dskip = others[-1]
     if dy is None:
         dy, dskip = dskip, None
     if dy is None:
         return (None,) * 12
-    dx, dresidual, dbias, dweight, dmean, dvar = batch_norm_act_backward(
-        dy,
-        dskip,
-        x,
-        mask,
-        weight,
-        bias,
-        mean,
-        var,
-        ctx.eps,
-        ctx.relu,
-        ctx.batch_statistics,
-        ctx.has_residual,
-        ctx.group,
-        ctx.algorithm,
-    )
+    flags = (ctx.eps, ctx.relu, ctx.batch_statistics, ctx.has_residual, ctx.group, ctx.algorithm)
+    dx, dresidual, dbias, dweight, dmean, dvar = batch_norm_act_backward(dy, dskip, *saved, *flags)
     return (
         dx,
         dresidual if ctx.has_residual and not ctx.has_skip else None,
@@ -260,6 +311,9 @@ batch_norm_act.register_autograd(_differentiate, setup_context=_save)
 batch_norm_act_backward.register_autograd(_no_double_backward)
 
 
+# ---- running statistics ------------------------------------------------------------------------------------
+
+
 @register("update_running_statistics", mutates=("running_mean", "running_var", "batches"))
 def update_running_statistics(
     mean: Tensor,  # (C,)
@@ -267,10 +321,10 @@ def update_running_statistics(
     running_mean: Tensor,  # (C,)
     running_var: Tensor,  # (C,)
     batches: Tensor,  # () int64
-    count: int,  # how many values the statistics are of; 1: var is the unbiased estimate already
-    momentum: float | None,  # None: the average over all batches so far
+    count: int,  # number of values per channel; 1 if var is the unbiased estimate already
+    momentum: float | None,  # None: average over all batches so far
 ) -> None:
-    """Moves the running statistics towards a batch's, in place; the variance as the unbiased estimate."""
+    """Move the running statistics towards a batch's, in place; the variance as the unbiased estimate."""
     if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
         running_stats.update(mean, var, running_mean, running_var, batches, count, momentum)
         return
@@ -281,7 +335,9 @@ def update_running_statistics(
     running_var.lerp_((var * unbias).to(running_var.dtype), rate)
 
 
-# torch.compile's tracing of kernels knows no cooperative launch, nor a counter that stays: these three ops are opaque.
+# ---- ops that torch.compile does not look into -------------------------------------------------------------
+
+# Its tracing of kernels supports neither a cooperative launch nor a counter that outlives the call (grid_sync.py).
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_forward", mutates_args=())
@@ -295,23 +351,18 @@ def cooperative_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """batch_norm_act's y, mean, var and mask, and skip as (1,), in one kernel; for channels-last tensors that fit."""
-    tiles = cooperative.tiles_for(x, HELD_FORWARD)
+    """Return batch_norm_act's y, mean, var and mask, and its skip as (1,), from one kernel.
+
+    x has to be channels-last and to fit on the GPU: see cooperative.tiles_for.
+    """
+    tiles = cooperative.tiles_for(x, FORWARD_TILE)
     assert tiles is not None
     return cooperative.forward(x, residual, weight, bias, eps, relu, save_mask, fork, tiles)
 
 
 @cooperative_forward.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relu: bool,
-    save_mask: bool,
-    fork: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, save_mask, fork = arguments
     return forward.outputs(x, save_mask, fork)
 
 
@@ -329,28 +380,13 @@ def cooperative_backward(
     relu: bool,
     store_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz (empty where not asked for), dbias and dweight in one kernel; for channels-last tensors that fit."""
-    tiles = cooperative.tiles_for(x, HELD_BACKWARD)
+    """Return dx, dz (empty without store_dz), dbias and dweight from one kernel, for batch statistics.
+
+    x has to be channels-last and to fit on the GPU: see cooperative.tiles_for.
+    """
+    tiles = cooperative.tiles_for(x, BACKWARD_TILE)
     assert tiles is not None
     return cooperative.backward(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
-
-
-@cooperative_backward.register_fake
-def _(
-    dy: Tensor,
-    dskip: Tensor | None,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    relu: bool,
-    store_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dz = torch.empty_like(x) if store_dz else x.new_empty(0)
-    return torch.empty_like(x), dz, torch.empty_like(mean), torch.empty_like(mean)
 
 
 @torch.library.custom_op("fastres_kernels::backward_fixed_stats", mutates_args=())
@@ -367,38 +403,37 @@ def backward_fixed_stats(
     relu: bool,
     store_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz (empty where not asked for), dbias, dweight, dmean and dvar in one kernel, for given statistics."""
+    """Return dx, dz (empty without store_dz), dbias, dweight, dmean and dvar from one kernel, for given statistics."""
     tiles = two_pass_tiles(*matrix_shape(x))
-    return backward.with_given_statistics(
-        dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles
-    )
+    return backward.with_fixed_stats(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
+
+
+@cooperative_backward.register_fake
+def _(dy: Tensor, dskip: Tensor | None, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, arguments, vectors=2)
 
 
 @backward_fixed_stats.register_fake
-def _(
-    dy: Tensor,
-    dskip: Tensor | None,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    relu: bool,
-    store_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, dskip: Tensor | None, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, arguments, vectors=4)
+
+
+def _fake_gradients(x: Tensor, arguments: tuple[Any, ...], vectors: int) -> tuple[Tensor, ...]:
+    """Return empty dx, dz and (C,) gradients; `arguments` are those that follow x."""
+    _, _, _, mean, *_, store_dz = arguments
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
-    dbias, dweight, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
-    return torch.empty_like(x), dz, dbias, dweight, dmean, dvar
+    return torch.empty_like(x), dz, *(torch.empty_like(mean) for _ in range(vectors))
 
 
-def _cooperates(algorithm: str, x: Tensor, held: Held) -> bool:
-    return algorithm == "cooperative" and cooperative.tiles_for(x, held) is not None
+def _cooperates(algorithm: str, x: Tensor, on_chip: OnChipTile) -> bool:
+    return algorithm == "cooperative" and cooperative.tiles_for(x, on_chip) is not None
+
+
+# ---- ReLU's mask -------------------------------------------------------------------------------------------
 
 
 def pack_bits(passes: Tensor) -> Tensor:
-    """(N, C, H, W) bool -> (⌈NHW/8⌉, C) uint8: bit r of byte b is that of row 8b + r of the matrix [NHW, C]."""
+    """Pack (N, C, H, W) bool into (⌈NHW/8⌉, C) uint8: bit r of byte b is row 8b + r of the matrix [NHW, C]."""
     matrix = passes.permute(0, 2, 3, 1).reshape(-1, passes.shape[1]).to(torch.uint8)
     matrix = F.pad(matrix, (0, 0, 0, -len(matrix) % 8)).view(-1, 8, passes.shape[1])
     places = torch.arange(8, dtype=torch.uint8, device=passes.device)
@@ -406,7 +441,7 @@ def pack_bits(passes: Tensor) -> Tensor:
 
 
 def unpack_bits(mask: Tensor, x: Tensor) -> Tensor:
-    """What pack_bits packed, in the shape of x."""
+    """Unpack the result of pack_bits into bool of x's shape, (N, C, H, W)."""
     n, c, h, w = x.shape
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     matrix = ((mask[:, None] >> places[:, None]) & 1).reshape(-1, c)[: n * h * w]

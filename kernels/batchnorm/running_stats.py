@@ -23,7 +23,7 @@ def update_kernel(
     MOMENTUM: tl.constexpr,  # negative: the average over all batches so far
     BLOCK: tl.constexpr,
 ):
-    """One program, because every channel needs the counter as it was."""
+    """One CTA, because every channel needs the counter as it was."""
     seen = tl.load(batches) + 1
     rate = 1.0 / seen.to(tl.float32) if MOMENTUM < 0 else MOMENTUM
     unbias = count / tl.maximum(count - 1, 1)

@@ -1,15 +1,15 @@
 """BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16, for training on a CPU with AVX-512 and its bf16.
 
-kernels.cpp knows no torch: the machine's own g++ builds it, once, in two seconds; ctypes calls it; it runs in the threads
-of torch's OpenMP. Each of its functions is an operator of torch, so that profilers and counters see it:
+kernels.cpp does not depend on torch. The machine's own g++ builds it once, in two seconds; ctypes calls it; it runs in
+the threads of torch's OpenMP. Each of its functions is an operator of torch, so that profilers and counters see it:
 
     torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, passed, stats)
     torch.ops.fastres_kernels.cpp_batch_norm_act_backward    (g, g2, x, …) -> (dx, dz, dweight, dbias)
     torch.ops.fastres_kernels.cpp_convolution                (x, w, turned) -> y
     torch.ops.fastres_kernels.cpp_weight_gradient            (x, dy, stride) -> dw
 
-The autograd functions around them are not for torch.compile; under it torch's own operations run. What they gain is
-measured in docs/EXPERIMENTS.md.
+torch.compile does not support the autograd functions around them, so torch's own operations run under it. The measured
+gains are in docs/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLAGS = (
     *(f"-m{name.replace('_', '')}" for name in ISA),
 )
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: what they return, what they take
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: result and argument types
     "bn_forward": (None, [POINTER] * 9 + [INTEGER] * 2 + [REAL] * 2),
     "bn_backward": (None, [POINTER] * 9 + [INTEGER] * 2),
     "weight_gradient": (None, [POINTER] * 3 + [INTEGER] * 6),
@@ -47,28 +47,42 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: what they ret
 }
 
 
-# ---- whether they are there --------------------------------------------------------------------------------
+# ---- building and loading ----------------------------------------------------------------------------------
+
+
+def available() -> tuple[bool, str]:
+    """Return whether this machine can run the kernels, and the reason with its remedy. The first call builds them."""
+    library, why = _find_library()
+    return library is not None, why
 
 
 @cache
-def available() -> tuple[bool, str]:
-    """Whether this machine has the kernels, and the reason with the remedy in words. Builds them at the first call."""
+def _find_library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None, and the reason in words. Once per process, because building takes two seconds."""
     missing = missing_instructions()
     if missing:
-        return False, missing
+        return None, missing
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        return False, f"no C++ compiler {compiler} on the PATH: apt-get install g++"
+        return None, f"no C++ compiler {compiler} on the PATH: apt-get install g++"
     try:
-        _library.append(build(compiler))
+        library = build(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()
-        return False, f"{compiler} did not build kernels/cpu/kernels.cpp: {said[0] if said else error}"
-    return True, f"the CPU has avx512_bf16, and {compiler} built the kernels for it"
+        return None, f"{compiler} did not build kernels/cpu/kernels.cpp: {said[0] if said else error}"
+    return library, f"the CPU has avx512_bf16, and {compiler} built the kernels for it"
+
+
+def _library() -> ctypes.CDLL:
+    """Return the library. Raise RuntimeError with the reason if this machine cannot run it."""
+    library, why = _find_library()
+    if library is None:
+        raise RuntimeError(f"fastres_kernels: {why}")
+    return library
 
 
 def missing_instructions() -> str:
-    """What this machine's processor lacks for the kernels, in words; empty where it lacks nothing."""
+    """Return the reason why this processor cannot run the kernels, or "" if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the C++ kernels are for Linux on x86-64"
     words = Path("/proc/cpuinfo").read_text().split()
@@ -77,32 +91,35 @@ def missing_instructions() -> str:
 
 
 def build(compiler: str) -> ctypes.CDLL:
-    """The library, compiled where the user's cache does not have it of this source and these flags.
+    """Return the library from the user's cache, or build it; the key is a hash of source, compiler and flags.
 
-    Raises CalledProcessError where it cannot be compiled and OSError where it cannot be loaded.
+    Raises:
+        CalledProcessError: if it cannot be compiled.
+        OSError: if it cannot be loaded.
     """
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
     file = f"kernels-{key}.so"
     store: Path | None = None
     try:
         store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
-        with suppress(OSError):  # not there, or damaged: then it is built anew
+        with suppress(OSError):  # missing or damaged, so it is built
             return load(store / file)
         store.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=store)
-    except (OSError, RuntimeError):  # a home that cannot be written, or none: built anew in every process
+    except (OSError, RuntimeError):  # no home, or one that is not writable, so every process builds its own
         store, folder = None, tempfile.TemporaryDirectory()
     with folder as name:
         fresh = Path(name) / file
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        library = load(fresh)  # before it is kept: what does not load is not
+        library = load(fresh)  # before it is cached, so that a library that does not load is not cached
         if store:
-            fresh.replace(store / file)  # whole or not at all, whichever process comes first
+            fresh.replace(store / file)  # atomic, so processes may build at the same time
     return library
 
 
 def load(path: Path) -> ctypes.CDLL:
+    """Load the library and declare its functions. Raise OSError if it cannot be loaded."""
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
@@ -110,11 +127,8 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
-_library: list[ctypes.CDLL] = []  # the one, once it is there
-
-
 def _ready(x: Tensor) -> bool:
-    """Whether x is of the kind that the kernels take, they are there, and torch.compile is not looking."""
+    """Return True if the kernels support x's device, dtype and rank, are available, and nothing is being compiled."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -129,12 +143,15 @@ def _ready(x: Tensor) -> bool:
 
 
 def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether batch_norm_act takes x, (N, C, H, W), in training: bf16, a divisor of 64 channels, a multiple of 64
-    values and at least two of each channel; parameters and statistics in float32."""
+    """Return True if batch_norm_act can compute norm(x) in training for x (N, C, H, W).
+
+    x has to be bf16, with a divisor of 64 as its number of channels, a multiple of 64 elements, and at least two values
+    per channel. Parameters and statistics have to be float32.
+    """
     c = norm.num_features
     return (
         norm.training
-        and 64 % c == 0  # of 128 and more ATen's backward was faster: 0.8 x
+        and 64 % c == 0  # for 128 and more channels ATen's backward was faster: 0.8 x
         and _ready(x)
         and x.shape[1] == c
         and x.numel() % 64 == 0
@@ -147,17 +164,22 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W) bf16
     residual: Tensor | None,  # (N, C, H, W)
-    skip: Tensor | None,  # (N, C, H, W); with it, the residual's gradient goes here
+    skip: Tensor | None,  # (N, C, H, W); receives the residual's gradient in its place, if given
     norm: nn.BatchNorm2d,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y = act(BatchNorm(x) + residual), channels-last, bf16, with x's statistics, and y again, as a skip: the gradients
-    of the two are added in the backward's first pass. Moves the running statistics as torch does.
+    """Compute y = act(BatchNorm(x) + residual) with x's statistics, and update the running statistics as torch does.
 
-    Two passes over x forward and two over x and the gradient backward, ReLU's mask as bits between them: with residual
-    8 bytes an element forward and 12 backward, 14 where two gradients come. Sums are float32 over 16,384 values, then
-    float64, in an order that does not depend on the number of threads. Gradients of gradients are refused by a
-    NotImplementedError.
+    The forward makes two passes over x, and the backward two over x and the gradient; ReLU's mask is kept as bits. With
+    a residual that is 8 bytes per element forward and 12 backward, or 14 with two gradients. Sums are float32 over
+    16,384 values and float64 beyond, in an order that does not depend on the number of threads.
+
+    Returns:
+        y, channels-last, bf16; and y again, for a skip connection. The backward adds the gradients of the two in its
+        first pass.
+
+    Raises:
+        NotImplementedError: on differentiating a gradient.
     """
     state: tuple[Any, ...] = (None, None, 0.0)
     if norm.track_running_stats:
@@ -206,12 +228,17 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y; of each element a bit, whether ReLU let it through, (NCHW/16,) int16, empty without ReLU; mean, 1/deviation
-    and weight/deviation, (3, 64) float32, over and over where C is less."""
+    """Compute the forward of batch_norm_act.
+
+    Returns:
+        y: (N, C, H, W) bf16.
+        passed: (NCHW/16,) int16, ReLU's mask, one bit per element; empty without ReLU.
+        stats: (3, 64) float32: mean, 1/deviation and weight/deviation, repeated if C is less than 64.
+    """
     y = torch.empty_like(x)
     passed = torch.empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
     stats = torch.empty(3, 64)
-    _library[0].bn_forward(
+    _library().bn_forward(
         *_pointers(x, residual, weight, bias, running_mean, running_var, y, passed if relu else None, stats),
         x.numel(), x.shape[1], momentum, eps,
     )  # fmt: skip
@@ -219,18 +246,18 @@ def _forward(
 
 
 def _backward(
-    g: Tensor,  # (N, C, H, W)
-    g2: Tensor | None,  # (N, C, H, W), to be added
+    g: Tensor,  # (N, C, H, W), the gradient of y
+    g2: Tensor | None,  # (N, C, H, W), to be added to g
     x: Tensor,  # (N, C, H, W)
-    passed: Tensor,
+    passed: Tensor,  # as _forward returned it, and stats too
     stats: Tensor,
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx; the residual's gradient, empty without residual and g2; dweight and dbias, (C,) float32."""
+    """Return dx; the residual's gradient, empty without residual and g2; dweight and dbias, (C,) float32."""
     keeps, relu, c = has_residual or g2 is not None, len(passed) > 0, x.shape[1]
     dx, dz = torch.empty_like(x), torch.empty_like(x) if keeps else x.new_empty(0)
     dweight, dbias = torch.empty(c), torch.empty(c)
-    _library[0].bn_backward(
+    _library().bn_backward(
         *_pointers(g, g2, x, passed if relu else None, stats, dz if keeps else None, dx, dweight, dbias),
         x.numel(),
         c,
@@ -242,15 +269,18 @@ def _backward(
 
 
 def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether conv2d takes x, (N, C, H, W), in training: bf16; 3×3, padding 1,
-    stride 1 or 2, no groups or dilation, a multiple of 16 channels in and of 8 out, 64 at most."""
+    """Return True if conv2d can compute conv(x) in training for x (N, C, H, W).
+
+    x or autocast has to be bf16. The convolution has to be 3×3 with padding 1, stride 1 or 2 and no groups or dilation,
+    from a multiple of 16 channels to a multiple of 8, with 64 channels at most.
+    """
     if not (torch.is_grad_enabled() and conv.weight.requires_grad and _three_by_three(conv)):
         return False
     if torch.is_autocast_enabled("cpu"):
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
     else:
         fits = conv.weight.dtype == torch.bfloat16
-    return fits and _ready(x) and x.shape[1] == conv.in_channels  # else torch says what is wrong
+    return fits and _ready(x) and x.shape[1] == conv.in_channels  # otherwise torch reports the error
 
 
 def _three_by_three(conv: nn.Conv2d) -> bool:
@@ -263,14 +293,27 @@ def _three_by_three(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.in_channels % 16 == 0
         and conv.out_channels % 8 == 0
-        and max(conv.in_channels, conv.out_channels) <= 64  # of more oneDNN is as good
+        and max(conv.in_channels, conv.out_channels) <= 64  # with more channels oneDNN is as fast
     )
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The convolution, 3×3 with padding 1: x (N, C, H, W), weight (K, C, 3, 3), bias (K,) -> (N, K, ⌈H/S⌉, ⌈W/S⌉)
-    bf16, channels-last. Products of bf16 are summed in float32; the weights' gradient is never rounded to bf16, and
-    the same for the same number of threads. Gradients of gradients are refused by a NotImplementedError."""
+    """Compute the 3×3 convolution with padding 1 and stride S in bf16.
+
+    Products of bf16 are summed in float32. The weight's gradient is never rounded to bf16, and is bitwise reproducible
+    for a given number of threads.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, C, 3, 3).
+        bias: (K,).
+
+    Returns:
+        (N, K, ⌈H/S⌉, ⌈W/S⌉) bf16, channels-last.
+
+    Raises:
+        NotImplementedError: on differentiating a gradient.
+    """
     return _Conv2d.apply(x, weight, bias, stride)
 
 
@@ -300,7 +343,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
-    """Whether kernels.cpp convolves x, (N, C, H, W); without one for the shape oneDNN does."""
+    """Return True if kernels.cpp has a convolution for x, (N, C, H, W); oneDNN computes the others."""
     _, c, h, w = x.shape
     return (
         stride == 1
@@ -311,20 +354,24 @@ def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
 
 
 def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
-    """Stride 1: the convolution of x, (N, C, H, W), with w, (K, C, 3, 3), or, turned, of the gradient of one,
-    (N, K, H, W), the gradient of its input."""
+    """Convolve x, (N, C, H, W), with w, (K, C, 3, 3), at stride 1.
+
+    With `turned`, x is the gradient of such a convolution, (N, K, H, W), and the result the gradient of its input.
+    """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     y = torch.empty((n, c if turned else k, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    _library[0].convolve(*_pointers(x, w, y), n, c, k, height, width, turned)
+    _library().convolve(*_pointers(x, w, y), n, c, k, height, width, turned)
     return y
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
-    """x (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), bf16, channels-last -> (K, C, 3, 3) float32, channels-last. C a
-    multiple of 16, K of 8."""
+    """Return the weight's gradient, (K, C, 3, 3) float32, channels-last; C a multiple of 16, K of 8.
+
+    x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 and channels-last.
+    """
     (n, c, h, w), k = x.shape, dy.shape[1]
     dw = torch.empty((k, c, 3, 3), memory_format=torch.channels_last)
-    _library[0].weight_gradient(*_pointers(x, dy, dw), n, c, k, h, w, stride)
+    _library().weight_gradient(*_pointers(x, dy, dw), n, c, k, h, w, stride)
     return dw
 
 
@@ -332,7 +379,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """t in bf16, channels-last; itself where it is."""
+    """Return t in bf16, channels-last; t itself if it is."""
     return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
@@ -341,7 +388,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 
 
 def _refuse_double(what: str) -> None:
-    if torch.is_grad_enabled():  # of a backward under create_graph=True alone
+    if torch.is_grad_enabled():  # in a backward, only under create_graph=True
         raise NotImplementedError(
             f"fastres_kernels: the C++ {what} has no double backward; use model.norm torch and engine.conv torch where "
             "gradients of gradients are needed"
@@ -366,7 +413,7 @@ OPS = torch.ops.fastres_kernels
 
 @register_flop_formula(OPS.cpp_convolution)
 def _flops_of_convolution(x: Any, w: Any, turned: bool, *, out_shape: Any = None, **_: Any) -> int:
-    """A multiply-add as two."""
+    """Return the number of operations; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
     return 2 * n * height * width * k * c * 9
 

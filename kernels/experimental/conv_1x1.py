@@ -3,7 +3,7 @@
     forward          z  = a · weightᵀ     [M, C] × [C, K], a = relu(norm(x))
     input gradient   da = dz · weight     [M, K] × [K, C]
 
-One kernel does both; the weight's gradient is in conv_parts.py. Bytes per pixel, in bf16:
+One kernel does both; the weight's gradient is in conv_common.py. Bytes per pixel, in bf16:
 
     forward          reads x            2·C          writes z     2·K
     input gradient   reads z, dz and x  4·K + 2·C    writes dx    2·C
@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant
-from ..grid_sync import finishers
+from ..grid_sync import final_reducers
 from ..tiling import ceil_div, matrix_shape, next_power_of_two
 from ..triton_launch import launchable
 from .conv_common import (
@@ -27,11 +26,10 @@ from .conv_common import (
     Gradient,
     Norm,
     Results,
-    convolution_variants,
-    finish_convolution,
     input_terms,
     load_input,
     partials_at_once,
+    reduce_convolution_sums,
     results,
     store_input_gradient,
     store_output,
@@ -58,7 +56,7 @@ def conv_1x1_kernel(
     stride_c,
     out,  # [M, K], z; backward [M, C], dx
     partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
-    arrived,  # () int32: see barrier.py
+    arrived,  # () int32: see grid_sync.py
     mean_out,  # (K,) float32, of z, as the next one; None backward
     var_out,
     dmean,  # (C,) float32; these four are None forward, and where their vector is
@@ -66,7 +64,7 @@ def conv_1x1_kernel(
     dgamma,
     dbeta,
     M,
-    FINISHERS: tl.constexpr,
+    FINAL_REDUCERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,7 +73,7 @@ def conv_1x1_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """A program makes BLOCK pixels of BLOCK_OUT channels. Programs of the same pixels are neighbours, so that all but
+    """A CTA makes BLOCK pixels of BLOCK_OUT channels. CTAs of the same pixels are neighbours, so that all but
     the first find the input in the L2.
     """
     BACKWARD: tl.constexpr = z is not None
@@ -90,7 +88,7 @@ def conv_1x1_kernel(
     program = tl.program_id(0) // OUTS
     o = tl.program_id(0) % OUTS * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     lane = tl.arange(0, BLOCK)
-    corner = program.to(tl.int64) * BLOCK
+    base = program.to(tl.int64) * BLOCK
     valid = lane < M - program * BLOCK
 
     sums = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
@@ -99,27 +97,27 @@ def conv_1x1_kernel(
         terms = input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD)
         inside = valid[:, None] & (i < IN)[None, :]
         tile = load_input(
-            x, dz, z, corner * IN, lane[:, None] * IN + i[None, :], inside, terms, AFFINE, BACKWARD
+            x, dz, z, base * IN, lane[:, None] * IN + i[None, :], inside, terms, AFFINE, BACKWARD
         )
-        at = weight + i[:, None] * stride_i + o[None, :] * stride_o
-        tap = tl.load(at, (i < IN)[:, None] & (o < OUT)[None, :], other=0.0)
+        addresses = weight + i[:, None] * stride_i + o[None, :] * stride_o
+        tap = tl.load(addresses, (i < IN)[:, None] & (o < OUT)[None, :], other=0.0)
         sums = tl.dot(tile, tap, sums, input_precision="ieee")
 
-    at = lane[:, None] * OUT + o[None, :]
+    offsets = lane[:, None] * OUT + o[None, :]
     inside = valid[:, None] & (o < OUT)[None, :]
     if BACKWARD:
         g, projected = store_input_gradient(
-            out, sums, x, corner * OUT, at, inside, mean, var, gamma, beta, eps, o, OUT
+            out, sums, x, base * OUT, offsets, inside, mean, var, gamma, beta, eps, o, OUT
         )
         if partials is not None:
             store_sums(partials, program, g, projected, o, OUT)
     else:
-        rounded = store_output(out, sums, corner * OUT, at, inside)
+        rounded = store_output(out, sums, base * OUT, offsets, inside)
         zeros = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
         store_statistics(partials, program, valid, rounded, zeros, zeros, o, OUT)
-    finish_convolution(
+    reduce_convolution_sums(
         arrived, partials, mean_out, var_out, var, gamma, eps, dmean, dvar, dgamma, dbeta, M, 1, BLOCK, 1,
-        tl.num_programs(0) // OUTS, C, K, BACKWARD, FINISHERS, BLOCK_P, BLOCK_SUMS,
+        tl.num_programs(0) // OUTS, C, K, BACKWARD, FINAL_REDUCERS, BLOCK_P, BLOCK_SUMS,
     )  # fmt: skip
 
 
@@ -141,7 +139,7 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
     tile = options(x.dtype, c_in, c_out, gradient is not None)
     pieces = ceil_div(m, tile["BLOCK"])
     found = results(x, c_out, pieces, norm, gradient)
-    # Cast here: every program reads it, and it can be larger than what the program reads of x.
+    # Cast here: every CTA reads it, and it can be larger than what the CTA reads of x.
     weight = weight.to(x.dtype)
     launchable(conv_1x1_kernel, opaque=True)[(pieces * ceil_div(c_out, tile["BLOCK_OUT"]),)](
         x,
@@ -151,7 +149,7 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         *weight.stride()[:2],
         *found,
         m,
-        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS), x),
+        FINAL_REDUCERS=final_reducers(ceil_div(c_out, BLOCK_SUMS), x),
         C=c,
         K=k,
         BLOCK_P=partials_at_once(pieces),
@@ -159,13 +157,3 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         **tile,
     )
     return found
-
-
-def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Of ResNet-50 at batch 256, the shapes that are bound by memory, and the widest."""
-    layers = ((64, 64, 56), (64, 256, 56), (256, 64, 56), (512, 2048, 7))
-    return [
-        variant
-        for c, k, size in layers
-        for variant in convolution_variants(convolve, 256, c, k, size, 1, dtype)
-    ]

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant
-from ..grid_sync import finishers
-from ..tiling import LEAST_PROGRAMS, ceil_div
+from ..grid_sync import final_reducers
+from ..tiling import MIN_CTAS, ceil_div
 from ..triton_launch import launchable
 from .conv_common import (
     BLOCK_SUMS,
@@ -29,11 +28,10 @@ from .conv_common import (
     Gradient,
     Norm,
     Results,
-    convolution_variants,
-    finish_convolution,
     input_terms,
     load_input,
     partials_at_once,
+    reduce_convolution_sums,
     results,
     store_input_gradient,
     store_output,
@@ -46,8 +44,12 @@ from .conv_common import (
 def load_column(weight, s, i, o, strides, dtype: tl.constexpr):
     """Column s of the filter: for its rows 0, 1, 2 the matrix from the input channels i to the output channels o."""
     stride_i, stride_o, stride_r, stride_s = strides
-    at = weight + s * stride_s + i[:, None] * stride_i + o[None, :] * stride_o
-    return tl.load(at).to(dtype), tl.load(at + stride_r).to(dtype), tl.load(at + 2 * stride_r).to(dtype)
+    addresses = weight + s * stride_s + i[:, None] * stride_i + o[None, :] * stride_o
+    return (
+        tl.load(addresses).to(dtype),
+        tl.load(addresses + stride_r).to(dtype),
+        tl.load(addresses + 2 * stride_r).to(dtype),
+    )
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def conv_3x3_kernel(
     stride_s,
     out,  # [N, H, W, K], z; backward [N, H, W, C], dx
     partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
-    arrived,  # () int32: see barrier.py
+    arrived,  # () int32: see grid_sync.py
     mean_out,  # (K,) float32, of z, as the next one; None backward
     var_out,
     dmean,  # (C,) float32; these four are None forward, and where their vector is
@@ -80,8 +82,8 @@ def conv_3x3_kernel(
     N,
     H,
     W,
-    ROWS,  # of one program
-    FINISHERS: tl.constexpr,
+    ROWS,  # of one CTA
+    FINAL_REDUCERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,7 +92,7 @@ def conv_3x3_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """A program takes BLOCK columns, of several images where those are narrow, and walks down ROWS rows of them.
+    """A CTA takes BLOCK columns, of several images where those are narrow, and walks down ROWS rows of them.
 
     Each row of the input is loaded three times, shifted for the filter's columns, and added to the three rows of the
     output that it touches: the one below begins, the one above is complete. Nine loads a pixel, one for each tap, would
@@ -109,9 +111,9 @@ def conv_3x3_kernel(
     q = block * BLOCK + tl.arange(0, BLOCK)
     valid = q < N * W
     column = q % W
-    # 64 bits for the corner of the block's first image only; from there 32 will do.
+    # 64 bits for the base of the block's first image only; from there 32 will do.
     image = block * BLOCK // W
-    corner = image.to(tl.int64) * (H * W)
+    base = image.to(tl.int64) * (H * W)
     pixel = ((q // W - image) * (H * W) + column)[:, None]
     o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
 
@@ -155,24 +157,26 @@ def conv_3x3_kernel(
                         mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD
                     )
                     tap = load_column(weight, s, i, o, strides, dtype)
-                there = (corner + h * W + s - 1) * IN
-                tile = load_input(x, dz, z, there, pixel * IN + i[None, :], inside, terms, AFFINE, BACKWARD)
+                row_base = (base + h * W + s - 1) * IN
+                tile = load_input(
+                    x, dz, z, row_base, pixel * IN + i[None, :], inside, terms, AFFINE, BACKWARD
+                )
                 below = tl.dot(tile, tap[0], below, input_precision="ieee")
                 here = tl.dot(tile, tap[1], here, input_precision="ieee")
                 above = tl.dot(tile, tap[2], above, input_precision="ieee")
         # Outside the `if`, for Triton 3.6 cannot compile a dot's result that only an `if` uses for sm_90.
         done = tl.where(valid[:, None], above, 0.0)
         if h > first:
-            there = (corner + (h - 1) * W) * OUT
-            at = pixel * OUT + o[None, :]
+            row_base = (base + (h - 1) * W) * OUT
+            offsets = pixel * OUT + o[None, :]
             if BACKWARD:
                 g, projected = store_input_gradient(
-                    out, done, x, there, at, valid[:, None], mean, var, gamma, beta, eps, o, OUT
+                    out, done, x, row_base, offsets, valid[:, None], mean, var, gamma, beta, eps, o, OUT
                 )
                 first_sum += g
                 second_sum += projected
             else:
-                rounded = store_output(out, done, there, at, valid[:, None])
+                rounded = store_output(out, done, row_base, offsets, valid[:, None])
                 origin = tl.where(h == first + 1, rounded, origin)
                 value = rounded.to(tl.float32) - origin.to(tl.float32)
                 first_sum += value
@@ -188,9 +192,9 @@ def conv_3x3_kernel(
         store_statistics(partials, program, tl.where(valid, rows, 0), origin, mean_of_rows, m2, o, OUT)
     elif partials is not None:
         store_sums(partials, program, first_sum, second_sum, o, OUT)
-    finish_convolution(
+    reduce_convolution_sums(
         arrived, partials, mean_out, var_out, var, gamma, eps, dmean, dvar, dgamma, dbeta, N * W, H, BLOCK, ROWS,
-        tl.num_programs(0) * tl.num_programs(1), C, K, BACKWARD, FINISHERS, BLOCK_P, BLOCK_SUMS,
+        tl.num_programs(0) * tl.num_programs(1), C, K, BACKWARD, FINAL_REDUCERS, BLOCK_P, BLOCK_SUMS,
     )  # fmt: skip
 
 
@@ -210,8 +214,8 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out)
     columns, outs = ceil_div(n * w, tile["BLOCK"]), c_out // tile["BLOCK_OUT"]
-    # As tall as leaves enough programs, but two rows at least, since the rows above and below are read too.
-    rows = min(h, max(2, h * columns * outs // LEAST_PROGRAMS))
+    # As tall as leaves enough CTAs, but two rows at least, since the rows above and below are read too.
+    rows = min(h, max(2, h * columns * outs // MIN_CTAS))
     down = ceil_div(h, rows)
     found = results(x, c_out, columns * down, norm, gradient)
     launchable(conv_3x3_kernel, opaque=True)[(columns, down, outs)](
@@ -225,7 +229,7 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         h,
         w,
         rows,
-        FINISHERS=finishers(ceil_div(c_out, BLOCK_SUMS), x),
+        FINAL_REDUCERS=final_reducers(ceil_div(c_out, BLOCK_SUMS), x),
         C=c,
         K=k,
         BLOCK_P=partials_at_once(columns * down),
@@ -233,11 +237,3 @@ def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = 
         **tile,
     )
     return found
-
-
-def variants(dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Of ResNet-20 at batch 128."""
-    layers = ((16, 32), (32, 16), (64, 8))
-    return [
-        variant for c, size in layers for variant in convolution_variants(convolve, 128, c, c, size, 3, dtype)
-    ]

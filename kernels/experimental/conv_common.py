@@ -7,31 +7,29 @@ in memory: forward the activation, backward the gradient of z, to which mean_z a
     dz = dz + dmean_z/M + (z - mean_z)·2·dvar_z/M
 
 What it writes is summed over the pixels on the way out: forward to the mean and variance of z, backward to the
-gradients of mean, var, gamma and beta. Every program writes its sums in float32; the last ones wait for the others
-(barrier.py) and put all together in one fixed order, which would else be a launch more. Atomics count programs and
+gradients of mean, var, gamma and beta. Every CTA writes its sums in float32; the last ones wait for the others
+(grid_sync.py) and put all together in one fixed order, which would else be a launch more. Atomics count CTAs and
 nothing else: equal inputs give equal bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple  # noqa: F401, type comments need Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..analysis.compiled_variants import Variant, recorded
 from ..batchnorm.backward import store_norm_gradients, sum_partials
-from ..batchnorm.forward import affine, merge, merge_rows, through
-from ..grid_sync import counter, finisher, finishers
-from ..tiling import LEAST_PROGRAMS, ceil_div, next_power_of_two
+from ..batchnorm.forward import affine, merge, merge_rows, relu_mask
+from ..grid_sync import counter, final_reducer, final_reducers
+from ..tiling import MIN_CTAS, ceil_div, next_power_of_two
 from ..triton_launch import launchable
 
-# What a program takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient
+# What a CTA takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient
 # so many numbers. Large, because the others have gone: a round waits for memory as long with few as with many.
-BLOCK_SUMS, MOST_PARTIALS, FINISHED = 8, 256, 4096
+BLOCK_SUMS, MOST_PARTIALS, FINAL_ELEMENTS = 8, 256, 4096
 
 
 class Norm(NamedTuple):
@@ -83,12 +81,12 @@ def activation_terms(mean, var, gamma, beta, eps, c, C):
 
 
 @triton.jit
-def load_activation(x, corner, at, inside, terms, NORM: tl.constexpr):
+def load_activation(x, base, offsets, inside, terms, NORM: tl.constexpr):
     """A tile of a, in x's dtype; zero where not inside, since padding is of a, not of x.
 
-    `corner` is the tile's, in 64 bits; `at`, the offsets from there, needs no more than 32.
+    `base` is the tile's, in 64 bits; the offsets from it need 32 at most.
     """
-    value = tl.load(x + corner + at, inside, other=0.0)
+    value = tl.load(x + base + offsets, inside, other=0.0)
     if NORM:
         mean, scale, beta = terms
         a = affine(value.to(tl.float32), mean, scale, beta)
@@ -106,15 +104,15 @@ def gradient_terms(dmean_z, dvar_z, mean_z, M, c, C):
 
 
 @triton.jit
-def load_gradient(dz, z, corner, at, inside, terms, STATISTICS: tl.constexpr):
+def load_gradient(dz, z, base, offsets, inside, terms, STATISTICS: tl.constexpr):
     """A tile of the whole gradient of z, in z's dtype; zero where not inside."""
-    value = tl.zeros(at.shape, tl.float32)
+    value = tl.zeros(offsets.shape, tl.float32)
     if STATISTICS:
         mean_z, slope, shift = terms
-        centred = tl.load(z + corner + at, inside, other=0.0).to(tl.float32) - mean_z[None, :]
+        centred = tl.load(z + base + offsets, inside, other=0.0).to(tl.float32) - mean_z[None, :]
         value = tl.where(inside, centred * slope[None, :] + shift[None, :], 0.0)
     if dz is not None:
-        value += tl.load(dz + corner + at, inside, other=0.0).to(tl.float32)
+        value += tl.load(dz + base + offsets, inside, other=0.0).to(tl.float32)
     return value.to(z.dtype.element_ty)
 
 
@@ -131,12 +129,12 @@ def input_terms(
 
 
 @triton.jit
-def load_input(x, dz, z, corner, at, inside, terms, AFFINE: tl.constexpr, BACKWARD: tl.constexpr):
+def load_input(x, dz, z, base, offsets, inside, terms, AFFINE: tl.constexpr, BACKWARD: tl.constexpr):
     """A tile of what is convolved: a, or backward the gradient of z."""
     if BACKWARD:
-        tile = load_gradient(dz, z, corner, at, inside, terms, AFFINE)
+        tile = load_gradient(dz, z, base, offsets, inside, terms, AFFINE)
     else:
-        tile = load_activation(x, corner, at, inside, terms, AFFINE)
+        tile = load_activation(x, base, offsets, inside, terms, AFFINE)
     return tile
 
 
@@ -144,15 +142,15 @@ def load_input(x, dz, z, corner, at, inside, terms, AFFINE: tl.constexpr, BACKWA
 
 
 @triton.jit
-def store_output(z, sums, corner, at, inside):
+def store_output(z, sums, base, offsets, inside):
     """Writes a tile of z; returns it as it was rounded."""
     rounded = sums.to(z.dtype.element_ty)
-    tl.store(z + corner + at, rounded, inside)
+    tl.store(z + base + offsets, rounded, inside)
     return rounded
 
 
 @triton.jit
-def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, eps, c, C):
+def store_input_gradient(dx, da, x, base, offsets, inside, mean, var, gamma, beta, eps, c, C):
     """Writes a tile of x's gradient; returns g = da where ReLU let through, and g·(x - mean).
 
     The gate is recomputed from x: x is needed anyway, and a mask in memory would have to be read too.
@@ -162,11 +160,11 @@ def store_input_gradient(dx, da, x, corner, at, inside, mean, var, gamma, beta, 
         projected = da
     else:
         centre, scale, shift = activation_terms(mean, var, gamma, beta, eps, c, C)
-        value = tl.load(x + corner + at, inside, other=0.0).to(tl.float32)
-        gated = tl.where(through(affine(value, centre, scale, shift)), da, 0.0)
+        value = tl.load(x + base + offsets, inside, other=0.0).to(tl.float32)
+        gated = tl.where(relu_mask(affine(value, centre, scale, shift)), da, 0.0)
         projected = gated * (value - centre[None, :])
         da = gated * scale[None, :]
-    tl.store(dx + corner + at, da.to(dx.dtype.element_ty), inside)
+    tl.store(dx + base + offsets, da.to(dx.dtype.element_ty), inside)
     return gated, projected
 
 
@@ -199,24 +197,24 @@ def store_sums(partials, program, g, projected, o, OUT: tl.constexpr):
 
 
 @triton.jit
-def finish_statistics(
-    partials,  # (P, 3, K) float32, of each program's pixels: origin, mean about it, M2
+def reduce_statistics(
+    partials,  # (P, 3, K) float32, of each CTA's pixels: origin, mean about it, M2
     mean_z,  # (K,) float32
     var_z,
     WIDTH,  # the pixels as a rectangle,
     HEIGHT,
-    COLUMNS: tl.constexpr,  # and a program's piece of it; pieces are numbered row by row
+    COLUMNS: tl.constexpr,  # and a CTA's piece of it; pieces are numbered row by row
     ROWS,
     P,
-    which,  # of the programs that finish, this one and how many there are
-    programs,
+    index,  # of this CTA among those doing the final reduction
+    reducers,  # the number of those CTAs
     K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """mean and M2 / count of all pixels (Chan, Golub & LeVeque 1979). Reads 12·P bytes a channel."""
     across = tl.cdiv(WIDTH, COLUMNS)
-    for start_k in range(which * BLOCK_K, K, programs * BLOCK_K):
+    for start_k in range(index * BLOCK_K, K, reducers * BLOCK_K):
         k = start_k + tl.arange(0, BLOCK_K)
         origin = tl.load(partials + k, k < K, other=0.0)
         count = tl.zeros([BLOCK_P, 1], tl.float32)
@@ -224,14 +222,18 @@ def finish_statistics(
         m2 = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            there = (p < P)[:, None] & (k < K)[None, :]
+            mask = (p < P)[:, None] & (k < K)[None, :]
             # The last piece of a row, and those of the last row, may be smaller.
             columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
             rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
             counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
-            at = partials + p[:, None] * (3 * K) + k[None, :]
-            means = tl.load(at, there, other=0.0) - origin[None, :] + tl.load(at + K, there, other=0.0)
-            m2s = tl.load(at + 2 * K, there, other=0.0)
+            addresses = partials + p[:, None] * (3 * K) + k[None, :]
+            means = (
+                tl.load(addresses, mask, other=0.0)
+                - origin[None, :]
+                + tl.load(addresses + K, mask, other=0.0)
+            )
+            m2s = tl.load(addresses + 2 * K, mask, other=0.0)
             count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
         total, common, m2 = merge_rows(count, mean, m2)
         tl.store(mean_z + k, origin + common, k < K)
@@ -239,8 +241,8 @@ def finish_statistics(
 
 
 @triton.jit
-def finish_norm_gradients(
-    partials,  # (P, 2, C) float32: Σ g and Σ g·(x - mean) of each program's pixels
+def reduce_norm_gradients(
+    partials,  # (P, 2, C) float32: Σ g and Σ g·(x - mean) of each CTA's pixels
     var,  # (C,) float32
     gamma,
     eps,
@@ -249,61 +251,61 @@ def finish_norm_gradients(
     dgamma,
     dbeta,
     P,
-    which,  # of the programs that finish, this one and how many there are
-    programs,
+    index,  # of this CTA among those doing the final reduction
+    reducers,  # the number of those CTAs
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The gradients of what normalised x. Reads 8·P bytes a channel."""
-    for start_c in range(which * BLOCK_C, C, programs * BLOCK_C):
+    for start_c in range(index * BLOCK_C, C, reducers * BLOCK_C):
         c = start_c + tl.arange(0, BLOCK_C)
-        there = c < C
-        total, projected = sum_partials(partials, c, there, C, P, BLOCK_C, BLOCK_P)
+        mask = c < C
+        total, projected = sum_partials(partials, c, mask, C, P, BLOCK_C, BLOCK_P)
         invstd = inverse_std(var, eps, c, C)
         scale = channel(gamma, c, C, 1.0) * invstd
-        store_norm_gradients(total, projected * invstd, scale, invstd, dmean, dvar, dgamma, dbeta, c, there)
+        store_norm_gradients(total, projected * invstd, scale, invstd, dmean, dvar, dgamma, dbeta, c, mask)
 
 
 @triton.jit
-def finish_convolution(
+def reduce_convolution_sums(
     arrived, partials, mean_z, var_z, var, gamma, eps, dmean, dvar, dgamma, dbeta, WIDTH, HEIGHT, COLUMNS: tl.constexpr,
-    ROWS, P, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, FINISHERS: tl.constexpr,
+    ROWS, P, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, FINAL_REDUCERS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of z, or backward the gradients of what normalised x, from what every program has stored."""
+    """The statistics of z, or backward the gradients of what normalised x, from what every CTA has stored."""
     if partials is not None:
-        which, programs = finisher(arrived, FINISHERS)
-        if which >= 0:
+        index, reducers = final_reducer(arrived, FINAL_REDUCERS)
+        if index >= 0:
             if BACKWARD:
-                finish_norm_gradients(
-                    partials, var, gamma, eps, dmean, dvar, dgamma, dbeta, P, which, programs, C, BLOCK_P, BLOCK_SUMS
+                reduce_norm_gradients(
+                    partials, var, gamma, eps, dmean, dvar, dgamma, dbeta, P, index, reducers, C, BLOCK_P, BLOCK_SUMS
                 )  # fmt: skip
             else:
-                finish_statistics(
-                    partials, mean_z, var_z, WIDTH, HEIGHT, COLUMNS, ROWS, P, which, programs, K, BLOCK_P, BLOCK_SUMS
+                reduce_statistics(
+                    partials, mean_z, var_z, WIDTH, HEIGHT, COLUMNS, ROWS, P, index, reducers, K, BLOCK_P, BLOCK_SUMS
                 )  # fmt: skip
 
 
 @triton.jit
-def finish_weight_gradient(
+def reduce_weight_gradient(
     partials,  # (P, N) float32
     dweight,  # (N,)
     P,
-    which,  # of the programs that finish, this one and how many there are
-    programs,
+    index,  # of this CTA among those doing the final reduction
+    reducers,  # the number of those CTAs
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Σ over P, slot by slot and over the slots at the end."""
-    for start_n in range(which * BLOCK_N, N, programs * BLOCK_N):
+    for start_n in range(index * BLOCK_N, N, reducers * BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            there = (p < P)[:, None] & (n < N)[None, :]
-            total += tl.load(partials + p[:, None] * N + n[None, :], there, other=0.0)
+            mask = (p < P)[:, None] & (n < N)[None, :]
+            total += tl.load(partials + p[:, None] * N + n[None, :], mask, other=0.0)
         tl.store(dweight + n, tl.sum(total, 0).to(dweight.dtype.element_ty), n < N)
 
 
@@ -324,13 +326,13 @@ def weight_gradient_kernel(
     z,  # [N, H, W, K]
     mean_z,
     partials,  # (P, K, R, R, C) float32
-    arrived,  # () int32: see barrier.py
+    arrived,  # () int32: see grid_sync.py
     dweight,  # (K, R, R, C)
     H,
     W,
     M,
-    PIXELS,  # of one program
-    FINISHERS: tl.constexpr,
+    PIXELS,  # of one CTA
+    FINAL_REDUCERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,  # the filter is R × R; R = 1 or 3
@@ -361,33 +363,33 @@ def weight_gradient_kernel(
     last = tl.minimum(first + PIXELS, M)
     for start in range(first, last, BLOCK):
         valid = lane < last - start
-        corner = tl.cast(start, tl.int64)
+        base = tl.cast(start, tl.int64)
         column = (start + lane) % W
         row = (start + lane) // W % H
         activations = ()  # type: tuple[Any, ...]
         for s in tl.static_range(R):
             beside = column + s - R // 2
             inside = (valid & (beside >= 0) & (beside < W))[:, None] & (c < C)[None, :]
-            at = (lane + s - R // 2)[:, None] * C + c[None, :]
-            activations += (load_activation(x, corner * C, at, inside, a_terms, NORM),)
+            offsets = (lane + s - R // 2)[:, None] * C + c[None, :]
+            activations += (load_activation(x, base * C, offsets, inside, a_terms, NORM),)
         sums = ()  # type: tuple[Any, ...]
         for r in tl.static_range(R):
             above = row - (r - R // 2)
             inside = (valid & (above >= 0) & (above < H))[:, None] & (k < K)[None, :]
-            at = (lane - (r - R // 2) * W)[:, None] * K + k[None, :]
-            gradient = tl.trans(load_gradient(dz, z, corner * K, at, inside, dz_terms, STATISTICS))
+            offsets = (lane - (r - R // 2) * W)[:, None] * K + k[None, :]
+            gradient = tl.trans(load_gradient(dz, z, base * K, offsets, inside, dz_terms, STATISTICS))
             for s in tl.static_range(R):
                 sums += (tl.dot(gradient, activations[s], taps[r * R + s], input_precision="ieee"),)
         taps = sums
 
-    there = (k < K)[:, None] & (c < C)[None, :]
-    at = partials + tl.program_id(0) * (K * R * R * C) + k[:, None] * (R * R * C) + c[None, :]
+    mask = (k < K)[:, None] & (c < C)[None, :]
+    addresses = partials + tl.program_id(0) * (K * R * R * C) + k[:, None] * (R * R * C) + c[None, :]
     for t in tl.static_range(R * R):
-        tl.store(at + t * C, taps[t], there)
-    which, programs = finisher(arrived, FINISHERS)
-    if which >= 0:
+        tl.store(addresses + t * C, taps[t], mask)
+    index, reducers = final_reducer(arrived, FINAL_REDUCERS)
+    if index >= 0:
         P = tl.num_programs(0)
-        finish_weight_gradient(partials, dweight, P, which, programs, K * R * R * C, BLOCK_P, BLOCK_N)
+        reduce_weight_gradient(partials, dweight, P, index, reducers, K * R * R * C, BLOCK_P, BLOCK_N)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------
@@ -408,7 +410,7 @@ class Results(NamedTuple):
 
 
 def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradient | None) -> Results:
-    """For x, of which z or dx has so many channels, and so many programs each a piece."""
+    """For x, of which z or dx has so many channels, and so many CTAs each a piece."""
     n, _, h, w = x.shape
     out = torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums = 3 if gradient is None else 2
@@ -433,13 +435,13 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
     m = n * h * w
     options = weight_gradient_options(x.dtype, c, k, r)
     across, down = ceil_div(c, options["BLOCK_C"]), ceil_div(k, options["BLOCK_K"])
-    # As many programs as run at once, but each with more to sum than it writes.
-    pixels = max(ceil_div(m * across * down, LEAST_PROGRAMS), 256)
+    # As many CTAs as run at once, but each with more to sum than it writes.
+    pixels = max(ceil_div(m * across * down, MIN_CTAS), 256)
     splits = ceil_div(m, pixels)
     partials = x.new_empty((splits, k, r, r, c), dtype=torch.float32)
     dweight = torch.empty_like(weight, memory_format=torch.channels_last)
     block_p = partials_at_once(splits)
-    block_n = FINISHED // block_p
+    block_n = FINAL_ELEMENTS // block_p
     launchable(weight_gradient_kernel, opaque=True)[(splits, across, down)](
         x,
         *norm,
@@ -451,7 +453,7 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
         w,
         m,
         pixels,
-        FINISHERS=finishers(ceil_div(dweight.numel(), block_n), x),
+        FINAL_REDUCERS=final_reducers(ceil_div(dweight.numel(), block_n), x),
         C=c,
         K=k,
         R=r,
@@ -470,40 +472,3 @@ def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[
         return {"BLOCK": 32, "BLOCK_C": c, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     block_c, block_k = (min(max(next_power_of_two(n), 16), 128) for n in (c, k))
     return {"BLOCK": 64, "BLOCK_C": block_c, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
-
-
-# ---- for report.py -----------------------------------------------------------------------------------------
-
-
-def convolution_variants(
-    convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int, dtype: torch.dtype
-) -> list[Variant]:
-    """All three for n images of size × size. Bytes are per element of x."""
-    weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
-    x, z = (
-        torch.empty((n, channels, size, size), dtype=dtype, device="meta").to(
-            memory_format=torch.channels_last
-        )
-        for channels in (c, k)
-    )
-    of_x, of_z = (torch.empty(channels, device="meta") for channels in (c, k))
-    norm, gradient = Norm(of_x, of_x, of_x, of_x, 1e-5), Gradient(z, of_z, of_z, z, of_z)
-    name = f"{r}×{r} convolution, {str(dtype).removeprefix('torch.')}, {c} -> {k}"
-    wider = k / c
-    return [
-        recorded(
-            f"{name}, forward",
-            lambda: convolve(x, weight, norm),
-            lambda _: dtype.itemsize * (1 + wider),
-        ),
-        recorded(
-            f"{name}, input gradient",
-            lambda: convolve(x, weight, norm, gradient),
-            lambda _: dtype.itemsize * (2 + 2 * wider),
-        ),
-        recorded(
-            f"{name}, weight gradient",
-            lambda: weight_gradient(x, weight, norm, gradient),
-            lambda _: dtype.itemsize * (1 + 2 * wider),
-        ),
-    ]

@@ -6,7 +6,7 @@
 The maths is reference.conv_norm: a convolution that normalises its input on the way in and measures its output on the
 way out, so that a chain of them never writes an activation. Each op picks, by dtype, device and shape, the Triton
 kernels, one for each convolution, or the reference. torch.compile does not look into them: the counter that a kernel's
-programs meet at (barrier.py) stays from one call to the next.
+CTAs meet at (grid_sync.py) stays from one call to the next.
 """
 
 from __future__ import annotations
@@ -66,15 +66,7 @@ def conv_norm(
 
 
 @conv_norm.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, _, h, w = x.shape
     k = weight.shape[0]
     z = torch.empty((n, k, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -124,21 +116,9 @@ def conv_norm_backward(
 
 @conv_norm_backward.register_fake
 def _(
-    dz: Tensor | None,
-    dmean_z: Tensor | None,
-    dvar_z: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    z: Tensor,
-    mean_z: Tensor,
-    want_input: bool,
-    want_weight: bool,
+    dz: Any, dmean_z: Any, dvar_z: Any, x: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean, var, gamma, beta, _, _, _, want_input, want_weight = others
     dx = torch.empty_like(x, memory_format=torch.channels_last) if want_input else None
     dweight = torch.empty_like(weight, memory_format=torch.channels_last) if want_weight else None
     normalised = want_input and mean is not None and var is not None
