@@ -1,6 +1,7 @@
 """`python -m fastres.export RUN`: a run's network as safetensors, torch.export program or ONNX, read back to check.
 
-The network is exported in fp32 and for inference. See fastres/runs/exporting.py.
+The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
+logits (N, classes).
 """
 
 from __future__ import annotations
