@@ -229,19 +229,7 @@ def measure(
     results = []
     for name, prepared in ready.items():
         traced = _trace(name, prepared, work, folder if keep_traces else None, say)
-        results.append(
-            Result(
-                variant=prepared.variant,
-                prepare_s=prepared.prepare_s,
-                step=timings[name],
-                parts=parts[name],
-                flops=prepared.work.flops,
-                bytes=prepared.work.bytes if prepared.variant.mode == "eager" else None,
-                resident_bytes=prepared.run.resident_bytes,
-                difference=prepared.difference,
-                **vars(traced),
-            )
-        )
+        results.append(_result(prepared, timings[name], parts[name], traced))
     return Profile(
         workload=workload,
         engine=baseline.engine,
@@ -254,6 +242,25 @@ def measure(
         matmul_flops=matmul_flops,
         before=before,
         after=after,
+    )
+
+
+def _result(prepared: Prepared, step: Timing, parts: dict[str, Timing], traced: Traced) -> Result:
+    """Return all that was measured of a variant."""
+    return Result(
+        variant=prepared.variant,
+        prepare_s=prepared.prepare_s,
+        step=step,
+        parts=parts,
+        flops=prepared.work.flops,
+        bytes=prepared.work.bytes if prepared.variant.mode == "eager" else None,
+        operators=traced.operators,
+        launches=traced.launches,
+        kernel_s=traced.kernel_s,
+        resident_bytes=prepared.run.resident_bytes,
+        peak_bytes=traced.peak_bytes,
+        difference=prepared.difference,
+        files=traced.files,
     )
 
 

@@ -74,21 +74,10 @@ def build_loader(
         UsageError: if the images' size or a setting does not fit.
     """
     data, size = config.data, image_size(config, source)
-    if (
-        data.augment != "resized_crop"
-    ):  # a split of another size than the training images' would show nowhere else
+    # Nothing else would notice a split whose images have another size than the training images.
+    if data.augment != "resized_crop":
         split.sized_image(0, size, size)
-    if (data.mixup or data.cutmix) and config.train.batch_size // world_size % 2:
-        raise UsageError(
-            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world_size} samples on each "
-            "process are an odd number; change train.batch_size"
-        )
-    if (
-        data.augment == "crop" and data.pad >= size
-    ):  # nothing is left to reflect, and a crop could be all zeros
-        raise UsageError(
-            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
-        )
+    _check_augmentation(config, size, world_size)
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
@@ -112,6 +101,21 @@ def build_loader(
         world_size=world_size,
     )
     return LOADERS[data.loader](split, spec)
+
+
+def _check_augmentation(config: Config, size: int, world_size: int) -> None:
+    """Raise UsageError if images of this side or batches of this size cannot be augmented as configured."""
+    data, rank_batch = config.data, config.train.batch_size // world_size
+    if (data.mixup or data.cutmix) and rank_batch % 2:
+        raise UsageError(
+            f"data.mixup and data.cutmix mix pairs, and {rank_batch} samples on each process are an odd number; change "
+            "train.batch_size"
+        )
+    # With more padding, too few pixels are left to reflect, and a crop could be all zeros.
+    if data.augment == "crop" and data.pad >= size:
+        raise UsageError(
+            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
+        )
 
 
 def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:

@@ -47,9 +47,7 @@ def decode(path: Path) -> np.ndarray:
                 return np.array(image)
             if image.mode.startswith("I"):  # 16-bit grey, which some versions of convert() clip at 255
                 return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if (
-                "transparency" in image.info
-            ):  # a palette's alpha, which convert() warns about unless asked for it
+            if "transparency" in image.info:  # a palette's alpha: convert() warns if it is not asked for it
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
     except Exception as error:  # PIL raises a dozen types of errors for damaged files

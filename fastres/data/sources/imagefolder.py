@@ -177,9 +177,7 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
         for entry in visible(of_class):
             if not entry.name.lower().endswith(IMAGE_SUFFIXES):
                 continue
-            if (
-                not entry.is_symlink()
-            ):  # the listing tells its type, which saves a call for each of a million files
+            if not entry.is_symlink():  # the listing has its type, which saves a call for each file
                 if entry.is_file():
                     yield Path(entry.path)
             elif (path := checked(Path(entry.path), broken)).is_file() or not path.exists():
