@@ -191,10 +191,7 @@ def model_workload(name: str, options: dict[str, Any], batch_size: int, size: in
         UsageError: if the network does not take these.
     """
     fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
-    of_data = (
-        "num_classes",
-        "in_channels",
-    )  # in training these come from the data, here only from the options
+    of_data = ("num_classes", "in_channels")  # which training takes from the data
     model = ModelConfig(
         name=name,
         options={key: value for key, value in options.items() if key not in of_data},

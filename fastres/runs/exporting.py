@@ -43,9 +43,8 @@ class Format:
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write the network as a torch.export program."""
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    content = (
-        io.BytesIO()
-    )  # written by hand, because torch raises an error of its own type if it cannot write a file
+    # torch would raise an error of its own type for a file that it cannot write, so write it here.
+    content = io.BytesIO()
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
 
