@@ -428,12 +428,9 @@ def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
     workload = model_workload("resnet8", {}, 2, 8) if kind == "network" else block_workload("basic", 8, 2, 4)
     graph = Variant("graph", "torch", "channels_last", "fp32")
     plain = Variant("eager", "torch", "channels_last", "fp32")
-
     engine = resolve_engine(plain.config(workload.model, "cpu"))
-    engines = {
-        graph: replace(engine, cuda_graph=True),
-        plain: engine,
-    }  # on a CPU the engine itself rejects a graph
+    # On a CPU the engine itself rejects a graph.
+    engines = {graph: replace(engine, cuda_graph=True), plain: engine}
     profile = measure(
         workload, engines, unavailable := {}, rounds=2, steps=2, folder=tmp_path, keep_traces=True,
         say=lambda line: None, recorder=OpRecorder(CPU),
