@@ -101,9 +101,8 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
         if found != md5:
             raise UsageError(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as scratch:  # on the same file system, where moves are atomic
+        # On the same file system, where moves are atomic.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with tarfile.open(archive) as tar:
                 for name in names:  # only these, so that no path comes from the archive
                     member = tar.getmember(f"{folder.name}/{name}")
