@@ -21,7 +21,7 @@ from bench.lib.tables import Row, tables
 from fastres.config.schema import Config
 from fastres.runs.environment import environment
 from fastres.training.engine import resolve_engine
-from fastres.utils.hardware import doubts, snapshot
+from fastres.utils.hardware import disturbances, snapshot
 
 BEFORE = pytest.StashKey[dict[str, Any]]()  # the machine's state when the session began
 RESULTS = Path(__file__).parent / "results"
@@ -112,7 +112,7 @@ def pytest_benchmark_update_json(
         "command": ["python", *sys.orig_argv[1:]],
         "before": before,
         "after": after,
-        "doubts": doubts(before, after),
+        "doubts": disturbances(before, after),
     }
 
 

@@ -1,6 +1,6 @@
 """`python -m fastres.doctor`: what this machine has for training, what is missing, and the remedy for each.
 
-Exit status 0 where the engine can train, whatever is optional and missing; 1 where something essential is broken.
+Exit status 0 if the engine can train, even if optional parts are missing; 1 if something essential is broken.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fastres.training.engine import Engine, can_compile, find_apex, resolve_engi
 from fastres.utils.errors import Parser, UsageError, first_line, run_command
 from fastres.utils.precision import DTYPES
 
-# What else is imported is imported by the check that needs it: a broken package is a finding, not the end.
+# Other packages are imported by the check that needs them, because a broken package is a finding and not the end.
 
 OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 STYLES = {OK: "green", NOTE: "dim", WARNING: "yellow", BROKEN: "bold red"}
 Findings = Iterator[tuple[str, str]]  # mark, text
 
-EXTRAS = {  # what it is for: (packages, the extra that installs them)
+EXTRAS = {  # purpose: (packages, the extra that installs them)
     "TensorBoard": (("tensorboard",), "tensorboard"),
     "Weights & Biases": (("wandb",), "wandb"),
     "ONNX export": (("onnx", "onnxscript", "onnxruntime"), "export"),
 }
-LAYOUTS = {  # where each data set lies under its root
+LAYOUTS = {  # the folder of each data set under its root
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
     "mnist": "MNIST/raw",
     "fashion_mnist": "FashionMNIST/raw",
     "imagefolder": "train",
 }
-LEAST_FREE_GB = 1.0  # a CIFAR archive unpacked, and checkpoints
+LEAST_FREE_GB = 1.0  # for a CIFAR archive, unpacked, and checkpoints
 
 
 def versions() -> Findings:
-    """Python, torch, and every other package that fastres requires."""
+    """Report Python, torch, and every other package that fastres requires."""
     yield OK, f"Python {platform.python_version()}, torch {torch.__version__}"
     try:
         required = [
@@ -64,13 +64,13 @@ def versions() -> Findings:
 
 
 def torchvision() -> Findings:
-    """A torchvision built for another torch cannot be imported."""
+    """Report whether torchvision can be imported: one that was built for another torch cannot."""
     try:
         yield (
             OK,
             f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}",
         )
-    except Exception as error:  # ImportError, OSError or RuntimeError, by what does not fit
+    except Exception as error:  # ImportError, OSError or RuntimeError, depending on what does not fit
         remedy = "pip install --force-reinstall torch torchvision"
         if torch.version.cuda is None:
             remedy += ", or take torchvision from where the CPU-only torch came from"
@@ -78,7 +78,7 @@ def torchvision() -> Findings:
 
 
 def gpu() -> Findings:
-    """Every GPU that torch sees."""
+    """Report every GPU that torch sees."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -96,13 +96,13 @@ def gpu() -> Findings:
 
 
 def engine() -> Findings:
-    """What each `auto` resolves to."""
+    """Report the value that each `auto` resolves to."""
     for reason in resolve_engine(Config()).reasons:
         yield OK, reason
 
 
 def compiler() -> Findings:
-    """What torch.compile needs, on a GPU where there is one, and on a CPU."""
+    """Report whether torch.compile has what it needs, on a GPU if there is one, and on a CPU."""
     devices = {"cuda": "GPU", "cpu": "CPU"} if torch.cuda.is_available() else {"cpu": "CPU"}
     for name, device in devices.items():
         found, why = can_compile(torch.device(name))
@@ -113,7 +113,7 @@ def compiler() -> Findings:
 
 
 def training_step() -> Findings:
-    """One real step of ResNet-20 in each precision, not compiled."""
+    """Take one real step of ResNet-20 in each precision, not compiled."""
     for precision in DTYPES if torch.cuda.is_available() else ("fp32", "bf16"):
         settings: dict[str, Any] = {"precision": precision, "compile": False}
         try:
@@ -132,7 +132,7 @@ def training_step() -> Findings:
 
 
 def loss_of_step(engine: Engine) -> float:
-    """Loss after forward, backward and update of two random images."""
+    """Return the loss of a step on two random images, after forward, backward and update."""
     from fastres.models.registry import build_model
     from fastres.training.step import TrainStep
 
@@ -146,7 +146,7 @@ def loss_of_step(engine: Engine) -> float:
 
 
 def optional() -> Findings:
-    """Triton, DALI, apex and the extras."""
+    """Report Triton, DALI, apex and the extras."""
     triton = version("triton")
     yield (
         (OK, f"Triton {triton}")
@@ -165,7 +165,7 @@ def optional() -> Findings:
 
 
 def disk() -> Findings:
-    """Room for runs in the current directory."""
+    """Report whether the current directory is writable and has room for runs."""
     here = Path.cwd()
     try:
         with tempfile.TemporaryFile(dir=here):
@@ -184,7 +184,7 @@ def disk() -> Findings:
 
 
 def data(root: Path) -> Findings:
-    """Which data sets lie under `root`; nothing is read or downloaded."""
+    """Report which data sets are under `root`; nothing is read or downloaded."""
     found = [name for name, folder in LAYOUTS.items() if (root.expanduser() / folder).is_dir()]
     yield (
         (OK if found else NOTE),
@@ -193,6 +193,7 @@ def data(root: Path) -> Findings:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run all checks and print their findings. Return the exit status."""
     parser = Parser(prog="fastres.doctor", description=__doc__.partition(": ")[2])
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), metavar="DIR",
                         help="folder of data sets to look into (default: %(default)s)")  # fmt: skip
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def survived(check: Callable[[], Findings]) -> Findings:
-    """The check's findings; one that fails is itself a finding."""
+    """Yield the check's findings; if it fails, the failure is one."""
     try:
         yield from check()
     except Exception as error:

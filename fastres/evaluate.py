@@ -20,11 +20,20 @@ from fastres.training.metrics import Metrics
 from fastres.utils import ranks
 from fastres.utils.errors import Parser, UsageError, run_command
 
-ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # what may differ from the run: where and how
+ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # sections that may differ from the run's
 
 
 def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Metrics:
-    """Loss and right answers over the whole test set, every sample once."""
+    """Return loss and accuracy over the whole test set, every sample once.
+
+    Args:
+        config: the run's.
+        engine: where and how to compute.
+        weights: of the run's network.
+
+    Raises:
+        UsageError: if the data has other classes or channels than the run's.
+    """
     model = engine.place(rebuild(config, weights, engine.norm))
     source = load_source(config.data)
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
@@ -38,7 +47,7 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
 
 
 def agreement(totals: Metrics, path: Path) -> str:
-    """Whether the summary at `path` has the accuracy of `totals`, in words."""
+    """Return a phrase that compares the accuracy of `totals` with the one in the summary at `path`."""
     if not path.exists():
         return f"there is no {path} to compare with"
     try:
@@ -54,6 +63,7 @@ def agreement(totals: Metrics, path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate the run that the command line names."""
     parser = Parser(prog="fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -66,13 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if ranks.world_size() > 1:
         raise UsageError(f"{ranks.world_size()} processes would each do all of it: without torchrun")
-    # Eager unless asked otherwise: one pass does not earn back what compiling takes.
+    # Eager unless asked otherwise, because one pass does not earn back the time to compile.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}
     config, weights = load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
-    # A network trained with apex's norm is the same without.
+    # A network trained with apex's norm computes the same with another.
     if config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = resolve_engine(config)

@@ -1,141 +1,21 @@
 """`python -m fastres.export RUN`: a run's network as safetensors, torch.export program or ONNX, read back to check.
 
-The network is exported in fp32 and for inference; it takes normalised images (N, C, S, S), for any N, and gives
+The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
 logits (N, classes).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
-
-from fastres.config.schema import Config, model_options
-from fastres.models.registry import check_input_shape
-from fastres.models.weights import save_weights
-from fastres.runs.loading import load_run, rebuild
-from fastres.utils.errors import Parser, RunError, UsageError, run_command
-
-Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
-
-TOLERANCE = 1e-4  # largest difference of two logits, as a share of the largest logit
-BATCHES = (2, 5, 1)  # sizes that are compared; the first is the one that is traced, and 1 tends to be special
-SIDES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "synthetic": 32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How to write a network to a file and how to get it back from there."""
-
-    suffix: str
-    write: Callable[[nn.Module, Tensor, Path], None]  # (network, example images, file)
-    reload: Callable[[Path, Config], Network]
-    fixes_side: bool = True  # the file takes images of one side only
-    needs: tuple[str, ...] = ()  # packages of the extra `export`
-
-
-def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    content = io.BytesIO()  # of a file that cannot be written torch makes an error of its own kind
-    torch.export.save(program, content)
-    path.write_bytes(content.getbuffer())
-
-
-def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
-    assert program is not None  # it is None only without dynamo
-    program.save(path, external_data=False)
-
-
-def reload_onnx(path: Path, _: Config) -> Network:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-FORMATS: dict[str, Format] = {
-    "safetensors": Format(  # torchvision's keys
-        suffix=".safetensors",
-        write=lambda model, _, path: save_weights(model, path),
-        reload=lambda path, config: rebuild(config, safetensors.torch.load_file(path)).eval(),
-        fixes_side=False,
-    ),
-    "torch_export": Format(
-        suffix=".pt2",
-        write=write_program,
-        reload=lambda path, _: torch.export.load(path).module(),
-    ),
-    "onnx": Format(
-        suffix=".onnx",
-        write=write_onnx,
-        reload=reload_onnx,
-        needs=("onnx", "onnxscript", "onnxruntime"),
-    ),
-}
-
-
-def export(
-    config: Config, weights: dict[str, Tensor], name: str, output: Path
-) -> tuple[float, tuple[int, ...]]:
-    """Writes the network to `output`, which appears only after it has given the same logits as the original.
-    Returns the largest difference of two logits, and the shape of one image."""
-    format_, model = FORMATS[name], rebuild(config, weights).eval()
-    shape = (weights["conv1.weight"].shape[1], *[side_of(config, format_)] * 2)
-    check_input_shape(config.model.name, (1, *shape), training=False, **model_options(config.model))
-    random = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, *shape, generator=random) for n in BATCHES]
-    temporary = output.with_name(f".{os.getpid()}.{output.name}")  # of the same suffix
-    try:
-        format_.write(model, batches[0], temporary)
-        again = format_.reload(temporary, config)
-        with torch.no_grad():
-            wanted = torch.cat([model(images) for images in batches])
-            difference = (torch.cat([again(images) for images in batches]) - wanted).abs().max().item()
-        largest = wanted.abs().max().item()
-        if not difference <= TOLERANCE * largest:  # true of a NaN, too
-            raise RunError(
-                f"what was written as {name} gives logits that differ by {difference:.2g}, of up to {largest:.2g}: "
-                f"{output} is not kept; try another --format"
-            )
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror or error}; choose another --output"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return difference, shape
-
-
-def side_of(config: Config, format_: Format) -> int:
-    """Side in pixels of the images that the run's network sees, told without looking at the data."""
-    side = config.data.image_size or SIDES.get(config.data.source)
-    if side is None and format_.fixes_side:
-        raise UsageError(
-            f"the run does not say how large the images of its {config.data.source} are: give --data.image_size"
-        )
-    return side or 32
+from fastres.runs.exporting import FORMATS, export
+from fastres.runs.loading import load_run
+from fastres.utils.errors import Parser, UsageError, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Export the run that the command line names."""
     parser = Parser(prog="fastres.export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")

@@ -15,7 +15,7 @@ from fastres.utils.errors import Parser, UsageError, run_command
 
 
 def table_of(runs: list[Path]) -> Table:
-    """Final test accuracy of each run that has ended."""
+    """Return a table of the final test accuracy of each run that has ended, and a row for each other one."""
     table = Table(title="final test accuracy")
     for column in ("run", "model", "parameters", "steps", "seed", "test accuracy", "test loss", "train time"):
         table.add_column(
@@ -37,11 +37,12 @@ def table_of(runs: list[Path]) -> Table:
             cells = [*["–"] * 6, "not finished"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             cells = [*["–"] * 6, "no summary of fastres"]
-        table.add_row(*map(escape, (run.name, *cells)))  # a name such as [/x] is no markup
+        table.add_row(*map(escape, (run.name, *cells)))  # a name such as [/x] must not count as markup
     return table
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Plot the runs that the command line names."""
     parser = Parser(prog="fastres.plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "

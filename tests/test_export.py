@@ -15,9 +15,9 @@ import torchvision
 from torch import Tensor, nn
 
 from fastres import export, train
-from fastres.export import FORMATS
 from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
+from fastres.runs.exporting import FORMATS, Network
 from fastres.runs.loading import load_run, rebuild
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
@@ -51,7 +51,7 @@ def original(run: Path) -> nn.Module:
     return rebuild(*load_run(run)).eval()
 
 
-def assert_same_logits(network: export.Network, run: Path, *shape: int) -> None:
+def assert_same_logits(network: Network, run: Path, *shape: int) -> None:
     with torch.no_grad():
         for n in (1, 3, 64):  # not the sizes that export itself compares
             images = torch.randn(n, *shape)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastres.utils import hardware
-from fastres.utils.hardware import PEAKS, doubts, measured_copy, measured_matmul, peaks_of, snapshot
+from fastres.utils.hardware import PEAKS, disturbances, measured_copy, measured_matmul, peaks_of, snapshot
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -141,7 +141,7 @@ def test_the_state_of_a_gpu(nvml: SimpleNamespace) -> None:
         "other_processes": [{"pid": 4242, "bytes": 2**30}],
     }
     assert state["unknown"]["gpu.temperature_c"] == "Not Supported"
-    lines = doubts(state, state)
+    lines = disturbances(state, state)
     assert "1 other process(es) used the GPU" in lines
     assert "the GPU's clocks were held back: power cap, temperature (hardware)" in lines
     assert not any("meanwhile" in line for line in lines)
@@ -153,9 +153,9 @@ def test_clocks_that_were_held_back_between_two_snapshots_are_a_doubt(nvml: Simp
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
     before, after = snapshot(CUDA), snapshot(CUDA)
     after["gpu"]["throttled_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
-    assert doubts(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
+    assert disturbances(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
     before["gpu"]["throttled_ns"] = None  # not told
-    assert not any("meanwhile" in line for line in doubts(before, after))
+    assert not any("meanwhile" in line for line in disturbances(before, after))
 
 
 def test_an_nvml_that_fails_altogether_is_survived(nvml: SimpleNamespace) -> None:
@@ -175,8 +175,8 @@ def test_doubts_are_said_and_silence_is_none() -> None:
     unknown = {"host": {"cpus": 2, "other_runnable": None, "governor": None}, "gpu": None}
     loud = {"host": {"cpus": 2, "other_runnable": 3, "governor": "powersave"}, "gpu": None}
     idle = {**quiet, "gpu": {"other_processes": [], "throttled": ["idle"]}}
-    assert doubts(quiet, quiet) == doubts(unknown, unknown) == doubts(idle, idle) == []
-    assert doubts(loud, loud) == [
+    assert disturbances(quiet, quiet) == disturbances(unknown, unknown) == disturbances(idle, idle) == []
+    assert disturbances(loud, loud) == [
         "3 other thread(s) were running at the start, on 2 CPUs",
         "the CPU's frequency governor is powersave",
     ]

@@ -7,10 +7,8 @@ import gzip
 import json
 import math
 import subprocess
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,25 +18,27 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import build_model, profile
 from fastres.config.schema import Config, EngineConfig
-from fastres.profile import Outcome, VariantRun, difference, measure, prepare, step_in_parts
 from fastres.profiling import trace
+from fastres.profiling.measure import Outcome, VariantRun, difference, measure, prepare, step_in_parts
 from fastres.profiling.report import plot, rows_of, show
 from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
 from fastres.profiling.variants import (
     ALL,
     REFERENCE,
     Variant,
+    Workload,
     block_workload,
     model_workload,
     resolved,
     variants_named,
 )
-from fastres.training.engine import Engine, can_compile, resolve_engine
-from fastres.training.optim import build_optimizer
+from fastres.testing.op_recorder import OpRecorder
+from fastres.training.engine import can_compile, resolve_engine
 from fastres.training.step import TrainStep
 from fastres.utils.errors import RunError, UsageError
 from fastres_kernels import Conv2d
@@ -277,11 +277,11 @@ def test_every_variant_has_its_own_name_which_means_it() -> None:
 
 
 def test_a_variant_is_what_the_engine_makes_of_it() -> None:
-    subject = model_workload("resnet8", {}, 2, None)
+    workload = model_workload("resnet8", {}, 2, None)
     (asked,) = variants_named(["compile-fused-channels_last-bf16"])
-    switches, absent = resolved(subject, [asked], "cpu")
-    engine = switches[asked]()
-    assert absent == {}
+    engines, unavailable = resolved(workload, [asked], "cpu")
+    engine = engines[asked]
+    assert unavailable == {}
     assert (engine.compile, engine.norm, engine.channels_last, engine.precision) == (
         True,
         "fused",
@@ -304,16 +304,16 @@ def test_a_variant_is_what_the_engine_makes_of_it() -> None:
 def test_a_network_has_the_data_of_its_family(
     name: str, options: dict[str, Any], shape: tuple[int, ...], classes: int
 ) -> None:
-    subject = model_workload(name, options, 2, None)
-    assert (subject.shape, subject.classes) == (shape, classes)
+    workload = model_workload(name, options, 2, None)
+    assert (workload.shape, workload.classes) == (shape, classes)
     with torch.device("meta"):
-        assert subject.build("torch")(torch.empty(shape)).shape == (2, classes)
+        assert workload.build("torch")(torch.empty(shape)).shape == (2, classes)
     assert model_workload(name, options, 2, 48).shape[2:] == (48, 48)
 
 
 def test_fused_convolutions_are_for_the_fused_norm() -> None:
-    subject = model_workload("resnet8", {"fused_convolutions": True}, 2, None)
-    plain, fused = ({type(m) for m in subject.build(norm).modules()} for norm in ("torch", "fused"))
+    workload = model_workload("resnet8", {"fused_convolutions": True}, 2, None)
+    plain, fused = ({type(m) for m in workload.build(norm).modules()} for norm in ("torch", "fused"))
     assert plain != fused and Conv2d in plain
 
 
@@ -329,7 +329,7 @@ def test_steps_in_parts_are_the_steps() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model = build_model("resnet8").to(memory_format=torch.channels_last)
-        steps.append(TrainStep(model, engine, lambda m, lr: build_optimizer(m, Config().optim, lr)))
+        steps.append(TrainStep(model, engine, Config().optim))
     whole, in_parts = steps
     in_parts.lr.fill_(0.1)
     entered: list[str] = []
@@ -343,14 +343,14 @@ def test_steps_in_parts_are_the_steps() -> None:
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
 
 
-def contestant_of(variant: str, subject: Any) -> VariantRun:
+def run_of(variant: str, workload: Any) -> VariantRun:
     (named,) = variants_named([variant])
-    return VariantRun(subject, resolve_engine(named.config(subject.model, "cpu")))
+    return VariantRun(workload, resolve_engine(named.config(workload.model, "cpu")))
 
 
 def test_all_variants_start_alike() -> None:
-    subject = model_workload("resnet8", {}, 2, 16)
-    reference, other = (contestant_of(name, subject) for name in ("fp32", "fused-channels_last-bf16"))
+    workload = model_workload("resnet8", {}, 2, 16)
+    reference, other = (run_of(name, workload) for name in ("fp32", "fused-channels_last-bf16"))
     for name, weight in reference.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name])
     assert torch.equal(reference.images.bfloat16(), other.images) and torch.equal(
@@ -360,35 +360,32 @@ def test_all_variants_start_alike() -> None:
 
 
 def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() -> None:
-    subject = block_workload("bottleneck", 8, 2, 4)
-    contestant = contestant_of("fp32", subject)
-    before = [weight.clone() for weight in contestant.model.parameters()]
-    outcome = contestant.outcome()
-    contestant.whole_steps(2)
-    contestant.steps_in_parts(2, lambda name: nullcontext())
-    for weight, was in zip(contestant.model.parameters(), before, strict=True):
+    workload = block_workload("bottleneck", 8, 2, 4)
+    run = run_of("fp32", workload)
+    before = [weight.clone() for weight in run.model.parameters()]
+    outcome = run.outcome()
+    run.whole_steps(2)
+    run.steps_in_parts(2, lambda name: nullcontext())
+    for weight, was in zip(run.model.parameters(), before, strict=True):
         assert torch.equal(weight, was)
-    again = contestant.outcome()
+    again = run.outcome()
     assert torch.equal(outcome.logits, again.logits)
     assert outcome.gradients.keys() == again.gradients.keys() == {
-        *(name for name, _ in contestant.model.named_parameters()), "input"
+        *(name for name, _ in run.model.named_parameters()), "input"
     }  # fmt: skip
     assert all(torch.equal(outcome.gradients[n], again.gradients[n]) for n in outcome.gradients)
     assert (
-        contestant_of("fp32", model_workload("resnet8", {}, 2, 16))
-        .outcome()
-        .gradients.keys()
-        .isdisjoint({"input"})
+        run_of("fp32", model_workload("resnet8", {}, 2, 16)).outcome().gradients.keys().isdisjoint({"input"})
     )
 
 
 def test_fp16_has_finite_gradients_without_the_loss_scale() -> None:
-    subject = block_workload("basic", 8, 2, 4)
-    reference = contestant_of("fp32", subject).outcome()
-    contestant = contestant_of("fp16", subject)
-    contestant.step.scaler.scale(torch.ones(()))  # there from now on
-    contestant.step.scaler.update(2.0**40)  # far beyond what fp16 holds
-    differs = difference(contestant.outcome(), reference)
+    workload = block_workload("basic", 8, 2, 4)
+    reference = run_of("fp32", workload).outcome()
+    run = run_of("fp16", workload)
+    run.step.scaler.scale(torch.ones(()))  # there from now on
+    run.step.scaler.update(2.0**40)  # far beyond what fp16 holds
+    differs = difference(run.outcome(), reference)
     assert 0 < differs["gradients"] < 0.02 * differs["gradients_reference"]
     assert 0 < differs["logits"] < 0.02 * differs["logits_reference"]
 
@@ -402,41 +399,43 @@ def test_what_is_not_a_number_is_not_hidden_behind_what_is() -> None:
         assert math.isnan(difference(broken, reference)["logits"])
 
 
-def failing(error: Exception) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise error
-
-    return fail
-
-
 def test_a_variant_that_fails_leaves_the_others() -> None:
-    subject = block_workload("basic", 8, 2, 4)
+    workload = block_workload("basic", 8, 2, 4)
     broken = Variant("compile", "torch", "nchw", "fp32")
-    works = resolved(subject, [REFERENCE], "cpu")[0]
-    absent: dict[str, str] = {}
+    (engine,) = resolved(workload, [REFERENCE], "cpu")[0].values()
+    engines = {broken: replace(engine, norm="broken"), REFERENCE: engine}
     said: list[str] = []
-    switches = {broken: failing(RuntimeError("no such compiler\nand more")), **works}
-    assert list(prepare(subject, switches, absent, CPU, said.append)) == [REFERENCE.name]
-    assert absent == {broken.name: "failed: RuntimeError: no such compiler"}
+
+    def failing(error: Exception) -> Workload:
+        def build(norm: str) -> Module:
+            if norm == "broken":
+                raise error
+            return workload.build(norm)
+
+        return replace(workload, build=build)
+
+    unavailable: dict[str, str] = {}
+    ready = prepare(failing(RuntimeError("no such compiler\nand more")), engines, unavailable, said.append)
+    assert list(ready) == [REFERENCE.name]
+    assert unavailable == {broken.name: "failed: RuntimeError: no such compiler"}
     assert len(said) == 1 and said[0].startswith(f"{REFERENCE.name}: ready after")
     with pytest.raises(RunError, match="compile-nchw-fp32: failed: MemoryError"):
-        prepare(subject, {broken: failing(MemoryError())}, {}, CPU, said.append)
+        prepare(failing(MemoryError()), {broken: engines[broken]}, {}, said.append)
 
 
 @pytest.mark.parametrize("kind", ["network", "block"])
 def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
-    subject = model_workload("resnet8", {}, 2, 8) if kind == "network" else block_workload("basic", 8, 2, 4)
+    workload = model_workload("resnet8", {}, 2, 8) if kind == "network" else block_workload("basic", 8, 2, 4)
     graph = Variant("graph", "torch", "channels_last", "fp32")
     plain = Variant("eager", "torch", "channels_last", "fp32")
-
-    def switch(replayed: bool) -> Engine:  # on a CPU the engine itself refuses
-        return replace(resolve_engine(plain.config(subject.model, "cpu")), cuda_graph=replayed)
-
-    switches = {graph: partial(switch, True), plain: partial(switch, False)}
+    engine = resolve_engine(plain.config(workload.model, "cpu"))
+    # On a CPU the engine itself rejects a graph.
+    engines = {graph: replace(engine, cuda_graph=True), plain: engine}
     profile = measure(
-        subject, switches, absent := {}, rounds=2, steps=2, folder=tmp_path, keep_traces=True, say=lambda line: None
+        workload, engines, unavailable := {}, rounds=2, steps=2, folder=tmp_path, keep_traces=True,
+        say=lambda line: None, recorder=OpRecorder(CPU),
     )  # fmt: skip
-    assert not absent
+    assert not unavailable
     whole, parted = profile.results
     assert whole.parts == {} and set(parted.parts) == set(PARTS) and whole.peak_bytes is None
     assert whole.step.n == parted.step.n == 2 and whole.difference == parted.difference

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation, on a batch on the device and on one image on the host.
+"""Augment and normalise a batch on the device, or crop and flip one image on the host.
 
 Zero padding is black, before normalisation, as in the usual torchvision recipe.
 """
@@ -16,11 +16,15 @@ from torch import Tensor
 from fastres.data.sampling import Samples
 from fastres.data.spec import BatchSpec
 
-Draws = dict[str, Tensor]  # fields of Samples as tensors, only those that images are made from: (n, ...) each
+Draws = dict[str, Tensor]  # by the name of a field of Samples, its values for n samples: (n, ...) each
 
 
 class BatchTransform:
-    """From cropped pixels to what the network sees: normalised, cut out, mixed. The last step of every loader."""
+    """Turn cropped pixels into the network's input: normalise, cut out and mix. Every loader's last step.
+
+    Args:
+        spec: of the batches.
+    """
 
     def __init__(self, spec: BatchSpec) -> None:
         self.spec = spec
@@ -30,60 +34,72 @@ class BatchTransform:
         self.fields = (*("cutout",) * bool(spec.cutout), *("blend", "box") * spec.mixes)
 
     def draws(self, samples: Samples) -> Draws:
-        """What it takes of the samples, on the device."""
+        """Return the fields of the samples that a training batch needs, on the device."""
         return on_device(samples, self.fields, self.spec.device)
 
     def __call__(self, pixels: Tensor, labels: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
-        """pixels: (n, S, S, C) uint8, labels: (n,) int64, both on the device, as `draws` are: with them it is a batch
-        to train on. Nothing here waits for the device, so that a graph may hold it.
+        """Transform a batch without a host-device synchronisation, so that a CUDA graph can capture it.
 
-        Returns images (n, C, S, S) in the spec's dtype and memory format, and labels, (n, classes) float32 where mixed.
+        Args:
+            pixels: (n, S, S, C) uint8, on the device.
+            labels: (n,) int64, on the device.
+            draws: of a training batch, on the device; None for an evaluation batch.
+
+        Returns:
+            Images (n, C, S, S) in the spec's dtype and memory format, and labels, (n, classes) float32 if mixed.
         """
         images = normalize(pixels, self.shift, self.scale, self.spec.dtype)
         if draws is not None and self.spec.cutout:
             images = cutout(images, draws["cutout"], self.spec.cutout)
         if draws is not None and self.spec.mixes:
-            # Not F.one_hot, which on a CPU reads the labels on the host to check them.
+            # Not F.one_hot, because on a CPU it reads the labels on the host to check them.
             classes = torch.arange(self.spec.classes, device=labels.device)
             shares = (labels[:, None] == classes).to(torch.float32)
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
-        images = images.contiguous(memory_format=self.spec.memory_format)  # masks may cost the order
+        images = images.contiguous(memory_format=self.spec.memory_format)  # masking may have changed it
         if self.spec.memory_format == torch.contiguous_format:
-            # One channel has any strides, until it is told which.
+            # A single channel may have any strides, so set them.
             images = images.flatten(1).view(images.shape)
         return images, labels
 
 
 def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -> Draws:
-    return {name: sent(getattr(samples, name), device) for name in fields}
+    """Return these fields of the samples as tensors on the device."""
+    return {name: to_device_async(getattr(samples, name), device) for name in fields}
 
 
-def sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, for which the host does not wait: it would, for memory that is not pinned."""
+def to_device_async(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return the values on the device; the host waits for no copy, as it would if the memory were not pinned."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(images - shift) / scale, rounded once to dtype.
+    """Return (images - shift) / scale, rounded once to dtype.
 
-    images: (n, H, W, C) uint8 in any strides. shift, scale: (W·C,) float32, tile_row(). Returns (n, C, H, W)
-    channels-last.
+    Args:
+        images: (n, H, W, C) uint8, any strides.
+        shift: (W·C,) float32, the mean from tile_row().
+        scale: (W·C,) float32, the standard deviation from tile_row().
+        dtype: of the result.
+
+    Returns:
+        (n, C, H, W), channels-last.
     """
     n, h, w, c = images.shape
-    # As rows of W·C: broadcasting over an inner dimension of 3 keeps the CPU from vectorising (7 x slower).
+    # In rows of W·C, because broadcasting over an inner dimension of 3 keeps the CPU from vectorising (7 x slower).
     rows = images.reshape(n * h, w * c).to(torch.float32).sub_(shift).div_(scale)
     return rows.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def tile_row(values: Tensor, width: int) -> Tensor:
-    """A mean or a standard deviation, (C,) float32 of pixels from 0 to 1 -> (W·C,) of a row of pixels from 0 to 255."""
+    """Return a mean or standard deviation, (C,) for pixels in [0, 1], as (W·C,) for a row of pixels in [0, 255]."""
     return values.mul(255).repeat(width)
 
 
 def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
-    """Every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size)."""
-    if pad_mode == "reflect":  # torch reflects no bytes: rows and columns by their numbers
+    """Return every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size)."""
+    if pad_mode == "reflect":  # torch cannot reflect uint8, so index rows and columns
         rows, columns = (
             torch.from_numpy(np.pad(np.arange(side), pad, "reflect")).to(images.device)
             for side in images.shape[1:3]
@@ -95,50 +111,67 @@ def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
 
 
 def crop_and_flip(windows: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
-    """The chosen crop of each chosen image, mirrored where flip: (n, size, size, C) uint8.
+    """Return one crop of each indexed image, mirrored if flip is true: (n, size, size, C) uint8.
 
-    index, dy, dx: (n,) int64; flip: (n,) bool. One gather and one select, no host synchronisation: 120k
-    CIFAR images/s with normalize() on two CPU cores.
+    It is one gather and one select without a host-device synchronisation: with normalize(), 120k CIFAR images/s on two
+    CPU cores.
+
+    Args:
+        windows: from crop_windows().
+        index: (n,) int64, of the images.
+        dy: (n,) int64, the crop's first row.
+        dx: (n,) int64, its first column.
+        flip: (n,) bool.
     """
     crops = windows[index, dy, dx].permute(0, 2, 3, 1)
     return torch.where(flip[:, None, None, None], crops.flip(2), crops)
 
 
 def cutout(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Zeros, the mean colour, in a square of that side around a pixel of each image (DeVries and Taylor 2017,
-    section 3.2); what of it is outside is lost.
+    """Return the images with a square of zeros, the mean colour, in each (DeVries and Taylor 2017, section 3.2).
 
-    images: (n, C, H, W). centre: (n, 2) int64, row and column.
+    Args:
+        images: (n, C, H, W).
+        centre: (n, 2) int64, row and column of the square's centre. Its part outside the image is cut off.
+        side: of the square, in pixels.
     """
     first = centre - side // 2
-    inside = _inside(first, first + side, images.shape[2:])
-    return images.masked_fill(inside, 0)
+    return images.masked_fill(_rectangle_mask(first, first + side, images.shape[2:]), 0)
 
 
 def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-    """mixup (Zhang et al. 2017, section 2) and CutMix (Yun et al. 2019, section 3): each image with its neighbour.
+    """Mix each image with its neighbour: mixup (Zhang et al. 2017, section 2) and CutMix (Yun et al. 2019, section 3).
 
-    Rows 0 and 1 are neighbours, 2 and 3, and so on: the order is random, so any pairing is, and this one does not
-    depend on how many processes share a batch. images: (n, C, H, W), n even. shares: (n, classes) float32, summing to
-    1. blend: (n,) float32, the image's own share of each pixel. box: (n, 4) int64, top, bottom, left and right of the
-    part that is its neighbour's alone. Both are returned mixed; the labels by the pixels' shares.
+    Rows 0 and 1 are neighbours, 2 and 3, and so on. The order of the samples is random, so this pairing is as good as
+    any, and it does not depend on the number of processes.
+
+    Args:
+        images: (n, C, H, W), n even.
+        shares: (n, classes) float32, the labels' shares, summing to 1.
+        blend: (n,) float32, the image's own share of each pixel.
+        box: (n, 4) int64, top, bottom, left and right of the rectangle that the neighbour covers.
+
+    Returns:
+        Images and shares, mixed alike: an image's share of the label is its share of the pixels.
     """
     height, width = images.shape[2:]
     own = blend[:, None, None, None]
     mixed = torch.lerp(_neighbours(images).float(), images.float(), own).to(images.dtype)
-    mixed = torch.where(_inside(box[:, 0::2], box[:, 1::2], images.shape[2:]), _neighbours(images), mixed)
+    mixed = torch.where(
+        _rectangle_mask(box[:, 0::2], box[:, 1::2], images.shape[2:]), _neighbours(images), mixed
+    )
     covered = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / (height * width)
     own = (blend * (1 - covered))[:, None]
     return mixed, torch.lerp(_neighbours(shares), shares, own)
 
 
 def _neighbours(rows: Tensor) -> Tensor:
-    """Rows 1, 0, 3, 2, and so on."""
+    """Return the rows in the order 1, 0, 3, 2, and so on."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _inside(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
-    """Whether a pixel lies in the rectangle from `first` to before `last`, (n, 2) each: (n, 1, H, W) bool."""
+def _rectangle_mask(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
+    """Return (n, 1, H, W) bool, true inside the rectangle from `first` to before `last`, (n, 2) each."""
     y, x = (torch.arange(side, device=first.device) for side in sides)
     rows = (y >= first[:, :1]) & (y < last[:, :1])
     columns = (x >= first[:, 1:]) & (x < last[:, 1:])
@@ -148,7 +181,7 @@ def _inside(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
 def crop_and_flip_one(
     image: np.ndarray, size: int, pad: int, pad_mode: str, dy: int, dx: int, flip: bool
 ) -> np.ndarray:
-    """crop_and_flip for one image on the host: (H, W, C) uint8 -> (size, size, C) uint8."""
+    """Crop and flip one image on the host as crop_and_flip() does: (H, W, C) uint8 -> (size, size, C) uint8."""
     padded = np.pad(
         image, ((pad, pad), (pad, pad), (0, 0)), "reflect" if pad_mode == "reflect" else "constant"
     )
@@ -157,9 +190,9 @@ def crop_and_flip_one(
 
 
 def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random area (8 to 100 %) and aspect ratio (3/4 to 4/3) (Szegedy et al. 2014).
+    """Return top, left, height and width of a crop of random area (8 to 100 %) and aspect ratio (3/4 to 4/3).
 
-    Ten tries, then the largest central crop with an allowed aspect ratio.
+    After ten tries that do not fit, it is the largest central crop with an allowed aspect ratio (Szegedy et al. 2014).
     """
     for _ in range(10):
         area = height * width * generator.uniform(0.08, 1.0)
@@ -173,21 +206,23 @@ def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[i
 
 
 def resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """A crop_box of the image, (H, W, C) uint8, resized to size x size."""
+    """Return a crop_box() of the image, (H, W, C) uint8, resized to (size, size, C)."""
     top, left, h, w = crop_box(image.shape[0], image.shape[1], generator)
     return _resize(image, (size, size), box=(left, top, left + w, top + h))
 
 
 def center_view(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """The evaluation view: height and width after the shorter side is size·256/224, then top and left of the central
-    size x size."""
+    """Return height and width of the resized image, then top and left of its central crop, as evaluations see it.
+
+    The shorter side is resized to size·256/224, and the crop is size x size.
+    """
     scale = size * 256 / 224 / min(height, width)
     h, w = max(size, round(height * scale)), max(size, round(width * scale))
     return h, w, (h - size) // 2, (w - size) // 2
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The center_view of the image, (H, W, C) uint8."""
+    """Return the center_view() of the image, (H, W, C) uint8, as (size, size, C)."""
     height, width, top, left = center_view(image.shape[0], image.shape[1], size)
     return _resize(image, (width, height))[top : top + size, left : left + size]
 
@@ -195,6 +230,7 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def _resize(
     image: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
+    """Return the image, or the part of it in `box` (left, top, right, bottom), resized to `size` (width, height)."""
     gray = image.shape[2] == 1
     picture = Image.fromarray(image[:, :, 0] if gray else image)
     resized = np.array(picture.resize(size, Image.Resampling.BILINEAR, box=box))

@@ -1,10 +1,11 @@
-"""The order and the randomness of a run, as pure functions: the same for every loader and any number of processes.
+"""Order and augmentation of a run's samples as pure functions, the same for every loader and number of processes.
 
-Sample j of a run is perm(seed, j div N)[j mod N]; step k takes the samples j in [kB, (k+1)B), B the global
-batch, so batches are always full. What augmentation does to a sample is drawn from (seed, epoch, sample index).
+Sample j of a run is perm(seed, j div N)[j mod N], with N samples in the split. Step k takes the samples j in
+[kB, (k+1)B), with B the global batch size, so batches are always full. A sample's augmentation is drawn from (seed,
+epoch, sample index).
 
-Everything is computed from Philox's raw 64-bit words (Salmon et al. 2011), a counter-based generator whose
-stream numpy guarantees, and not from a library's shuffle, whose result may change with its version.
+Everything is computed from the raw 64-bit words of Philox (Salmon et al. 2011), a counter-based generator whose stream
+numpy guarantees. A library's shuffle may change its result with its version.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scipy.special import betaincinv
 
 
 def words(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:
-    """n raw words of a stream: (n,) uint64, read-only."""
+    """Return n raw words of a stream: (n,) uint64, read-only."""
     drawn = _drawn(seed, epoch, n)
     if stream not in drawn:
         raw = _philox(seed, epoch, counter=(0, 0, 0, stream)).random_raw(n)
@@ -33,54 +34,55 @@ def words(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:
     return drawn[stream]
 
 
-@lru_cache(maxsize=2)  # a batch may be of two epochs
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _drawn(seed: int, epoch: int, n: int) -> dict[int, np.ndarray]:
-    """What words() has drawn of an epoch, by stream: every batch of it takes from all of them."""
+    """Return the cache of an epoch's words by stream. words() fills it; every batch of the epoch reads all streams."""
     return {}
 
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of an epoch: (n,) int64, the ranks of n random words; read-only."""
+    """Return the order of an epoch, the ranks of n random words: (n,) int64, read-only."""
     order = np.argsort(words(seed, epoch, PERMUTATION, n), kind="stable")
     order.setflags(write=False)
     return order
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """A generator of one sample's own, for draws whose number is not known beforehand (resized crops)."""
+    """Return a generator for one sample, for draws whose number is not known beforehand (resized crops)."""
     return np.random.Generator(_philox(seed, epoch, counter=(0, 0, index, RESIZED_CROP)))
 
 
 def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
-    # As uint64: numpy would take a list of both kinds of integers through float64, where large seeds are one.
+    """Return the generator of (seed, epoch) at this counter."""
+    # As uint64, because numpy would convert a list of mixed integers through float64, in which large seeds coincide.
     return np.random.Philox(key=np.array([seed, int(epoch)], np.uint64), counter=np.array(counter, np.uint64))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples, and what is done to each; n of them."""
+    """n samples and the augmentation of each."""
 
     epoch: np.ndarray  # (n,) int64
     index: np.ndarray  # (n,) int64, into the split
     dy: np.ndarray  # (n,) int64, rows cut from the top of the padded image, 0 to 2·pad
     dx: np.ndarray  # (n,) int64, columns cut from its left
     flip: np.ndarray  # (n,) bool, after the crop
-    cutout: np.ndarray  # (n, 2) int64, row and column of the centre of what is blanked
+    cutout: np.ndarray  # (n, 2) int64, row and column of the centre of the square that is blanked
     blend: np.ndarray  # (n,) float64, the image's own share of each pixel; its neighbour has the rest
-    box: np.ndarray  # (n, 4) int64, top, bottom, left, right of what its neighbour covers
+    box: np.ndarray  # (n, 4) int64, top, bottom, left, right of the rectangle that its neighbour covers
 
-    def part(self, start: int, stop: int) -> Samples:
-        """The samples [start, stop)."""
+    def slice(self, start: int, stop: int) -> Samples:
+        """Return the samples [start, stop)."""
         return Samples(*(values[start:stop] for values in vars(self).values()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
-    """The samples of one process's share of every step."""
+    """The samples that one process takes at every step."""
 
     n: int  # samples in the split
-    batch: int  # samples of a step, over all processes
+    batch: int  # the global batch size: samples of a step over all processes
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -92,14 +94,15 @@ class SampleOrder:
     cutmix: float = 0.0  # likewise
 
     @property
-    def local_batch(self) -> int:
+    def rank_batch(self) -> int:
+        """Return the per-rank batch size."""
         return self.batch // self.world_size
 
     def samples(self, first_step: int, last_step: int) -> Samples:
-        """This process's samples of the steps [first_step, last_step), step after step."""
+        """Return this process's samples of the steps [first_step, last_step), step after step."""
         steps = np.arange(first_step, last_step, dtype=np.int64)[:, None]
-        share = np.arange(self.rank * self.local_batch, (self.rank + 1) * self.local_batch, dtype=np.int64)
-        epoch, position = np.divmod((steps * self.batch + share).ravel(), self.n)
+        rows = np.arange(self.rank * self.rank_batch, (self.rank + 1) * self.rank_batch, dtype=np.int64)
+        epoch, position = np.divmod((steps * self.batch + rows).ravel(), self.n)
         n = len(epoch)
         out = Samples(
             epoch=epoch,
@@ -112,29 +115,29 @@ class SampleOrder:
             box=np.zeros((n, 4), np.int64),
         )
         for e in np.unique(epoch):
-            here = epoch == e
-            index = out.index[here] = permutation(self.seed, e, self.n)[position[here]]
+            in_epoch = epoch == e
+            index = out.index[in_epoch] = permutation(self.seed, e, self.n)[position[in_epoch]]
             if self.pad:
-                out.dy[here] = self._below(2 * self.pad + 1, e, CROP_Y, index)
-                out.dx[here] = self._below(2 * self.pad + 1, e, CROP_X, index)
+                out.dy[in_epoch] = self._below(2 * self.pad + 1, e, CROP_Y, index)
+                out.dx[in_epoch] = self._below(2 * self.pad + 1, e, CROP_X, index)
             if self.flip == "alternating":
-                out.flip[here] = self._coin(0, FLIP, index) ^ bool(e % 2)
+                out.flip[in_epoch] = self._coin(0, FLIP, index) ^ bool(e % 2)
             elif self.flip:
-                out.flip[here] = self._coin(e, FLIP, index)
+                out.flip[in_epoch] = self._coin(e, FLIP, index)
             if self.cutout:
-                out.cutout[here, 0] = self._below(self.size, e, CUTOUT_Y, index)
-                out.cutout[here, 1] = self._below(self.size, e, CUTOUT_X, index)
+                out.cutout[in_epoch, 0] = self._below(self.size, e, CUTOUT_Y, index)
+                out.cutout[in_epoch, 1] = self._below(self.size, e, CUTOUT_X, index)
             if self.mixup or self.cutmix:
-                out.blend[here], out.box[here] = self._mixing(e, index)
+                out.blend[in_epoch], out.box[in_epoch] = self._mixing(e, index)
         return out
 
     def _mixing(self, epoch: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """blend and box of the samples at `index`; where both kinds are wanted, a coin decides for each."""
+        """Return blend and box of the samples at `index`. With mixup and cutmix, a coin decides for each sample."""
         cutmix = np.full(len(index), self.cutmix > 0)
         if self.mixup and self.cutmix:
             cutmix = self._coin(epoch, MIX_KIND, index)
         alpha = np.where(cutmix, self.cutmix, self.mixup)
-        # The inverse of Beta's distribution function; 53 bits are what a float64 holds.
+        # Invert Beta's distribution function at 53 random bits, as many as a float64 has.
         uniform = (words(self.seed, epoch, MIX_SHARE, self.n)[index] >> np.uint64(11)) * 2.0**-53
         share = betaincinv(alpha, alpha, uniform)
         box = np.zeros((len(index), 4), np.int64)
@@ -146,9 +149,9 @@ class SampleOrder:
         return np.where(cutmix, 1, share), box
 
     def _below(self, bound: int, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
-        """A uniform whole number below `bound` for each sample: (n,) int64."""
+        """Return a uniform whole number below `bound` for each sample: (n,) int64."""
         return (words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)).astype(np.int64)
 
     def _coin(self, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
-        """True or False for each sample: (n,) bool."""
+        """Return a fair coin's toss for each sample: (n,) bool."""
         return (words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)).astype(bool)

@@ -1,4 +1,4 @@
-"""What every loader is told about the batches it has to make."""
+"""The description of the batches that every loader makes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from fastres.data.sampling import SampleOrder
 
-IGNORED = -100  # the label that no sample has; cross_entropy's ignore_index
+IGNORED = -100  # the label of padding; cross_entropy's ignore_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSpec:
-    """Sizes, normalisation, augmentation and place of the batches of a split."""
+    """Sizes, normalisation, augmentation, device and dtype of the batches of a split."""
 
-    batch_size: int  # of a training step, over all processes
-    eval_batch_size: int  # likewise, rounded up to a multiple of the processes
+    batch_size: int  # the global batch size of a training step
+    eval_batch_size: int  # that of an evaluation, rounded up to a multiple of the number of processes
     seed: int
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
@@ -39,7 +39,7 @@ class BatchSpec:
     world_size: int = 1
 
     def order(self, n: int) -> SampleOrder:
-        """The order of training for a split of n samples."""
+        """Return the order of training for a split of n samples."""
         return SampleOrder(
             n=n,
             batch=self.batch_size,
@@ -56,21 +56,31 @@ class BatchSpec:
 
     @property
     def margin(self) -> int:
-        """Pixels around an image, of which a crop may have some."""
+        """Return the pixels of padding around an image."""
         return self.pad if self.augment == "crop" else 0
 
     @property
     def mixes(self) -> bool:
+        """Return True if images are mixed with their neighbours."""
         return bool(self.mixup or self.cutmix)
 
     def eval_batches(self, n: int) -> list[tuple[np.ndarray, int]]:
-        """This process's samples of each evaluation batch, (eval_share,) int64, and how many of them count: some of the
-        last batches are filled up."""
-        share, whole = self.eval_share, self.eval_share * self.world_size
-        starts = range(self.rank * share, -(-n // whole) * whole, whole)
-        return [(np.arange(start, start + share) % n, min(max(n - start, 0), share)) for start in starts]
+        """Return this process's samples of each evaluation batch, and how many of them count.
+
+        Args:
+            n: samples in the split.
+
+        Returns:
+            For each batch, the samples (eval_rank_batch,) int64, and the number of them that count. The last batches
+            are padded with samples that do not.
+        """
+        per_rank, in_all = self.eval_rank_batch, self.eval_rank_batch * self.world_size
+        starts = range(self.rank * per_rank, -(-n // in_all) * in_all, in_all)
+        return [
+            (np.arange(start, start + per_rank) % n, min(max(n - start, 0), per_rank)) for start in starts
+        ]
 
     @property
-    def eval_share(self) -> int:
-        """Rows of an evaluation batch on each process."""
+    def eval_rank_batch(self) -> int:
+        """Return the per-rank batch size of an evaluation."""
         return -(-self.eval_batch_size // self.world_size)

@@ -1,7 +1,7 @@
-"""NVIDIA apex's BatchNorm + ReLU (+ add) for channels-last fp16, behind the seam of blocks.py.
+"""NVIDIA apex's BatchNorm + ReLU (+ add) for channels-last fp16, as a norm of models/blocks.py.
 
-Not yet run on a GPU. apex is found at run time: it is built from source, and PyPI's package of that name is another
-project.
+Not yet run on a GPU. apex is imported when it is used, because it is built from source and PyPI's package of that name
+is another project.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from torch import Tensor, nn
 
 
 def ApexBatchNormAct2d(num_features: int) -> nn.Module:
-    """relu(BatchNorm(x) + residual) through apex.contrib.groupbn, as a module with BatchNorm2d's state_dict.
+    """Return a module that computes relu(BatchNorm(x) + residual) with apex.contrib.groupbn.
 
-    (N, C, H, W) channels-last fp16 -> the same. ImportError without apex's groupbn.
+    It maps (N, C, H, W), channels-last fp16, to the same, and has BatchNorm2d's state_dict.
+
+    Raises:
+        ImportError: without apex's groupbn.
     """
     return _module_class()(num_features, fuse_relu=True)
 
 
 @cache
 def _module_class() -> Any:
+    """Return the class, which cannot be defined before apex is imported."""
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
     class ApexBatchNormAct2d(BatchNorm2d_NHWC):
         act = "relu"
 
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            """x, residual: (N, C, H, W) channels-last, which is apex's contiguous (N, H, W, C)."""
+            """Take x and residual as (N, C, H, W) channels-last, which are apex's contiguous (N, H, W, C)."""
             self.fuse_relu = self.act == "relu"
             residual = None if residual is None else residual.permute(0, 2, 3, 1)
             return super().forward(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)

@@ -1,8 +1,7 @@
-"""The seam and the blocks: everything that the three families share.
+"""Blocks, shortcuts and norms that the families of networks share, and the integration point of the fused kernels.
 
-A block's modules are named as torchvision names them (conv1, bn1, …, downsample.0), so that its state_dict
-keys hold. What joins them, norm + add + ReLU, is the function `norm_act`: the one place where a fused kernel
-enters.
+A block's modules have torchvision's names (conv1, bn1, …, downsample.0), so state_dict keys are torchvision's. The
+function `norm_act` computes norm + add + ReLU, and is the one place where a fused kernel is plugged in.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from fastres.models.apex_norm import ApexBatchNormAct2d
 from fastres_kernels import BatchNormAct2d, Conv2d
 
-Norm = Callable[[int], nn.Module]  # channels -> the module that normalises them
+Norm = Callable[[int], nn.Module]  # returns the module that normalises this number of channels
 
 NORMS: dict[str, Norm] = {
     "torch": nn.BatchNorm2d,
@@ -27,15 +26,18 @@ NORMS: dict[str, Norm] = {
 }
 
 
-# ---- the seam ----------------------------------------------------------------------------------------------
+# ---- the integration point ---------------------------------------------------------------------------------
 
 
 def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | None = None) -> Any:
-    """relu(norm(x) + residual); x, residual and the result: (N, C, H, W).
+    """Return relu(norm(x) + residual), (N, C, H, W).
 
-    A norm whose attribute `act` is "relu" does all of it, called as norm(x, residual). `into`: the convolution that
-    reads the result, and nothing else does; one with the attribute `normalises_input` takes norm.deferred(x) in its
-    place.
+    Args:
+        norm: a norm, or, if its attribute `act` is "relu", a module that computes all of it as norm(x, residual).
+        x: (N, C, H, W).
+        residual: (N, C, H, W), or what norm_act_fork() returned for it; None for no addition.
+        into: the convolution that alone reads the result. If it has the attribute `normalises_input`, it is given
+            norm.deferred(x) instead of the result.
     """
     if getattr(into, "normalises_input", False):
         return norm.deferred(x)  # type: ignore[operator]
@@ -48,9 +50,9 @@ def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | No
 
 
 def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor, Any]:
-    """norm_act's result, and the same for a skip connection: the `residual` of another norm_act.
+    """Return norm_act's result twice, the second for a skip connection: the `residual` of another norm_act.
 
-    A norm with the attribute `forks` may give the second in a form of its own, to receive its gradient apart.
+    A norm with the attribute `forks` may return the second in its own form, so that its gradient arrives separately.
     """
     if getattr(norm, "act", None) == "relu" and getattr(norm, "forks", False):
         return norm(x, residual, fork=True)
@@ -59,23 +61,23 @@ def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor
 
 
 def norm_only(norm: nn.Module) -> nn.Module:
-    """The same norm for where no activation follows: one that would fuse it is told not to."""
+    """Return the norm without an activation, which a norm with `act` would otherwise fuse."""
     if getattr(norm, "act", None) == "relu":
         norm.act = "none"  # type: ignore[assignment]
     return norm
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C), the mean over H and W."""
-    # Reduced as NHWC so that its gradient is born channels-last; that of mean((2, 3)) is born NCHW.
+    """Return the mean over H and W: (N, C, H, W) -> (N, C)."""
+    # Reduced as NHWC, so that its gradient is channels-last; that of mean((2, 3)) is NCHW.
     return x.permute(0, 2, 3, 1).mean((1, 2))
 
 
-# ---- shortcuts where the shape changes (He et al. 2015, section 3.3) ---------------------------------------
+# ---- shortcuts that change the shape (He et al. 2015, section 3.3) -----------------------------------------
 
 
 class ZeroChannels(nn.Module):
-    """Appends `extra` zero channels after the existing ones: (N, C, H, W) -> (N, C + extra, H, W)."""
+    """Append `extra` zero channels: (N, C, H, W) -> (N, C + extra, H, W)."""
 
     def __init__(self, extra: int) -> None:
         super().__init__()
@@ -89,19 +91,19 @@ class ZeroChannels(nn.Module):
 
 
 def pad(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
-    """Option A: every second row and column, zero channels appended; no parameters."""
-    # A 1×1 average is x[..., ::stride, ::stride], but channels-last forward and backward; a slice is neither.
+    """Return option A: take every second row and column and append zero channels. No parameters."""
+    # A 1×1 average equals x[..., ::stride, ::stride], but is channels-last forward and backward; a slice is neither.
     return nn.Sequential(nn.AvgPool2d(1, stride), ZeroChannels(out_channels - in_channels))
 
 
 def maxpool_pad(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
-    """The tutorial's: zero channels appended, then 2×2 max-pool; no parameters."""
-    # The order is exchanged because the maximum of zeros is zero: the same values, half the bytes.
+    """Return the tutorial's shortcut: append zero channels, then 2×2 max-pool. No parameters."""
+    # In the other order, because the maximum of zeros is zero: the same values for half the bytes.
     return nn.Sequential(nn.MaxPool2d(stride, ceil_mode=True), ZeroChannels(out_channels - in_channels))
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
-    """Option B: 1×1 convolution with the stride, then BN; keys 0.weight, 1.*, as torchvision's downsample."""
+    """Return option B: 1×1 convolution with the stride, then BN, with the keys 0.weight and 1.* as in torchvision."""
     return nn.Sequential(
         Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_only(norm(out_channels))
     )
@@ -115,7 +117,13 @@ SHORTCUTS: dict[str, Callable[[int, int, int, Norm], nn.Module]] = {
 
 
 def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
-    """What a block adds at its end: x, or rather `skip`, which is x from norm_act_fork; or x in its new shape."""
+    """Return the residual that a block adds.
+
+    Args:
+        downsample: the block's shortcut; None for a plain net, which adds nothing.
+        x: the block's input.
+        skip: x from norm_act_fork, which an identity shortcut prefers; or None.
+    """
     if downsample is None:
         return None
     if isinstance(downsample, nn.Identity) and skip is not None:
@@ -126,7 +134,7 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
 def make_shortcut(
     kind: str | None, in_channels: int, out_channels: int, stride: int, norm: Norm
 ) -> nn.Module | None:
-    """A block's `downsample`: identity where the shape stays, else SHORTCUTS[kind]; None for a plain net."""
+    """Return a block's `downsample`: identity if the shape stays, else SHORTCUTS[kind]; None for a plain net."""
     if kind is None:
         return None
     if stride == 1 and in_channels == out_channels:
@@ -138,8 +146,7 @@ def make_shortcut(
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row, each handing its output to the next one twice: for its convolutions, and for its skip
-    connection.
+    """Blocks in a row. Each gives its output to the next twice: for the convolutions, and for the skip connection.
 
     (N, C, H, W), and optionally the same from norm_act_fork -> (N, C', H', W').
     """
@@ -148,15 +155,15 @@ class Stage(nn.Sequential):
         *blocks, last = self
         for block in blocks:
             x, skip = block(x, skip, fork=True)
-        return last(x, skip)  # what follows changes the shape: there is no skip connection to fork for
+        return last(x, skip)  # the next stage changes the shape, so it has no identity skip to fork for
 
 
 class BasicBlock(nn.Module):
     """conv 3×3 – BN – ReLU – conv 3×3 – BN – (+ shortcut) – ReLU.
 
-    (N, in_channels, H, W) -> (N, channels, ⌈H/stride⌉, ⌈W/stride⌉), with `fork` as norm_act_fork gives it; `skip`: the
-    input from norm_act_fork. `shortcut`: a name in SHORTCUTS, for
-    where the shape changes, or None for a plain net. `v1` makes no difference: the stride has one place only.
+    (N, in_channels, H, W) -> (N, channels, ⌈H/stride⌉, ⌈W/stride⌉), or with `fork` a pair as from norm_act_fork.
+    `skip` is the input from norm_act_fork. `shortcut` is a name in SHORTCUTS, used if the shape changes, or None for a
+    plain net. `v1` makes no difference, because only one convolution can have the stride.
     """
 
     expansion = 1
@@ -241,10 +248,12 @@ class Bottleneck(nn.Module):
 
 
 def init_weights(module: nn.Module, zero_init_residual: bool = False) -> None:
-    """Kaiming normal, fan-out, ReLU, for convolutions, their biases 0; norms: weight 1, bias 0.
+    """Initialise convolutions with Kaiming normal (fan-out, ReLU) and biases 0, and norms with weight 1 and bias 0.
 
-    `zero_init_residual`: the last norm of each block starts at weight 0, so that the block starts as its
-    shortcut (Goyal et al. 2017, section 5.1).
+    Args:
+        module: changed in place.
+        zero_init_residual: start the last norm of each block at weight 0, so that the block starts as its shortcut
+            (Goyal et al. 2017, section 5.1).
     """
     for m in module.modules():
         if isinstance(m, nn.Conv2d):

@@ -18,13 +18,13 @@ from fastres.models.blocks import (
 from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 
-MOST_BLOCKS = 10_000  # per stage, a depth of 60,002: a slip of the finger should not fill the memory
+MOST_BLOCKS = 10_000  # per stage, for a depth of 60,002; a typing error should not fill the memory
 
 
 class CifarResNet(nn.Module):
     """Stem 3×3 of 16 channels, three stages of n blocks (16, 32, 64), linear head; depth 6n+2.
 
-    (N, in_channels, 32, 32) -> (N, num_classes) logits; any other height and width will do.
+    (N, in_channels, 32, 32) -> (N, num_classes) logits. Any other height and width works.
     """
 
     def __init__(
@@ -60,8 +60,18 @@ def cifar_resnet(
     shortcut: str | None = None,
     plain: bool = False,
 ) -> CifarResNet:
-    """The net of depth 6·blocks_per_stage + 2. `shortcut`: a name in SHORTCUTS (None: the paper's, pad);
-    `plain`: no shortcut in any block, for the degradation experiment (section 4.2, figure 6).
+    """Return the network of depth 6·blocks_per_stage + 2.
+
+    Args:
+        blocks_per_stage: n, at least 1.
+        num_classes: outputs of the head.
+        in_channels: of the images.
+        norm: after every convolution.
+        shortcut: a name in SHORTCUTS; None for the paper's, pad.
+        plain: no shortcut in any block, for the degradation experiment (section 4.2, figure 6).
+
+    Raises:
+        ValueError: if the arguments contradict each other or are unknown.
     """
     if blocks_per_stage > MOST_BLOCKS:
         raise ValueError(f"blocks_per_stage {blocks_per_stage} is more than {MOST_BLOCKS:,}")

@@ -28,9 +28,9 @@ STEMS = ("imagenet", "small")
 class ResNet(nn.Module):
     """Stem, four stages of 64, 128, 256 and 512 channels times the block's expansion, linear head.
 
-    (N, in_channels, H, W) -> (N, num_classes) logits. Options as torchvision's, and
-    `stem`: "imagenet", 7×7/2 and 3×3/2 max-pool, or "small", 3×3/1 without a pool, for 32×32 images;
-    `v1`: the stride of a Bottleneck on its first 1×1, as in the paper, and not on its 3×3.
+    (N, in_channels, H, W) -> (N, num_classes) logits. The options are torchvision's, and two more. `stem` is
+    "imagenet", 7×7/2 and 3×3/2 max-pool, or "small", 3×3/1 without a pool, for 32×32 images. `v1` puts the stride of a
+    Bottleneck on its first 1×1, as in the paper, and not on its 3×3.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
                 "replace_stride_with_dilation takes three booleans, for layer2, layer3 and layer4, "
                 f"not {replace_stride_with_dilation!r}"
             )
-        channels, dilation = 64, 1  # of what the next stage receives
+        channels, dilation = 64, 1  # of the next stage's input
 
         def stage(width: int, count: int, stride: int, replace: bool = False) -> Stage:
             nonlocal channels, dilation
@@ -74,7 +74,7 @@ class ResNet(nn.Module):
                     v1=v1,
                 )
 
-            # The first block, which would have had the stride, still works at the dilation before it.
+            # The first block, which would have had the stride, still has the previous dilation.
             first = make(1 if replace else stride)
             channels = width * block.expansion
             dilation *= stride if replace else 1

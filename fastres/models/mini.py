@@ -35,7 +35,7 @@ class IdentityBlock(nn.Module):
 class MiniResNet(nn.Module):
     """conv 7×7 – BN – ReLU – max-pool 3×3/3 – two IdentityBlock(64, 3) – global pool – linear.
 
-    (N, in_channels, 28, 28) -> (N, num_classes) logits; the pool takes 28 to 9.
+    (N, in_channels, 28, 28) -> (N, num_classes) logits; the pool reduces 28 to 9.
     """
 
     def __init__(self, num_classes: int, in_channels: int, norm: Norm) -> None:
@@ -53,5 +53,5 @@ class MiniResNet(nn.Module):
 
 
 def mini_resnet(*, num_classes: int = 10, in_channels: int = 1, norm: Norm = nn.BatchNorm2d) -> MiniResNet:
-    """The tutorial's net."""
+    """Return the tutorial's network."""
     return MiniResNet(num_classes, in_channels, norm)

@@ -19,7 +19,7 @@ from fastres.models.speedrun import SpeedResNet
 from fastres.utils.errors import UsageError, first_line
 from fastres.utils.suggest import unknown
 
-# Each takes num_classes, in_channels and norm, and as options its other parameters that are still free here.
+# Each takes num_classes, in_channels and norm. Its options are its other parameters that are not fixed here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": cifar_resnet,  # by its depth, 6n+2: resnetN and plainN
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
@@ -46,12 +46,19 @@ def build_model(
     fused_convolutions: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Builds a network: (N, in_channels, H, W) -> (N, num_classes) logits.
+    """Build a network: (N, in_channels, H, W) -> (N, num_classes) logits.
 
-    `name`: one of MODELS, else `resnetN` or `plainN` with N = 6n+2 (CIFAR family). `norm`: one of NORMS; the
-    option `norm_layer`, a callable as torchvision's, overrides it. `fused_convolutions`, experimental and with norm
-    "fused" only: convolutions normalise their own input, see fastres_kernels.experimental. Anything unknown or
-    impossible is a ValueError of one line.
+    Args:
+        name: one of MODELS, or `resnetN` or `plainN` with N = 6n+2 (CIFAR family).
+        num_classes: outputs of the head.
+        in_channels: of the images.
+        norm: one of NORMS. The option `norm_layer`, a callable as torchvision's, overrides it.
+        fused_convolutions: experimental and only with norm "fused"; convolutions normalise their own input, see
+            fastres_kernels.experimental.
+        **options: the network's own.
+
+    Raises:
+        ValueError: in one line, if an argument is unknown or impossible.
     """
     build = _find(name)
     norm_layer = options.pop("norm_layer", None) or NORMS.get(norm)
@@ -72,10 +79,13 @@ def build_model(
 
 
 def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
-    """Refuses images (N, C, H, W) that are too small for the network, in training too few for BatchNorm. Nothing is
-    computed."""
+    """Check that a network takes images of this shape, (N, C, H, W), without computing anything.
+
+    Raises:
+        UsageError: if the images are too small for the network or, in training, too few for BatchNorm.
+    """
     n, channels, height, width = shape
-    options.pop("fused_convolutions", None)  # the same network, computed in another way
+    options.pop("fused_convolutions", None)  # the network takes the same shapes
     with torch.device("meta"):
         model = build_model(name, **options | {"in_channels": channels}).train(training)
         try:
@@ -88,6 +98,7 @@ def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **opti
 
 
 def _find(name: str) -> Callable[..., nn.Module]:
+    """Return the builder of this name. Raise ValueError with the nearest name if there is none."""
     if name in MODELS:
         return MODELS[name]
     near = None
@@ -102,7 +113,7 @@ def _find(name: str) -> Callable[..., nn.Module]:
 
 
 def _check(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:
-    """Refuses arguments that the builder lacks or has fixed, and values of another type."""
+    """Raise ValueError for an argument that the builder lacks or has fixed, and for a value of another type."""
     parameters = inspect.signature(build, eval_str=True).parameters
     fixed = getattr(build, "keywords", {})
     options = parameters.keys() - fixed.keys() - {"num_classes", "in_channels", "norm"} | {"norm_layer"}

@@ -1,10 +1,10 @@
 """The speed-run's network: a frozen whitening stem, then stages of one convolution that pools and one residual block.
 
-Its ideas are others', put together anew. The stages and the scaled logits are those of David Page's ResNet-9 for
-DAWNBench ("How to Train Your ResNet", github.com/davidcpage/cifar10-fast); the frozen stem that whitens patches, with
-filters in pairs of opposite sign, is from tysam-code/hlb-CIFAR10 after Page; its size of 2×2, the pool before the
-normalisation, and convolutions that start as the identity are from KellerJordan/cifar10-airbench (Jordan 2024, "94% on
-CIFAR-10 in 3.29 Seconds on a Single GPU").
+Its ideas are from others. The stages and the scaled logits are those of David Page's ResNet-9 for DAWNBench ("How to
+Train Your ResNet", github.com/davidcpage/cifar10-fast). The frozen stem that whitens patches, with filters in pairs of
+opposite sign, is from tysam-code/hlb-CIFAR10 after Page. Its size of 2×2, the pool before the normalisation, and
+convolutions that start as the identity are from KellerJordan/cifar10-airbench (Jordan 2024, "94% on CIFAR-10 in 3.29
+Seconds on a Single GPU").
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from fastres.models.blocks import Norm, norm_act, norm_act_fork
 from fastres_kernels import Conv2d
 
 LOGIT_SCALE = 1 / 8  # Page's
-EPSILON = 0.02  # of variance 1 a pixel: directions with hardly any, as the colours of a JPEG, stay small
+EPSILON = 0.02  # added to variances, 1 per pixel, so that directions with hardly any, as a JPEG's colours, stay small
 
 
 class WhiteningConv(nn.Module):
-    """k×k convolution, stride 1, no padding, whose 2·C·k² filters are a buffer and are never trained: random directions
-    until `fit`, then the eigenvectors of the patches' covariance over the roots of their variances; each with its
-    negative, so that the ReLU that follows loses nothing.
+    """k×k convolution, stride 1, no padding, whose 2·C·k² filters are a buffer and are never trained.
+
+    The filters are random directions until `fit`, and then the eigenvectors of the patches' covariance divided by the
+    roots of their variances. Each comes with its negative, so that the ReLU that follows loses nothing.
 
     (N, C, H, W) -> (N, 2·C·k², H-k+1, W-k+1).
     """
@@ -43,7 +44,7 @@ class WhiteningConv(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, epsilon: float = EPSILON) -> None:
-        """images: (N, C, H, W), normalised as in training. In float64; equal images give equal filters."""
+        """Fit the filters to images (N, C, H, W), normalised as in training, in float64. It is deterministic."""
         _, channels, k, _ = self.weight.shape
         patches = F.unfold(images.double(), k).transpose(1, 2).flatten(0, 1)  # (patches, C·k²)
         variances, directions = torch.linalg.eigh(patches.T.cov())
@@ -52,7 +53,7 @@ class WhiteningConv(nn.Module):
 
 
 def _filters_of(directions: Tensor, channels: int, k: int) -> Tensor:
-    """(C·k², C·k²), one in each row -> (2·C·k², C, k, k), these and their negatives."""
+    """Return the directions, the rows of (C·k², C·k²), and their negatives as filters (2·C·k², C, k, k)."""
     return torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
 
 
@@ -88,8 +89,8 @@ class SpeedStage(nn.Module):
 class SpeedResNet(nn.Module):
     """Whitening stem 2×2 – ReLU, a SpeedStage for each of `widths`, global max-pool, linear head without bias.
 
-    (N, in_channels, H, W) -> (N, num_classes) logits, H and W from 8 for three stages. A new run gives `whiten` images
-    of its training set. `norm_momentum`: the share of a batch in BatchNorm's running statistics.
+    (N, in_channels, H, W) -> (N, num_classes) logits; H and W are at least 8 for three stages. A new run passes images
+    of its training set to `whiten`. `norm_momentum` is the weight of a batch in BatchNorm's running statistics.
     """
 
     def __init__(
@@ -109,18 +110,18 @@ class SpeedResNet(nn.Module):
             raise ValueError(f"norm_momentum takes a number above 0 and up to 1, not {norm_momentum!r}")
         self.conv1 = WhiteningConv(in_channels, 2)
         before = [self.conv1.weight.shape[0], *widths]
-        last = len(widths) - 1  # there the pool drops no row or column: of 32 px it leaves 4, of 8 px 1
+        last = len(widths) - 1  # its pool drops no row or column, so 32 px become 4 and 8 px 1
         stages = (SpeedStage(before[i], width, norm, ceil_mode=i == last) for i, width in enumerate(widths))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(widths[-1], num_classes, bias=False)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # the first filters pass on their input, the rest stay torch's
+            if isinstance(module, nn.Conv2d):  # the first filters are the identity, the rest stay torch's
                 nn.init.dirac_(module.weight.data[: module.in_channels])
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = norm_momentum
 
     def whiten(self, images: Tensor) -> None:
-        """Fits the stem to images (N, in_channels, H, W), normalised as in training."""
+        """Fit the stem to images (N, in_channels, H, W), normalised as in training."""
         self.conv1.fit(images)
 
     def forward(self, x: Tensor) -> Tensor:

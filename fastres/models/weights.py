@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors, and torchvision's .pth files to start from."""
+"""Load and save weights: safetensors, and torchvision's .pth files to start from."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ SHOWN = 3  # keys named in a message
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
-    """Copies the file's tensors into the model; returns the keys left as they were initialised.
+    """Copy the file's tensors into the model, except a head for another number of classes.
 
-    `path`: a .safetensors file, or a .pth or .pt state_dict, bare or under "model" or "state_dict". A head
-    for another number of classes is not copied, and its keys are returned. Anything else that is missing,
-    unexpected or of another shape is UsageError before the model is touched; only num_batches_tracked, which
-    files older than PyTorch 0.4.1 lack, may be missing.
+    Args:
+        model: changed in place.
+        path: a .safetensors file, or a .pth or .pt state_dict, bare or under "model" or "state_dict".
+
+    Returns:
+        The keys of the head if it was not copied.
+
+    Raises:
+        UsageError: before the model is changed, if anything else is missing, unexpected or of another shape. Only
+            num_batches_tracked, which files older than PyTorch 0.4.1 lack, may be missing.
     """
     path = Path(path)
     state, wanted = _read(path), model.state_dict()
@@ -47,15 +53,16 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes the state_dict as safetensors, whole or not at all; equal weights give equal bytes."""
+    """Write the state_dict as safetensors, atomically. Equal weights give equal bytes."""
     path = Path(path)
-    # contiguous(): the bytes must not tell whether the model was channels-last.
+    # contiguous(), because the bytes must not depend on whether the model was channels-last.
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(model.state_dict().items())}
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(state))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """Return the state_dict of a file. Raise UsageError if it has none."""
     suffix = path.suffix.lower()
     if suffix != ".safetensors" and suffix not in PICKLED:
         raise UsageError(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
@@ -69,7 +76,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file provokes; torch's own words mislead here
+    except (
+        Exception
+    ) as error:  # a damaged or foreign file may raise anything, and torch's own message misleads
         raise UsageError(
             f"weights file {path} cannot be read ({type(error).__name__}): it is damaged, or holds something "
             "other than tensors; fetch it again, or save model.state_dict() into it"
@@ -83,6 +92,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_dense(key: Any, tensor: Any) -> bool:
+    """Return True for an entry of a state_dict whose tensor is dense, in memory and not quantized."""
     return (
         isinstance(key, str)
         and isinstance(tensor, Tensor)
@@ -92,10 +102,12 @@ def _is_dense(key: Any, tensor: Any) -> bool:
 
 
 def _shape(tensor: Tensor) -> str:
+    """Return the shape in words."""
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
 def _few(keys: Iterable[str]) -> str:
+    """Return the first SHOWN keys and the number of the others."""
     names = sorted(keys)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,2 +1,1 @@
-"""What `python -m fastres.profile` consists of: variants (what is compared), trace (what it says), report (what stays
-behind)."""
+"""The parts of `python -m fastres.profile`: variants.py, measure.py, trace.py and report.py."""

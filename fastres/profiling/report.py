@@ -1,4 +1,4 @@
-"""What a profile leaves behind: raw numbers, a row for each variant, a picture, and the tables in the terminal."""
+"""Write and print a profile: raw numbers, a row for each variant, a picture, and the tables in the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastres.utils.timing import Timing
 Row = dict[str, Any]
 
 MOST_EXPENSIVE = 3  # operators in the terminal; profile.json has all
-MEMORY = {  # by device: where the figure is from, and where the course of it is
+MEMORY = {  # by device: the source of the figure, and where its course over time can be seen
     "cpu": "peak: held, and what torch's profiler saw allocated on the CPU; the course is in the traces, [memory]",
     "cuda": "peak: held, and torch.cuda.max_memory_allocated; memory-*.pickle is for pytorch.org/memory_viz",
 }
@@ -32,21 +32,19 @@ COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a", "
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was measured of a variant."""
+    """The measurements of one variant."""
 
     variant: Variant
-    prepare_s: float  # building, compiling, the first forward and backward
+    prepare_s: float  # to build, to compile, and for the first forward and backward
     step: Timing  # rounds of Profile.steps steps
-    parts: dict[str, Timing]  # single steps, by the names in PARTS; none of a replayed graph
+    parts: dict[str, Timing]  # single steps, by the names in PARTS; empty for a replayed graph
     flops: int  # of a step
-    bytes: (
-        int | None
-    )  # of a step, each operator's inputs and outputs once; None where operators are generated
+    bytes: int | None  # of a step, each operator's inputs and outputs once; None if operators are generated
     operators: list[Operator]  # of a step, the most expensive first
     launches: float  # kernels of a step on a GPU, operators on a CPU
     kernel_s: float | None  # of a step, on a GPU
-    held_bytes: int  # between steps
-    peak_bytes: int | None  # at most in a step, beyond what is held
+    resident_bytes: int  # in use between steps
+    peak_bytes: int | None  # the most that a step allocates beyond resident_bytes; None if not known
     difference: dict[str, float]
     files: list[str]
 
@@ -55,13 +53,13 @@ class Result:
 class Profile:
     """One run of the command; the first result is the baseline."""
 
-    subject: Workload
+    workload: Workload
     engine: Engine  # of the baseline
     rounds: int
     steps: int  # of a round
     traced_steps: int
     results: list[Result]
-    absent: dict[str, str]  # variants that were asked for, and why they are not there
+    unavailable: dict[str, str]  # the reason by name for each variant that was asked for and was not measured
     copy_bytes_per_s: float
     matmul_flops: dict[str, float]  # per second, by precision
     before: dict[str, Any]
@@ -72,8 +70,8 @@ class Profile:
 
 
 def rows_of(profile: Profile) -> list[Row]:
-    """A flat row for each variant: the columns of profile.csv."""
-    images = profile.steps * profile.subject.shape[0]
+    """Return a flat row for each variant, the columns of profile.csv."""
+    images = profile.steps * profile.workload.shape[0]
     peaks = hardware.peaks_of(profile.engine.device)
     baseline = profile.results[0].step
     rows = []
@@ -102,8 +100,10 @@ def rows_of(profile: Profile) -> list[Row]:
             "steps_in_parts": result.parts["forward"].n if result.parts else 0,
             "launches": result.launches,
             "kernels_busy": None if result.kernel_s is None else result.kernel_s / step_s,
-            "peak_mb": None if result.peak_bytes is None else (result.held_bytes + result.peak_bytes) / 1e6,
-            "held_mb": result.held_bytes / 1e6,
+            "peak_mb": None
+            if result.peak_bytes is None
+            else (result.resident_bytes + result.peak_bytes) / 1e6,
+            "held_mb": result.resident_bytes / 1e6,
             "difference_logits": result.difference["logits"],
             "difference_gradients": result.difference["gradients"],
             "gflop_per_s": flops_per_s / 1e9,
@@ -118,7 +118,7 @@ def rows_of(profile: Profile) -> list[Row]:
 
 
 def raw(profile: Profile) -> dict[str, Any]:
-    """Everything, for profile.json."""
+    """Return the content of profile.json."""
     device = profile.engine.device
     peaks = hardware.peaks_of(device)
     variants = []
@@ -137,7 +137,7 @@ def raw(profile: Profile) -> dict[str, Any]:
                 "flops_per_step": result.flops,
                 "bytes_per_step": result.bytes,
                 "step_peak_bytes": result.peak_bytes,
-                "held_bytes": result.held_bytes,
+                "held_bytes": result.resident_bytes,
                 "kernel_s_per_step": result.kernel_s,
                 "difference": result.difference,
                 "operators": operators,
@@ -145,20 +145,20 @@ def raw(profile: Profile) -> dict[str, Any]:
             }
         )
     return {
-        "what": profile.subject.name,
-        "options": profile.subject.model.options,
-        "batch": list(profile.subject.shape),
+        "what": profile.workload.name,
+        "options": profile.workload.model.options,
+        "batch": list(profile.workload.shape),
         "rounds": profile.rounds,
         "steps_per_round": profile.steps,
         "traced_steps": profile.traced_steps,
         "baseline": profile.results[0].variant.name,
         "variants": variants,
-        "absent": profile.absent,
+        "absent": profile.unavailable,
         "environment": environment(profile.engine),
         "hardware": {
             "before": profile.before,
             "after": profile.after,
-            "doubts": hardware.doubts(profile.before, profile.after),
+            "doubts": hardware.disturbances(profile.before, profile.after),
             "data_sheet": None if peaks is None else asdict(peaks),
             "measured": {
                 "copy_bytes_per_s": profile.copy_bytes_per_s,
@@ -170,7 +170,7 @@ def raw(profile: Profile) -> dict[str, Any]:
 
 
 def bounds_of(profile: Profile, result: Result) -> list[tuple[str, float | None]]:
-    """What each operator is bound by, by what was measured here."""
+    """Return trace.bound() of each operator, against the rates measured in this run."""
     flops_per_s = profile.matmul_flops[result.variant.precision]
     return [trace.bound(operator, flops_per_s, profile.copy_bytes_per_s) for operator in result.operators]
 
@@ -179,6 +179,7 @@ def bounds_of(profile: Profile, result: Result) -> list[tuple[str, float | None]
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
+    """Write the rows under a header."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -186,15 +187,16 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def title_of(profile: Profile) -> str:
-    n, channels, side, _ = profile.subject.shape
+    """Return the workload, batch, device and version of torch in one line."""
+    n, channels, side, _ = profile.workload.shape
     return (
-        f"{profile.subject.name}, batch {n} of {channels} × {side} × {side}, {device_name(profile.engine.device)}, "
+        f"{profile.workload.name}, batch {n} of {channels} × {side} × {side}, {device_name(profile.engine.device)}, "
         f"torch {torch.__version__}"
     )
 
 
 def plot(profile: Profile, path: Path) -> None:
-    """A bar for each variant: forward, backward and optimizer of a step, images/s beside it."""
+    """Draw a bar for each variant with forward, backward and optimizer of a step, and images/s beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -202,7 +204,7 @@ def plot(profile: Profile, path: Path) -> None:
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    # A replay has no parts.
+    # A replay has no parts, so its whole step is one bar.
     left = [0.0 if row["steps_in_parts"] else row["step_ms"] for row in rows]
     axes.barh(range(len(rows)), left, 0.62, color=COLORS["replay"], label="replay" if any(left) else None)
     for part in PARTS:
@@ -226,35 +228,61 @@ def plot(profile: Profile, path: Path) -> None:
 
 
 def show(profile: Profile, console: Console) -> None:
-    """The tables, each with a line on how to read it."""
+    """Print the tables, each with a line on how to read it, and then what was unavailable or disturbed."""
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False)
 
-    rows, on_gpu = rows_of(profile), profile.engine.device.type == "cuda"
+    rows = rows_of(profile)
     say(f"\n{title_of(profile)}")
     say(
         f"median (20 to 80 %) of {profile.rounds} rounds of {profile.steps} step(s) in turns; of parts, of single steps"
     )
-    times = _table("images/s", "× first", *(f"{part} ms" for part in PARTS))
-    for row in rows:
-        times.add_row(
-            row["variant"],
-            _spread(row["images_per_s"], row["images_per_s_20"], row["images_per_s_80"]),
-            f"{row['ratio']:.2f}",
-            *(_spread(row[f"{p}_ms"], row[f"{p}_ms_20"], row[f"{p}_ms_80"]) for p in PARTS),
-        )
-    console.print(times)
+    console.print(_times_table(rows))
 
     reached = ", ".join(f"{flops / 1e9:,.0f} in {p}" for p, flops in profile.matmul_flops.items())
     say(
         f"measured here and now: a copy moves {profile.copy_bytes_per_s / 1e9:,.1f} GB/s, a matrix product does "
         f"{reached} GFLOP/s"
     )
-    work = _table(*(("kernels", "GPU busy") if on_gpu else ("operators",)), "peak MB", "GFLOP/s", "of matmul",
-                  "of data sheet", "GB/s", "of copy", "Δ logits", "Δ gradients")  # fmt: skip
+    console.print(_work_table(rows, on_gpu=profile.engine.device.type == "cuda"))
+    largest = profile.results[0].difference
+    say(
+        "Δ: largest difference to eager fp32 NCHW with the same weights and batch, whose logits reach "
+        f"{largest['logits_reference']:.2g} and gradients {largest['gradients_reference']:.2g}"
+    )
+
+    console.print(_operators_table(profile))
+    say(
+        "FLOPs of convolutions and matrix products; bytes of inputs and outputs once, the least that moves; unknown: "
+        "a trace does not tell. Bound by: FLOP/byte against what was measured here. What reaches little of it waits "
+        "for something else."
+    )
+    for name, reason in profile.unavailable.items():
+        say(f"not here: {name}: {reason}")
+    for line in hardware.disturbances(profile.before, profile.after):
+        say(f"doubtful: {line}", style="yellow")
+
+
+def _times_table(rows: list[Row]) -> Table:
+    """Return images/s and the time of each part, by variant."""
+    table = _table("images/s", "× first", *(f"{part} ms" for part in PARTS))
     for row in rows:
-        work.add_row(
+        table.add_row(
+            row["variant"],
+            _spread(row["images_per_s"], row["images_per_s_20"], row["images_per_s_80"]),
+            f"{row['ratio']:.2f}",
+            *(_spread(row[f"{p}_ms"], row[f"{p}_ms_20"], row[f"{p}_ms_80"]) for p in PARTS),
+        )
+    return table
+
+
+def _work_table(rows: list[Row], *, on_gpu: bool) -> Table:
+    """Return launches, memory, the rates of computing and moving, and differences to the reference, by variant."""
+    table = _table(*(("kernels", "GPU busy") if on_gpu else ("operators",)), "peak MB", "GFLOP/s", "of matmul",
+                   "of data sheet", "GB/s", "of copy", "Δ logits", "Δ gradients")  # fmt: skip
+    for row in rows:
+        table.add_row(
             row["variant"],
             f"{row['launches']:,.0f}",
             *((_share(row["kernels_busy"]),) if on_gpu else ()),
@@ -267,18 +295,16 @@ def show(profile: Profile, console: Console) -> None:
             f"{row['difference_logits']:.2g}",
             f"{row['difference_gradients']:.2g}",
         )
-    console.print(work)
-    largest = profile.results[0].difference
-    say(
-        "Δ: largest difference to eager fp32 NCHW with the same weights and batch, whose logits reach "
-        f"{largest['logits_reference']:.2g} and gradients {largest['gradients_reference']:.2g}"
-    )
+    return table
 
-    costs = _table("calls", "share", "FLOP/byte", "bound by", "reaches", second="most expensive")
+
+def _operators_table(profile: Profile) -> Table:
+    """Return the most expensive operators of each variant."""
+    table = _table("calls", "share", "FLOP/byte", "bound by", "reaches", second="most expensive")
     for result in profile.results:
         most = list(zip(result.operators, bounds_of(profile, result), strict=True))[:MOST_EXPENSIVE]
         for i, (operator, (side, share)) in enumerate(most):
-            costs.add_row(
+            table.add_row(
                 "" if i else result.variant.name,
                 " ← ".join(map(_short, filter(None, (operator.kernel, operator.name)))),
                 f"{operator.calls:,.0f}",
@@ -288,19 +314,11 @@ def show(profile: Profile, console: Console) -> None:
                 "N/A" if share is None else f"{share:.0%} of {'matmul' if side == 'compute' else 'copy'}",
                 end_section=i + 1 == len(most),
             )
-    console.print(costs)
-    say(
-        "FLOPs of convolutions and matrix products; bytes of inputs and outputs once, the least that moves; unknown: "
-        "a trace does not tell. Bound by: FLOP/byte against what was measured here. What reaches little of it waits "
-        "for something else."
-    )
-    for name, reason in profile.absent.items():
-        say(f"not here: {name}: {reason}")
-    for line in hardware.doubts(profile.before, profile.after):
-        say(f"doubtful: {line}", style="yellow")
+    return table
 
 
 def _table(*columns: str, second: str | None = None) -> Table:
+    """Return an empty table of variants; the column `second` is text, the others are numbers."""
     table = Table()
     table.add_column("variant", no_wrap=True)
     if second:
@@ -311,17 +329,19 @@ def _table(*columns: str, second: str | None = None) -> Table:
 
 
 def _short(name: str, most: int = 44) -> str:
-    """Both ends of a name: the compiler's begin alike and end in their number."""
+    """Return both ends of a long name, because inductor's names begin alike and end in a number."""
     return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"
 
 
 def _spread(median: float | None, low: float | None, high: float | None) -> str:
+    """Return the median with its spread; without a median the step was replayed as a whole."""
     if median is None:
         return "in one replay"
     return f"{_three_digits(median)} ({_three_digits(low)} to {_three_digits(high)})"
 
 
 def _number(value: float | None, form: str) -> str:
+    """Return the value in the format, or N/A."""
     return "N/A" if value is None else f"{value:{form}}"
 
 

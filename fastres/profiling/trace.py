@@ -1,8 +1,8 @@
-"""What a trace of torch's profiler says of a step: operators, kernels, memory; and the work that they were given.
+"""Read a step's operators, kernels and memory from a trace of torch's profiler, and count their FLOPs and bytes.
 
-An operator is a call as PyTorch dispatches it below autograd and autocast, or one kernel that torch.compile generated;
-views and bare allocations do nothing and do not count. Its FLOPs are those of torch.utils.flop_counter, convolutions
-and matrix products; its bytes are its inputs and outputs, each once: the least that it can move.
+An operator is a call as PyTorch dispatches it below autograd and autocast, or one kernel that torch.compile generated.
+Views and bare allocations do nothing and do not count. An operator's FLOPs are those of torch.utils.flop_counter, for
+convolutions and matrix products. Its bytes are its inputs and outputs, each once, which is the least that it can move.
 
 Not yet run on a GPU: the reading of a trace with kernels, for which the test has a trace written by hand.
 """
@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 PARTS = ("forward", "backward", "optimizer")  # of a step, and the names of its ranges in a trace
-KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of what runs on a GPU
+KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of work on a GPU
 GENERATED = re.compile(r"(graph_\d+_)?cpp_fused|triton_")  # how inductor names its kernels
 NOTHING_DONE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
                 "aten::new_empty_strided", "aten::_local_scalar_dense")  # fmt: skip
-WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read what they write to
-# What is written where an operator returns nothing, by the arguments' places: its schema marks gradients too.
+WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read the tensor that they write to
+# The arguments, by position, that an operator without a result writes to. Its schema marks the gradients as well.
 WRITTEN = {"aten::_fused_sgd_": (0, 2)}  # parameters, momentum
-# As a trace names them; lists of tensors have one name for all.
+# The names of dtypes in a trace. A list of tensors has the name TensorList, whatever its dtypes.
 TYPE_NAMES = {
     torch.float32: "float",
     torch.float64: "double",
@@ -47,14 +47,14 @@ TYPE_NAMES = {
 ITEM_BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
 
 Event = dict[str, Any]
-Key = tuple[Any, ...]  # an operator's name, and shape and type of each tensor that it takes
+Key = tuple[Any, ...]  # an operator's name, and shape and dtype of each tensor that it takes
 
 
 # ------------------------------------------------------------------------------------------- work
 
 
 class WorkCount(TorchDispatchMode):
-    """Notes FLOPs and bytes of every operator that runs eagerly inside."""
+    """Count FLOPs and bytes of every operator that runs eagerly inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +81,17 @@ class WorkCount(TorchDispatchMode):
 
     @property
     def flops(self) -> int:
+        """Return the FLOPs of all calls."""
         return sum(n * self.work[key][0] for key, n in self.calls.items())
 
     @property
     def bytes(self) -> int:
+        """Return the bytes that all calls move at least."""
         return sum(n * self.work[key][1] for key, n in self.calls.items())
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the values and in their lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -97,11 +100,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    # What is expanded has more elements than memory.
+    # An expanded tensor has more elements than memory.
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _key_of_values(values: list[Any]) -> Iterator[Any]:
+    """Yield a Key's entries for an operator's arguments."""
     for value in values:
         if isinstance(value, Tensor):
             yield tuple(value.shape), TYPE_NAMES.get(value.dtype)
@@ -110,6 +114,7 @@ def _key_of_values(values: list[Any]) -> Iterator[Any]:
 
 
 def _key_of_event(event: Event) -> Key:
+    """Return the Key of an operator's event, equal to the one that WorkCount has for such a call."""
     arguments = event.get("args", {})
     key: list[Any] = [event["name"]]
     for dims, kind in zip(arguments.get("Input Dims", ()), arguments.get("Input type", ()), strict=True):
@@ -125,37 +130,42 @@ def _key_of_event(event: Event) -> Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """One name in a trace, all its calls of a step together."""
+    """All calls of a step that have one name in a trace."""
 
     name: str
     calls: float
     seconds: float  # on the device
-    share: float  # of the time of all operators on a CPU, of all kernels on a GPU
+    share: float  # of the time of all operators on a CPU or of all kernels on a GPU
     flops: float | None
-    bytes: float | None  # None: not known
-    kernel: str | None  # on a GPU the longest of its kernels
+    bytes: float | None  # FLOPs and bytes are None if not known
+    kernel: str | None  # on a GPU, the kernel that took the most time
 
     @property
     def intensity(self) -> float | None:
-        """FLOP per byte."""
+        """Return the FLOPs per byte."""
         return self.flops / self.bytes if self.flops is not None and self.bytes else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
         return asdict(self)
 
 
 def load(path: Path) -> list[Event]:
-    """The events of a trace in Chrome's format."""
+    """Return the events of a gzipped trace in Chrome's format."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return json.load(file)["traceEvents"]
 
 
 def operators(events: list[Event], work: dict[Key, tuple[int, int]], steps: int) -> list[Operator]:
-    """What took the time of `steps` steps, per step, the most expensive first. `work`: of every operator that may be
-    called, from WorkCount.
+    """Return the operators of a trace per step, the most expensive first.
+
+    Args:
+        events: the trace's.
+        work: FLOPs and bytes of one call, of every operator that may be called, from WorkCount.
+        steps: how many steps were traced.
     """
     names = {key[0] for key in work}
-    owners: dict[Any, Event] = {}  # by the id of what runs inside it: the operator
+    owners: dict[Any, Event] = {}  # the operator by the id of each event inside it
     found: list[Event] = []
     for event, parents in _nested(e for e in events if e.get("cat") == "cpu_op" and e["ph"] == "X"):
         owner = next((owners[_id(parent)] for parent in parents if _id(parent) in owners), None)
@@ -181,7 +191,7 @@ def operators(events: list[Event], work: dict[Key, tuple[int, int]], steps: int)
     done: dict[str, list[tuple[int, int] | None]] = defaultdict(list)
     for event in found:
         key = _key_of_event(event)
-        # Compiled code hands over the result's memory too, as the last tensor.
+        # Compiled code passes the result's memory too, as the last tensor.
         done[event["name"]].append(work.get(key) or work.get(key[:-1]) or _generated_work(event))
     total_s = sum(seconds.values())
     launched = Counter(kernel["name"] for kernel in kernels)
@@ -204,30 +214,30 @@ def operators(events: list[Event], work: dict[Key, tuple[int, int]], steps: int)
 
 
 def launches(events: list[Event], rows: list[Operator], steps: int) -> float:
-    """Kernels of a step on a GPU; operators of a step where there are none."""
+    """Return the number of kernels of a step, or of operators if the trace has no kernels."""
     kernels = sum(event.get("cat") in KERNELS for event in events)
     return kernels / steps if kernels else sum(row.calls for row in rows)
 
 
 def kernel_seconds(events: list[Event], steps: int) -> float | None:
-    """Time of all kernels of a step together; None on a CPU."""
+    """Return the seconds that all kernels of a step take together; None if the trace has none."""
     taken = [event["dur"] / 1e6 for event in events if event.get("cat") in KERNELS]
     return sum(taken) / steps if taken else None
 
 
 def peak_bytes(events: list[Event]) -> int | None:
-    """The most that was allocated on the CPU at any time beyond what was there at the start; None: not recorded."""
+    """Return the most bytes allocated on the CPU at any time beyond those at the start; None if not recorded."""
     changes = [e["args"] for e in events if e["name"] == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for change in changes:
         if change["Device Type"] == 0:
-            held += change["Bytes"]
-            peak = max(peak, held)
+            allocated += change["Bytes"]
+            peak = max(peak, allocated)
     return peak if changes else None
 
 
 def _nested(events: Iterable[Event]) -> Iterator[tuple[Event, list[Event]]]:
-    """Each event with those around it, the innermost first."""
+    """Yield each event with the events around it, the innermost first."""
     stack: list[Event] = []
     for event in sorted(events, key=lambda e: (str(e["tid"]), e["ts"], -e["dur"])):
         while stack and not _within(event, stack[-1]):
@@ -245,8 +255,10 @@ def _id(event: Event) -> Any:
 
 
 def _generated_work(event: Event) -> tuple[int, int] | None:
-    """Of a Triton kernel of inductor's, which is given all its tensors: each once. It does no matrix product, or its
-    FLOPs are not known.
+    """Return FLOPs and bytes of one of inductor's Triton kernels, or None for another event.
+
+    A kernel's arguments are all its tensors, and each moves once. These kinds of kernels do no matrix product, so they
+    have 0 FLOPs in flop_counter's sense.
     """
     if not event["name"].startswith(("triton_poi_", "triton_red_", "triton_per_")):
         return None
@@ -261,13 +273,21 @@ def _generated_work(event: Event) -> tuple[int, int] | None:
     return 0, total
 
 
-# ------------------------------------------------------------------------------------------- what binds
+# ------------------------------------------------------------------------------------------- roofline
 
 
 def bound(operator: Operator, flops_per_s: float, bytes_per_s: float) -> tuple[str, float | None]:
-    """"compute" or "memory", by its FLOPs per byte against the device's; and the share that it reaches of what the
-    device could do. Above 1: its tensors came from a cache.
-    """  # fmt: skip
+    """Return the side of the roofline that an operator is on, and the share of it that the operator reaches.
+
+    Args:
+        operator: with its FLOPs and bytes.
+        flops_per_s: the device's.
+        bytes_per_s: the device's.
+
+    Returns:
+        "compute" or "memory", and the share, which is above 1 if the tensors came from a cache; "unknown" and None if
+        the FLOPs or bytes are not known.
+    """
     if operator.bytes is None or operator.flops is None or operator.bytes == 0:
         return "unknown", None
     compute_s, memory_s = operator.flops / flops_per_s, operator.bytes / bytes_per_s

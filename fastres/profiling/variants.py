@@ -1,11 +1,10 @@
-"""What can be compared: a network or one block, and the ways in which the engine can run it."""
+"""Workloads and variants: a network or one block, and the ways in which the engine can run it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -42,6 +41,8 @@ DEFAULTS = {  # by device; the first is the baseline
 
 @dataclass(frozen=True)
 class Variant:
+    """One way to run a workload: a word of each axis."""
+
     mode: str
     norm: str
     layout: str
@@ -49,15 +50,16 @@ class Variant:
 
     @property
     def words(self) -> tuple[str, ...]:
+        """Return the words in the order of AXES."""
         return (self.mode, self.norm, self.layout, self.precision)
 
     @property
     def name(self) -> str:
-        """compile-fused-channels_last-bf16; torch's norm goes without saying: compile-channels_last-bf16."""
+        """Return the words joined by -, without torch's norm: compile-channels_last-bf16."""
         return "-".join(word for word in self.words if word != "torch")
 
     def config(self, model: ModelConfig, device: str) -> Config:
-        """Of a run that trains so."""
+        """Return the configuration of a run that trains like this."""
         return Config(
             model=replace(model, norm=self.norm),  # type: ignore[arg-type]
             engine=EngineConfig(
@@ -76,30 +78,46 @@ REFERENCE = ALL[0]
 
 
 def resolved(
-    subject: Workload, variants: Sequence[Variant], device: str
-) -> tuple[dict[Variant, Callable[[], Engine]], dict[str, str]]:
-    """Those that can be had here, each with what switches torch to it; and why the others cannot."""
+    workload: Workload, variants: Sequence[Variant], device: str
+) -> tuple[dict[Variant, Engine], dict[str, str]]:
+    """Resolve each variant's engine.
+
+    Args:
+        workload: what they compute.
+        variants: those asked for.
+        device: as in engine.device.
+
+    Returns:
+        The engines of the variants that are available here, and the reason by name for each other one.
+
+    Raises:
+        UsageError: if the device or all variants are unavailable.
+    """
     check(Config(engine=EngineConfig(device=device)))
-    # A device that is not here is refused once, not for each.
-    resolve_engine(REFERENCE.config(subject.model, device))
-    switches: dict[Variant, Callable[[], Engine]] = {}
-    absent: dict[str, str] = {}
+    # A device that is not here is rejected once, and not for each variant.
+    resolve_engine(REFERENCE.config(workload.model, device))
+    engines: dict[Variant, Engine] = {}
+    unavailable: dict[str, str] = {}
     for variant in variants:
-        switch = partial(resolve_engine, variant.config(subject.model, device))
         try:
-            switch()
+            engines[variant] = resolve_engine(variant.config(workload.model, device))
         except UsageError as error:
-            absent[variant.name] = str(error)
-        else:
-            switches[variant] = switch
-    if not switches:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+            unavailable[variant.name] = str(error)
+    if not engines:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
         raise UsageError(f"--variants: none of them can be had here: {reasons}")
-    return switches, absent
+    return engines, unavailable
 
 
 def variants_named(names: Sequence[str]) -> list[Variant]:
-    """Of names in any order of their words, of short ones, and of patterns with * over all names; each once."""
+    """Return the variants of these names, each once.
+
+    A name has its words in any order and may leave out the first word of an axis. A pattern with * matches over all
+    full names.
+
+    Raises:
+        UsageError: if a name has an unknown word or two of one axis, or a pattern matches nothing.
+    """
     found: list[Variant] = []
     for name in names:
         if "*" in name:
@@ -124,11 +142,11 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
-# ------------------------------------------------------------------------------------------- what is compared
+# ------------------------------------------------------------------------------------------- workloads
 
 
 class BlockNet(nn.Module):
-    """A block as in a network, whose head adds no parameters: (N, C, S, S) -> (N, C'), the mean of each channel."""
+    """A block followed by a head without parameters, the mean of each channel: (N, C, S, S) -> (N, C')."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -141,13 +159,13 @@ class BlockNet(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """What every variant computes."""
+    """The network or block that every variant runs, and the shape of its batch."""
 
     name: str
-    build: Callable[[str], nn.Module]  # of a norm
+    build: Callable[[str], nn.Module]  # takes the name of a norm
     shape: tuple[int, int, int, int]  # (N, C, S, S) of the batch
     classes: int
-    is_block: bool  # as inside a network, its input has a gradient
+    is_block: bool  # its input has a gradient, as inside a network
     model: ModelConfig
 
 
@@ -161,8 +179,19 @@ INPUTS: dict[type[nn.Module], tuple[int, int, int]] = {  # channels, side and cl
 
 
 def model_workload(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Workload:
+    """Return a network's workload.
+
+    Args:
+        name: the network's, as in model.name.
+        options: as in model.options, and num_classes and in_channels.
+        batch_size: images of a step.
+        size: height and width of an image; None: that of the data of the network's family.
+
+    Raises:
+        UsageError: if the network does not take these.
+    """
     fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
-    of_data = ("num_classes", "in_channels")  # in training these come from the data, here from nowhere else
+    of_data = ("num_classes", "in_channels")  # which training takes from the data
     model = ModelConfig(
         name=name,
         options={key: value for key, value in options.items() if key not in of_data},
@@ -192,6 +221,17 @@ def model_workload(name: str, options: dict[str, Any], batch_size: int, size: in
 
 
 def block_workload(kind: str, channels: int, batch_size: int, size: int) -> Workload:
+    """Return the workload of one residual block of stride 1.
+
+    Args:
+        kind: one of BLOCKS.
+        channels: of the block's input and output.
+        batch_size: images of a step.
+        size: height and width of its input.
+
+    Raises:
+        UsageError: if the block cannot have that many channels.
+    """
     block = BLOCKS[kind]
     inner, rest = divmod(channels, block.expansion)
     if rest:

@@ -1,4 +1,4 @@
-"""A finished run, or a checkpoint of one, as a configuration and a network."""
+"""Load a finished run, or a checkpoint of one, as a configuration and a network."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ from fastres.utils.errors import UsageError
 def load_run(
     folder: Path, file: Path | None = None, flags: Sequence[str] = ()
 ) -> tuple[Config, dict[str, Tensor]]:
-    """A run's configuration with `flags` over it, and its weights: the final ones, or those of a checkpoint."""
+    """Return a run's configuration and weights.
+
+    Args:
+        folder: the run's.
+        file: a checkpoint whose weights to load; None: the final ones.
+        flags: like train's, applied over the run's configuration.
+
+    Raises:
+        UsageError: if the folder or file is not a run's, or the run is not finished.
+    """
     written = folder / "config.yaml"
     if not written.is_file():
         raise UsageError(
             f"{folder} is not the folder of a run, it holds no config.yaml: give one that fastres.train has written"
         )
-    # Trackers off: what they need is not needed to read the run.
+    # Trackers off, because reading a run does not need their packages.
     config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
     if file is not None:
         try:
@@ -41,12 +50,17 @@ def load_run(
         )
     try:
         return config, _checked(safetensors.torch.load_file(final))
-    except Exception as error:  # whatever a damaged file provokes
+    except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
 
 
 def _checked(weights: Any) -> dict[str, Tensor]:
-    """Weights with the two tensors whose shapes say what the network is. KeyError, TypeError where they are not."""
+    """Return the weights if they have the two tensors whose shapes tell channels and classes.
+
+    Raises:
+        KeyError: if one is missing.
+        TypeError: if the weights are not tensors or the two have another number of dimensions.
+    """
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise TypeError("its weights are not all tensors")
     if weights["conv1.weight"].ndim != 4 or weights["fc.weight"].ndim != 2:
@@ -55,7 +69,16 @@ def _checked(weights: Any) -> dict[str, Tensor]:
 
 
 def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
-    """The run's network holding `weights`, whose shapes tell how many channels and classes it has."""
+    """Return the run's network with these weights, whose shapes tell its channels and classes.
+
+    Args:
+        config: the run's.
+        weights: a state_dict.
+        norm: one of models.blocks.NORMS.
+
+    Raises:
+        UsageError: if the weights are another network's.
+    """
     options = model_options(config.model)
     if norm != "fused":
         options.pop("fused_convolutions", None)  # the same network, computed in another way

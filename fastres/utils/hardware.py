@@ -1,6 +1,6 @@
-"""What is known of a device: its data sheet, what it reaches here and now, and what state it is in.
+"""A device's data sheet, the rates measured on it, and the state of the machine.
 
-Nothing is guessed: a device that is not in PEAKS has none, and what cannot be read is None with the reason.
+Nothing is guessed: a device that is not in PEAKS has no peaks, and a field that cannot be read is None with the reason.
 Not yet run on a GPU: measured_copy and measured_matmul there, and gpu_fields against a real NVML.
 """
 
@@ -27,20 +27,20 @@ from fastres.utils.timing import interleaved, time_region
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the maker promises."""
+    """A data sheet's peak rates."""
 
-    flops: Mapping[str, float]  # dense FLOP/s by precision; a precision that the device lacks is not there
+    flops: Mapping[str, float]  # dense FLOP/s by precision, without those that the device lacks
     bytes_per_s: float
 
 
 def _peaks(fp32: float, tf32: float | None, bf16: float | None, fp16: float, gb_per_s: float) -> Peaks:
-    """From TFLOP/s and GB/s."""
+    """Return Peaks from TFLOP/s and GB/s."""
     tflops = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
     return Peaks({name: 1e12 * value for name, value in tflops.items() if value}, 1e9 * gb_per_s)
 
 
-# By the name that torch.cuda.get_device_name gives. Dense: where the sheet has a figure with sparsity only, half of it.
-# Of GeForce cards bf16 and fp16 with accumulation in fp32, which is what torch asks for.
+# By the name that torch.cuda.get_device_name returns. Figures are dense: half of those that a sheet gives with sparsity
+# only. For GeForce cards, bf16 and fp16 are those with accumulation in fp32, which torch asks for.
 PEAKS: dict[str, Peaks] = {
     # "NVIDIA A100 Tensor Core GPU", data sheet 2021; the 40 GB parts: "NVIDIA A100 ... Architecture", table 4
     "NVIDIA A100-SXM4-40GB": _peaks(19.5, 156, 312, 312, 1555),
@@ -78,7 +78,7 @@ PEAKS: dict[str, Peaks] = {
 
 
 def peaks_of(device: torch.device) -> Peaks | None:
-    """The data sheet's, where the device is in the table."""
+    """Return the data sheet's peaks, or None if the device is not in the table."""
     return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -86,7 +86,7 @@ def peaks_of(device: torch.device) -> Peaks | None:
 
 
 def measured_copy(device: torch.device, rounds: int = 5) -> float:
-    """Bytes per second, read and written, of a copy beyond the caches: the best of the rounds."""
+    """Return the bytes per second, read and written, of a copy larger than the caches: the best of the rounds."""
     gpu = device.type == "cuda"
     source = torch.randn(2**26 if gpu else 2**24, device=device)  # 256 MB, 64 MB
     target = torch.empty_like(source)
@@ -101,8 +101,8 @@ def measured_copy(device: torch.device, rounds: int = 5) -> float:
 
 
 def measured_matmul(device: torch.device, precision: str, rounds: int = 5) -> float:
-    """FLOP/s of a product of two square matrices, the best of the rounds, under torch's switches as they are."""
-    # As large as takes some time: a CPU may be a thousand times as slow in fp16 as in bf16.
+    """Return the FLOP/s of a product of square matrices under torch's current switches: the best of the rounds."""
+    # Grow the matrices until a product takes a while: a CPU may be a thousand times slower in fp16 than in bf16.
     n, largest, enough_s = (2048, 8192, 0.005) if device.type == "cuda" else (256, 2048, 0.02)
     while True:
         a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
@@ -131,7 +131,10 @@ THROTTLE_REASONS = {
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:
-    """The state of the machine at this moment. What cannot be read is None, and `unknown` says why. Never raises."""
+    """Return the state of the machine at this moment. Never raises.
+
+    A field that cannot be read is None, and `unknown` has the reason under the field's name.
+    """
     host, unknown = _read(HOST_FIELDS, "host")
     gpu = None
     try:
@@ -144,8 +147,8 @@ def snapshot(device: torch.device) -> dict[str, Any]:
     return {"unix_time_s": time.time(), "host": host, "gpu": gpu, "unknown": unknown}
 
 
-def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Of two snapshots, around a measurement: what may have disturbed it, a line each."""
+def disturbances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return a line for each thing that may have disturbed a measurement between two snapshots."""
     lines = []
     host = before["host"]
     if others := host["other_runnable"]:
@@ -153,9 +156,9 @@ def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if host["governor"] not in (None, "performance"):
         lines.append(f"the CPU's frequency governor is {host['governor']}")
     if gpu := after["gpu"]:
-        held_back = _grown((before["gpu"] or {}).get("throttled_ns") or {}, gpu.get("throttled_ns") or {})
-        if held_back:
-            by = ", ".join(f"{reason} {ns / 1e9:.1f} s" for reason, ns in held_back.items())
+        throttled_ns = _grown((before["gpu"] or {}).get("throttled_ns") or {}, gpu.get("throttled_ns") or {})
+        if throttled_ns:
+            by = ", ".join(f"{reason} {ns / 1e9:.1f} s" for reason, ns in throttled_ns.items())
             lines.append(f"the GPU's clocks were held back meanwhile: {by}")
         if others := gpu["other_processes"]:
             lines.append(f"{len(others)} other process(es) used the GPU")
@@ -165,7 +168,7 @@ def doubts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """By how much what is counted in both has grown, where it has."""
+    """Return by how much each counter has grown, of those that are in both and have grown."""
     return {name: n - before[name] for name, n in after.items() if n > before.get(name, n)}
 
 
@@ -173,12 +176,13 @@ CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def _other_runnable() -> int:
-    """Threads that run or wait for a CPU, without the one that asks."""
+    """Return the number of threads that run or wait for a CPU, without this one."""
     lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("procs_running")).split()[1]) - 1
 
 
 def _mhz() -> list[float]:
+    """Return the frequency of each CPU. Raise LookupError if the system does not tell."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     if not found:
@@ -196,7 +200,11 @@ HOST_FIELDS: dict[str, Callable[[], Any]] = {
 
 
 def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """How to read each field of a GPU's state through NVML. Raises where there is no GPU or no NVML."""
+    """Return a function for each field of a GPU's state that reads it through NVML.
+
+    Raises:
+        LookupError: if the device is no GPU or nvidia-ml-py is not installed.
+    """
     if device.type != "cuda":
         raise LookupError(f"the device is {device}")
     try:
@@ -204,7 +212,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
     except ImportError:
         raise LookupError("nvidia-ml-py is not installed: pip install nvidia-ml-py") from None
     nvml.nvmlInit()
-    # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's.
+    # Look the GPU up by its UUID, because CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's.
     gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
     def throttled() -> list[str]:
@@ -212,7 +220,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
 
     def throttled_ns() -> dict[str, int]:
-        """Since the driver was loaded. What is read at one moment, as above, is of a GPU that has nothing to do."""
+        """Return the time since the driver was loaded. throttled() sees one moment, in which the GPU is mostly idle."""
         policies = {"power cap": nvml.NVML_PERF_POLICY_POWER, "temperature": nvml.NVML_PERF_POLICY_THERMAL}
         return {
             reason: nvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime
@@ -240,7 +248,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 
 def _read(fields: Mapping[str, Callable[[], Any]], where: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each field has, and of those that cannot be read the reason."""
+    """Return the value of each field, and the reason for each one that cannot be read."""
     values: dict[str, Any] = dict.fromkeys(fields)
     unknown = {}
     for name, read in fields.items():
@@ -252,6 +260,7 @@ def _read(fields: Mapping[str, Callable[[], Any]], where: str) -> tuple[dict[str
 
 
 def _reason(error: Exception) -> str:
+    """Return the error's first line, or its type if its text fails."""
     text = type(error).__name__
     with suppress(Exception):  # an error's own text may fail too
         text = first_line(error)

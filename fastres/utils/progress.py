@@ -1,4 +1,4 @@
-"""How far something has come, on one line."""
+"""Show the progress of a loop on one line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_EVERY_S = 10.0  # between lines where the output is not a terminal
+PLAIN_EVERY_S = 10.0  # between lines if the output is not a terminal
 
 
 class ProgressLine:
-    """One line that moves in a terminal; elsewhere a plain line every ten seconds. On stderr it is gone at the end."""
+    """A progress bar in a terminal, or a plain line every ten seconds if the output is not a terminal.
+
+    Args:
+        what: the line's first words.
+        total: steps of the loop.
+        done: steps that are already done.
+        enabled: show anything at all.
+        stderr: write to stderr and remove the bar at the end.
+    """
 
     def __init__(self, what: str, total: int, done: int = 0, *, enabled: bool, stderr: bool = False) -> None:
         self.what, self.total, self.enabled = what, total, enabled
@@ -39,13 +47,13 @@ class ProgressLine:
         self._bar.stop()
 
     def update(self, done: int, figures: str = "") -> None:
-        """`done` of the total, and what else there is to say of that."""
+        """Show that `done` steps of the total are done, followed by `figures`."""
         self._bar.update(self._task, completed=done, figures=figures)
         if not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
             self._printed_at = time.monotonic()
             self.say(f"{self.what} {done:,}/{self.total:,}  {figures}".rstrip())
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self.enabled:
             self._bar.console.print(line, highlight=False, markup=False)

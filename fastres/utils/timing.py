@@ -1,7 +1,8 @@
-"""The one timer: regions of many steps in turns, the device waited for at both ends of a region and never inside.
+"""The one timer: interleaved regions of many steps, with a host-device synchronisation at both ends and none inside.
 
-Waiting inside hides what a graph or an early launch gains. Measuring one region after the other takes a drift of the
-clocks for a difference; A B A B in a fixed order gives it to both, and only their ratio is a claim.
+Synchronising inside a region would hide what a graph or an early launch gains. If one region were measured after the
+other, a drift of the clocks would look like a difference. Interleaved in a fixed order, A B A B, both regions get the
+drift, so only their ratio is a claim.
 """
 
 from __future__ import annotations
@@ -22,43 +23,50 @@ Region = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as a baseline: above 1 is faster."""
+    """The speed relative to a baseline: above 1 is faster."""
 
     of_medians: float
-    of_pairs: tuple[float, ...]  # of neighbours in time: how steady the first figure is
+    of_pairs: tuple[float, ...]  # of the two in each round; their spread shows how steady of_medians is
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured, in the order of the rounds."""
+    """The seconds of each round, in their order."""
 
     seconds: tuple[float, ...]
 
     @property
     def n(self) -> int:
+        """Return the number of rounds."""
         return len(self.seconds)
 
     @property
     def median_s(self) -> float:
+        """Return the median."""
         return statistics.median(self.seconds)
 
     @property
     def quantiles_s(self) -> tuple[float, float]:
-        """20 and 80 %."""
+        """Return the 20 and 80 % quantiles."""
         low, high = np.quantile(self.seconds, (0.2, 0.8))
         return float(low), float(high)
 
     def rates(self, units: float) -> tuple[float, float, float]:
-        """Units per second, where each round took that many: median, 20 and 80 %."""
+        """Return the median, 20 and 80 % quantiles of units per second, if each round took `units` units."""
         low_s, high_s = self.quantiles_s
         return units / self.median_s, units / high_s, units / low_s
 
     def ratio_to(self, baseline: Timing) -> Ratio:
-        """Of rounds that were taken in turns with these."""
+        """Return the speed relative to a baseline whose rounds were interleaved with these.
+
+        Raises:
+            ValueError: if the numbers of rounds differ.
+        """
         pairs = zip(baseline.seconds, self.seconds, strict=True)
         return Ratio(baseline.median_s / self.median_s, tuple(theirs / ours for theirs, ours in pairs))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the figures, for JSON."""
         low_s, high_s = self.quantiles_s
         return {
             "median_s": self.median_s,
@@ -69,13 +77,13 @@ class Timing:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given. A CPU has, always."""
+    """Synchronise with the device. Nothing to do on a CPU, whose work is synchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_region(region: Region, device: torch.device) -> float:
-    """One run of the region, from an idle device to an idle device."""
+    """Return the seconds of one run of the region, from an idle device to an idle device."""
     wait_for(device)
     start = time.perf_counter()
     region()
@@ -91,10 +99,15 @@ def interleaved(
     warm_up: int = 1,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Runs the regions in turns, in their order, `rounds` times each, after `warm_up` times unmeasured.
+    """Run the regions interleaved in their order, and time them.
 
-    `before` is called with a region's name ahead of each of its turns, outside of its time: for switches that belong
-    to the whole process.
+    Args:
+        regions: by name.
+        rounds: measured runs of each.
+        device: synchronised at both ends of each run.
+        warm_up: runs of each before the measured ones.
+        before: called with a region's name before each of its runs and outside of its time, for switches that belong
+            to the whole process.
     """
     seconds: dict[str, list[float]] = {name: [] for name in regions}
     for turn in range(-warm_up, rounds):
@@ -107,7 +120,7 @@ def interleaved(
 
 
 class Stopwatch:
-    """Times named parts inside a region without waiting for the device: by CUDA events, on a CPU by its clock."""
+    """Time named parts inside a region without a host-device synchronisation: by CUDA events, or a CPU's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -115,12 +128,13 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Time the block as one run of this part."""
         start = self._now()
         yield
         self._marks.setdefault(name, []).append((start, self._now()))
 
     def read(self) -> dict[str, tuple[float, ...]]:
-        """Seconds of each part, every time that it ran since the last reading. Waits for the device."""
+        """Return the seconds of each run of each part since the last reading. It synchronises with the device."""
         wait_for(self.device)
         marks, self._marks = self._marks, {}
         return {name: tuple(self._seconds(*pair) for pair in pairs) for name, pairs in marks.items()}
@@ -138,7 +152,7 @@ class Stopwatch:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Garbage is collected before and not inside, where what it frees would be taken for a part of the work."""
+    """Collect garbage before the block and not inside, where freeing it would count as work of the block."""
     collects = gc.isenabled()
     gc.collect()
     gc.disable()

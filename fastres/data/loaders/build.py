@@ -1,4 +1,4 @@
-"""From a source to batches on the device. Every loader keeps one contract; the suite of tests/ holds them to it.
+"""Build a loader, which makes batches on the device from a split. All loaders keep one contract: see Loader.
 
 To add a loader: a class with `train` and `evaluate`, and a line in LOADERS.
 """
@@ -25,16 +25,21 @@ __all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_
 
 
 class Loader(Protocol):
-    """Batches of one split: images (b, C, S, S), normalised, in the engine's dtype and memory format on its device, and
-    labels (b,) int64, or where images are mixed (b, classes) float32 shares. b is this process's share of the
-    global batch."""
+    """Batches of one split.
+
+    A batch is images (b, C, S, S), normalised, in the engine's dtype and memory format on its device, and labels (b,)
+    int64, or (b, classes) float32 shares if images are mixed. b is the per-rank batch size.
+    """
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One augmented batch for each step of [first_step, last_step), in the order of permutation.py."""
+        """Yield one augmented batch for each step of [first_step, last_step), in the order of sampling.py."""
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once over all processes, not augmented. Batches are of one size and equal in number on
-        every process: a short one is filled up with samples whose label is IGNORED."""
+        """Yield every sample once over all processes, not augmented.
+
+        Batches have one size and are equal in number on every process, so a short one is padded with samples whose
+        label is IGNORED.
+        """
 
 
 LOADERS: dict[str, Callable[[Split, BatchSpec], Loader]] = {
@@ -54,19 +59,25 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """The configured loader over a split of `source`, for one of `world_size` processes."""
+    """Return the configured loader.
+
+    Args:
+        config: the run's configuration.
+        source: the data set.
+        split: the part of it to load.
+        device: where batches are made.
+        dtype: of the images.
+        rank: this process's number.
+        world_size: the number of processes.
+
+    Raises:
+        UsageError: if the images' size or a setting does not fit.
+    """
     data, size = config.data, image_size(config, source)
-    if data.augment != "resized_crop":  # the training images' size: a part of another would show nowhere else
+    # Nothing else would notice a split whose images have another size than the training images.
+    if data.augment != "resized_crop":
         split.sized_image(0, size, size)
-    if (data.mixup or data.cutmix) and config.train.batch_size // world_size % 2:
-        raise UsageError(
-            f"data.mixup and data.cutmix mix pairs, and {config.train.batch_size // world_size} samples on each "
-            "process are an odd number; change train.batch_size"
-        )
-    if data.augment == "crop" and data.pad >= size:  # more than there is to reflect, and crops of zeros alone
-        raise UsageError(
-            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
-        )
+    _check_augmentation(config, size, world_size)
     spec = BatchSpec(
         batch_size=config.train.batch_size,
         eval_batch_size=min(config.train.eval_batch_size, len(split)),
@@ -92,10 +103,26 @@ def build_loader(
     return LOADERS[data.loader](split, spec)
 
 
-def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
-    """n images of the split, evenly spaced in it, as an evaluation sees them but in float32 on the host: (n, C, S, S).
+def _check_augmentation(config: Config, size: int, world_size: int) -> None:
+    """Raise UsageError if images of this side or batches of this size cannot be augmented as configured."""
+    data, rank_batch = config.data, config.train.batch_size // world_size
+    if (data.mixup or data.cutmix) and rank_batch % 2:
+        raise UsageError(
+            f"data.mixup and data.cutmix mix pairs, and {rank_batch} samples on each process are an odd number; change "
+            "train.batch_size"
+        )
+    # With more padding, too few pixels are left to reflect, and a crop could be all zeros.
+    if data.augment == "crop" and data.pad >= size:
+        raise UsageError(
+            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
+        )
 
-    The same ones on every process, whatever the loader. Fewer where they are larger than CIFAR's: as many pixels.
+
+def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
+    """Return n images of the split, evenly spaced, as an evaluation sees them: (n, C, S, S) float32 on the host.
+
+    They are the same on every process and for every loader. Images larger than CIFAR's are fewer, so that the number
+    of pixels stays.
     """
     size = image_size(config, source)
     n = min(n, len(split), max(1, n * 32**2 // size**2))
@@ -106,7 +133,11 @@ def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) 
 
 
 def image_size(config: Config, source: Source) -> int:
-    """Side in pixels of what the network sees. UsageError where the data has another and nothing resizes it."""
+    """Return the side of the network's images in pixels.
+
+    Raises:
+        UsageError: if the data's images have another and are not resized.
+    """
     if config.data.augment == "resized_crop" and config.data.image_size is not None:
         return config.data.image_size
     height, width = source.train.image(0).shape[:2]
@@ -124,7 +155,11 @@ def image_size(config: Config, source: Source) -> int:
 
 
 def classes_of(config: Config, source: Source) -> int:
-    """Outputs of the head: as many as the data has classes, or more where the configuration says so."""
+    """Return the number of the head's outputs: the data's classes, or model.num_classes.
+
+    Raises:
+        UsageError: if model.num_classes is smaller than the number of classes.
+    """
     found = len(source.classes)
     wanted = config.model.num_classes or found
     if wanted < found:

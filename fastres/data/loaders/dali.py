@@ -1,7 +1,7 @@
-"""NVIDIA DALI: decoding, resizing, cropping and flipping in C++ threads, on a GPU where there is one.
+"""The DALI loader: decode, resize, crop and flip in C++ threads, on a GPU if there is one.
 
-DALI is told of every sample what to do with it, so that order, crops and flips are those of every other loader, and a
-run continues at any step without a state of DALI's: a pipeline is built for the steps that are asked for.
+The pipeline gets the crop and flip of every sample as inputs, so order and augmentation are those of every other
+loader. A pipeline is built for the steps that are asked for, so a run resumes at any step without a state of DALI's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import BatchTransform, center_view, crop_box, sent
+from fastres.data.augment import BatchTransform, center_view, crop_box, to_device_async
 from fastres.data.sampling import Samples, sample_generator
 from fastres.data.sources.formats import decode, encoded
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import UsageError
 
-PREFETCH = 2  # batches that DALI works ahead
+PREFETCH = 2  # batches that DALI prepares ahead
 
-Feed = dict[str, Any]  # of a batch, by input of the pipeline: a row, or an array of a list, for each sample
+Feed = dict[str, Any]  # by input of the pipeline, an array or list with an entry for each sample of a batch
 T = TypeVar("T")
 
 
@@ -42,8 +42,8 @@ class DaliLoader:
             ) from None
         self.split, self.spec = split, spec
         self.labels = torch.from_numpy(split.labels).to(spec.device)
-        self.finish = BatchTransform(spec)
-        # Of each file that has been read: height and width; mtime in ns and bytes.
+        self.transform = BatchTransform(spec)
+        # For each file that has been read: height and width; mtime in ns, and bytes.
         self.sizes = np.zeros((len(split), 2), np.int32)
         self.stamps = np.zeros((len(split), 2), np.int64)
         self.reflected = spec.margin if spec.pad_mode == "reflect" else 0
@@ -52,20 +52,20 @@ class DaliLoader:
         order = self.spec.order(len(self.split))
         steps = (order.samples(step, step + 1) for step in range(first_step, last_step))
         for samples, pixels in self._batches(steps, self._feed_train, lambda samples: samples.index):
-            yield self.finish(pixels, self._labels(samples.index), self.finish.draws(samples))
+            yield self.transform(pixels, self._labels(samples.index), self.transform.draws(samples))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.spec.eval_batches(len(self.split))
         fed = self._batches((index for index, _ in batches), self._feed_evaluation, lambda index: index)
         for (_, count), (index, pixels) in zip(batches, fed, strict=True):
-            images, labels = self.finish(pixels, self._labels(index))
+            images, labels = self.transform(pixels, self._labels(index))
             labels[count:] = IGNORED
             yield images, labels
 
     def _labels(self, index: np.ndarray) -> Tensor:
-        return self.labels[sent(index, self.spec.device)]
+        return self.labels[to_device_async(index, self.spec.device)]
 
-    # ---- what DALI is fed with -----------------------------------------------------------------------------
+    # ---- the pipeline's inputs -----------------------------------------------------------------------------
 
     def _feed_train(self, samples: Samples) -> Feed:
         size, pad = self.spec.image_size, self.spec.margin
@@ -95,7 +95,11 @@ class DaliLoader:
         return feed
 
     def _images(self, index: np.ndarray) -> tuple[Feed, np.ndarray]:
-        """The samples' pixels, (b, H, W, C), or their files' bytes; and their heights and widths, (b, 2) int32."""
+        """Return the samples' pixels, (b, H, W, C), or their files' bytes, and heights and widths, (b, 2) int32.
+
+        Raises:
+            UsageError: if an image cannot be decoded, or has another size and is not resized.
+        """
         if self.split.images is not None:
             images = self.split.images[index]
             return {"images": images}, np.tile(np.array(images.shape[1:3], np.int32), (len(index), 1))
@@ -109,10 +113,13 @@ class DaliLoader:
         return {"images": files}, sizes
 
     def _file(self, index: int) -> np.ndarray:
-        """The bytes of a file, (n,) uint8. Its header is read the first time, and again where it has changed: 40 us,
-        and 9 us without, for a file that the system has in memory."""
+        """Return the bytes of a file, (n,) uint8.
+
+        Its header is read the first time, and again if the file has changed. That takes 40 us, and 9 us without the
+        header, for a file in the system's page cache.
+        """
         path, stamp = self.split.paths[index], (0, 0)
-        with suppress(OSError), path.open("rb", buffering=0) as file:  # encoded() says what is wrong
+        with suppress(OSError), path.open("rb", buffering=0) as file:  # encoded() reports the reason
             status = os.fstat(file.fileno())
             stamp = status.st_mtime_ns, status.st_size
             if stamp == tuple(self.stamps[index]):
@@ -126,10 +133,16 @@ class DaliLoader:
     def _batches(
         self, items: Iterator[T], feed: Callable[[T], Feed], samples_of: Callable[[T], np.ndarray]
     ) -> Iterator[tuple[T, Tensor]]:
-        """Each item with its pixels: (b, S, S, C) uint8."""
+        """Yield each item with its pixels: (b, S, S, C) uint8.
+
+        Args:
+            items: one for each batch.
+            feed: returns the pipeline's inputs of an item.
+            samples_of: returns the indices of an item's samples.
+        """
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        ahead: deque[T] = deque()  # fed, and not come back yet
+        ahead: deque[T] = deque()  # fed to the pipeline, and not returned yet
 
         def source() -> Iterator[tuple[Any, ...]]:
             for item in items:
@@ -146,41 +159,42 @@ class DaliLoader:
                     return
                 except RuntimeError as error:
                     fed = [samples_of(item) for item in ahead] if self.split.paths else []
-                    for batch in fed:  # it is in one of these: DALI does not say where
+                    for batch in fed:  # the bad file is in one of these; DALI does not tell which
                         for index in batch:
                             decode(self.split.paths[index])
                     raise UsageError(self._refusal(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
-                # On torch's stream, as DALI's own iterator: what was queued there before may still use that memory.
+                # On torch's stream, as in DALI's own iterator: work that is queued there may still use the memory.
                 on_gpu = self.spec.device.type == "cuda"
                 stream = torch.cuda.current_stream(self.spec.device) if on_gpu else None
                 feed_ndarray(batch, pixels, cuda_stream=stream)
                 yield ahead.popleft(), pixels
         finally:
-            # Its threads end here. A pipeline is part of reference cycles: left to the garbage collector, one was
-            # collected in a forked process, where those threads are not, and waited for them for ever.
+            # End its threads here, because a pipeline is part of reference cycles. One that was left to the garbage
+            # collector was collected in a forked process, which has no such threads, and waited for them for ever.
             pipeline._shutdown()
 
     def _refusal(self, error: str, fed: list[np.ndarray]) -> str:
-        """One line of DALI's many, with the files that may be meant. fed: the samples of each batch it works on."""
+        """Return one line of DALI's error with the files that it may mean, from the samples of each batch in work."""
         if (number := re.search(r"sample #(\d+)", error)) and fed:
             names = dict.fromkeys(str(self.split.paths[batch[int(number[1])]]) for batch in fed)
             return f"DALI cannot decode {' or '.join(names)}: replace it, or use --data.loader dataloader"
         return f"DALI: {(error.rpartition('encountered:')[2].strip() or error).splitlines()[0]}"
 
     def _inputs(self) -> list[str]:
+        """Return the names of the pipeline's inputs."""
         resizes = self.spec.augment == "resized_crop"
         return ["images", "start", "flip", *(["box_start", "box_shape", "resized"] if resizes else [])]
 
     def _pipeline(self, source: Iterator[tuple[Any, ...]]) -> Any:
-        """Bytes or pixels -> (b, S, S, C) uint8: decoded, cut out, resized, padded, cropped, flipped."""
+        """Build the pipeline: bytes or pixels -> (b, S, S, C) uint8, decoded, resized, padded, cropped and flipped."""
         from nvidia.dali import Pipeline, fn, types
 
         spec, on_gpu = self.spec, self.spec.device.type == "cuda"
-        batch = spec.order(1).local_batch
+        batch = spec.order(1).rank_batch
         pipeline = Pipeline(
-            batch_size=max(batch, spec.eval_share),
+            batch_size=max(batch, spec.eval_rank_batch),
             num_threads=max(1, spec.workers),
             device_id=spec.device.index if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
@@ -196,7 +210,7 @@ class DaliLoader:
                 if "box_start" in given:
                     images = fn.slice(images, start=given["box_start"], shape=given["box_shape"], axes=(0, 1))
             if "resized" in given:
-                # The triangular filter that PIL calls bilinear.
+                # PIL calls the triangular filter bilinear.
                 height, width = given["resized"][0], given["resized"][1]
                 images = fn.resize(
                     images, resize_y=height, resize_x=width, interp_type=types.INTERP_TRIANGULAR
@@ -217,13 +231,13 @@ class DaliLoader:
         return pipeline
 
     def _decoded(self, given: dict[str, Any]) -> Any:
-        """The files as RGB, cut out where there are boxes. Orientation as decode() has it: EXIF is left alone."""
+        """Return the files as RGB, cropped to their boxes if given. EXIF's orientation is ignored, as in decode()."""
         from nvidia.dali import fn, types
 
         device = "mixed" if self.spec.device.type == "cuda" else "cpu"
         options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
         if device == "mixed":
-            options["jpeg_fancy_upsampling"] = True  # the colours of an edge as a CPU decodes them
+            options["jpeg_fancy_upsampling"] = True  # decode the colours of an edge as a CPU does
         if "box_start" not in given:
             return fn.decoders.image(given["images"], **options)
         box = {"start": given["box_start"], "shape": given["box_shape"], "axes": (0, 1)}
@@ -231,12 +245,12 @@ class DaliLoader:
 
 
 def _dense(values: Any) -> Any:
-    """DALI takes no strides."""
+    """Return the values contiguous, because DALI takes no strides."""
     return np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values
 
 
 def _reflect(images: Any, pad: int) -> Any:
-    """Rows and columns mirrored around the outermost ones; DALI itself pads with one value only."""
+    """Return the images padded by reflection around the outermost pixels; DALI itself pads with one value only."""
     from nvidia.dali import fn
 
     above, below = images[1 : pad + 1], images[-pad - 1 : -1]

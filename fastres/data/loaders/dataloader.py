@@ -1,4 +1,4 @@
-"""torch's DataLoader as the baseline: worker processes decode and augment one sample at a time on the host."""
+"""torch's DataLoader, the baseline: worker processes decode and augment one sample at a time on the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import UsageError
 
-DEATH_S = 1.0  # from the first error to the death of the worker that is its cause
+DEATH_S = 1.0  # wait this long after an error for the death of the worker that caused it
 REMEDY = "if memory or /dev/shm ran out, use fewer --data.workers or another --data.loader"
 
 
@@ -30,23 +30,27 @@ class HostLoader:
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
-        self.finish = BatchTransform(spec)
+        self.transform = BatchTransform(spec)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.spec.order(len(self.split))
         samples = _TrainSamples(self.split, self.spec, order, first_step, last_step)
-        batches = self._batches(samples, order.local_batch)
+        batches = self._batches(samples, order.rank_batch)
         for step, (pixels, labels) in zip(range(first_step, last_step), batches, strict=True):
-            yield self.finish(pixels, labels, self.finish.draws(order.samples(step, step + 1)))
+            yield self.transform(pixels, labels, self.transform.draws(order.samples(step, step + 1)))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_share):
-            yield self.finish(pixels, labels)
+        for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_rank_batch):
+            yield self.transform(pixels, labels)
 
     def _batches(
         self, samples: Dataset[tuple[np.ndarray, int]], batch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (b, S, S, C) uint8 and labels (b,) int64, on the device."""
+        """Yield pixels (b, S, S, C) uint8 and labels (b,) int64, on the device.
+
+        Raises:
+            UsageError: if a sample cannot be read or a worker process dies.
+        """
         cuda = self.spec.device.type == "cuda"
         others = multiprocessing.active_children()
         with _no_signal_on_death():
@@ -59,14 +63,14 @@ class HostLoader:
                 return
             except Exception as error:
                 if isinstance(error, UsageError):
-                    # From a worker it comes wrapped in the worker's traceback, itself the end of it.
+                    # From a worker, the message is the end of the worker's traceback.
                     line = str(error).rpartition("fastres.utils.errors.UsageError: ")[2].strip()
-                elif fate := _fate_of_any(workers):  # whatever it shows as
+                elif fate := _fate_of_any(workers):  # the death of a worker may surface as any error
                     line = f"a worker process of the dataloader {fate}; {REMEDY}"
                 else:
                     raise
-                # The other workers end here. In the error's traceback they would be left to the garbage collector,
-                # which may come by in a forked process, and wait there for seconds.
+                # End the other workers here. The error's traceback would keep them for the garbage collector, which
+                # may run in a forked process and wait there for seconds.
                 traceback.clear_frames(error.__traceback__)
                 del batches
                 raise UsageError(line) from None
@@ -78,9 +82,12 @@ class HostLoader:
 
 @contextmanager
 def _no_signal_on_death() -> Iterator[None]:
-    """Keeps torch from answering a worker's death with an error wherever the main thread happens to be, be it in a step
-    or writing a file. Without it the next batch does, within 5 s."""
-    if threading.current_thread() is not threading.main_thread():  # torch does not do it there
+    """Restore SIGCHLD's handler after the block, in which torch replaces it by one that raises if a worker dies.
+
+    torch's handler raises wherever the main thread happens to be, for example in a step or while it writes a file.
+    Without it, the next batch raises, within 5 s.
+    """
+    if threading.current_thread() is not threading.main_thread():  # torch installs it in the main thread only
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
@@ -91,10 +98,10 @@ def _no_signal_on_death() -> Iterator[None]:
 
 
 def _fate_of_any(workers: list[BaseProcess]) -> str | None:
-    """How one of the processes came to its end, if one did."""
+    """Return how one of the processes ended, or None if all are running."""
     ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S)
     for worker in workers:
-        if worker.sentinel in ended:  # which it closes a moment before the system knows its status
+        if worker.sentinel in ended:  # it closes a moment before the system knows the exit status
             worker.join(DEATH_S)
     for code in (worker.exitcode for worker in workers):
         if code is not None:
@@ -103,16 +110,16 @@ def _fate_of_any(workers: list[BaseProcess]) -> str | None:
 
 
 class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
-    """This process's samples of the steps [first, last), one after the other."""
+    """This process's samples of the steps [first, last), one after another."""
 
     def __init__(self, split: Split, spec: BatchSpec, order: SampleOrder, first: int, last: int) -> None:
         self.split, self.spec, self.order, self.first, self.last = split, spec, order, first, last
 
     def __len__(self) -> int:
-        return (self.last - self.first) * self.order.local_batch
+        return (self.last - self.first) * self.order.rank_batch
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        step, row = divmod(i, self.order.local_batch)
+        step, row = divmod(i, self.order.rank_batch)
         samples = _samples_of_step(self.order, self.first + step)
         index, flip = int(samples.index[row]), bool(samples.flip[row])
         size, pad = self.spec.image_size, self.order.pad
@@ -127,17 +134,17 @@ class _TrainSamples(Dataset[tuple[np.ndarray, int]]):
 
 
 class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
-    """This process's share of every evaluation batch, filled up to equal sizes."""
+    """This process's samples of every evaluation batch, padded to equal sizes."""
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
         self.batches = spec.eval_batches(len(split))
 
     def __len__(self) -> int:
-        return len(self.batches) * self.spec.eval_share
+        return len(self.batches) * self.spec.eval_rank_batch
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        batch, row = divmod(i, self.spec.eval_share)
+        batch, row = divmod(i, self.spec.eval_rank_batch)
         indices, count = self.batches[batch]
         index = int(indices[row])
         view = evaluation_view(self.split, index, self.spec.augment, self.spec.image_size)
@@ -145,8 +152,11 @@ class _EvalSamples(Dataset[tuple[np.ndarray, int]]):
 
 
 def evaluation_view(split: Split, index: int, augment: str, size: int) -> np.ndarray:
-    """Sample `index` as an evaluation sees it: (size, size, C) uint8. UsageError where it is of another size and nothing
-    resizes it."""
+    """Return sample `index` as an evaluation sees it: (size, size, C) uint8.
+
+    Raises:
+        UsageError: if the image has another size and is not resized.
+    """
     if augment == "resized_crop":
         return resize_and_center_crop(split.image(index), size)
     return split.sized_image(index, size, size)
@@ -154,4 +164,5 @@ def evaluation_view(split: Split, index: int, augment: str, size: int) -> np.nda
 
 @lru_cache(maxsize=4)
 def _samples_of_step(order: SampleOrder, step: int) -> Samples:
+    """Return this process's samples of a step, cached because a worker asks for one sample at a time."""
     return order.samples(step, step + 1)

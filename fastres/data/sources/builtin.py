@@ -13,7 +13,7 @@ SYNTHETIC_CLASSES = 10
 
 
 def digits(config: DataConfig) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, stratified into 1,437 and 360."""
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 grey, stratified into 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -29,11 +29,11 @@ def digits(config: DataConfig) -> Source:
 
 
 def synthetic(config: DataConfig) -> Source:
-    """Ten classes of coarse random patterns under noise: learnable, balanced, the same every time."""
+    """Return ten balanced classes of coarse random patterns under noise, learnable and the same every time."""
     size, train = config.image_size or 32, config.synthetic_samples
     total = train + max(train // 4, 1)
     rng = np.random.default_rng(SYNTHETIC_SEED)
-    # 4x4 patches survive a crop and a flip; two summands below 128 stay within a byte.
+    # 4x4 patches survive a crop and a flip. Two summands below 128 fit into a byte.
     patches = rng.integers(0, 128, (SYNTHETIC_CLASSES, 4, 4, 3), np.uint8)
     place = np.arange(size) * 4 // size
     labels = np.arange(total) % SYNTHETIC_CLASSES

@@ -1,14 +1,14 @@
-"""Folders of images, decoded once: what their files hold is kept in a folder of the user's, for the runs that follow.
+"""The cache of decoded image folders: a folder is decoded once, and later runs read the result from the cache.
 
-Of each part of a folder (train, test) there may be four files there, and a lock, named after the part and its path:
+For each part of a folder (train, test) the cache has up to four files and a lock, named after the part and its path:
 
     train-a3c5f20e91b07d44.npy     its images, which the resident loader maps into memory
-    train-a3c5f20e91b07d44.json    what they were made from, and their checksum
-    train-a3c5f20e91b07d44.sizes   of every file its size, or why it cannot be decoded (data.skip_bad)
+    train-a3c5f20e91b07d44.json    the fingerprint of the files they were made from, and their checksum
+    train-a3c5f20e91b07d44.sizes   the size of every file, or the reason why it cannot be decoded (data.skip_bad)
     train-a3c5f20e91b07d44.bad     the files that were left out last, with the reasons (data.skip_bad)
 
-Each is written whole or not at all, by one process at a time, and used only where the files it was made from are as
-they were. Where the folder cannot be written everything works as without it, and a note says so.
+Each is written atomically, by one process at a time, and used only if the files it was made from have not changed. If
+the cache cannot be written, everything works without it, and a note says so.
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ from fastres.utils import ranks
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.progress import ProgressLine
 
-VERSION = 1  # of what is kept: to be raised where decode() gives other pixels
-BLOCK = 256  # images per task of the thread pool: one task per image spends a second on futures alone
+VERSION = 1  # of the cache; to be raised when decode() returns other pixels
+BLOCK = 256  # images per task of the thread pool, because one task per image would spend a second on futures
 
 Size = tuple[int, int]  # height and width
 T = TypeVar("T")
 
 
-# What is kept of a folder -------------------------------------------------------------------------
+# Cached results of a folder -----------------------------------------------------------------------
 
 
 def kept_images(
     folder: Path, paths: Sequence[Path], config: DataConfig
 ) -> tuple[np.ndarray | None, list[str]]:
-    """The images of `paths`, all below `folder`, as (N, H, W, 3) uint8 mapped from the cache; and notes for the user.
+    """Return the images of `paths`, all below `folder`, mapped from the cache, and notes for the user.
 
-    No images where the cache cannot be written. Raises UsageError where a file cannot be decoded, or is not of the first
-    one's size.
+    Returns:
+        The images (N, H, W, 3) uint8, or None if the cache cannot be written; and the notes.
+
+    Raises:
+        UsageError: if a file cannot be decoded or has not the first one's size.
     """
     wanted = _fingerprint(folder, paths)
     notes = []
@@ -70,7 +73,10 @@ def kept_images(
 def sizes_and_reasons(
     folder: Path, paths: Sequence[Path], config: DataConfig
 ) -> tuple[list[Size | str], list[str]]:
-    """Of each of `paths`, all below `folder`, its size or why it cannot be decoded; and notes for the user."""
+    """Return the size of each of `paths`, or the reason why it cannot be decoded, and notes for the user.
+
+    All paths are below `folder`.
+    """
     wanted = _fingerprint(folder, paths)
     found: list[Size | str] = []
     try:
@@ -94,8 +100,8 @@ def sizes_and_reasons(
         return found, [_not_kept(error, config)]
 
 
-def keep_bad(folder: Path, lines: Iterable[str], config: DataConfig) -> Path | None:
-    """Keeps a list of the files of `folder` that are left out; the list's place, None where it cannot be written."""
+def write_bad_list(folder: Path, lines: Iterable[str], config: DataConfig) -> Path | None:
+    """Write the list of the files of `folder` that are left out. Return its path, or None if it cannot be written."""
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
     try:
         file = _entry(folder, config).with_suffix(".bad")
@@ -109,7 +115,7 @@ def keep_bad(folder: Path, lines: Iterable[str], config: DataConfig) -> Path | N
 
 
 def decode_all(paths: Sequence[Path], workers: int) -> np.ndarray:
-    """The images of `paths` in memory, (N, H, W, 3) uint8. Refuses what kept_images() does."""
+    """Return the images of `paths` in memory, (N, H, W, 3) uint8. Raise UsageError as kept_images() does."""
     shape, blocks = _decoded(paths, workers)
     images = np.empty(shape, np.uint8)
     for start, block in zip(range(0, len(paths), BLOCK), blocks, strict=True):
@@ -121,7 +127,7 @@ def decode_all(paths: Sequence[Path], workers: int) -> np.ndarray:
 
 
 def _entry(folder: Path, config: DataConfig) -> Path:
-    """Where everything that is kept of `folder` goes, but for the suffix. Raises OSError where that is no folder."""
+    """Return the path of the cache's files for `folder` without suffix. Raise OSError if the cache is no folder."""
     try:
         store = Path(_place(config)).expanduser()
     except RuntimeError as error:  # a user without a home, as in some containers
@@ -131,26 +137,32 @@ def _entry(folder: Path, config: DataConfig) -> Path:
 
 
 def _place(config: DataConfig) -> str:
+    """Return the cache's folder."""
     return config.cache or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/fastres"
 
 
 def _real(folder: Path) -> Path:
+    """Return the path with all links resolved, also if a part of it is missing."""
     return Path(os.path.realpath(folder))
 
 
 def _fingerprint(folder: Path, paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and times of change; it differs where anything has been done to any of the files."""
+    """Return a hash of names, sizes and modification times, which differs if any of the files has changed."""
     digest, start = hashlib.sha256(b"%d\n" % VERSION), len(os.fsencode(folder)) + 1
     for path in paths:
         digest.update(os.fsencode(path)[start:] + b"\0")
-        with contextlib.suppress(OSError):  # a link to nothing has a name only
+        with contextlib.suppress(OSError):  # a link to nothing has only a name
             status = path.stat()
             digest.update(b"%d %d\n" % (status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
 
 
 def _once(entry: Path, folder: Path, read: Callable[[], T | None], make: Callable[[], None]) -> T:
-    """What `read` finds; where it finds nothing, after `make`, which one process at a time does. Raises OSError."""
+    """Return what `read` returns, after one process has run `make` if it returns None.
+
+    Raises:
+        OSError: if `read` returns None even then.
+    """
     found = read()
     if found is None:
         with _alone(entry.with_suffix(".lock"), folder):
@@ -165,7 +177,7 @@ def _once(entry: Path, folder: Path, read: Callable[[], T | None], make: Callabl
 
 @contextlib.contextmanager
 def _alone(path: Path, folder: Path) -> Iterator[None]:
-    """Keeps other processes out, and says so where it has to wait. The lock goes with its process, however killed."""
+    """Keep other processes out, and tell the user if it has to wait. A killed process loses its lock."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -179,16 +191,18 @@ def _alone(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically."""
     _write(path, json.dumps(content).encode())
 
 
 def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
-    """What was written there; None where that is nothing, or of other files than those of the fingerprint."""
+    """Return the file's content, or None if it is missing, damaged, or has another fingerprint."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if content["fingerprint"] == wanted else None
@@ -197,15 +211,15 @@ def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
 
 
 def _is_size(one: Any) -> bool:
-    """Whether it is what stands for a file in .sizes: height and width, or a reason."""
+    """Return True if it is an entry of .sizes: height and width, or a reason."""
     return isinstance(one, str) or (
         isinstance(one, list) and len(one) == 2 and all(type(side) is int and side > 0 for side in one)
     )
 
 
 def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint: str, workers: int) -> None:
-    """The array first, then its description: without the right one it does not count."""
-    for suffix in (".json", ".npy"):  # of the folder as it was: its room may be needed
+    """Write the array and then its description, without which the array does not count."""
+    for suffix in (".json", ".npy"):  # those of the previous files, whose space may be needed
         entry.with_suffix(suffix).unlink(missing_ok=True)
     shape, blocks = _decoded(paths, workers)
     header, digest = io.BytesIO(), hashlib.sha256()
@@ -213,7 +227,7 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
     pieces: Iterable[bytes | memoryview] = itertools.chain(
         [header.getvalue()], (np.stack(block).data for block in blocks)
     )
-    # Written, not mapped: where the disk is full a write is an error, and a mapped page kills the process.
+    # Written and not mapped, because on a full disk a write raises, and a mapped page kills the process.
     with atomic_write(entry.with_suffix(".npy")) as file:
         for piece in pieces:
             file.write(piece)
@@ -223,16 +237,18 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
 
 
 def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
-    """The array, mapped; None where there is none, of other files, or not as it was written."""
+    """Return the array, mapped, or None if it is missing, of other files, or fails its checksum."""
     description = _read_json(entry.with_suffix(".json"), wanted)
     try:
-        with entry.with_suffix(".npy").open("rb") as file:  # once: another process may replace it meanwhile
+        with entry.with_suffix(".npy").open(
+            "rb"
+        ) as file:  # opened once, because another process may replace it meanwhile
             if description and hashlib.file_digest(file, "sha256").hexdigest() == description["sha256"]:
                 shape = tuple(description["shape"])
                 if len(shape) != 4 or shape[0] != count:
                     return None
                 offset = file.tell() - math.prod(shape)
-                # Copied where written to, which nobody does: torch takes no arrays that it must not write to.
+                # Copy on write, although nobody writes, because torch warns about arrays that are read-only.
                 return np.memmap(file, np.uint8, "c", offset, shape)
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         pass
@@ -240,6 +256,7 @@ def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
 
 
 def _not_kept(error: OSError, config: DataConfig) -> str:
+    """Return the note that the cache cannot be written."""
     return (
         f"decoded images are not kept for later runs in {_place(config)} ({error.strerror or error}): "
         "name a folder that can be written with --data.cache"
@@ -250,7 +267,7 @@ def _not_kept(error: OSError, config: DataConfig) -> str:
 
 
 def _decoded(paths: Sequence[Path], workers: int) -> tuple[tuple[int, ...], Iterator[list[np.ndarray]]]:
-    """The shape of the images of `paths` together, and the images, (H, W, 3) uint8, in blocks of BLOCK."""
+    """Return the shape of all images together, and an iterator over the images, (H, W, 3) uint8, in blocks of BLOCK."""
     height, width, channels = decode(paths[0]).shape
 
     def sized(path: Path) -> np.ndarray:
@@ -262,7 +279,7 @@ def _decoded(paths: Sequence[Path], workers: int) -> tuple[tuple[int, ...], Iter
 
 
 def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Iterator[list[T]]:
-    """What `work` gives for each path, in their order, in blocks of BLOCK, by that many threads."""
+    """Yield the results of `work` for each path, in their order, in blocks of BLOCK, by `workers` threads."""
 
     def block(start: int) -> list[T]:
         return [work(path) for path in paths[start : start + BLOCK]]
@@ -277,5 +294,6 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
 
 
 def _say(line: str) -> None:
+    """Print the line on rank 0's stderr."""
     if ranks.rank() == 0:
         print(f"fastres: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files from elsewhere: streamed beside their place, checksummed, and only then moved into it."""
+"""Download files and unpack archives: each file is written beside its place, checksummed, and only then moved there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastres.utils.errors import UsageError
 
 CONNECT_TIMEOUT_S = 10
 CHUNK_BYTES = 1 << 20
-MOST_BYTES = 1 << 30  # of a file in an archive; the largest that is asked for has 155 MB
+MOST_BYTES = 1 << 30  # the limit for a file in an archive; the largest that is unpacked has 155 MB
 REMEDIES = (
     "Point --data.root at a folder that has it or --data.mirror at a server that does, "
     "or use --recipe digits, which needs no download"
@@ -29,9 +29,11 @@ REMEDIES = (
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Brings `url` to `path`, which appears whole and with the right checksum or not at all.
+    """Download `url` to `path` atomically, after its checksum has been compared.
 
-    Raises UsageError where the checksum differs, OSError where the file cannot be had or written.
+    Raises:
+        UsageError: if the checksum differs.
+        OSError: if the file is unavailable or cannot be written.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     digest = hashlib.md5(usedforsecurity=False)
@@ -57,9 +59,17 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataConfig) -> None:
-    """Fetches `path` from the first of `urls` that answers, or from the mirror alone, under the same name.
+    """Download `path` from the first of `urls` that answers, or only from the mirror, under the same name.
 
-    Raises UsageError: `what` is missing, why each download failed, and what to do.
+    Args:
+        what: the first words of the error, which say what is missing.
+        path: the file.
+        urls: tried in their order.
+        md5: the file's checksum.
+        config: data.download and data.mirror.
+
+    Raises:
+        UsageError: if no download works or is allowed, with the reason for each and the remedy.
     """
     if not config.download:
         raise UsageError(f"{what}, and --data.download is false. {REMEDIES}")
@@ -80,9 +90,10 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
 
 
 def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None:
-    """Brings the members `folder.name`/NAME of a tar archive into `folder`, each one whole or not at all.
+    """Unpack the members `folder.name`/NAME of a tar archive into `folder`, each atomically.
 
-    Raises UsageError where the archive's checksum differs, or it cannot be read or lacks a file.
+    Raises:
+        UsageError: if the archive's checksum differs, it cannot be read, or it lacks a file.
     """
     try:
         with archive.open("rb") as file:
@@ -90,9 +101,10 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
         if found != md5:
             raise UsageError(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same file system: moves are atomic
+        # On the same file system, where moves are atomic.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with tarfile.open(archive) as tar:
-                for name in names:  # these alone: no path comes from the archive
+                for name in names:  # only these, so that no path comes from the archive
                     member = tar.getmember(f"{folder.name}/{name}")
                     content = tar.extractfile(member) if member.isreg() else None
                     if content is None or member.size > MOST_BYTES:

@@ -1,4 +1,4 @@
-"""What bytes on a disk mean: image files, CIFAR's pickles, MNIST's IDX. Nothing in a file is executed."""
+"""Read image files, CIFAR's pickles and MNIST's IDX. Nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from PIL import Image
 
 from fastres.utils.errors import UsageError
 
-# What files named .jpg and .png turn out to be. PIL knows more, such as EPS, which it gives an interpreter.
+# The formats that files named .jpg and .png turn out to have. PIL knows more, such as EPS, which it interprets.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 JPEG_END = b"\xff\xd9"
-PNG_BITS = 24  # where a PNG says how many bits a channel has
+PNG_BITS = 24  # the offset of the bits per channel in a PNG
 
 
 def damaged(path: Path, reason: object) -> NoReturn:
-    """Refuses a file of a published data set."""
+    """Raise UsageError for a file of a published data set."""
     raise UsageError(
         f"{path} is damaged or of another format: {reason}. "
         "Delete it to download it again (from --data.mirror, if need be), point --data.root at a good copy, "
@@ -34,27 +34,30 @@ def damaged(path: Path, reason: object) -> NoReturn:
 
 
 def decode(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB: grey is repeated, alpha dropped, 16 bits cut to the upper 8.
+    """Return an image file as (H, W, 3) uint8 RGB: grey is repeated, alpha dropped, 16 bits cut to the upper 8.
 
-    As torchvision does, it leaves EXIF's orientation alone. Raises UsageError where the file cannot be decoded.
+    EXIF's orientation is ignored, as in torchvision.
+
+    Raises:
+        UsageError: if the file cannot be decoded.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode == "RGB":
                 return np.array(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() clips at 255 or not, by its version
+            if image.mode.startswith("I"):  # 16-bit grey, which some versions of convert() clip at 255
                 return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if "transparency" in image.info:  # a palette's alpha: convert() warns unless asked for it
+            if "transparency" in image.info:  # a palette's alpha: convert() warns if it is not asked for it
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
-    except Exception as error:  # whatever a decoder trips over in a damaged file; PIL raises a dozen kinds
+    except Exception as error:  # PIL raises a dozen types of errors for damaged files
         raise UsageError(
             f"cannot read the image {path}: {_reason(path, error)}; replace or delete it"
         ) from error
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why an image file cannot be read, without its name."""
+    """Return why an image file cannot be read, without its name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     with contextlib.suppress(OSError):
@@ -64,7 +67,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def size_or_reason(path: Path) -> tuple[int, int] | str:
-    """Height and width of an image file that decode() takes, else why it does not."""
+    """Return height and width of an image file, or the reason if decode() rejects it."""
     try:
         height, width, _ = decode(path).shape
         return height, width
@@ -74,7 +77,7 @@ def size_or_reason(path: Path) -> tuple[int, int] | str:
 
 
 def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """Refuses an image whose height and width are not those of others."""
+    """Raise UsageError if an image's height and width are not those of the others."""
     if size != wanted:
         raise UsageError(
             f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}: images of unequal size need "
@@ -83,11 +86,16 @@ def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> 
 
 
 def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
-    """An image file's bytes, (n,) uint8, for a decoder that should see in them what decode() does; height and width;
-    and whether they are the file's own.
+    """Return an image file's bytes for another decoder, which sees the same pixels in them as decode().
 
-    What decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a PNG's
-    wrong checksums) goes through decode() and comes as PNG. Raises UsageError where the file cannot be decoded.
+    Files that decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a
+    PNG with wrong checksums) go through decode() and come as PNG.
+
+    Returns:
+        The bytes, (n,) uint8; height and width; and True if the bytes are the file's own.
+
+    Raises:
+        UsageError: if the file cannot be decoded.
     """
     try:
         data = np.fromfile(path, np.uint8)
@@ -101,7 +109,7 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
                 plain = plain and image.format == "JPEG" and JPEG_END in data[-64:].tobytes()
         if plain:
             return data, size, True
-    except Exception:  # as above; decode() says what is wrong, if anything
+    except Exception:  # as above; decode() reports the reason, if there is any
         pass
     pixels, png = decode(path), io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", compress_level=1)
@@ -109,7 +117,7 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype in a pickle: whole numbers only."""
+    """A stand-in for numpy.dtype in a pickle, for whole numbers only."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[<>|=]?[iu][1248]", code):
@@ -121,7 +129,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, so that numpy's own code is never handed a state that a file made up."""
+    """A stand-in for numpy.ndarray, so that numpy's own code never gets a state that a file made up."""
 
     value = np.empty(0, np.uint8)
 
@@ -146,11 +154,11 @@ def _scalar(dtype: _Dtype, raw: bytes) -> int:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # the one encoding that pickle writes bytes for Python 2 in
+    return text.encode("latin1")  # pickle writes bytes for Python 2 in this encoding only
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads containers, text, numbers and arrays of them. It imports nothing, so nothing else can run."""
+    """Reads containers, text, numbers and arrays of them. It imports nothing, so no code of a file can run."""
 
     KNOWN = MappingProxyType(
         {
@@ -173,7 +181,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:
-    """A pickled dict of plain values and arrays of whole numbers. Raises UsageError where it is not one."""
+    """Return a pickled dict of plain values and arrays of whole numbers. Raise UsageError if the file is none."""
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -185,9 +193,10 @@ def read_pickle(path: Path) -> dict[Any, Any]:
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An IDX file of bytes, gzipped if named .gz, as (N, *shape) uint8.
+    """Return an IDX file of bytes, gzipped if named .gz, as (N, *shape) uint8.
 
-    Raises UsageError where its header is not of that shape, or announces more or less than follows.
+    Raises:
+        UsageError: if its header has another shape or announces more or fewer bytes than follow.
     """
     try:
         packed = path.read_bytes()

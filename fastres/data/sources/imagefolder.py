@@ -1,4 +1,4 @@
-"""Folders of images: train/CLASS/* and test/CLASS/*."""
+"""Read folders of images: train/CLASS/* and test/CLASS/*."""
 
 from __future__ import annotations
 
@@ -10,39 +10,45 @@ from pathlib import Path
 import numpy as np
 
 from fastres.config.schema import DataConfig
-from fastres.data.sources.cache import Size, keep_bad, kept_images, sizes_and_reasons
+from fastres.data.sources.cache import Size, kept_images, sizes_and_reasons, write_bad_list
 from fastres.data.sources.source import NORMALIZATION, Source, Split
 from fastres.utils.errors import UsageError
 
-NAMED = 3  # files that a note names; their full list is in a file
+NAMED = 3  # files that a note names; a file lists all of them
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
 
 
 def imagefolder(config: DataConfig) -> Source:
-    """root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG; decoded for the resident loader alone."""
+    """Return the data set of root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG.
+
+    The files are decoded here for the resident loader only.
+
+    Raises:
+        UsageError: if a folder is missing or empty, a class has no training images, or a file is bad.
+    """
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise UsageError(
             f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images"
         )
-    held = [name for name in ("test", "val") if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not held:
-        absent = "test (or val)" if (root / "train").is_dir() else "train"
+    tests = [name for name in ("test", "val") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        missing = "test (or val)" if (root / "train").is_dir() else "train"
         raise UsageError(
-            f"no folder {absent} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*"
+            f"no folder {missing} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*"
         )
 
     outside: list[Path] = []
-    parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", held[0])}
+    parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", tests[0])}
     classes = tuple(parts["train"])
-    unknown = [name for name in parts[held[0]] if name not in classes]
+    unknown = [name for name in parts[tests[0]] if name not in classes]
     if unknown:
         raise UsageError(
-            f"{root / held[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
+            f"{root / tests[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
         )
-    notes = [f"{root} has both test and val: test is used"] if len(held) == 2 else []
+    notes = [f"{root} has both test and val: test is used"] if len(tests) == 2 else []
     if outside:
         notes.append(_one_line(
             f"{len(outside):,} links lead out of {root} and are followed; the first is {outside[0]}, "
@@ -63,7 +69,7 @@ def imagefolder(config: DataConfig) -> Source:
                 return Split(labels=labels, images=images)
         return Split(labels=labels, paths=paths)
 
-    train, test = split("train"), split(held[0])
+    train, test = split("train"), split(tests[0])
     mean, std = NORMALIZATION["imagefolder"]
     return Source(
         name="imagefolder",
@@ -77,14 +83,21 @@ def imagefolder(config: DataConfig) -> Source:
 
 
 def _flat(files: ClassFiles) -> tuple[Path, ...]:
+    """Return the files of all classes, class after class."""
     return tuple(path for paths in files.values() for path in paths)
 
 
 def _without_bad(
     root: Path, parts: dict[str, ClassFiles], config: DataConfig
 ) -> tuple[dict[str, ClassFiles], list[str]]:
-    """The files that can be decoded and, where nothing resizes them, are of the size of most training images; and notes
-    that name the others."""
+    """Return the files that can be used, and notes that name the others.
+
+    A file can be used if it can be decoded and, if images are not resized, has the most common size of the training
+    images.
+
+    Raises:
+        UsageError: if a class has no image that can be used.
+    """
     size: Size | None = None
     good: dict[str, ClassFiles] = {}
     notes: list[str] = []
@@ -114,9 +127,9 @@ def _without_bad(
 
 
 def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig) -> str:
-    """One line that counts the files left out of a folder, names the first and says where all are listed."""
+    """Return a line with the number of files left out of a folder, the first ones, and the file that lists all."""
     lines = [f"{path.relative_to(folder)} ({reason})" for path, reason in bad.items()]
-    listed = keep_bad(folder, lines, config)
+    listed = write_bad_list(folder, lines, config)
     more = f" and {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
     note = (
         f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}"
@@ -126,13 +139,24 @@ def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig
 
 
 def _one_line(note: str) -> str:
-    return " ".join(note.encode("utf-8", "backslashreplace").decode().split())  # a file may have any name
+    """Return the note in one line that can be encoded, although a file may have any name."""
+    return " ".join(note.encode("utf-8", "backslashreplace").decode().split())
 
 
 def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> ClassFiles:
-    """The image files of each class folder of root/part, both in the order of their names; with those that are links to
-    nothing, where `broken`, else UsageError. Links that lead out of root are added to `outside`: shared data sets are
-    often linked together, so they are read, and said."""
+    """Return the image files of each class folder of root/part, both in the order of their names.
+
+    Links that lead out of root are followed and reported, because shared data sets are often linked together.
+
+    Args:
+        root: the data set's folder.
+        part: train, test or val.
+        broken: include files that are links to nothing, and do not raise for them.
+        outside: links that lead out of root are added to it.
+
+    Raises:
+        UsageError: if there is no class, a class has no image, or there is a link to nothing.
+    """
     folder = root / part
     inside = Path(os.path.realpath(root))
 
@@ -153,7 +177,7 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
         for entry in visible(of_class):
             if not entry.name.lower().endswith(IMAGE_SUFFIXES):
                 continue
-            if not entry.is_symlink():  # the listing tells what it is: no call for each of a million files
+            if not entry.is_symlink():  # the listing has its type, which saves a call for each file
                 if entry.is_file():
                     yield Path(entry.path)
             elif (path := checked(Path(entry.path), broken)).is_file() or not path.exists():

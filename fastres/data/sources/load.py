@@ -23,8 +23,12 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 
 
 def load_source(config: DataConfig) -> Source:
-    """The data set that `config` names, checked. Raises UsageError where it is bad, or not to be had."""
+    """Return the data set that `config` names, checked.
+
+    Raises:
+        UsageError: if it is damaged or unavailable.
+    """
     try:
         return SOURCES[config.source](config)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ for a user who does not exist
         raise UsageError(f"cannot read {config.source} under --data.root {config.root}: {error}") from error

@@ -1,4 +1,4 @@
-"""A data set in memory or as files: labelled images, class names, and normalisation."""
+"""Data sets in memory or as files: labelled images, class names, and normalisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastres.data.sources.formats import check_size, decode
 from fastres.utils.errors import UsageError
 
 # Mean and standard deviation of each channel over the published training set, in [0, 1] units. Folders of
-# images take ImageNet's: pretrained weights expect them.
+# images take ImageNet's, because pretrained weights expect them.
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -21,8 +21,8 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-HOLD_OUT_SEED = 5_000  # of every run, whatever its run.seed: validation figures compare across seeds
-HISTOGRAM_BLOCK = 1_024  # images per bincount, which copies to int64
+HOLD_OUT_SEED = 5_000  # the same for every run.seed, so that validation figures compare across seeds
+HISTOGRAM_BLOCK = 1_024  # images per bincount, which copies them to int64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,39 +31,41 @@ class Split:
 
     labels: np.ndarray  # (N,) int64
     images: np.ndarray | None = None  # (N, H, W, C) uint8
-    paths: tuple[Path, ...] = ()  # N files, where images is None
+    paths: tuple[Path, ...] = ()  # N files, if images is None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def channels(self) -> int:
+        """Return the channels of an image."""
         return 3 if self.images is None else self.images.shape[3]
 
     def image(self, index: int) -> np.ndarray:
-        """Sample `index` as (H, W, C) uint8. UsageError where its file cannot be decoded."""
+        """Return sample `index` as (H, W, C) uint8. Raise UsageError if its file cannot be decoded."""
         return decode(self.paths[index]) if self.images is None else self.images[index]
 
     def sized_image(self, index: int, height: int, width: int) -> np.ndarray:
-        """Sample `index` as (height, width, C) uint8. UsageError where it is of another size."""
+        """Return sample `index` as (height, width, C) uint8. Raise UsageError if it has another size."""
         image = self.image(index)
         self.check_size(index, image.shape[0], image.shape[1], height, width)
         return image
 
     def check_size(self, index: int, height: int, width: int, wanted_height: int, wanted_width: int) -> None:
-        """Refuses sample `index`, of height x width, where it is not of the size of others."""
+        """Raise UsageError if sample `index`, of height x width, has not the size that is wanted."""
         what = self.paths[index] if self.paths else f"image {index}"
         check_size(what, (height, width), (wanted_height, wanted_width))
 
     def array(self, workers: int) -> np.ndarray:
-        """All samples as (N, H, W, C) uint8, decoded by that many threads.
+        """Return all samples as (N, H, W, C) uint8, decoded by `workers` threads.
 
-        Raises UsageError where a file cannot be decoded, or is not of the first one's size.
+        Raises:
+            UsageError: if a file cannot be decoded or has not the first one's size.
         """
         return decode_all(self.paths, workers) if self.images is None else self.images
 
     def subset(self, indices: np.ndarray) -> Split:
-        """The samples at `indices`, (M,) integers, in that order."""
+        """Return the samples at `indices`, (M,) integers, in that order."""
         return Split(
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
@@ -73,7 +75,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A data set: its splits, what its labels mean, and how its pixels are normalised."""
+    """A data set: its splits, the classes of its labels, and the normalisation of its pixels."""
 
     name: str
     train: Split
@@ -81,15 +83,20 @@ class Source:
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, in [0, 1] units
     std: tuple[float, ...]
-    notes: tuple[str, ...] = ()  # what a user should know of it, a line each
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @property
     def channels(self) -> int:
+        """Return the channels of an image."""
         return self.train.channels
 
 
 def hold_out(split: Split, n: int) -> tuple[Split, Split]:
-    """Divides `split` into what is left to train on and `n` held-out samples, the same ones in every run."""
+    """Divide `split` into a training part and `n` held-out samples, the same ones in every run.
+
+    Raises:
+        UsageError: if nothing would be left to train on.
+    """
     if n >= len(split):
         raise UsageError(
             f"--data.validation {n} has to be below the {len(split):,} images of the training set"
@@ -99,7 +106,7 @@ def hold_out(split: Split, n: int) -> tuple[Split, Split]:
 
 
 def normalization(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of an array split, in [0, 1] units, exact to float64."""
+    """Return mean and standard deviation of each channel of a split in memory, in [0, 1] units, exact to float64."""
     if split.images is None:
         raise ValueError("normalization() needs a split with its images in memory")
     values = np.arange(256) / 255
@@ -112,7 +119,7 @@ def normalization(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
         mean = float(np.average(values, weights=counts))
         variance = float(np.average((values - mean) ** 2, weights=counts))
         means.append(mean)
-        stds.append(variance**0.5 or 1.0)  # a constant channel is left at zero, not divided by it
+        stds.append(variance**0.5 or 1.0)  # so that a constant channel becomes zero, and not NaN
     return tuple(means), tuple(stds)
 
 

@@ -17,19 +17,21 @@ from fastres.data.sources.source import NORMALIZATION, Source, Split
 
 
 def cifar10(config: DataConfig) -> Source:
+    """Return CIFAR-10."""
     from torchvision.datasets import CIFAR10
 
     return read_cifar("cifar10", CIFAR10, "labels", config)
 
 
 def cifar100(config: DataConfig) -> Source:
+    """Return CIFAR-100 with its 100 fine classes."""
     from torchvision.datasets import CIFAR100
 
     return read_cifar("cifar100", CIFAR100, "fine_labels", config)
 
 
 def read_cifar(name: str, published: Any, label_key: str, config: DataConfig) -> Source:
-    """CIFAR in torchvision's layout; `published` is torchvision's class, whose tables say what that is."""
+    """Read CIFAR in torchvision's layout, which the tables of its class `published` describe."""
     root = Path(config.root).expanduser()
     folder = root / published.base_folder
     meta = folder / published.meta["filename"]
@@ -57,7 +59,7 @@ def read_cifar(name: str, published: Any, label_key: str, config: DataConfig) ->
 
 
 def _cifar_batch(path: Path, label_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch file's images, (N, 3072) uint8 in channel planes, and labels, (N,) int64."""
+    """Return a batch file's images, (N, 3072) uint8 in channel planes, and labels, (N,) int64."""
     batch = read_pickle(path)
     images = batch.get("data")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3_072,):
@@ -69,19 +71,21 @@ def _cifar_batch(path: Path, label_key: str, classes: int) -> tuple[np.ndarray, 
 
 
 def mnist(config: DataConfig) -> Source:
+    """Return MNIST."""
     from torchvision.datasets import MNIST
 
     return read_mnist("mnist", MNIST, tuple("0123456789"), config)
 
 
 def fashion_mnist(config: DataConfig) -> Source:
+    """Return Fashion-MNIST."""
     from torchvision.datasets import FashionMNIST
 
     return read_mnist("fashion_mnist", FashionMNIST, tuple(FashionMNIST.classes), config)
 
 
 def read_mnist(name: str, published: Any, classes: tuple[str, ...], config: DataConfig) -> Source:
-    """IDX files in torchvision's layout, .gz or not; `published` is torchvision's class with its tables."""
+    """Read IDX files, .gz or not, in torchvision's layout, which the tables of its class `published` describe."""
     root = Path(config.root).expanduser()
     arrays, paths = [], []
     for file, md5 in published.resources:
@@ -105,7 +109,7 @@ def read_mnist(name: str, published: Any, classes: tuple[str, ...], config: Data
 
 
 def _labels(path: Path, raw: Any, images: int, classes: int) -> np.ndarray:
-    """The labels of `images` images as (N,) int64, checked against both numbers."""
+    """Return the labels as (N,) int64 after checking them against the numbers of images and classes."""
     if not isinstance(raw, list | np.ndarray) or images == 0 or len(raw) != images:
         found = len(raw) if isinstance(raw, list | np.ndarray) else "no"
         damaged(path, f"it has {found} labels for {images} images")
@@ -117,7 +121,7 @@ def _labels(path: Path, raw: Any, images: int, classes: int) -> np.ndarray:
 def _published(
     name: str, root: Path, train: Split, test: Split, classes: tuple[str, ...], published: tuple[int, int]
 ) -> Source:
-    """A Source with the tabulated normalisation, and a note where it is not of the published size."""
+    """Return a Source with the tabulated normalisation, and a note if a split has not the published size."""
     mean, std = NORMALIZATION[name]
     notes = tuple(
         f"{name} under {root} has {len(split):,} {kind} images; the published set has {count:,}"

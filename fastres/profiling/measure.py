@@ -1,0 +1,466 @@
+"""Measure variants of one workload: prepare them, time them interleaved, then trace them one by one.
+
+Each variant is the engine's own TrainStep. What is measured:
+
+- step: TrainStep.__call__, many in a row. forward, backward, optimizer: the same calls in a region of their own, with
+  marks between them that do not synchronise with the device.
+- difference: logits and gradients against eager fp32 NCHW from the same weights and batch, before any update.
+- FLOPs and bytes: see fastres/profiling/trace.py. The device's own limits are measured in the same run.
+
+A variant of mode graph is compiled and replayed as a whole, so it is timed as a whole: a replay has no parts.
+
+Not yet run on a GPU: the lines that name CUDA (NVTX ranges, memory history, peak memory, TF32's switches), and graphs.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.config.schema import Config
+from fastres.profiling import trace
+from fastres.profiling.report import Profile, Result
+from fastres.profiling.trace import Key, Operator, WorkCount
+from fastres.profiling.variants import REFERENCE, Variant, Workload
+from fastres.training.cuda_graph import CudaRecorder, FixedBatch, GraphedStep, Recorder
+from fastres.training.engine import Engine, resolve_engine
+from fastres.training.step import TrainStep, raise_recompile_limit
+from fastres.utils import hardware
+from fastres.utils.errors import RunError, first_line
+from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, wait_for
+
+LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
+WARM_UP, TRACED_STEPS = 1, 3  # rounds before the measured ones; steps of a trace
+REGION_S = 0.5  # a round of the baseline takes this long if --steps is not given
+MOST_STEPS = 200  # of such a round
+
+Part = Callable[[str], AbstractContextManager[Any]]
+Say = Callable[[str], None]
+
+# ------------------------------------------------------------------------------------------- one variant
+
+
+def step_in_parts(step: TrainStep, images: Tensor, labels: Tensor, part: Part) -> None:
+    """Do the work of TrainStep.__call__, each part inside `part`; the last part includes the metrics."""
+    with part("forward"):
+        loss, correct = step.forward_loss(images, labels)
+    with part("backward"):
+        step.backward(loss)
+    with part("optimizer"):
+        step.update()
+        step.count(loss.detach(), correct, len(labels))
+
+
+@dataclass
+class Outcome:
+    """The result of one forward and backward pass before any update, on the CPU in float32."""
+
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+
+class VariantRun:
+    """A variant's model, step and batch, all drawn from the same seed.
+
+    Args:
+        workload: builds the model and gives the batch its shape.
+        engine: the variant's; its torch settings must be applied already.
+    """
+
+    def __init__(self, workload: Workload, engine: Engine) -> None:
+        torch.manual_seed(0)
+        self.workload, self.engine = workload, engine
+        self.model = engine.place(workload.build(engine.norm))
+        self.model.train()
+        torch.manual_seed(0)  # again, so that the batch does not depend on what building has drawn
+        images, labels = torch.randn(workload.shape), torch.randint(workload.classes, workload.shape[:1])
+        images = images.to(engine.device, engine.dtype, memory_format=engine.memory_format)
+        self.images = images.requires_grad_(workload.is_block)
+        self.labels = labels.to(engine.device)
+        self.step = TrainStep(self.model, engine, Config().optim)
+        self.graph: GraphedStep | None = None
+        self.logits: Tensor | None = None
+        # The hook is never removed and never reads what it writes, because compiled code would notice and recompile.
+        self.model.register_forward_hook(self._keep_logits)
+
+    def _keep_logits(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        self.logits = out.detach()
+
+    def capture(self, recorder: Recorder | None = None) -> None:
+        """Capture the step if the variant is a graph. Not yet run on a GPU.
+
+        Args:
+            recorder: captures; by default as a CUDA graph.
+        """
+        if self.engine.cuda_graph:
+            batch = FixedBatch(self.images, self.labels)
+            self.graph = GraphedStep(
+                self.step, batch, lambda i: LR, recorder or CudaRecorder(self.engine.device)
+            )
+
+    def whole_steps(self, steps: int) -> None:
+        """Run steps as training runs them, or replay them if they are captured."""
+        if self.graph:
+            for i, batch in enumerate(self.graph.train(0, steps)):
+                self.graph(*batch, LR, i)
+            return
+        for i in range(steps):
+            self.images.grad = None
+            self.step(self.images, self.labels, LR, i)
+
+    def steps_in_parts(self, steps: int, part: Part) -> None:
+        """Run steps with forward, backward and optimizer inside `part`."""
+        for _ in range(steps):
+            self.images.grad = None
+            step_in_parts(self.step, self.images, self.labels, part)
+
+    def outcome(self) -> Outcome:
+        """Return logits and gradients of one pass. It compiles the model if the engine does; the weights stay."""
+        for _ in range(32):  # fp16's loss scale starts too large on purpose, and halves until it fits
+            self.images.grad = None
+            loss, _ = self.step.forward_loss(self.images, self.labels)
+            self.step.scaler.scale(loss).backward()
+            scale = self.step.scaler.get_scale()
+            named = [*self.model.named_parameters(), ("input", self.images)]
+            gradients = {n: p.grad.float().cpu() / scale for n, p in named if p.grad is not None}
+            self.step.optimizer.zero_grad()
+            if self.engine.precision != "fp16" or all(g.isfinite().all() for g in gradients.values()):
+                break
+            self.step.scaler.update(scale / 2)
+        assert self.logits is not None
+        return Outcome(self.logits.float().cpu(), gradients)
+
+    def work(self) -> WorkCount:
+        """Return FLOPs and bytes of an eager step of the same model."""
+        eager = TrainStep(self.model, replace(self.engine, compile=False), Config().optim)
+        self.images.grad = None
+        with WorkCount() as count:
+            step_in_parts(eager, self.images, self.labels, lambda name: nullcontext())
+        return count
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return the bytes in use between steps: weights, running statistics, momentum and the batch."""
+        state = [v for s in self.step.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        resident = [*self.model.parameters(), *self.model.buffers(), *state, self.images, self.labels]
+        return sum(tensor.nbytes for tensor in resident)
+
+
+def difference(mine: Outcome, reference: Outcome) -> dict[str, float]:
+    """Return the largest difference of any logit and any gradient, and the reference's largest values."""
+    return {
+        "logits": _largest([mine.logits - reference.logits]),
+        "logits_reference": _largest([reference.logits]),
+        "gradients": _largest([mine.gradients[n] - g for n, g in reference.gradients.items()]),
+        "gradients_reference": _largest(list(reference.gradients.values())),
+    }
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    """Return the largest absolute value, or nan if any value is nan."""
+    return torch.stack([tensor.abs().max() for tensor in tensors]).max().item()
+
+
+# ------------------------------------------------------------------------------------------- all variants
+
+
+@dataclass
+class Prepared:
+    """A variant that is ready to be timed."""
+
+    variant: Variant
+    run: VariantRun
+    prepare_s: float
+    difference: dict[str, float]
+    work: WorkCount
+
+    @property
+    def engine(self) -> Engine:
+        return self.run.engine
+
+
+def measure(
+    workload: Workload,
+    engines: Mapping[Variant, Engine],
+    unavailable: dict[str, str],
+    *,
+    rounds: int,
+    steps: int | None,
+    folder: Path,
+    keep_traces: bool,
+    say: Say,
+    recorder: Recorder | None = None,
+) -> Profile:
+    """Prepare all variants, time them interleaved, and trace them one by one.
+
+    Args:
+        workload: what every variant computes.
+        engines: by variant; the first is the baseline.
+        unavailable: the reason by name for each variant that was asked for and cannot run; those that fail are added.
+        rounds: measured rounds of each variant.
+        steps: of a round; None for as many as take the baseline REGION_S seconds.
+        folder: where traces and memory histories are kept.
+        keep_traces: keep them.
+        say: gets a line for each stage.
+        recorder: captures steps of mode graph; by default as CUDA graphs.
+    """
+    device = next(iter(engines.values())).device
+    before = hardware.snapshot(device)
+    ready = prepare(workload, engines, unavailable, say, recorder)
+    baseline = next(iter(ready.values()))
+    steps = steps or _steps_of_a_round(baseline, device)
+    say(f"{rounds} rounds of {steps} step(s) of each, in turns, and as many in parts")
+    timings, parts = _time(ready, rounds, steps, device)
+    matmul_flops = _matmul_flops(ready, device)
+    copy_bytes_per_s = hardware.measured_copy(device)
+    after = hardware.snapshot(device)
+
+    work = {key: each for prepared in ready.values() for key, each in prepared.work.work.items()}
+    results = []
+    for name, prepared in ready.items():
+        traced = _trace(name, prepared, work, folder if keep_traces else None, say)
+        results.append(_result(prepared, timings[name], parts[name], traced))
+    return Profile(
+        workload=workload,
+        engine=baseline.engine,
+        rounds=rounds,
+        steps=steps,
+        traced_steps=TRACED_STEPS,
+        results=results,
+        unavailable=unavailable,
+        copy_bytes_per_s=copy_bytes_per_s,
+        matmul_flops=matmul_flops,
+        before=before,
+        after=after,
+    )
+
+
+def _result(prepared: Prepared, step: Timing, parts: dict[str, Timing], traced: Traced) -> Result:
+    """Return all that was measured of a variant."""
+    return Result(
+        variant=prepared.variant,
+        prepare_s=prepared.prepare_s,
+        step=step,
+        parts=parts,
+        flops=prepared.work.flops,
+        bytes=prepared.work.bytes if prepared.variant.mode == "eager" else None,
+        operators=traced.operators,
+        launches=traced.launches,
+        kernel_s=traced.kernel_s,
+        resident_bytes=prepared.run.resident_bytes,
+        peak_bytes=traced.peak_bytes,
+        difference=prepared.difference,
+        files=traced.files,
+    )
+
+
+def prepare(
+    workload: Workload,
+    engines: Mapping[Variant, Engine],
+    unavailable: dict[str, str],
+    say: Say,
+    recorder: Recorder | None = None,
+) -> dict[str, Prepared]:
+    """Build and compile all variants. The reason of each that fails is added to `unavailable`.
+
+    Raises:
+        RunError: if all of them fail.
+    """
+    raise_recompile_limit(4 * len(engines))
+    device = str(next(iter(engines.values())).device)
+    engine = resolve_engine(REFERENCE.config(workload.model, device))
+    engine.apply_torch_settings()
+    reference = VariantRun(workload, engine).outcome()
+    ready: dict[str, Prepared] = {}
+    for variant, engine in engines.items():
+        start = time.perf_counter()
+        try:
+            engine.apply_torch_settings()
+            run = VariantRun(workload, engine)
+            with _named_kernels(engine):
+                outcome = run.outcome()
+                run.capture(recorder)
+            prepare_s = time.perf_counter() - start
+            work = run.work()
+        except Exception as error:  # of the compiler or the memory: the others can still be measured
+            unavailable[variant.name] = f"failed: {type(error).__name__}: {first_line(error)}"
+            continue
+        say(f"{variant.name}: ready after {prepare_s:.1f} s")
+        ready[variant.name] = Prepared(variant, run, prepare_s, difference(outcome, reference), work)
+    if not ready:
+        raise RunError("; ".join(f"{name}: {reason}" for name, reason in unavailable.items()))
+    return ready
+
+
+def _named_kernels(engine: Engine) -> AbstractContextManager[Any]:
+    """Return a context in which inductor compiles its C++ kernels such that a trace shows them."""
+    if not engine.compile or engine.device.type != "cpu":
+        return nullcontext()
+    import torch._inductor.config
+
+    return torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def _steps_of_a_round(baseline: Prepared, device: torch.device) -> int:
+    """Return how many of the baseline's steps take REGION_S seconds, 1 to MOST_STEPS."""
+    baseline.engine.apply_torch_settings()
+    warm = interleaved({"step": partial(baseline.run.whole_steps, 1)}, 3, device)["step"]
+    return max(1, min(MOST_STEPS, math.ceil(REGION_S / warm.median_s)))
+
+
+def _time(
+    ready: Mapping[str, Prepared], rounds: int, steps: int, device: torch.device
+) -> tuple[dict[str, Timing], dict[str, dict[str, Timing]]]:
+    """Time whole steps and steps in parts of all variants, interleaved.
+
+    Returns:
+        By variant, the rounds of `steps` whole steps; and by variant and part, the single steps.
+    """
+    watches = {name: Stopwatch(device) for name in ready}
+    regions: dict[str, Callable[[], None]] = {}
+    engines: dict[str, Engine] = {}
+    for name, prepared in ready.items():
+        in_parts = f"{name} in parts"
+        engines[name] = engines[in_parts] = prepared.engine
+        regions[name] = partial(prepared.run.whole_steps, steps)
+        if not prepared.run.graph:
+            regions[in_parts] = partial(prepared.run.steps_in_parts, steps, watches[name].part)
+    timings = interleaved(
+        regions,
+        rounds,
+        device,
+        warm_up=WARM_UP,
+        before=lambda region: engines[region].apply_torch_settings(),
+    )
+    parts = {
+        name: {part: Timing(seconds[WARM_UP * steps :]) for part, seconds in watch.read().items()}
+        for name, watch in watches.items()
+    }
+    return timings, parts
+
+
+def _matmul_flops(ready: Mapping[str, Prepared], device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a matrix product in each precision of the variants."""
+    flops: dict[str, float] = {}
+    for prepared in ready.values():
+        precision = prepared.variant.precision
+        if precision not in flops:
+            prepared.engine.apply_torch_settings()
+            flops[precision] = hardware.measured_matmul(device, precision)
+    return flops
+
+
+# ------------------------------------------------------------------------------------------- trace
+
+
+@dataclass
+class Traced:
+    """The fields of a Result that come from a variant's trace."""
+
+    operators: list[Operator]
+    launches: float
+    kernel_s: float | None
+    peak_bytes: int | None
+    files: list[str]
+
+
+def _trace(
+    name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], folder: Path | None, say: Say
+) -> Traced:
+    """Record a trace of the variant and read it.
+
+    Args:
+        name: the variant's.
+        prepared: the variant.
+        work: FLOPs and bytes of one call of every operator, from WorkCount.
+        folder: where the trace and, on a GPU, the memory history are kept; None: nowhere.
+        say: gets a line if the trace has no kernels although the device is a GPU.
+    """
+    run, device = prepared.run, prepared.engine.device
+    prepared.engine.apply_torch_settings()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (folder or Path(temporary)) / f"trace-{name}.json.gz"
+        record(run, path)
+        events = trace.load(path)
+    files, peak_bytes = [path.name], trace.peak_bytes(events)
+    if run.graph:
+        peak_bytes = None  # its memory was reserved at the capture
+    elif device.type == "cuda":
+        history = f"memory-{name}.pickle"
+        peak_bytes = peak_on_gpu(run, folder / history if folder else None)
+        files.append(history)
+    kernel_s = trace.kernel_seconds(events, TRACED_STEPS)
+    if device.type == "cuda" and kernel_s is None:
+        say(f"{name}: the tracer saw no kernels, so there are no operators: is another profiler attached?")
+        operators = []  # their times would be the host's
+    else:
+        operators = trace.operators(events, work, TRACED_STEPS)
+    launches = trace.launches(events, operators, TRACED_STEPS)
+    return Traced(operators, launches, kernel_s, peak_bytes, files if folder else [])
+
+
+def record(run: VariantRun, path: Path) -> None:
+    """Write a trace of TRACED_STEPS steps in Chrome's format; nsys sees the same ranges as NVTX."""
+    device = run.engine.device
+    cuda = device.type == "cuda"
+
+    @contextmanager
+    def named(name: str) -> Iterator[None]:
+        with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if cuda else nullcontext():
+            yield
+
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+    with gc_paused():
+        # Take a step before the trace: it starts the tracer, and CUPTI up to 13.1 loses the first kernels of every
+        # session of a process but the first (pytorch#192021).
+        profiler.prepare_trace()
+        run.whole_steps(1)
+        wait_for(device)
+        # Free what that step left, because the profiler warns on stderr about memory whose allocation it did not see.
+        run.images.grad = None
+        run.logits = None
+        profiler.start_trace()
+        try:
+            if run.graph:
+                run.whole_steps(TRACED_STEPS)
+            else:
+                run.steps_in_parts(TRACED_STEPS, named)
+            wait_for(device)
+        finally:
+            profiler.stop_trace()
+    profiler.export_chrome_trace(str(path))
+
+
+def peak_on_gpu(run: VariantRun, history: Path | None) -> int:
+    """Return the most bytes that a step allocates beyond those in use before it.
+
+    Args:
+        run: the variant.
+        history: file for the step's allocations, for pytorch.org/memory_viz; None: not written.
+    """
+    device = run.engine.device
+    run.images.grad = None
+    allocated = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    if history:
+        torch.cuda.memory._record_memory_history()
+    run.whole_steps(1)
+    wait_for(device)
+    if history:
+        torch.cuda.memory._dump_snapshot(str(history))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    return torch.cuda.max_memory_allocated(device) - allocated
