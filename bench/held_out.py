@@ -1,13 +1,13 @@
-"""Settings compared by their accuracy on held-out training samples, several seeds each: what a recipe is tuned by.
+"""Compare settings by their accuracy on held-out training samples, several seeds each, to tune a recipe.
 
     python -m bench.held_out --seeds 5 --recipe cifar10-speedrun --data.root data \
         + --train.steps 300 + --train.steps 300 --optim.muon_lr 0.2
 
-Flags of fastres.train; those before the first + hold for all settings. Settings take turns, so that what is interrupted
-has as many runs of each. A tenth of the training samples is held out unless --data.validation says otherwise; the test
-set's accuracy is neither printed nor kept. A line is the mean ± its standard error, the mean accuracy of the training
-batches since the evaluation before (far above the other: fitted too well; not: learnt too little), and the median time
-of training, in this process.
+The flags are those of fastres.train; those before the first + hold for all settings. Settings run interleaved, so that
+an interrupted comparison has as many runs of each. A tenth of the training samples is held out unless --data.validation
+is given; the test set's accuracy is neither printed nor stored. A line has the mean ± its standard error, the mean
+accuracy of the training batches since the evaluation before (if it is far above the first mean, the network overfits;
+if not, it underfits), and the median training time, in this process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Setting:
 
 
 def settings_of(arguments: list[str]) -> list[Setting]:
-    """Flags, + and flags, + and flags -> what all have with what each has."""
+    """Split the arguments at each +, and join the flags of all settings with those of each."""
     parts: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "+":
