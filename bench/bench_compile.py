@@ -51,12 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", NETS)
 def bench_setting(benchmark: Any, name: str, settings: str) -> None:
-    measure(benchmark, NETS[name], SETTINGS[settings], ROUNDS)
-    benchmark.extra_info.update(model=name, settings=settings)
-
-
-def measure(benchmark: Any, net: Net, options: dict[str, Any], rounds: int) -> None:
-    engine = engine_for(compile=True)
+    net, options, engine = NETS[name], SETTINGS[settings], engine_for(compile=True)
     steps: list[Steps] = []
 
     def first(chosen: dict[str, Any]) -> None:
@@ -69,8 +64,10 @@ def measure(benchmark: Any, net: Net, options: dict[str, Any], rounds: int) -> N
     for take in steps:
         take(3)
     n = max(1, round(ROUND_S / time_region(partial(default, 1), DEVICE)))
-    paired_benchmark(benchmark, partial(default, n), partial(other, n), n * net.batch, rounds)
+    paired_benchmark(benchmark, partial(default, n), partial(other, n), n * net.batch, ROUNDS)
     benchmark.extra_info.update(
+        model=name,
+        settings=settings,
         options=options,
         batch=net.batch,
         precision=engine.precision,

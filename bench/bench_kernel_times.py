@@ -79,9 +79,8 @@ def kernel_times(events: list[trace.Event], steps: int) -> dict[str, Any]:
 
     A gap is time between the first kernel's start and the last one's end in which nothing runs on the GPU.
     """
-    kernels = sorted(
-        (event for event in events if event.get("cat") in trace.KERNELS), key=lambda event: event["ts"]
-    )
+    kernels = [event for event in events if event.get("cat") in trace.KERNELS]
+    kernels.sort(key=lambda event: event["ts"])
     by_name: dict[str, list[float]] = defaultdict(list)
     # A trace without kernels is no error, because an error would lose the step's time.
     start = kernels[0]["ts"] if kernels else 0.0

@@ -421,17 +421,14 @@ def _leave_nothing() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = []
-    for case in machine().cases():
-        for direction, mode in machine().modes:
-            for variant in machine().variants(case)[0]:
-                if case.is_block and direction != "full":
-                    continue
-                if variant == "cooperative" and not cooperates(case, direction, machine().multiprocessors):
-                    continue
-                rows.append(
-                    pytest.param(case, direction, mode, variant, id=f"{case}-{direction}-{mode}-{variant}")
-                )
+    rows = [
+        pytest.param(case, direction, mode, variant, id=f"{case}-{direction}-{mode}-{variant}")
+        for case in machine().cases()
+        for direction, mode in machine().modes
+        if direction == "full" or not case.is_block
+        for variant in machine().variants(case)[0]
+        if variant != "cooperative" or cooperates(case, direction, machine().multiprocessors)
+    ]
     metafunc.parametrize("case, direction, mode, variant", rows)
 
 

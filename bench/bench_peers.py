@@ -48,9 +48,8 @@ def torchvision() -> torch.nn.Module:
 
 
 def timm() -> torch.nn.Module:
-    return pytest.importorskip(
-        "timm", reason="timm is not installed: pip install -e '.[peers]'"
-    ).create_model("resnet50")
+    reason = "timm is not installed: pip install -e '.[peers]'"
+    return pytest.importorskip("timm", reason=reason).create_model("resnet50")
 
 
 # By peer: its network, and True to tune it by hand with bf16 autocast, channels-last, fused SGD, compiled on a GPU.
@@ -79,17 +78,9 @@ def bench_resnet50(benchmark: Any, request: pytest.FixtureRequest, peer: str, fe
     if feed == "dali":  # one loader for both, so that neither's batches are made in the other's time
         shared = fed_by_dali(RESNET50.batch, request.getfixturevalue("photographs"))
     theirs = loop_training(loop, shared, RESNET50)
-    compare(
-        benchmark,
-        RESNET50,
-        lambda: theirs,
-        engine_training(RESNET50, batches=shared),
-        training=True,
-        precision=engine.precision,
-        peer=peer,
-        feed=feed,
-        compiled=engine.compile,
-    )
+    ours = engine_training(RESNET50, batches=shared)
+    facts = {"peer": peer, "feed": feed, "compiled": engine.compile, "precision": engine.precision}
+    compare(benchmark, RESNET50, lambda: theirs, ours, training=True, **facts)
 
 
 # ---- airbench ---------------------------------------------------------------------------------------------------
@@ -171,9 +162,10 @@ def write_for_airbench(source: Source, folder: Path) -> None:
     folder.mkdir()
     for name, split in (("train", source.train), ("test", source.test)):
         order = np.random.default_rng(0).permutation(len(split))
+        images = torch.from_numpy(split.array(workers=os.cpu_count() or 1)[order])
         torch.save(
             {
-                "images": torch.from_numpy(split.array(workers=os.cpu_count() or 1)[order]),
+                "images": images,
                 "labels": torch.from_numpy(split.labels[order]),
                 "classes": list(source.classes),
             },

@@ -47,8 +47,7 @@ SWEEPS: dict[str, dict[int, Net]] = {
 def bench_step(benchmark: Any, sweep: str) -> None:
     engine = engine_for()
     raise_recompile_limit(2 * len(SWEEPS[sweep]))
-    steps = {str(size): engine_training(one) for size, one in SWEEPS[sweep].items()}
-    regions = {size: partial(take, STEPS) for size, take in steps.items()}
+    regions = {str(size): partial(engine_training(one), STEPS) for size, one in SWEEPS[sweep].items()}
     timings = benchmark.pedantic(lambda: interleaved(regions, ROUNDS, engine.device), rounds=1)
     sizes = list(SWEEPS[sweep])
     step_s = [timings[str(size)].median_s / STEPS for size in sizes]
@@ -80,11 +79,8 @@ def bench_cost(benchmark: Any, what: str) -> None:
     dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore())
     try:
         both, more = COSTS[what]
-        steps = {
-            "without": engine_training(net(20, 128), **both),
-            "with": engine_training(net(20, 128), **both, **more),
-        }
-        regions = {name: partial(take, STEPS) for name, take in steps.items()}
+        sides = {"without": both, "with": both | more}
+        regions = {name: partial(engine_training(net(20, 128), **how), STEPS) for name, how in sides.items()}
         timings = benchmark.pedantic(lambda: interleaved(regions, 3 * ROUNDS, engine.device), rounds=1)
     finally:
         dist.destroy_process_group()
@@ -111,42 +107,31 @@ def bench_processes(benchmark: Any, tmp_path: Path) -> None:
     counts = [count for count in (1, 2, 4, 8) if count <= there]
     if len(counts) == 1:
         pytest.skip(f"one {'GPU' if GPU else 'CPU'}: nothing to divide")
-    runs: list[dict[str, list[float]]] = []
+    rates: dict[str, list[float]] = {str(count): [] for count in counts}
 
     def run(count: int, turn: int) -> float:
+        steps, folder = 6_000 if GPU else 24, tmp_path / f"{count}-{turn}"
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node {count} -m fastres.train"
+        flags = f"--data.source synthetic --data.augment none --engine.cuda_graph false --train.steps {steps}"
         done = subprocess.run(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc_per_node",
-                    str(count),
-                ),
-                *("-m", "fastres.train", "--data.source", "synthetic", "--data.augment", "none"),
-                *("--engine.cuda_graph", "false", "--train.steps", "6000" if GPU else "24"),
-                *("--run.dir", str(tmp_path / f"{count}-{turn}")),
-            ],
+            [sys.executable, *launch.split(), *flags.split(), "--run.dir", str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        summary = json.loads((tmp_path / f"{count}-{turn}" / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return float(summary["images_per_s"])
 
-    def all_in_turns() -> None:
-        rates: dict[str, list[float]] = {str(count): [] for count in counts}
+    def interleaved_runs() -> None:
         for turn in range(3):
             for count in counts:
                 rates[str(count)].append(run(count, turn))
-        runs.append(rates)
 
-    benchmark.pedantic(all_in_turns, rounds=1)
-    medians = [float(np.median(runs[0][str(count)])) for count in counts]
+    benchmark.pedantic(interleaved_runs, rounds=1)
+    medians = [float(np.median(rates[str(count)])) for count in counts]
     benchmark.extra_info.update(
-        sweep="processes", sizes=counts, images_per_s=medians, raw_images_per_s=runs[0], n=3,
+        sweep="processes", sizes=counts, images_per_s=medians, raw_images_per_s=rates, n=3,
         ratio=[rate / medians[0] for rate in medians],
     )  # fmt: skip

@@ -50,34 +50,28 @@ HOWS: dict[str, dict[str, Any]] = {
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 NORMS = ("torch", "fused")
 # Measured without --full: the engine's own choices for every net, and their parts for ResNet-20.
-QUICK = [(name, training, "default") for name in NETS for training in (True, False)] + [
-    ("resnet20", True, variant)
-    for variant in (
-        "fp32 eager torch",
-        "bf16 compile torch",
-        *(
-            ("bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused")
-            if GPU
-            else ()
-        ),
-    )
-]
-FULL = list(
-    product(
-        (*NETS, *MORE_NETS),
-        (True, False),
-        ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS))),
-    )
-)
+PARTS = ["fp32 eager torch", "bf16 compile torch"]
+if GPU:
+    PARTS += [
+        "bf16 eager torch",
+        "bf16 compile fused",
+        "bf16 compile+graph torch",
+        "bf16 compile+graph fused",
+    ]
+QUICK = [*product(NETS, (True, False), ("default",)), *(("resnet20", True, variant) for variant in PARTS)]
+VARIANTS = ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS)))
+FULL = list(product((*NETS, *MORE_NETS), (True, False), VARIANTS))
 
 
 def cases() -> list[Any]:
     """Return the quick cases first, then the rest, marked."""
-    rest = [case for case in FULL if case not in QUICK]
-    marked = [(case, ()) for case in QUICK] + [(case, pytest.mark.full) for case in rest]
     return [
-        pytest.param(*case, id=f"{case[0]} {'train' if case[1] else 'infer'} {case[2]}", marks=marks)
-        for case, marks in marked
+        pytest.param(
+            *(name, training, variant),
+            id=f"{name} {'train' if training else 'infer'} {variant}",
+            marks=() if (name, training, variant) in QUICK else pytest.mark.full,
+        )
+        for name, training, variant in dict.fromkeys(QUICK + FULL)
     ]
 
 
@@ -99,12 +93,5 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) ->
     except UsageError as refusal:
         pytest.skip(str(refusal))
     facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
-    compare(
-        benchmark,
-        measured,
-        lambda: plain(measured),
-        steps,
-        training=training,
-        precision=engine.precision,
-        **facts,
-    )
+    facts |= {"training": training, "precision": engine.precision}
+    compare(benchmark, measured, lambda: plain(measured), steps, **facts)

@@ -23,29 +23,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastres")
-    group.addoption(
-        "--full", action="store_true", help="every net and variant, not what the machine has time for"
-    )
-    group.addoption(
-        "--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)"
-    )
-    group.addoption(
-        "--data-root",
-        default="data",
-        metavar="DIR",
-        help="where what trains on CIFAR-10 looks for it (default: %(default)s)",
-    )
-    group.addoption(
-        "--write-table",
-        action="store_true",
-        help="put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json",
-    )
-    group.addoption(
-        "--jpeg-copy",
-        metavar="DIR",
-        help="folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too",
-    )
+    option = parser.getgroup("fastres").addoption
+    option("--full", action="store_true", help="every net and variant, not what the machine has time for")
+    option("--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)")
+    help_ = "where what trains on CIFAR-10 looks for it (default: %(default)s)"
+    option("--data-root", default="data", metavar="DIR", help=help_)
+    help_ = "put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json"
+    option("--write-table", action="store_true", help=help_)
+    help_ = "folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too"
+    option("--jpeg-copy", metavar="DIR", help=help_)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -467,10 +467,9 @@ def main() -> int:
     shown = table([f"ResNet-20, torch {TORCH}", "counted", "expected"], rows(counted, expected))
     if options.write:
         for group, counts in counted.items():
-            kept = expected.setdefault(key_of(group), {})
-            kept[group] = {
-                name: seen.value if seen.value % 1 else int(seen.value) for name, seen in counts.items()
-            }
+            values = {name: seen.value for name, seen in counts.items()}
+            stored = {name: value if value % 1 else int(value) for name, value in values.items()}
+            expected.setdefault(key_of(group), {})[group] = stored
         EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True) + "\n")
     print(shown)
     wrong, notes = judge(counted, expected) if options.check else ([], [])

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.lib.runs import run
 from fastres.config.cli import parse
@@ -42,6 +43,10 @@ class Setting:
         seconds = statistics.median(self.seconds)
         training = statistics.mean(self.training)
         return f"{self.mean:.4f}{spread} (n={n})  training {training:.4f} {seconds:>9,.2f} s  {self.own}"
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {"accuracies": self.accuracies, "train_accuracies": self.training}
+        return {"flags": self.flags, **scores, "train_time_s": self.seconds}
 
     @property
     def mean(self) -> float:
@@ -72,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     settings = settings_of(arguments)
-    data, *others = [parse(setting.flags).data for setting in settings]  # refused before anything runs
+    data, *others = [
+        parse(setting.flags).data for setting in settings
+    ]  # a UsageError comes before anything runs
     if any(other != data for other in others):
         raise UsageError(
             "settings of different data are not compared: give --data's flags before the first +"
@@ -97,16 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         done = [setting for setting in settings if setting.accuracies]
         print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
         if options.json:
-            kept = [
-                {
-                    "flags": s.flags,
-                    "accuracies": s.accuracies,
-                    "train_accuracies": s.training,
-                    "train_time_s": s.seconds,
-                }
-                for s in done
-            ]
-            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            stored = [setting.to_dict() for setting in done]
+            options.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -68,9 +68,8 @@ class SuiteRun:
     def line(self) -> str:
         of = self.environment
         versions = f"torch {of['torch']}, triton {of['triton']}, CUDA {of['cuda']}, Python {of['python']}"
-        return "; ".join(
-            [f"{self.content['datetime'][:16]}, commit {of['commit']}, {versions}", *self.disturbances]
-        )
+        run = f"{self.content['datetime'][:16]}, commit {of['commit']}, {versions}"
+        return "; ".join([run, *self.disturbances])
 
 
 def read(paths: Sequence[Path]) -> list[SuiteRun]:
@@ -247,13 +246,10 @@ PLOTS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Results as text and plots.")
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)"
-    )
-    parser.add_argument(
-        "--targets", action="store_true", help="what is to be reached on a GPU, beside what was"
-    )
-    parser.add_argument("--claims", action="store_true", help=argparse.SUPPRESS)  # of the version before
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)")
+    add("--targets", action="store_true", help="what is to be reached on a GPU, beside what was")
+    add("--claims", action="store_true", help=argparse.SUPPRESS)  # the old name of --targets
     args = parser.parse_args(argv)
     if args.claims:
         print("bench.report: --claims is now --targets; the next version drops the old name", file=sys.stderr)
@@ -279,12 +275,10 @@ def main(argv: list[str] | None = None) -> int:
                 )
         print("\n".join(section(devices[0], runs, [])))
         return 0
-    lines = [
-        "# Results",
-        "",
-        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another.",
-        "",
-    ]
+    made_by = (
+        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another."
+    )
+    lines = ["# Results", "", made_by, ""]
     for device in devices:
         of_device = [run for run in runs if run.device == device]
         lines += section(device, of_device, draw(device, newest(of_device), HERE / "results" / "plots"))

@@ -1,5 +1,5 @@
-"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the same as
-a benchmark."""
+"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the
+same as a benchmark."""
 
 from __future__ import annotations
 

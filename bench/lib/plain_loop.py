@@ -33,15 +33,9 @@ def plain_engine(*, tuned: bool = False, deterministic: bool = False) -> Engine:
         deterministic: repeat bitwise, without TF32.
     """
     precision: Any = "bf16" if tuned else "fp32" if deterministic else TORCH_FP32
-    engine = EngineConfig(
-        precision=precision,
-        compile=False,
-        cuda_graph=False,
-        channels_last=tuned,
-        conv="torch",
-        deterministic=deterministic,
-    )
-    return resolve_engine(Config(engine=engine, model=ModelConfig(norm="torch")))
+    eager: dict[str, Any] = {"compile": False, "cuda_graph": False, "conv": "torch"}
+    fields = EngineConfig(precision=precision, channels_last=tuned, deterministic=deterministic, **eager)
+    return resolve_engine(Config(engine=fields, model=ModelConfig(norm="torch")))
 
 
 class PlainLoop:
