@@ -35,14 +35,15 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
             yield title, lines(of_file)
 
 
-def consumer_rate(info: Info) -> tuple[float, float]:
+def consumerrate(info: Info) -> tuple[float, float]:
     """Return a network's images/s, and the loader's multiple of it. Older results have other names."""
     if "appetite_images_per_s" in info:
         return info["appetite_images_per_s"], info["times_appetite"]
     return info["consumer_images_per_s"], info["times_consumer_rate"]
 
 
-def _rate(info: Info, digits: int = 0) -> str:
+def rate(info: Info, digits: int = 0) -> str:
+    """Return images/s with the 20 and 80 % quantiles, in columns."""
     low, high = info["images_per_s_20_80"]
     return f"{info['images_per_s']:>9,.{digits}f} images/s ({low:,.{digits}f} to {high:,.{digits}f})"
 
@@ -54,7 +55,7 @@ def _spread(sd: float | None, digits: int) -> str:
 def _ratio_line(row: Row) -> str:
     info = row.info
     baseline = f"{info['ratio']:.2f} x the baseline's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
-    return f"{row.case:<34} {_rate(info)}  {baseline}"
+    return f"{row.case:<34} {rate(info)}  {baseline}"
 
 
 def _throughput(row: Row) -> list[str]:
@@ -137,7 +138,7 @@ def peer_lines(row: Row) -> list[str]:
         return [f"{'airbench':<28} {', '.join(runs)}, {cut}"]
     peer = info["peer"] + (", fed by DALI" if info.get("feed") == "dali" else "")
     ratio = f"{info['ratio']:.2f} x the peer's {info['baseline_images_per_s']:,.1f}, n={info['n']}"
-    return [f"{peer:<28} fastres {_rate(info, 1).lstrip()}  {ratio}"]
+    return [f"{peer:<28} fastres {rate(info, 1).lstrip()}  {ratio}"]
 
 
 def _scaling(row: Row) -> list[str]:
@@ -181,7 +182,7 @@ def _compile(row: Row) -> list[str]:
     info = row.info
     ratio = f"{info['ratio']:.3f} x the default's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
     name = f"{info['model']} {info['settings']:<36}"
-    return [f"{name} {_rate(info)}  {ratio}; first step {info['first_s']:.0f} s"]
+    return [f"{name} {rate(info)}  {ratio}; first step {info['first_s']:.0f} s"]
 
 
 def kernel_lines(rows: Sequence[Row]) -> list[str]:

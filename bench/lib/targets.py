@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.lib.stats import Info, is_identical, merge_seeds, not_lower, reaches_goal
-from bench.lib.tables import Row
+from bench.lib.tables import Row, rate
 
 SCHEDULE_STEPS, SCHEDULE_S = 64_000, (30.0, 20.0)  # s of training: the target, the stretch
 TIMES_PLAIN, TIMES_COMPILED, TIMES_PEER, TIMES_INDUCTOR = 15.0, 3.0, 1.10, 1.2
@@ -110,9 +110,8 @@ def time_to_90(rows: Sequence[Row]) -> Finding | None:
 def against_peer(peer: str, feed: str) -> Measured:
     def found(rows: Sequence[Row]) -> Finding | None:
         for info in infos(rows, "bench_peers.py", peer=peer, feed=feed, compiled=True):
-            low, high = info["images_per_s_20_80"]
-            text = f"{info['ratio']:.3f} x; {info['images_per_s']:,.0f} images/s ({low:,.0f} to {high:,.0f})"
-            return Finding(f"{text}, n={info['n']}", at_least(TIMES_PEER)(info["ratio"]))
+            text = f"{info['ratio']:.3f} x; {rate(info).lstrip()}, n={info['n']}"
+            return Finding(text, at_least(TIMES_PEER)(info["ratio"]))
         return None
 
     return found
