@@ -35,7 +35,7 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
             yield title, lines(of_file)
 
 
-def consumerrate(info: Info) -> tuple[float, float]:
+def consumer_rate(info: Info) -> tuple[float, float]:
     """Return a network's images/s, and the loader's multiple of it. Older results have other names."""
     if "appetite_images_per_s" in info:
         return info["appetite_images_per_s"], info["times_appetite"]
