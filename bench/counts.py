@@ -163,6 +163,7 @@ def here(what: str) -> str:
 
 @contextmanager
 def observing() -> Iterator[Observation]:
+    """Observe what the block runs."""
     observed = Observation()
     with Functions(observed), Operators(observed):
         yield observed
@@ -181,6 +182,7 @@ def the_recipe(precision: str = "bf16") -> tuple[Config, Engine]:
 
 @cache
 def the_source() -> Source:
+    """Load the recipe's data once."""
     return load_source(the_recipe()[0].data)
 
 
@@ -192,6 +194,7 @@ def build(config: Config, engine: Engine) -> tuple[TrainStep, Evaluator]:
 
 
 def a_batch(engine: Engine) -> tuple[Tensor, Tensor]:
+    """Return random images and labels."""
     images = torch.randn(BATCH, 3, 32, 32, dtype=engine.dtype).to(memory_format=engine.memory_format)
     return images, torch.randint(10, (BATCH,))
 
@@ -221,6 +224,7 @@ def read_metrics() -> Observation:
 
 @cache
 def evaluated(batches: int) -> Observation:
+    """Run an evaluation of that many batches."""
     config, engine = the_recipe()
     _, evaluate = build(config, engine)
     inputs = [a_batch(engine) for _ in range(batches)]
@@ -264,6 +268,7 @@ def operators() -> Counts:
 
 
 def host() -> Counts:
+    """Count synchronisations and copies."""
     first, others = loaded()
     observations = {
         "training step, bf16": trained("bf16"),
@@ -282,6 +287,7 @@ def host() -> Counts:
 
 
 def graph() -> Counts:
+    """Count graph breaks, graphs and recompilations."""
     config, engine = the_recipe()
     counters, compile_ = torch._dynamo.utils.counters, torch.compile
     torch._dynamo.reset()
@@ -307,6 +313,7 @@ def graph() -> Counts:
 
 
 def block() -> Counts:
+    """Count the kernels and bytes of a compiled basic block."""
     with count_blocks() as counting:
         output, errors = counting.communicate()
     if counting.returncode:
@@ -320,6 +327,7 @@ def block() -> Counts:
 
 
 def network() -> Counts:
+    """Count the launches of a recorded step."""
     from fastres_kernels.analysis import inductor_counts
 
     class Net(nn.Module):

@@ -21,10 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from bench.lib import targets
 from bench.lib.tables import Row, consumer_rate, tables
@@ -136,14 +133,14 @@ def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{slug}-{name}.png"
             figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes for the same figures
-            plt.close(figure)
             drawn.append(path)
     return drawn
 
 
-def plot_throughput(rows: Sequence[Row]) -> Any:
+def plot_throughput(rows: Sequence[Row]) -> Figure:
     """Plot each ratio to the plain loop's images/s, with the spread of the rounds' own ratios."""
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for i, row in enumerate(reversed(rows)):
         low, high = statistics.quantiles(row.info["ratios"], n=5)[::3]
         axes.barh(i, row.info["ratio"], color="tab:blue" if row.info["training"] else "tab:green", height=0.6)
@@ -163,9 +160,10 @@ def plot_throughput(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_time_to_90(rows: Sequence[Row]) -> Any:
+def plot_time_to_90(rows: Sequence[Row]) -> Figure:
     """Plot every seed's time and accuracy."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         means = f"{row.info['mean_s']:.1f} s, {row.info['mean_accuracy']:.2%}"
         label = f"{row.info['contest']}, {row.info['kind']}: {means}"
@@ -177,14 +175,13 @@ def plot_time_to_90(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_scaling(rows: Sequence[Row]) -> Any:
+def plot_scaling(rows: Sequence[Row]) -> Figure | None:
     """Plot a panel for each sweep: the cost of a step, and images/s by processes. Return None without a sweep."""
     rows = [row for row in rows if "sizes" in row.info]
     if not rows:
         return None
-    figure, panels = plt.subplots(
-        1, len(rows), figsize=(4 * len(rows), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4 * len(rows), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(rows), squeeze=False)
     for row, axes in zip(rows, panels[0], strict=True):
         info = row.info
         if info["sweep"] == "processes":
@@ -204,15 +201,14 @@ def plot_scaling(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_loaders(rows: Sequence[Row]) -> Any:
+def plot_loaders(rows: Sequence[Row]) -> Figure:
     """Plot images/s of the loaders by case, and the network's rate."""
     cases: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for row in rows:
         case, _, loader = row.case.rpartition("-")
         cases[case].append((loader, row.info))
-    figure, panels = plt.subplots(
-        1, len(cases), figsize=(3.2 * len(cases), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.2 * len(cases), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)
     for (case, of_case), axes in zip(cases.items(), panels[0], strict=True):
         model, (takes, _) = of_case[0][1]["model"], consumer_rate(of_case[0][1])
         for i, (_, info) in enumerate(of_case):

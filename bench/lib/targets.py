@@ -48,11 +48,13 @@ def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
 
 
 def parity(rows: Sequence[Row]) -> Info | None:
+    """Return the whole schedule's comparison with the plain loop, its seeds merged."""
     whole = {"what": "parity", "model": "resnet20", "steps": SCHEDULE_STEPS}
     return next(iter(merge_seeds(infos(rows, "bench_accuracy.py", **whole))), None)
 
 
 def whole_schedule(rows: Sequence[Row]) -> Finding | None:
+    """Compare the schedule's training time with the target and the stretch."""
     if (info := parity(rows)) is None:
         return None
     mean, sd, (target, stretch) = info["mean_train_time_s"], info["sd_train_time_s"], SCHEDULE_S
@@ -62,6 +64,7 @@ def whole_schedule(rows: Sequence[Row]) -> Finding | None:
 
 
 def against_plain(rows: Sequence[Row]) -> Finding | None:
+    """Compare with the plain loop."""
     for info in infos(rows, "bench_schedule.py", what="schedule"):
         ratio = info["times_as_fast"]["plain"]
         return Finding(f"{ratio:.2f} x, n={info['n']}", at_least(TIMES_PLAIN)(ratio))
@@ -80,6 +83,7 @@ def against_compiled(rows: Sequence[Row]) -> Finding | None:
 
 
 def accuracy(rows: Sequence[Row]) -> Finding | None:
+    """Compare the accuracy with the plain loop's."""
     if (info := parity(rows)) is None:
         return None
     text = f"{info['mean_accuracy']['fastres']:.4f} on {info['data']}, n={info['n']}"
@@ -93,6 +97,7 @@ def accuracy(rows: Sequence[Row]) -> Finding | None:
 
 
 def time_to_90(rows: Sequence[Row]) -> Finding | None:
+    """Compare the time to 90 % with airbench's."""
     for info in infos(rows, "bench_peers.py", peer="airbench"):
         ours, theirs = (info[name]["mean_s"] for name in ("fastres", "airbench"))
         text = f"{ours:.3f} s to airbench's {theirs:.3f} s on {info['data']}, n={info['n']}"
@@ -108,6 +113,8 @@ def time_to_90(rows: Sequence[Row]) -> Finding | None:
 
 
 def against_peer(peer: str, feed: str) -> Measured:
+    """Compare ResNet-50's step with a peer's."""
+
     def found(rows: Sequence[Row]) -> Finding | None:
         for info in infos(rows, "bench_peers.py", peer=peer, feed=feed, compiled=True):
             text = f"{info['ratio']:.3f} x; {rate(info).lstrip()}, n={info['n']}"
@@ -132,6 +139,7 @@ def kernels(rows: Sequence[Row]) -> Finding | None:
 
 
 def graphed(rows: Sequence[Row]) -> Finding | None:
+    """Find out if graphed steps are bitwise identical to ungraphed ones."""
     found = infos(rows, "bench_schedule.py", what="graphed")
     if not found:
         return None
