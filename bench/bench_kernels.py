@@ -1,42 +1,42 @@
-"""Time of BatchNorm + ReLU (+ add) and of residual blocks, forward and backward: the fused kernels against torch's.
+"""Time BatchNorm + ReLU (+ add) and residual blocks, forward and backward: the fused kernels against torch's.
 
     pytest bench/bench_kernels.py --benchmark-only
 
-Every variant runs in turns with the baseline, A B A B, on the same tensors. On a GPU the baseline is torch under
-inductor, whose own row, against itself, tells how steady the machine is; the time is that of CUDA events around many
-calls, replayed from a CUDA graph ("graph") or launched from Python ("plain"), and pytest-benchmark's own table is the
-host's. The tensors are random, and more than the L2 holds from one turn to the next. What is fast but wrong is not
-timed: results are first compared to the baseline's.
+Every variant runs interleaved with the baseline on the same tensors. On a GPU the baseline is torch under inductor, and
+its row against itself shows how steady the machine is. CUDA events time many calls, replayed from a CUDA graph
+("graph") or launched from Python ("plain"); pytest-benchmark's own table is the host's. The tensors are random, and the
+L2 does not hold them from one turn to the next. Results are first compared with the baseline's, so that nothing wrong
+is timed.
 
-With --write-table the winners are written to kernels/batchnorm/fastest.json, where the engine looks them up. On a CPU
-the reference runs, to show that all of this works.
+With --write-table the engine's table, kernels/batchnorm/fastest.json, gets the winners. On a CPU the reference runs, to
+show that the benchmark works.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from bench.lib.paired import benchmark_interleaved
+from bench.lib.stats import Info
 from fastres.config.schema import Config
 from fastres.models.blocks import NORMS, BasicBlock, Bottleneck, Norm, Stage, norm_act, norm_act_fork
 from fastres.runs.environment import cpu_name
 from fastres.training.cuda_graph import capturing
 from fastres.training.engine import find_apex, resolve_engine
+from fastres.utils.hardware import measured_copy
 from fastres.utils.precision import DTYPES
+from fastres.utils.timing import Region, Timing, time_region
 from fastres_kernels import BatchNormAct2d, Skip
 from fastres_kernels.batchnorm import dispatch_table
 from fastres_kernels.batchnorm.dispatch_table import Table
@@ -49,19 +49,19 @@ pytestmark = pytest.mark.skipif(
 
 DIRECTIONS = ("forward", "backward", "full")
 
-# ---- what is timed -----------------------------------------------------------------------------------------
+# ---- the layers --------------------------------------------------------------------------------------------
 
 
 class Consumed(torch.autograd.Function):
-    """Stands for a second layer that takes an activation: reads nothing, and in the backward hands it its gradient.
+    """A second consumer of an activation: it reads nothing, and its backward returns the given gradient.
 
-    A second output would not do: torch.compile leaves the sum of the gradients of one tensor given twice to autograd,
-    where in a network it is part of the compiled backward.
+    A second output would not do, because torch.compile leaves the sum of the gradients of one tensor given twice to
+    autograd, although in a network that sum is part of the compiled backward.
     """
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, gradient: Tensor) -> Tensor:
-        """Both (N, C, H, W) -> a token, (0,): differentiating it starts the backward."""
+        """Return a token, (0,), whose differentiation starts the backward. Both arguments are (N, C, H, W)."""
         ctx.save_for_backward(gradient)
         return activation.new_empty(0)
 
@@ -78,7 +78,7 @@ class NormAct(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor, residual: Tensor | None, dskip: Tensor | None) -> tuple[Tensor, ...]:
-        """All (N, C, H, W) -> y, which waits for its gradient, and with a residual a token of the second part."""
+        """Return y and, if there is a residual, a token of the gradient's second part. All are (N, C, H, W)."""
         if residual is None:
             return (norm_act(self.norm, x),)
         y, skip = norm_act_fork(self.norm, x, residual)
@@ -94,7 +94,7 @@ class TwoBlocks(nn.Module):
         self.stage = Stage(*(block(channels, inner, norm=norm) for _ in range(2)))
 
     def forward(self, x: Tensor, residual: None, dskip: None) -> tuple[Tensor]:
-        """(N, C, H, W) -> the same."""
+        """Return the blocks' output; it and x are (N, C, H, W)."""
         return (self.stage(x),)
 
 
@@ -105,7 +105,7 @@ NETS: dict[str, Callable[[Norm, int], nn.Module]] = {
     "bottlenecks": partial(TwoBlocks, Bottleneck),
 }
 
-# The norm, and whether torch.compile compiles what it is part of.
+# By variant: the norm, and True if torch.compile compiles the network around it.
 VARIANTS: dict[str, tuple[Norm, bool]] = {
     "two_pass": (NORMS["fused"], True),
     "cooperative": (partial(BatchNormAct2d, algorithm="cooperative"), True),
@@ -115,10 +115,10 @@ VARIANTS: dict[str, tuple[Norm, bool]] = {
     "reference": (NORMS["fused"], False),  # on a CPU
 }
 
-# Bytes per element of the activation, forward and backward, that a variant by its construction reads and writes,
-# each element being of 2 bytes. For the fused kernels see the modules of kernels/batchnorm/; eager's are those of
-# torch's kernels for channels-last; inductor's were counted in the code that it generates for these very
-# layers (torch 2.14, for an H100). Alone, it keeps ReLU's mask in bytes, and so moves less than in a network.
+# Bytes per element of the activation, forward and backward, that a variant reads and writes by its construction, for
+# elements of 2 bytes. The fused kernels' are derived in kernels/batchnorm/{forward,backward,cooperative}.py; eager's
+# are those of torch's channels-last kernels; inductor's were counted in the code that it generates for these layers
+# (torch 2.14, for an H100). Outside a network inductor stores ReLU's mask in bytes, and so moves less than in one.
 BYTES: dict[str, dict[str, dict[str, float]]] = {
     "two_pass": {
         "bn_relu": {"forward": 2 + 4, "backward": 4 + 6},
@@ -157,16 +157,14 @@ class Case:
         return "{}-{}x{}x{}x{}-{}".format(self.what, *self.shape, self.precision)
 
 
-# ---- where: one interface to a GPU and to a CPU -------------------------------------------------------------
-
-Region = Callable[[], Any]
+# ---- the machine: one interface to a GPU and to a CPU -------------------------------------------------------
 
 
 class Cpu:
     device = torch.device("cpu")
     capability: list[int] | None = None
-    multiprocessors = 0  # nothing fits on it at once
-    cache_bytes = 0  # two sets of tensors will do for what claims nothing
+    multiprocessors = 0  # no tensor fits on it at once
+    cache_bytes = 0  # two sets of tensors are enough, because a CPU's times claim nothing
     baseline = "eager"
     modes: tuple[tuple[str, str], ...] = tuple((direction, "plain") for direction in DIRECTIONS)
     rounds, region_s = 5, 0.0
@@ -182,20 +180,18 @@ class Cpu:
             yield Case(what, (8, 64, 8, 8), "fp32")
 
     def variants(self, case: Case) -> tuple[list[str], dict[str, str]]:
-        """Those that run, and why others do not."""
+        """Return the variants that run, and by name the reason why others do not."""
         return ["reference", "eager"], {}
 
     def stream(self) -> AbstractContextManager[Any]:
-        """Everything runs in it."""
+        """Return the context that everything runs in."""
         return nullcontext()
 
     def seconds(self, region: Region) -> float:
-        start = time.perf_counter()
-        region()
-        return time.perf_counter() - start
+        return time_region(region, self.device)
 
     def in_mode(self, mode: str, region: Region) -> Region:
-        """The same work, launched as `mode` says. Runs it at least twice."""
+        """Return the same work, launched as `mode` says, after running it at least twice."""
         region()
         region()
         return region
@@ -207,21 +203,24 @@ class Gpu:
     rounds, region_s = 20, 0.002
 
     def __init__(self) -> None:
-        engine = resolve_engine(Config())  # which switches torch as for training
+        engine = resolve_engine(Config())
+        engine.apply_torch_settings()
         self.device, self.precision = engine.device, engine.precision
         properties = torch.cuda.get_device_properties(self.device)
         self.name = properties.name
         self.capability = [properties.major, properties.minor]
         self.multiprocessors = properties.multi_processor_count
         self.cache_bytes = properties.L2_cache_size
-        # Autograd runs a backward on its forward's stream, and a graph is captured on a stream that is not the
-        # default one: so all is on this one, from the first call on.
+        # Autograd runs a backward on its forward's stream, and the default stream cannot be captured, so everything
+        # runs on this stream from the first call on.
         self.own_stream = torch.cuda.Stream(self.device)
         self.apex, self.why_no_apex = find_apex("contrib.groupbn.batch_norm")
 
     def cases(self) -> Iterator[Case]:
-        """ResNet-20 at batch 128 and 1024; the speed-run's network and ResNet-50 at 256. All again in fp16 where
-        there is apex to compare to."""
+        """Yield ResNet-20's layers at batch 128 and 1024, the speed-run network's and ResNet-50's at 256.
+
+        If apex is installed, all come again in fp16, to compare with apex.
+        """
         for precision in (self.precision, "fp16") if self.apex else (self.precision,):
             for n in (128, 1024):
                 for c, side in ((16, 32), (32, 16), (64, 8)):
@@ -237,15 +236,15 @@ class Gpu:
                     yield Case(what, (256, c, side, side), precision)
 
     def variants(self, case: Case) -> tuple[list[str], dict[str, str]]:
-        absent = {}
+        unavailable = {}
         if not cooperates(case, "full", self.multiprocessors):
-            absent["cooperative"] = "where the tensor does not fit on the GPU at once"
+            unavailable["cooperative"] = "where the tensor does not fit on the GPU at once"
         if self.apex is None:
-            absent["apex"] = self.why_no_apex
+            unavailable["apex"] = self.why_no_apex
         elif case.precision != "fp16":
-            absent["apex"] = "where the precision is not fp16"
+            unavailable["apex"] = "where the precision is not fp16"
         names = ("two_pass", "cooperative", "eager", "inductor", "apex")
-        return [name for name in names if name not in absent], absent
+        return [name for name in names if name not in unavailable], unavailable
 
     def stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.own_stream)
@@ -267,7 +266,7 @@ class Gpu:
         with capturing(graph, stream=self.own_stream):
             region()
 
-        def replay(_read_by_the_graph: Region = region) -> None:  # and so kept: a backward's saved tensors
+        def replay(_read_by_the_graph: Region = region) -> None:  # keeps a backward's saved tensors alive
             graph.replay()
 
         replay()
@@ -280,11 +279,11 @@ def machine() -> Cpu | Gpu:
 
 
 def cooperates(case: Case, direction: str, multiprocessors: int) -> bool:
-    """Whether a cooperative kernel takes the case, or of a block its narrowest BatchNorm; "full": forward at least."""
+    """Return True if a cooperative kernel takes the case, or a block's narrowest BatchNorm; "full" asks for forward."""
     n, c, h, w = case.shape
     c = c // Bottleneck.expansion if case.what == "bottlenecks" else c
-    on_chip = BACKWARD_TILE if direction == "backward" else FORWARD_TILE
-    return one_pass_tiles(n * h * w, c, on_chip, multiprocessors) is not None
+    tile = BACKWARD_TILE if direction == "backward" else FORWARD_TILE
+    return one_pass_tiles(n * h * w, c, tile, multiprocessors) is not None
 
 
 # ---- timing ------------------------------------------------------------------------------------------------
@@ -303,7 +302,7 @@ class Contest:
     """A case, with the tensors and the nets of all variants."""
 
     def __init__(self, case: Case) -> None:
-        # What dynamo compiles it keeps by a forward's code: modules of former cases would add up to its limit.
+        # Dynamo keeps compiled code per forward, so the modules of former cases would reach its limit.
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -328,7 +327,7 @@ class Contest:
         )
 
     def net(self, variant: str) -> Any:
-        """Compiled, warm, and found to compute what the baseline computes."""
+        """Return the variant's network, compiled if it should be, after comparing its results with the baseline's."""
         if variant in self._nets:
             return self._nets[variant]
         norm, compiles = VARIANTS[variant]
@@ -345,15 +344,15 @@ class Contest:
             expected = forward_and_backward(self.net(machine().baseline), self.batches[0])
             for result, wanted in zip(results, expected, strict=True):
                 error = ((result - wanted).float().norm() / wanted.float().norm()).item()
-                # Not nan either. In bf16, rounding decides otherwise about a ReLU in a thousand, which was 3 % of a
-                # gradient, and 12 % through two blocks.
+                # nan fails too. In bf16, rounding flips one ReLU in a thousand, which changed a gradient by 3 %, and
+                # by 12 % through two blocks.
                 allowed = 0.3 if self.case.is_block else 0.1
                 assert error < allowed, f"{variant} differs from {machine().baseline} by {error:.1%}"
         self._nets[variant] = net
         return net
 
     def region(self, variant: str, direction: str) -> Region:
-        """All batches once. Results are kept until the end, so that no two of them share memory."""
+        """Return a region that runs all batches once. It keeps the results, so that no two of them share memory."""
         net = self.net(variant)
         if direction == "forward":
             return lambda: [net(*batch[:3]) for batch in self.batches]
@@ -366,7 +365,7 @@ class Contest:
         ]
 
     def timer(self, variant: str, direction: str, mode: str) -> Callable[[], float]:
-        """Measures the seconds of one call, by a region of many."""
+        """Return a function that measures the seconds of one call, by a region of many."""
         work = machine().in_mode(mode, self.region(variant, direction))
         turns = max(1, math.ceil(machine().region_s / machine().seconds(work)))
 
@@ -378,7 +377,7 @@ class Contest:
 
 
 def forward_and_backward(net: Any, batch: Batch) -> tuple[Tensor, ...]:
-    """y and the gradients of x, the residual and the parameters."""
+    """Return y and the gradients of x, the residual and the parameters."""
     outputs = net(*batch[:3])
     return outputs[0], *gradients(net, batch, outputs)
 
@@ -398,16 +397,12 @@ def contest(case: Case) -> Contest:
 
 @cache
 def copy_gb_per_s() -> float:
-    """Bytes read and written by a copy of a tensor beyond the L2, the median over the rounds."""
-    source = torch.randn(max(2**22, 2 * machine().cache_bytes), device=machine().device)  # 4 bytes each
-    target = torch.empty_like(source)
-    work = machine().in_mode("plain", lambda: target.copy_(source))
-    seconds = [machine().seconds(work) for _ in range(machine().rounds)]
-    return 2 * source.nbytes / statistics.median(seconds) / 1e9
+    """Measure the bytes per second that a copy reads and writes, once in a process."""
+    return measured_copy(machine().device) / 1e9
 
 
 def bytes_per_element(case: Case, variant: str, direction: str, multiprocessors: int) -> float | None:
-    """What the variant reads and writes by its construction; None where that is not known."""
+    """Return the bytes that the variant reads and writes by its construction, or None if they are unknown."""
     if case.is_block or case.dtype.itemsize != 2 or variant not in BYTES:
         return None
     total = 0.0
@@ -422,42 +417,31 @@ def bytes_per_element(case: Case, variant: str, direction: str, multiprocessors:
 
 @pytest.fixture(autouse=True)
 def _leave_nothing() -> None:
-    """In place of conftest.py's: the benchmarks of a case share its nets, and the next case's Contest clears up."""
+    """Replace conftest.py's fixture: the benchmarks of a case share its nets, and the next case's Contest clears up."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = []
-    for case in machine().cases():
-        for direction, mode in machine().modes:
-            for variant in machine().variants(case)[0]:
-                if case.is_block and direction != "full":
-                    continue
-                if variant == "cooperative" and not cooperates(case, direction, machine().multiprocessors):
-                    continue
-                rows.append(
-                    pytest.param(case, direction, mode, variant, id=f"{case}-{direction}-{mode}-{variant}")
-                )
+    rows = [
+        pytest.param(case, direction, mode, variant, id=f"{case}-{direction}-{mode}-{variant}")
+        for case in machine().cases()
+        for direction, mode in machine().modes
+        if direction == "full" or not case.is_block
+        for variant in machine().variants(case)[0]
+        if variant != "cooperative" or cooperates(case, direction, machine().multiprocessors)
+    ]
     metafunc.parametrize("case, direction, mode, variant", rows)
 
 
 def bench_kernels(benchmark: Any, case: Case, direction: str, mode: str, variant: str) -> None:
     here = machine()
-    # The backward alone is timed by running it again and again, which donated buffers do not allow.
+    # The backward alone is timed by repeating it, which donated buffers do not allow.
     with here.stream(), torch._functorch.config.patch(donated_buffer=case.is_block):
         copy = copy_gb_per_s()
-        time_baseline, time_variant = (
-            contest(case).timer(name, direction, mode) for name in (here.baseline, variant)
-        )
-        baseline_s: list[float] = []
-        variant_s: list[float] = []
-        benchmark.pedantic(
-            lambda: variant_s.append(time_variant()),
-            setup=lambda: baseline_s.append(time_baseline()),  # before each round
-            rounds=here.rounds,
-        )
-    median_s, baseline_median_s = statistics.median(variant_s), statistics.median(baseline_s)
+        names = {"baseline": here.baseline, "variant": variant}
+        timers = {role: contest(case).timer(name, direction, mode) for role, name in names.items()}
+        theirs, ours = benchmark_interleaved(benchmark, timers, here.rounds).values()
     moved = bytes_per_element(case, variant, direction, here.multiprocessors)
-    gb_per_s = None if moved is None else moved * math.prod(case.shape) / median_s / 1e9
+    gb_per_s = None if moved is None else moved * math.prod(case.shape) / ours.median_s / 1e9
     benchmark.extra_info.update(
         device=here.name,
         capability=here.capability,
@@ -467,72 +451,41 @@ def bench_kernels(benchmark: Any, case: Case, direction: str, mode: str, variant
         direction=direction,
         mode=mode,
         variant=variant,
-        median_us=1e6 * median_s,
-        us_20_80=quantiles_us(variant_s),
-        us=[1e6 * s for s in variant_s],
+        **in_us(ours),
         baseline=here.baseline,
-        baseline_median_us=1e6 * baseline_median_s,
-        baseline_us_20_80=quantiles_us(baseline_s),
-        baseline_us=[1e6 * s for s in baseline_s],
-        ratio=baseline_median_s / median_s,
+        **{f"baseline_{name}": us for name, us in in_us(theirs).items()},
+        ratio=ours.ratio_to(theirs).of_medians,
         gb_per_s=gb_per_s,
         copy_gb_per_s=copy,
         share_of_copy=None if gb_per_s is None else gb_per_s / copy,
-        n=len(variant_s),
+        n=ours.n,
         absent=here.variants(case)[1],
     )
 
 
-def quantiles_us(seconds: list[float]) -> list[float]:
-    low, high = np.quantile(1e6 * np.array(seconds), (0.2, 0.8))
-    return [float(low), float(high)]
+def in_us(timing: Timing) -> Info:
+    """Return the median, the 20 and 80 % quantiles and all times, in us."""
+    return {
+        "median_us": 1e6 * timing.median_s,
+        "us_20_80": [1e6 * s for s in timing.quantiles_s],
+        "us": [1e6 * s for s in timing.seconds],
+    }
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-Row = dict[str, Any]  # a benchmark's extra_info
 
+def fastest(rows: list[Info]) -> tuple[tuple[int, int], Table] | None:
+    """Return this device's part of kernels/batchnorm/fastest.json, or None on a CPU.
 
-def summary(rows: list[Row]) -> list[str]:
-    """The lines of the table, in the order of the rows."""
-    first = rows[0]
-    lines = [f"{first['device']}: a copy moves {first['copy_gb_per_s']:,.0f} GB/s"]
-    if first["capability"] is None:
-        lines = [f"{first['device']}: the reference is timed and not the kernels, which claims nothing"]
-    for case, of_case in groupby(rows, lambda row: (row["what"], tuple(row["shape"]), row["dtype"])):
-        what, shape, dtype = case
-        lines.append("{}, {} in {}".format(what, " × ".join(map(str, shape)), dtype))
-        lines += ["  " + line(row) for row in of_case]
-    absent = dict.fromkeys(reason for row in rows for reason in row["absent"].items())
-    lines += [f"no {variant}: {reason}" for variant, reason in absent]
-    return lines
-
-
-def line(row: Row) -> str:
-    how = f"{row['direction']}, {row['mode']}"
-    spread = "({:,.1f} to {:,.1f})".format(*row["us_20_80"])
-    text = (
-        f"{how:<15} {row['variant']:<11} {row['median_us']:>9,.1f} us {spread:<22} "
-        f"{row['ratio']:>5.2f} x {row['baseline']}'s {row['baseline_median_us']:,.1f}, n={row['n']}"
-    )
-    if row["gb_per_s"] is not None:
-        text += f", {row['gb_per_s']:,.0f} GB/s, {row['share_of_copy']:.0%} of a copy's"
-    return text
-
-
-def fastest(rows: list[Row]) -> tuple[tuple[int, int], Table] | None:
-    """Return the entries of kernels/batchnorm/fastest.json for this device, or None on a CPU.
-
-    For each shape this is the fused kernel that beat inductor by most, forward and backward together in a CUDA graph,
-    if the ranges from 20 to 80 % of both do not overlap; otherwise it is "torch".
+    For each shape it names the fused kernel with the largest ratio to inductor, forward and backward together in a CUDA
+    graph, if the 20 to 80 % intervals of both do not overlap; otherwise "torch".
     """
-    capability, precision = (
-        rows[0]["capability"],
-        rows[0]["dtype"],
-    )  # the table knows of one: what `auto` chooses
+    # The table has one precision, which is the one that `auto` chooses.
+    capability, precision = rows[0]["capability"], rows[0]["dtype"]
     if capability is None:
         return None
-    best: dict[tuple[int, int, bool], Row | None] = {}
+    best: dict[tuple[int, int, bool], Info | None] = {}
     for row in rows:
         if (
             row["variant"] not in ("two_pass", "cooperative")
@@ -551,8 +504,8 @@ def fastest(rows: list[Row]) -> tuple[tuple[int, int], Table] | None:
     return (major, minor), {key: row["variant"] if row else "torch" for key, row in best.items()}
 
 
-def write_table(rows: list[Row]) -> str:
-    """Puts that into the file. Returns a line about it."""
+def write_table(rows: list[Info]) -> str:
+    """Write the winners to the file, and return a line about it."""
     if (found := fastest(rows)) is None:
         return "--write-table: on a CPU there is nothing to write"
     dispatch_table.write(*found)

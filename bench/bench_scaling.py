@@ -1,9 +1,9 @@
-"""What a training step costs by batch size, depth and number of processes: where the engine stops being bound by
-launches, and what is fixed cost and what grows.
+"""Measure the cost of a training step by batch size, depth and number of processes.
 
     pytest bench/bench_scaling.py --benchmark-only
 
-Sizes run in turns within one benchmark. Processes are real ones under torchrun, on the cores or GPUs that are there.
+The sweeps show where the engine stops being bound by launches, and separate fixed from growing cost. Sizes run
+interleaved within one benchmark. Processes are real ones under torchrun, on the machine's cores or GPUs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.lib.workloads import PLAIN, Net, engine_for, engine_training
-from fastres.training.engine import resolve_engine
+from bench.lib.workloads import GPU, Net, engine_for, engine_training
 from fastres.training.step import raise_recompile_limit
 from fastres.utils.timing import interleaved
 
-GPU = torch.cuda.is_available()
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
 DEPTHS = (20, 32, 44, 56, 110)
 ROUNDS = 15 if GPU else 7
-STEPS = 200 if GPU else 2  # of a round: on a GPU many, for its start and end take as long as some
+STEPS = (
+    200 if GPU else 2
+)  # of a round; many on a GPU, because a round's start and end take as long as some steps
 
 
 def net(depth: int, batch: int) -> Net:
@@ -44,10 +45,9 @@ SWEEPS: dict[str, dict[int, Net]] = {
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def bench_step(benchmark: Any, sweep: str) -> None:
-    _, engine = engine_for()
+    engine = engine_for()
     raise_recompile_limit(2 * len(SWEEPS[sweep]))
-    steps = {str(size): engine_training(one) for size, one in SWEEPS[sweep].items()}
-    regions = {size: (lambda take=take: take(STEPS)) for size, take in steps.items()}
+    regions = {str(size): partial(engine_training(one), STEPS) for size, one in SWEEPS[sweep].items()}
     timings = benchmark.pedantic(lambda: interleaved(regions, ROUNDS, engine.device), rounds=1)
     sizes = list(SWEEPS[sweep])
     step_s = [timings[str(size)].median_s / STEPS for size in sizes]
@@ -65,7 +65,7 @@ def bench_step(benchmark: Any, sweep: str) -> None:
     )
 
 
-# What both sides have, and one of them more. DDP has no graphs, so there neither has.
+# By name: fields of both sides, and more fields of one. DDP has no graphs, so neither side has one.
 COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DDP on one process": ({"cuda_graph": False}, {"ddp": True}),
     "engine.deterministic": ({}, {"deterministic": True}),
@@ -74,20 +74,17 @@ COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("what", COSTS)
 def bench_cost(benchmark: Any, what: str) -> None:
-    """What a way of running costs by itself: ResNet-20 without it and with it, in turns."""
-    _, engine = engine_for()
+    """Measure the cost of a setting: ResNet-20 without and with it, interleaved."""
+    engine = engine_for()
     dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore())
     try:
         both, more = COSTS[what]
-        steps = {
-            "without": engine_training(net(20, 128), **both),
-            "with": engine_training(net(20, 128), **both, **more),
-        }
-        regions = {name: (lambda take=take: take(STEPS)) for name, take in steps.items()}
+        sides = {"without": both, "with": both | more}
+        regions = {name: partial(engine_training(net(20, 128), **how), STEPS) for name, how in sides.items()}
         timings = benchmark.pedantic(lambda: interleaved(regions, 3 * ROUNDS, engine.device), rounds=1)
     finally:
         dist.destroy_process_group()
-        resolve_engine(PLAIN)  # switches deterministic algorithms off
+        engine.apply_torch_settings()  # ends deterministic algorithms
     ratio = timings["without"].ratio_to(timings["with"])
     benchmark.extra_info.update(
         sweep="cost",
@@ -102,71 +99,39 @@ def bench_cost(benchmark: Any, what: str) -> None:
 
 
 def bench_processes(benchmark: Any, tmp_path: Path) -> None:
-    """The same global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each. One is without a graph
-    too: several cannot have one."""
+    """Run one global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each.
+
+    One process runs without a CUDA graph too, because several cannot have one.
+    """
     there = torch.cuda.device_count() if GPU else os.cpu_count() or 1
     counts = [count for count in (1, 2, 4, 8) if count <= there]
     if len(counts) == 1:
         pytest.skip(f"one {'GPU' if GPU else 'CPU'}: nothing to divide")
-    runs: list[dict[str, list[float]]] = []
+    rates: dict[str, list[float]] = {str(count): [] for count in counts}
 
     def run(count: int, turn: int) -> float:
+        steps, folder = 6_000 if GPU else 24, tmp_path / f"{count}-{turn}"
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node {count} -m fastres.train"
+        flags = f"--data.source synthetic --data.augment none --engine.cuda_graph false --train.steps {steps}"
         done = subprocess.run(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc_per_node",
-                    str(count),
-                ),
-                *("-m", "fastres.train", "--data.source", "synthetic", "--data.augment", "none"),
-                *("--engine.cuda_graph", "false", "--train.steps", "6000" if GPU else "24"),
-                *("--run.dir", str(tmp_path / f"{count}-{turn}")),
-            ],
+            [sys.executable, *launch.split(), *flags.split(), "--run.dir", str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        summary = json.loads((tmp_path / f"{count}-{turn}" / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return float(summary["images_per_s"])
 
-    def all_in_turns() -> None:
-        rates: dict[str, list[float]] = {str(count): [] for count in counts}
+    def interleaved_runs() -> None:
         for turn in range(3):
             for count in counts:
                 rates[str(count)].append(run(count, turn))
-        runs.append(rates)
 
-    benchmark.pedantic(all_in_turns, rounds=1)
-    medians = [float(np.median(runs[0][str(count)])) for count in counts]
+    benchmark.pedantic(interleaved_runs, rounds=1)
+    medians = [float(np.median(rates[str(count)])) for count in counts]
     benchmark.extra_info.update(
-        sweep="processes", sizes=counts, images_per_s=medians, raw_images_per_s=runs[0], n=3,
+        sweep="processes", sizes=counts, images_per_s=medians, raw_images_per_s=rates, n=3,
         ratio=[rate / medians[0] for rate in medians],
     )  # fmt: skip
-
-
-def summary(infos: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for info in infos:
-        if info["sweep"] == "cost":
-            low, high = info["ratio_20_80"]
-            cost = f"{info['ratio']:.3f} x the step without it ({low:.3f} to {high:.3f}), n={info['n']}"
-            lines.append(f"{info['what']}: {cost}")
-            continue
-        for i, (size, rate) in enumerate(zip(info["sizes"], info["images_per_s"], strict=True)):
-            if info["sweep"] == "processes":
-                cost = f"{info['ratio'][i]:.2f} x one process, {info['n']} runs each"
-            else:
-                low, high = info["step_s_20_80"][i]
-                cost = f"{1e3 * info['step_s'][i]:9.2f} ms a step ({1e3 * low:.2f} to {1e3 * high:.2f}), n={info['n']}"
-            lines.append(f"{info['sweep']:<10} {size:>5}  {rate:>9,.0f} images/s  {cost}")
-        if info["sweep"] != "processes":
-            lines.append(
-                f"  a straight line: {1e3 * info['fixed_s']:.2f} ms, and {1e3 * info['slope_s']:.4f} ms for each "
-                f"of {info['sweep']}"
-            )
-    return lines

@@ -1,38 +1,42 @@
-"""The 64k-step schedule of ResNet-20: how fast its steps are, data included, in turns with what one would write first.
+"""Measure the steps of ResNet-20's 64k-step schedule, data included, interleaved with plain loops.
 
     pytest bench/bench_schedule.py --benchmark-only
 
 A turn is a number of steps of the schedule: of the plain loop (eager, fp32, NCHW), of the same under torch.compile
-alone, of that in bf16 and channels-last, and of fastres.train, whose own clock leaves out compiling and evaluation. All
-take the same augmented batches from the resident loader. The wall time of all 64,000 steps is in bench_accuracy.py.
+alone, of that in bf16 and channels-last, and of fastres.train, whose own clock excludes compiling and evaluation. All
+take the same augmented batches from the resident loader. bench_accuracy.py measures the wall time of all 64,000 steps.
 
-Second: that steps replayed from a CUDA graph compute the bits of those that are not. Not yet run on a GPU.
+A second benchmark checks that steps replayed from a CUDA graph are bitwise identical to ungraphed ones. It has not yet
+run on a GPU.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench.lib.runs import PlainRun, needs_patience, run, same
+from bench.lib.paired import benchmark_interleaved
+from bench.lib.plain_loop import PlainRun
+from bench.lib.runs import run, skip_if_slow
+from bench.lib.workloads import GPU
 from fastres.config.cli import parse
 from fastres.data.sources.load import load_source
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError
-from fastres.utils.timing import Timing, time_region
+from fastres.utils.timing import time_region
 
-GPU = torch.cuda.is_available()
 SAMPLES, STEPS, ROUNDS = (50_000, 2_000, 5) if GPU else (2_048, 4, 3)  # of a turn
 FLAGS = [
     *("--data.source", "synthetic", "--data.image_size", "32", "--data.synthetic_samples", str(SAMPLES)),
     *("--train.eval_every", "100_000", "--run.checkpoint_every", "100_000"),
 ]
-# What fastres is compared to: arguments of PlainLoop.
+# By name: arguments of PlainRun.
 BASELINES: dict[str, dict[str, bool]] = {
     "plain": {},
     "torch.compile": {"compiled": True},
@@ -53,19 +57,17 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
     }
     for plain in baselines.values():
         plain.steps(0, 2)
-    seconds: dict[str, list[float]] = {name: [] for name in (*baselines, OURS)}
+    folders = (tmp_path / f"{number}" for number in count())  # a folder holds one run
 
-    def theirs() -> None:
-        for name, plain in baselines.items():
-            seconds[name].append(time_region(lambda plain=plain: plain.steps(0, STEPS), engine.device))
+    def ours() -> float:
+        """Return the seconds of a run of seed 0, whose batches are those of the plain loops."""
+        return run(flags, 0, next(folders), source)["train_time_s"]
 
-    def ours() -> None:
-        # The batches of seed 0 are those of the others; a folder holds one run.
-        summary = run(flags, 0, tmp_path / f"{len(seconds[OURS])}", source)
-        seconds[OURS].append(summary["train_time_s"])
-
-    benchmark.pedantic(ours, setup=theirs, rounds=ROUNDS)
-    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    timers = {
+        name: partial(time_region, partial(plain.steps, 0, STEPS), engine.device)
+        for name, plain in baselines.items()
+    }
+    timings = benchmark_interleaved(benchmark, {**timers, OURS: ours}, ROUNDS)
     ratios = {name: timings[OURS].ratio_to(timings[name]) for name in baselines}
     benchmark.extra_info.update(
         what="schedule",
@@ -102,7 +104,7 @@ def bench_graphed_is_ungraphed(
         resolve_engine(parse([*flags, "--engine.cuda_graph", "true"]))
     except UsageError as refusal:
         pytest.skip(str(refusal))
-    needs_patience(request.config)
+    skip_if_slow(request.config)
     runs = {name: tmp_path / name for name in ("true", "false")}
     summaries = {}
 
@@ -116,13 +118,12 @@ def bench_graphed_is_ungraphed(
         precision=precision,
         steps=GRAPHED_STEPS,
         train_time_s={name: summary["train_time_s"] for name, summary in summaries.items()},
-        **same_run(runs["true"], runs["false"]),
+        **compare_folders(runs["true"], runs["false"]),
     )
 
 
-def same_run(one: Path, other: Path) -> dict[str, Any]:
-    """Of two runs' folders: the number of losses logged, the first step where they differ, and whether all weights are
-    the same bits."""
+def compare_folders(one: Path, other: Path) -> dict[str, Any]:
+    """Return the number of losses that two runs logged, the first step that differs, and if all weights are equal."""
     losses = [
         {row["step"]: row["loss"] for row in map(json.loads, lines) if row["split"] == "train"}
         for lines in ((folder / "metrics.jsonl").read_text("utf-8").splitlines() for folder in (one, other))
@@ -138,26 +139,3 @@ def same_run(one: Path, other: Path) -> dict[str, Any]:
         "state_equal": weights[0] == weights[1],
         "weights_sha256": weights,
     }
-
-
-def summary(infos: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for info in infos:
-        if info["what"] == "graphed":
-            graphed, ungraphed = (info["train_time_s"][name] for name in ("true", "false"))
-            found = (
-                "equal, every bit" if same(info) else f"differ from step {info['first_different_step']} on"
-            )
-            lines.append(
-                f"graphed and ungraphed in {info['precision']}, deterministic: {info['losses']} losses and the weights "
-                f"after {info['steps']:,} steps {found}; {graphed:.2f} s and {ungraphed:.2f} s"
-            )
-            continue
-        for name, (images_per_s, low, high) in info["images_per_s"].items():
-            ratio = info["times_as_fast"].get(name)
-            lines.append(
-                f"{name:<36} {images_per_s:>9,.0f} images/s ({low:,.0f} to {high:,.0f})"
-                + (f"; fastres {ratio:.2f} x" if ratio else f", {info['model']} in {info['precision']}")
-                + f", n={info['n']} turns of {info['steps']:,} steps"
-            )
-    return lines

@@ -1,10 +1,10 @@
-"""images/s of training and inference, every model family under what the engine can do, against plain PyTorch.
+"""Measure images/s of training and inference of every model family, against plain PyTorch.
 
-    pytest bench/bench_throughput.py --benchmark-only           what this machine has time for
+    pytest bench/bench_throughput.py --benchmark-only           the cases that take minutes
     pytest bench/bench_throughput.py --benchmark-only --full    everything
 
-The baseline is what one writes first: the same network, eager, fp32, NCHW, torch.optim.SGD. It runs in turns with the
-engine in one process, A B A B, so that whatever the machine does meanwhile happens to both; only the ratio is a claim.
+The baseline is the code one writes first: the same network, eager, fp32, NCHW, torch.optim.SGD. It runs interleaved
+with the engine in one process, so that any disturbance of the machine affects both; only the ratio is a result.
 """
 
 from __future__ import annotations
@@ -13,20 +13,11 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 
-from bench.lib.workloads import (
-    Net,
-    compare,
-    engine_for,
-    engine_inference,
-    engine_training,
-    plain_inference,
-    plain_training,
-)
+from bench.lib.paired import compare
+from bench.lib.plain_loop import plain_inference, plain_training
+from bench.lib.workloads import GPU, Net, engine_for, engine_inference, engine_training
 from fastres.utils.errors import UsageError
-
-GPU = torch.cuda.is_available()
 
 
 def net(name: str, on_cpu: int, on_gpu: int, side: int, **fields: Any) -> Net:
@@ -58,40 +49,34 @@ HOWS: dict[str, dict[str, Any]] = {
 }
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 NORMS = ("torch", "fused")
-# What is measured without --full: the engine's own choices of every net, and of ResNet-20 what they consist of.
-QUICK = [(name, training, "default") for name in NETS for training in (True, False)] + [
-    ("resnet20", True, variant)
-    for variant in (
-        "fp32 eager torch",
-        "bf16 compile torch",
-        *(
-            ("bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused")
-            if GPU
-            else ()
-        ),
-    )
-]
-FULL = list(
-    product(
-        (*NETS, *MORE_NETS),
-        (True, False),
-        ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS))),
-    )
-)
+# Measured without --full: the engine's own choices for every net, and their parts for ResNet-20.
+PARTS = ["fp32 eager torch", "bf16 compile torch"]
+if GPU:
+    PARTS += [
+        "bf16 eager torch",
+        "bf16 compile fused",
+        "bf16 compile+graph torch",
+        "bf16 compile+graph fused",
+    ]
+QUICK = [*product(NETS, (True, False), ("default",)), *(("resnet20", True, variant) for variant in PARTS)]
+VARIANTS = ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS)))
+FULL = list(product((*NETS, *MORE_NETS), (True, False), VARIANTS))
 
 
 def cases() -> list[Any]:
-    """The quick ones first, then the rest, marked."""
-    rest = [case for case in FULL if case not in QUICK]
-    marked = [(case, ()) for case in QUICK] + [(case, pytest.mark.full) for case in rest]
+    """Return the quick cases first, then the rest, marked."""
     return [
-        pytest.param(*case, id=f"{case[0]} {'train' if case[1] else 'infer'} {case[2]}", marks=marks)
-        for case, marks in marked
+        pytest.param(
+            *(name, training, variant),
+            id=f"{name} {'train' if training else 'infer'} {variant}",
+            marks=() if (name, training, variant) in QUICK else pytest.mark.full,
+        )
+        for name, training, variant in dict.fromkeys(QUICK + FULL)
     ]
 
 
 def fields_of(variant: str) -> dict[str, Any]:
-    """The engine's fields of a variant's name."""
+    """Return the engine's fields of a variant's name."""
     if variant == "default":
         return {}
     precision, how, norm = variant.split()
@@ -103,17 +88,10 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) ->
     measured, fields = (NETS | MORE_NETS)[name], fields_of(variant)
     plain, ours = (plain_training, engine_training) if training else (plain_inference, engine_inference)
     try:
-        _, engine = engine_for(**fields)
+        engine = engine_for(**fields)
         steps = ours(measured, **fields)
     except UsageError as refusal:
         pytest.skip(str(refusal))
     facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
-    compare(
-        benchmark,
-        measured,
-        lambda: plain(measured),
-        steps,
-        training=training,
-        precision=engine.precision,
-        **facts,
-    )
+    facts |= {"training": training, "precision": engine.precision}
+    compare(benchmark, measured, lambda: plain(measured), steps, **facts)

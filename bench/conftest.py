@@ -1,4 +1,4 @@
-"""What every benchmark shares: where results are kept, a record of the machine, and our own tables at the end."""
+"""pytest's configuration for the benchmarks: the results' folder, a record of the machine, the tables at the end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before anything is multiplied: deterministic runs ask for it, and torch up to 2.11 at least looks once in a process,
-# which may be in a run before that is not deterministic.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 import pytest
 import torch
 
-from bench.bench_kernels import write_table
 from bench.lib.tables import Row, tables
 from fastres.config.schema import Config
 from fastres.runs.environment import environment
@@ -28,39 +23,28 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastres")
-    group.addoption(
-        "--full", action="store_true", help="every net and variant, not what the machine has time for"
-    )
-    group.addoption(
-        "--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)"
-    )
-    group.addoption(
-        "--data-root",
-        default="data",
-        metavar="DIR",
-        help="where what trains on CIFAR-10 looks for it (default: %(default)s)",
-    )
-    group.addoption(
-        "--write-table",
-        action="store_true",
-        help="put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json",
-    )
-    group.addoption(
-        "--jpeg-copy",
-        metavar="DIR",
-        help="folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too",
-    )
+    option = parser.getgroup("fastres").addoption
+    option("--full", action="store_true", help="every net and variant, not what the machine has time for")
+    option("--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)")
+    help_ = "where what trains on CIFAR-10 looks for it (default: %(default)s)"
+    option("--data-root", default="data", metavar="DIR", help=help_)
+    help_ = "put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json"
+    option("--write-table", action="store_true", help=help_)
+    help_ = "folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too"
+    option("--jpeg-copy", metavar="DIR", help=help_)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full")
+    # Deterministic runs need it, and torch (up to 2.11 at least) reads it once per process, at the first matrix
+    # product, which may belong to an earlier run that is not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     option = config.option
     if "benchmark_storage" not in option:
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
     from pytest_benchmark.utils import get_tag
 
-    if option.benchmark_storage == "file://./.benchmarks":  # its default: every run is kept with the others'
+    if option.benchmark_storage == "file://./.benchmarks":  # its default: store every run with the others
         option.benchmark_storage = RESULTS.as_uri()
         option.benchmark_autosave = None if option.benchmark_save else get_tag()
         option.benchmark_save_data = True
@@ -75,17 +59,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _leave_nothing() -> Iterator[None]:
-    """What a benchmark compiled and allocated is gone before the next."""
+    """Free what a benchmark compiled and allocated before the next one."""
     yield
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of photographs by name: 2,560 of 32 px, and 512 of 400 x 300; and one for the cache of decoded images."""
+    from bench.lib.loaders import write_photographs
+
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-benchmark's, which is a wrapper too
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """A benchmark that an interrupt ended before its first round has no figures, and for want of them pytest-benchmark
-    would keep nothing of the others either."""
+    """Drop a benchmark that was interrupted before its first round, because pytest-benchmark would store no others."""
     if (made := getattr(session.config, "_benchmarksession", None)) is not None:
         made.benchmarks[:] = [one for one in made.benchmarks if one.stats.data]
     return (yield)
@@ -95,13 +86,15 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What has to be equal for two runs to be compared."""
+    """Add the environment, which has to be equal for two runs to be compared."""
     machine_info["fastres"] = environment(resolve_engine(Config()))
     del machine_info["fastres"]["command"]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[BEFORE] = snapshot(resolve_engine(Config()).device)
+    engine = resolve_engine(Config())
+    engine.apply_torch_settings()  # for peers that set nothing themselves
+    session.config.stash[BEFORE] = snapshot(engine.device)
 
 
 def pytest_benchmark_update_json(
@@ -112,7 +105,7 @@ def pytest_benchmark_update_json(
         "command": ["python", *sys.orig_argv[1:]],
         "before": before,
         "after": after,
-        "doubts": disturbances(before, after),
+        "disturbances": disturbances(before, after),
     }
 
 
@@ -128,4 +121,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
     timed = [row.info for row in rows if row.file == "bench_kernels.py" and row.info]
     if config.option.write_table and timed:
+        from bench.bench_kernels import write_table
+
         terminalreporter.write_line(write_table(timed))

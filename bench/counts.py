@@ -1,29 +1,29 @@
-"""The regression gate: what a step of ResNet-20 does, in numbers that are the same on every machine. Never a time.
+"""Count what a step of ResNet-20 does, as a regression gate. The counts are the same on every machine; none is a time.
 
     python -m bench.counts                         from the checkout's root: the table; no GPU, two minutes of CPU time
-    python -m bench.counts --check                 exit status 1 where a count is above bench/expected_counts.json
-    python -m bench.counts --write                 writes them there: so is a rise accepted, and a fall kept
+    python -m bench.counts --check                 exit status 1 if a count is above bench/expected_counts.json
+    python -m bench.counts --write                 store the counts there, to accept a rise or to keep a fall
     python -m bench.counts --check --only graph    one group, or several with commas
 
-What runs is the recipe cifar10-resnet20, on the CPU, in the precision of a GPU. The groups:
+The recipe cifar10-resnet20 runs on the CPU, in the precision of a GPU. The groups are:
 
-operators   calls of torch's operators, as eager execution dispatches them: of a training step by its parts, of an
-            evaluation batch, of the resident loader.
-host        what the host would wait for on a GPU: synchronisations, where it reads a device's value (.item(), bool(),
-            .tolist(), print, nonzero, a mask as index), and copies, where something is asked to move (.to(device),
-            torch.tensor). On the CPU nothing waits, but these are calls that one can see.
-graph       forward and loss under torch.compile, while learning rate and step change and evaluation takes turns with
-            training: graph breaks, graphs, recompilations. Dynamo and AOTAutograd do here what they do for inductor.
-block       kernels beside the convolutions, and their bytes, of a basic block compiled for an H100: see
-            kernels/analysis/inductor_counts.py.
-network     launches, convolutions too, of a recorded step, counted likewise: the batch, made on the device; the
-            network's forward with the loss, and its backward; the totals. Not the optimizer's, which torch launches.
-            "convolutions" are the fused ones, and launch one kernel for each of their gradients; torch's backward of a
-            convolution is counted as one launch, and is two kernels or more.
-            The network's images have 16 channels here, because that is what is counted there.
+operators   calls of torch's operators in eager execution: of a training step by its parts, of an evaluation batch, and
+            of the resident loader.
+host        calls that would block the host on a GPU: synchronisations, which read a device's value (.item(), bool(),
+            .tolist(), print, nonzero, a mask as index), and copies, which move something (.to(device), torch.tensor).
+            On the CPU nothing blocks, but the calls are visible.
+graph       graph breaks, graphs and recompilations of forward and loss under torch.compile, while learning rate and
+            step change and evaluation alternates with training. Dynamo and AOTAutograd run as they do for inductor.
+block       kernels besides the convolutions, and their bytes, of a basic block compiled for an H100
+            (kernels/analysis/inductor_counts.py).
+network     launches of a recorded step, convolutions included, counted in the same way: making the batch on the
+            device, the network's forward with the loss, its backward, and the metrics. The optimizer's are left out,
+            because torch launches them. "convolutions" has the fused ones, which launch one kernel for each of their
+            gradients; torch's backward of a convolution counts as one launch and is two kernels or more.
+            The images have 16 channels, because inductor_counts counts activations of that shape.
 
-Torch has a say in operators, block and network: those are kept per version of it, and of a version that the file does
-not have they are not compared. 2.11 and 2.14 agreed in all of them when this was written.
+The counts of operators, block and network depend on torch and are stored per version; a version that the file lacks is
+not compared. 2.11 and 2.14 agreed in all of them when this was written.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-# Before torch looks for GPUs: one that is there would only be in the way.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 import torch
 import torch._dynamo
 from torch import Tensor, nn
@@ -55,14 +52,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config
-from fastres.data.loaders.build import build_loader
 from fastres.data.sources.load import load_source
+from fastres.data.sources.source import Source
 from fastres.models.registry import build_model
 from fastres.testing.op_recorder import READS, forces_sync
+from fastres.training.build import build_network, split_loader
 from fastres.training.cuda_graph import GraphedStep
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.evaluator import Evaluator
-from fastres.training.optim import build_optimizer
 from fastres.training.step import ForwardLoss, TrainStep
 from fastres.utils.errors import UsageError, run_command
 from fastres_kernels.analysis.text_table import table
@@ -75,32 +72,31 @@ EXPECTED = Path(__file__).with_name("expected_counts.json")
 NAME = EXPECTED.relative_to(CHECKOUT)
 WRITE = "python -m bench.counts --only {} --write"
 TORCH = ".".join(torch.__version__.split(".")[:2])
-EVERY_TORCH = "every torch"  # the place in the file of what does not depend on its version
+EVERY_TORCH = "every torch"  # the file's key for groups that do not depend on torch's version
 RECIPE = (
     "--recipe cifar10-resnet20 --data.source synthetic --data.image_size 32 "
     "--model.norm torch --engine.conv torch --engine.device cpu --engine.compile false"
 )
-BATCH = 8  # images of a step whose operators are counted: more would be the same calls
+BATCH = 8  # images of a step whose operators are counted; more images would make the same calls
 
 
 class Count(NamedTuple):
     value: float
-    where: str = ""  # what was counted, for who has to find it
+    where: str = ""  # the places that were counted
 
 
 Counts = dict[str, Count]
 
 
-# ---- watching what runs ------------------------------------------------------------------------------------
-
+# ---- observing what runs -----------------------------------------------------------------------------------
 
 PARTS = ("forward", "backward", "optimizer", "the rest")
 COPIES = (Tensor.cuda, torch.tensor, torch.as_tensor)
 
 
 @dataclass
-class Watched:
-    """What ran: calls of operators by part, and where the host read or moved something."""
+class Observation:
+    """Calls of operators by part, and the places where the host read or moved something."""
 
     part: str = "the rest"
     operators: Counter[str] = field(default_factory=Counter)
@@ -112,11 +108,11 @@ class Watched:
 
 
 class Functions(TorchFunctionMode):
-    """Sees what is asked of tensors."""
+    """Observes the functions that are called on tensors."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, observed: Observation) -> None:
         super().__init__()
-        self.watched = watched
+        self.observed = observed
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,128 +120,135 @@ class Functions(TorchFunctionMode):
             isinstance(to, torch.device | str | Tensor) for to in (*args[1:], *kwargs.values())
         )
         if function in READS:
-            self.watched.reads.append(here(function.__name__))
-        elif (function in COPIES or moves) and ours(sys._getframe(1)):  # torch says .to() to be sure
-            self.watched.copies.append(here(function.__name__))
+            self.observed.reads.append(here(function.__name__))
+        elif (function in COPIES or moves) and in_packages(sys._getframe(1)):  # torch calls .to() too
+            self.observed.copies.append(here(function.__name__))
         elif function is Tensor.backward:
-            self.watched.enter("backward")
+            self.observed.enter("backward")
         result = function(*args, **kwargs)
         if function is Tensor.backward:
-            self.watched.enter("the rest")
+            self.observed.enter("the rest")
         return result
 
 
 class Operators(TorchDispatchMode):
-    """Sees what runs for it, and for autograd."""
+    """Observes the operators that run for them, and for autograd."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, observed: Observation) -> None:
         super().__init__()
-        self.watched = watched
+        self.observed = observed
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace != "profiler":
-            self.watched.operators[self.watched.part] += 1
+            self.observed.operators[self.observed.part] += 1
         if forces_sync(operator, args):
-            self.watched.reads.append(here(str(operator)))
+            self.observed.reads.append(here(str(operator)))
         return operator(*args, **(kwargs or {}))
 
 
-def ours(frame: FrameType) -> bool:
-    """Whether it is the packages' code that runs there: an environment may be in the checkout too."""
+def in_packages(frame: FrameType) -> bool:
+    """Return True if the frame runs code of the packages. The checkout may contain an environment too."""
     path = Path(frame.f_code.co_filename)
     return path.is_relative_to(CHECKOUT) and path.relative_to(CHECKOUT).parts[0] in PACKAGES
 
 
 def here(what: str) -> str:
-    """`what`, with the innermost line of the packages that led to it."""
+    """Return `what` with the innermost line of the packages that led to it."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if ours(frame):
+        if in_packages(frame):
             return f"{what} at {Path(frame.f_code.co_filename).relative_to(CHECKOUT)}:{frame.f_lineno}"
         frame = frame.f_back
     return what
 
 
 @contextmanager
-def watching() -> Iterator[Watched]:
-    watched = Watched()
-    with Functions(watched), Operators(watched):
-        yield watched
+def observing() -> Iterator[Observation]:
+    """Observe what the block runs."""
+    observed = Observation()
+    with Functions(observed), Operators(observed):
+        yield observed
 
 
-# ---- what is run -------------------------------------------------------------------------------------------
+# ---- the recipe's parts ------------------------------------------------------------------------------------
 
 
 def the_recipe(precision: str = "bf16") -> tuple[Config, Engine]:
-    """On the CPU, eager."""
+    """Return the recipe's configuration and engine: on the CPU, eager."""
     config = parse([*RECIPE.split(), "--engine.precision", precision])
-    return config, resolve_engine(config)
+    engine = resolve_engine(config)
+    engine.apply_torch_settings()
+    return config, engine
+
+
+@cache
+def the_source() -> Source:
+    """Load the recipe's data once."""
+    return load_source(the_recipe()[0].data)
 
 
 def build(config: Config, engine: Engine) -> tuple[TrainStep, Evaluator]:
-    """As train.py does."""
-    torch.manual_seed(0)
-    model = build_model(config.model.name, norm=engine.norm).to(memory_format=engine.memory_format)
-    smoothing = config.train.label_smoothing
-    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr), smoothing)
+    """Build the step and the evaluator, as training/build.py does."""
+    model = build_network(config, engine, the_source())
+    step = TrainStep(model, engine, config.optim, config.train.label_smoothing)
     return step, Evaluator(model, engine)
 
 
 def a_batch(engine: Engine) -> tuple[Tensor, Tensor]:
+    """Return random images and labels."""
     images = torch.randn(BATCH, 3, 32, 32, dtype=engine.dtype).to(memory_format=engine.memory_format)
     return images, torch.randint(10, (BATCH,))
 
 
 @cache
-def trained(precision: str) -> Watched:
-    """A training step, not the first."""
+def trained(precision: str) -> Observation:
+    """Run a training step other than the first."""
     step, _ = build(*the_recipe(precision))
     step(*a_batch(step.engine), 0.1, 0)
     batch = a_batch(step.engine)
-    with watching() as watched:
-        step.forward_loss.register_forward_pre_hook(lambda *_: watched.enter("forward"))
-        step.forward_loss.register_forward_hook(lambda *_: watched.enter("the rest"))
-        step.optimizer.register_step_pre_hook(lambda *_: watched.enter("optimizer"))
-        step.optimizer.register_step_post_hook(lambda *_: watched.enter("the rest"))
+    with observing() as observed:
+        step.forward_loss.register_forward_pre_hook(lambda *_: observed.enter("forward"))
+        step.forward_loss.register_forward_hook(lambda *_: observed.enter("the rest"))
+        step.optimizer.register_step_pre_hook(lambda *_: observed.enter("optimizer"))
+        step.optimizer.register_step_post_hook(lambda *_: observed.enter("the rest"))
         step(*batch, 0.1, 1)
-    return watched
+    return observed
 
 
-def read_totals() -> Watched:
-    """What a step that logs does more."""
+def read_metrics() -> Observation:
+    """Read the metrics, which a step that logs does in addition."""
     step, _ = build(*the_recipe())
-    with watching() as watched:
-        step.totals.read()
-    return watched
+    with observing() as observed:
+        step.metrics.read()
+    return observed
 
 
 @cache
-def evaluated(batches: int) -> Watched:
+def evaluated(batches: int) -> Observation:
+    """Run an evaluation of that many batches."""
     config, engine = the_recipe()
     _, evaluate = build(config, engine)
-    held = [a_batch(engine) for _ in range(batches)]
-    with watching() as watched:
-        evaluate(held)
-    return watched
+    inputs = [a_batch(engine) for _ in range(batches)]
+    with observing() as observed:
+        evaluate(inputs)
+    return observed
 
 
 def a_loader(config: Config, engine: Engine) -> Any:
-    """The resident one, of the training images."""
-    source = load_source(config.data)
-    how = {"device": engine.device, "dtype": engine.dtype}
-    return build_loader(config, source, source.train, **how)
+    """Return the resident loader of the training images."""
+    return split_loader(config, engine, the_source(), the_source().train)
 
 
 @cache
-def loaded() -> tuple[Watched, Watched]:
-    """The resident loader: its first step, which makes a block, and all others of that block."""
+def loaded() -> tuple[Observation, Observation]:
+    """Run the resident loader: its first step, which makes a block, and all others of that block."""
     config, engine = the_recipe()
     loader = a_loader(config, engine)
     steps = loader.order.n // config.train.batch_size
     batches = loader.train(0, steps)
-    with watching() as first:
+    with observing() as first:
         next(batches)
-    with watching() as others:
+    with observing() as others:
         assert len(list(batches)) == steps - 1 > 0
     return first, others
 
@@ -254,7 +257,7 @@ def loaded() -> tuple[Watched, Watched]:
 
 
 def operators() -> Counts:
-    """See the top, as for the other groups."""
+    """Count operators. The module's docstring describes this group and the others."""
     parts = trained("bf16").operators
     first, others = loaded()
     counts = {f"training step, {part}": parts[part] for part in PARTS}
@@ -266,11 +269,12 @@ def operators() -> Counts:
 
 
 def host() -> Counts:
+    """Count synchronisations and copies."""
     first, others = loaded()
-    watched = {
+    observations = {
         "training step, bf16": trained("bf16"),
         "training step, fp16": trained("fp16"),
-        "reading the totals": read_totals(),
+        "reading the totals": read_metrics(),
         "evaluation of a batch": evaluated(1),
         "evaluation of two": evaluated(2),
         "resident loader, a block": first,
@@ -278,19 +282,20 @@ def host() -> Counts:
     }
     return {
         f"{what}, {name}": Count(len(seen), ", ".join(sorted(set(seen))))
-        for what, w in watched.items()
-        for name, seen in (("synchronisations", w.reads), ("copies", w.copies))
+        for what, observed in observations.items()
+        for name, seen in (("synchronisations", observed.reads), ("copies", observed.copies))
     }
 
 
 def graph() -> Counts:
+    """Count graph breaks, graphs and recompilations."""
     config, engine = the_recipe()
     counters, compile_ = torch._dynamo.utils.counters, torch.compile
     torch._dynamo.reset()
     counters.clear()
 
     def break_and_go_on(function: Any, **options: Any) -> Any:
-        """torch.compile that counts a break where the engine's would raise, and generates no code."""
+        """Stand in for torch.compile: count breaks instead of raising, and generate no code."""
         return compile_(function, **options | {"fullgraph": False, "backend": "aot_eager", "options": None})
 
     with patch.object(torch, "compile", break_and_go_on):
@@ -309,6 +314,7 @@ def graph() -> Counts:
 
 
 def block() -> Counts:
+    """Count the kernels and bytes of a compiled basic block."""
     with count_blocks() as counting:
         output, errors = counting.communicate()
     if counting.returncode:
@@ -322,10 +328,11 @@ def block() -> Counts:
 
 
 def network() -> Counts:
+    """Count the launches of a recorded step."""
     from fastres_kernels.analysis import inductor_counts
 
     class Net(nn.Module):
-        """(128, 16, 32, 32) -> what TrainStep differentiates."""
+        """(128, 16, 32, 32) -> (loss, correct), of which TrainStep differentiates the loss."""
 
         def __init__(self, **options: Any) -> None:
             super().__init__()
@@ -344,7 +351,7 @@ def network() -> Counts:
 
     config, engine = the_recipe()
     step, _ = build(config, engine)
-    records_nothing: Any = SimpleNamespace(record=lambda work, changed: None)
+    records_nothing: Any = SimpleNamespace(record=lambda work, mutated: None)
     graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     pieces = {"the batch": (graphed.next_batch,), "the totals": (step.count, loss, correct, BATCH)}
@@ -352,9 +359,9 @@ def network() -> Counts:
         f"{name}, launches": Count(len(launches(inductor_counts.generate(*piece)["forward"])))
         for name, piece in pieces.items()
     }
-    # Beside convolutions, the head's multiplications, which move little; what a variant moves is not asked.
+    # The head's products count like convolutions, and move little; the bytes of a variant are not needed.
     head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
-    unasked = patch.object(inductor_counts, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
+    no_bytes = patch.object(inductor_counts, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
     nets = {
         "torch": Net(norm="torch"),
         "fused": Net(norm="fused"),
@@ -362,10 +369,10 @@ def network() -> Counts:
     }
     for kind, net in nets.items():
         for name, generated in inductor_counts.generate(net, inductor_counts.an_activation()).items():
-            with patch.dict(inductor_counts.CONVOLUTIONS, head), unasked:
+            with patch.dict(inductor_counts.CONVOLUTIONS, head), no_bytes:
                 found = launches(generated)
             counts[f"{kind}, {name}, launches"] = Count(len(found))
-            # Of torch's norm every kernel but the convolutions is inductor's own: what it moves is read in its text.
+            # With torch's norm every kernel but the convolutions is inductor's own, so its text shows the bytes.
             if kind == "torch":
                 moved = inductor_counts.totals(found)["kernel_bytes_per_element"]
                 counts[f"{kind}, {name}, bytes/element"] = Count(moved)
@@ -379,28 +386,27 @@ GROUPS: dict[str, Callable[[], Counts]] = {
     "block": block,
     "network": network,
 }
-OF_TORCH = ("operators", "block", "network")  # kept per version of torch
+OF_TORCH = ("operators", "block", "network")  # stored per version of torch
 GENERATED = ("block", "network")  # need Triton
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------
 
 
-def place(group: str) -> str:
-    """Where the file keeps a group."""
+def key_of(group: str) -> str:
+    """Return the file's key for a group."""
     return TORCH if group in OF_TORCH else EVERY_TORCH
 
 
 def count(groups: list[str]) -> dict[str, Counts]:
-    """What is generated for an H100 in processes of their own: torch would remember that there is one, or that there
-    is none."""
+    """Count the groups. Code for an H100 is generated in other processes, because torch remembers if there is a GPU."""
     with ProcessPoolExecutor(len(GENERATED), get_context("spawn")) as beside:
         later = {group: beside.submit(GROUPS[group]) for group in groups if group in GENERATED}
         return {group: later[group].result() if group in later else GROUPS[group]() for group in groups}
 
 
 def judge(counted: dict[str, Counts], expected: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What makes the check fail, and what else there is to say: a line each."""
+    """Return the lines that make the check fail, and the lines of other notes."""
     wrong, notes = [], []
     unknown = [group for group in counted if group in OF_TORCH and TORCH not in expected]
     if unknown:
@@ -411,45 +417,47 @@ def judge(counted: dict[str, Counts], expected: dict[str, Any]) -> tuple[list[st
     for group, counts in counted.items():
         if group in unknown:
             continue
-        held, write = expected.get(place(group), {}).get(group, {}), WRITE.format(group)
+        limits, write = expected.get(key_of(group), {}).get(group, {}), WRITE.format(group)
         for name, seen in counts.items():
             what = f"{group}: {name}"
-            if name not in held:
+            if name not in limits:
                 wrong.append(f"{what} is {seen.value:g} and not in {NAME}; to add it: {write}")
-            elif seen.value > held[name]:
+            elif seen.value > limits[name]:
                 where = f" ({seen.where})" if seen.where else ""
                 wrong.append(
-                    f"{what} rose from {held[name]:g} to {seen.value:g}{where}; to accept it: {write}, and commit "
+                    f"{what} rose from {limits[name]:g} to {seen.value:g}{where}; to accept it: {write}, and commit "
                     f"{NAME} with the reason"
                 )
-            elif seen.value < held[name]:
+            elif seen.value < limits[name]:
                 notes.append(
-                    f"good news: {what} fell from {held[name]:g} to {seen.value:g}; to keep it: {write}"
+                    f"good news: {what} fell from {limits[name]:g} to {seen.value:g}; to keep it: {write}"
                 )
         wrong += [
             f"{group}: {name} is in {NAME} and no longer counted; to leave it out: {write}"
-            for name in held
+            for name in limits
             if name not in counts
         ]
     return wrong, notes
 
 
 def rows(counted: dict[str, Counts], expected: dict[str, Any]) -> list[list[str]]:
-    """The table's: what, counted, expected."""
+    """Return the table's rows: name, counted, expected."""
     return [
-        [f"{group}: {name}", f"{seen.value:g}", f"{held[name]:g}" if name in held else "-"]
+        [f"{group}: {name}", f"{seen.value:g}", f"{limits[name]:g}" if name in limits else "-"]
         for group, counts in counted.items()
-        for held in [expected.get(place(group), {}).get(group, {})]
+        for limits in [expected.get(key_of(group), {}).get(group, {})]
         for name, seen in counts.items()
     ]
 
 
 def main() -> int:
+    # Hide GPUs before torch looks for one, here and in the processes that this one starts.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     parser = argparse.ArgumentParser(
         prog="python -m bench.counts", description="Counts of ResNet-20's step, the same on every machine."
     )
     act = parser.add_mutually_exclusive_group()
-    act.add_argument("--check", action="store_true", help=f"exit status 1 where one is above {NAME}")
+    act.add_argument("--check", action="store_true", help=f"exit status 1 if one is above {NAME}")
     act.add_argument("--write", action="store_true", help=f"write them to {NAME}")
     parser.add_argument(
         "--only", default=",".join(GROUPS), metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
@@ -468,10 +476,9 @@ def main() -> int:
     shown = table([f"ResNet-20, torch {TORCH}", "counted", "expected"], rows(counted, expected))
     if options.write:
         for group, counts in counted.items():
-            kept = expected.setdefault(place(group), {})
-            kept[group] = {
-                name: seen.value if seen.value % 1 else int(seen.value) for name, seen in counts.items()
-            }
+            values = {name: seen.value for name, seen in counts.items()}
+            stored = {name: value if value % 1 else int(value) for name, value in values.items()}
+            expected.setdefault(key_of(group), {})[group] = stored
         EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True) + "\n")
     print(shown)
     wrong, notes = judge(counted, expected) if options.check else ([], [])

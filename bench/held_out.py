@@ -1,13 +1,13 @@
-"""Settings compared by their accuracy on held-out training samples, several seeds each: what a recipe is tuned by.
+"""Compare settings by their accuracy on held-out training samples, several seeds each, to tune a recipe.
 
     python -m bench.held_out --seeds 5 --recipe cifar10-speedrun --data.root data \
         + --train.steps 300 + --train.steps 300 --optim.muon_lr 0.2
 
-Flags of fastres.train; those before the first + hold for all settings. Settings take turns, so that what is interrupted
-has as many runs of each. A tenth of the training samples is held out unless --data.validation says otherwise; the test
-set's accuracy is neither printed nor kept. A line is the mean ± its standard error, the mean accuracy of the training
-batches since the evaluation before (far above the other: fitted too well; not: learnt too little), and the median time
-of training, in this process.
+The flags are those of fastres.train; those before the first + hold for all settings. Settings run interleaved, so that
+an interrupted comparison has as many runs of each. A tenth of the training samples is held out unless --data.validation
+is given; the test set's accuracy is neither printed nor stored. A line has the mean ± its standard error, the mean
+accuracy of the training batches since the evaluation before (if it is far above the first mean, the network overfits;
+if not, it underfits), and the median training time, in this process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.lib.runs import run
 from fastres.config.cli import parse
@@ -43,13 +44,17 @@ class Setting:
         training = statistics.mean(self.training)
         return f"{self.mean:.4f}{spread} (n={n})  training {training:.4f} {seconds:>9,.2f} s  {self.own}"
 
+    def to_dict(self) -> dict[str, Any]:
+        scores = {"accuracies": self.accuracies, "train_accuracies": self.training}
+        return {"flags": self.flags, **scores, "train_time_s": self.seconds}
+
     @property
     def mean(self) -> float:
         return statistics.mean(self.accuracies)
 
 
 def settings_of(arguments: list[str]) -> list[Setting]:
-    """Flags, + and flags, + and flags -> what all have with what each has."""
+    """Split the arguments at each +, and join the flags of all settings with those of each."""
     parts: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "+":
@@ -72,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     settings = settings_of(arguments)
-    data, *others = [parse(setting.flags).data for setting in settings]  # refused before anything runs
+    data, *others = [
+        parse(setting.flags).data for setting in settings
+    ]  # a UsageError comes before anything runs
     if any(other != data for other in others):
         raise UsageError(
             "settings of different data are not compared: give --data's flags before the first +"
@@ -97,16 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         done = [setting for setting in settings if setting.accuracies]
         print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
         if options.json:
-            kept = [
-                {
-                    "flags": s.flags,
-                    "accuracies": s.accuracies,
-                    "train_accuracies": s.training,
-                    "train_time_s": s.seconds,
-                }
-                for s in done
-            ]
-            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            stored = [setting.to_dict() for setting in done]
+            options.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""`python -m bench.report`: the results folder as bench/RESULTS.md and plots; each device by itself.
+"""Report the benchmarks' results as bench/RESULTS.md and plots, each device by itself.
 
     python -m bench.report                  bench/results/ -> bench/RESULTS.md, bench/results/plots/
-    python -m bench.report A.json B.json    these only, to the terminal; refused where they are of different devices
-    python -m bench.report --claims         what is to be reached on a GPU beside what was, to the terminal
+    python -m bench.report A.json B.json    these only, to the terminal; they must come from one device
+    python -m bench.report --targets        the GPU targets next to the measurements, to the terminal
 
-Of each benchmark the newest run is in the tables, and of ratios all runs are listed: they say how far one run can be
-trusted. Nothing is compared across devices, nor summed up.
+The tables show the newest run of each benchmark. Ratios are listed for all runs, because they show how far one run can
+be trusted. Nothing is compared or summed across devices.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from bench.lib import targets
-from bench.lib.tables import Row, tables
+from bench.lib.tables import Row, consumer_rate, tables
 from fastres.utils.errors import UsageError, run_command
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Run:
+class SuiteRun:
     """A run of the suite, or of a part of it."""
 
     path: Path
@@ -58,20 +56,25 @@ class Run:
         ]
 
     @property
+    def disturbances(self) -> list[str]:
+        """What may have disturbed the run. Older results have another name."""
+        state = self.content["state"]
+        return state["doubts"] if "doubts" in state else state["disturbances"]
+
+    @property
     def line(self) -> str:
-        of, doubts = self.environment, self.content["state"]["doubts"]
+        of = self.environment
         versions = f"torch {of['torch']}, triton {of['triton']}, CUDA {of['cuda']}, Python {of['python']}"
-        return f"{self.content['datetime'][:16]}, commit {of['commit']}, {versions}" + "".join(
-            f"; {d}" for d in doubts
-        )
+        run = f"{self.content['datetime'][:16]}, commit {of['commit']}, {versions}"
+        return "; ".join([run, *self.disturbances])
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
-    """Runs in the order of their times. UsageError where a file is not one of ours."""
+def read(paths: Sequence[Path]) -> list[SuiteRun]:
+    """Return the runs in the order of their times. Raise UsageError if a file is not a result."""
     runs = []
     for path in paths:
         try:
-            run = Run(path, json.loads(path.read_text(encoding="utf-8")))
+            run = SuiteRun(path, json.loads(path.read_text(encoding="utf-8")))
             assert run.device and run.line and isinstance(run.rows, list)
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             raise UsageError(f"{path} is not a result of pytest bench/: remove it from the folder") from None
@@ -79,14 +82,13 @@ def read(paths: Sequence[Path]) -> list[Run]:
     return sorted(runs, key=lambda run: run.content["datetime"])
 
 
-def newest(runs: Sequence[Run]) -> list[Row]:
-    """Of each benchmark the newest."""
+def newest(runs: Sequence[SuiteRun]) -> list[Row]:
+    """Return the newest row of each benchmark."""
     return list({row.fullname: row for run in runs for row in run.rows}.values())
 
 
-def ratios(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Of each benchmark that has one, its ratio in every run. Kernels have their own table: on a CPU it is not they
-    that are measured."""
+def ratios(runs: Sequence[SuiteRun]) -> dict[str, list[float]]:
+    """Return each benchmark's ratios in all runs, except those of kernels, which a CPU does not measure."""
     found = defaultdict(list)
     for run in runs:
         for row in run.rows:
@@ -98,8 +100,8 @@ def ratios(runs: Sequence[Run]) -> dict[str, list[float]]:
 # ---- the text ---------------------------------------------------------------------------------------------------
 
 
-def section(device: str, runs: Sequence[Run], plots: Sequence[Path]) -> list[str]:
-    """One device's part of RESULTS.md, or of the terminal where there are no plots."""
+def section(device: str, runs: Sequence[SuiteRun], plots: Sequence[Path]) -> list[str]:
+    """Return one device's part of RESULTS.md, or of the terminal if there are no plots."""
     lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
     if any(run.on_gpu for run in runs):
         lines += ["### what is to be reached", "", "```", *targets.lines(newest(runs)), "```", ""]
@@ -121,7 +123,7 @@ def section(device: str, runs: Sequence[Run], plots: Sequence[Path]) -> list[str
 
 
 def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """The plots of one device, as far as there is something to draw."""
+    """Draw the plots of one device that have data, and return their files."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     drawn = []
     for name, plot in PLOTS.items():
@@ -131,14 +133,14 @@ def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{slug}-{name}.png"
             figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes for the same figures
-            plt.close(figure)
             drawn.append(path)
     return drawn
 
 
-def plot_throughput(rows: Sequence[Row]) -> Any:
-    """How many times the plain loop's images/s, with the spread of the rounds' own ratios."""
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+def plot_throughput(rows: Sequence[Row]) -> Figure:
+    """Plot each ratio to the plain loop's images/s, with the spread of the rounds' own ratios."""
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for i, row in enumerate(reversed(rows)):
         low, high = statistics.quantiles(row.info["ratios"], n=5)[::3]
         axes.barh(i, row.info["ratio"], color="tab:blue" if row.info["training"] else "tab:green", height=0.6)
@@ -158,9 +160,10 @@ def plot_throughput(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_time_to_90(rows: Sequence[Row]) -> Any:
-    """Every seed's time and accuracy."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+def plot_time_to_90(rows: Sequence[Row]) -> Figure:
+    """Plot every seed's time and accuracy."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         means = f"{row.info['mean_s']:.1f} s, {row.info['mean_accuracy']:.2%}"
         label = f"{row.info['contest']}, {row.info['kind']}: {means}"
@@ -172,14 +175,13 @@ def plot_time_to_90(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_scaling(rows: Sequence[Row]) -> Any:
-    """A panel for each sweep: the cost of a step, and images/s by processes. None where there is no sweep."""
+def plot_scaling(rows: Sequence[Row]) -> Figure | None:
+    """Plot a panel for each sweep: the cost of a step, and images/s by processes. Return None without a sweep."""
     rows = [row for row in rows if "sizes" in row.info]
     if not rows:
         return None
-    figure, panels = plt.subplots(
-        1, len(rows), figsize=(4 * len(rows), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4 * len(rows), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(rows), squeeze=False)
     for row, axes in zip(rows, panels[0], strict=True):
         info = row.info
         if info["sweep"] == "processes":
@@ -199,17 +201,16 @@ def plot_scaling(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def plot_loaders(rows: Sequence[Row]) -> Any:
-    """images/s of the loaders by case, and what the network takes."""
+def plot_loaders(rows: Sequence[Row]) -> Figure:
+    """Plot images/s of the loaders by case, and the network's rate."""
     cases: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for row in rows:
         case, _, loader = row.case.rpartition("-")
         cases[case].append((loader, row.info))
-    figure, panels = plt.subplots(
-        1, len(cases), figsize=(3.2 * len(cases), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.2 * len(cases), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)
     for (case, of_case), axes in zip(cases.items(), panels[0], strict=True):
-        model, takes = of_case[0][1]["model"], of_case[0][1]["appetite_images_per_s"]
+        model, (takes, _) = of_case[0][1]["model"], consumer_rate(of_case[0][1])
         for i, (_, info) in enumerate(of_case):
             axes.plot(i, info["images_per_s"], "o", color="tab:blue")
             text = f"{info['images_per_s']:,.0f}"
@@ -241,19 +242,19 @@ PLOTS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Results as text and plots.")
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)"
-    )
-    parser.add_argument(
-        "--claims", action="store_true", help="what is to be reached on a GPU, beside what was"
-    )
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)")
+    add("--targets", action="store_true", help="what is to be reached on a GPU, beside what was")
+    add("--claims", action="store_true", help=argparse.SUPPRESS)  # the old name of --targets
     args = parser.parse_args(argv)
+    if args.claims:
+        print("bench.report: --claims is now --targets; the next version drops the old name", file=sys.stderr)
     files = args.files
     runs = read(files or sorted((HERE / "results").rglob("*.json")))
     if not runs:
         raise UsageError(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
-    if args.claims:
-        by_gpu: dict[str, list[Run]] = defaultdict(list)
+    if args.targets or args.claims:
+        by_gpu: dict[str, list[SuiteRun]] = defaultdict(list)
         for run in runs:
             if run.on_gpu:
                 by_gpu[run.device].append(run)
@@ -270,12 +271,10 @@ def main(argv: list[str] | None = None) -> int:
                 )
         print("\n".join(section(devices[0], runs, [])))
         return 0
-    lines = [
-        "# Results",
-        "",
-        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another.",
-        "",
-    ]
+    made_by = (
+        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another."
+    )
+    lines = ["# Results", "", made_by, ""]
     for device in devices:
         of_device = [run for run in runs if run.device == device]
         lines += section(device, of_device, draw(device, newest(of_device), HERE / "results" / "plots"))

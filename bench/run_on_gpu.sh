@@ -8,7 +8,7 @@ usage: bench/run_on_gpu.sh --data DIR [--essential | --only NAME...] [--list]
 
 Measures on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200) what fastres claims, in stages: the
 essential ones first, and cheapest first once the kernels are chosen. Results go to bench/results/ as the suite's JSON;
-the end prints the claims beside what was found, and what to commit. A stage that fails does not keep the others from
+the end prints the targets beside what was found, and what to commit. A stage that fails does not keep the others from
 running.
 
   --data DIR      holds cifar-10-batches-py, or CIFAR-10 as JPEGs in train/CLASS/ and test/CLASS/
@@ -189,7 +189,7 @@ if [[ -z $list ]]; then
             refuse "torch sees no GPU here: run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
         ((${capability%.*} >= 8)) ||
             refuse "$device has compute capability $capability, and 8.0 is needed: an A100, H100 or H200"
-        said=$("$PYTHON" -c "import bench.conftest, bench.report" 2>&1) ||
+        said=$("$PYTHON" -c "import bench.conftest, bench.report, bench.bench_kernels, bench.bench_peers" 2>&1) ||
             refuse "$(tail -n 1 <<<"$said"): pip install -e '.[dev,peers]' in this checkout"
         for peer in timm airbench nvidia.dali; do
             "$PYTHON" -c "import $peer" 2>/dev/null ||
@@ -213,7 +213,7 @@ slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9\n' '-')
 record=$record/${slug%-} logs=$logs/${slug%-}
 # Of the code. Results do not change it, so that committing them leaves what is done done.
 code() {
-    find fastres kernels bench/*.py tests setup.py pyproject.toml -type f \
+    find fastres kernels bench/*.py bench/lib tests setup.py pyproject.toml -type f \
         \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' \) -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
@@ -306,8 +306,8 @@ printf '%s\n' "${results[@]}"
 if needed gpu; then
     echo
     "$PYTHON" -m bench.report || failures=$((failures + 1))
-    echo "== claims"
-    "$PYTHON" -m bench.report --claims || failures=$((failures + 1))
+    echo "== targets"
+    "$PYTHON" -m bench.report --targets || failures=$((failures + 1))
     echo
     echo "to commit: git add bench/results bench/RESULTS.md kernels/batchnorm/fastest.json"
 fi

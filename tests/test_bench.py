@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 from itertools import groupby
@@ -11,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench import bench_kernels, report
+from bench.lib.stats import p_value
+from bench.lib.tables import Row, consumer_rate, kernel_lines
 from fastres_kernels.batchnorm import dispatch_table
 from tests.commands import run_module
 
@@ -18,11 +20,6 @@ CHECKOUT = Path(__file__).parent.parent
 NUMBERS = ("median_us", "baseline_median_us", "ratio", "copy_gb_per_s", "n")
 LISTS = ("us", "us_20_80", "baseline_us", "baseline_us_20_80")
 ONLY_ON_A_GPU = ("capability", "gb_per_s", "share_of_copy")
-
-
-@pytest.fixture
-def kernels() -> Any:
-    return importlib.import_module("bench.bench_kernels")
 
 
 def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
@@ -81,15 +78,13 @@ def row(variant: str, us: float, baseline_us: float, **changes: Any) -> dict[str
     } | changes
 
 
-def test_the_lines_of_a_gpu(kernels: Any) -> None:
-    lines = kernels.summary(
-        [
-            row("two_pass", 20.0, 30.0),
-            row("inductor", 30.0, 30.0, gb_per_s=None, share_of_copy=None),
-            row("two_pass", 1000.0, 1500.0, what="bottlenecks", shape=[256, 256, 56, 56]),
-        ]
+def test_the_lines_of_a_gpu() -> None:
+    infos = (
+        row("two_pass", 20.0, 30.0),
+        row("inductor", 30.0, 30.0, gb_per_s=None, share_of_copy=None),
+        row("two_pass", 1000.0, 1500.0, what="bottlenecks", shape=[256, 256, 56, 56]),
     )
-    assert lines == [
+    assert kernel_lines([Row("bench/bench_kernels.py::bench_kernels", info) for info in infos]) == [
         "a GPU: a copy moves 2,468 GB/s",
         "bn_relu, 128 × 16 × 32 × 32 in bf16",
         "  full, graph     two_pass         20.0 us (19.8 to 20.2)          1.50 x inductor's 30.0, n=20"
@@ -102,9 +97,7 @@ def test_the_lines_of_a_gpu(kernels: Any) -> None:
     ]
 
 
-def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in_a_graph(
-    kernels: Any,
-) -> None:
+def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in_a_graph() -> None:
     small, large = [128, 64, 8, 8], [256, 64, 112, 112]
     rows = [
         row("two_pass", 20.0, 30.0),
@@ -120,7 +113,7 @@ def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in
         row("cooperative", 40.0, 30.0, shape=small),  # lost
         row("two_pass", 20.0, 30.0, shape=small),
     ]
-    assert kernels.fastest(rows) == (
+    assert bench_kernels.fastest(rows) == (
         (9, 0),
         {
             (131072, 16, False): "cooperative",
@@ -132,32 +125,32 @@ def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in
 
 
 def test_what_was_measured_is_written_where_the_kernels_look_it_up(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert dispatch_table.read() == dispatch_table.FASTEST and dispatch_table.FILE.is_file()
     monkeypatch.setattr(dispatch_table, "FILE", tmp_path / "fastest.json")
     monkeypatch.setattr(dispatch_table, "FASTEST", {(8, 0): {(18, 4, True): "two_pass"}})
-    line = kernels.write_table(
+    line = bench_kernels.write_table(
         [row("two_pass", 20.0, 30.0), row("two_pass", 40.0, 30.0, shape=[128, 64, 8, 8])]
     )
     assert "faster at 1 of 2 shapes" in line and str(dispatch_table.FILE) in line
     hopper = {(131072, 16, False): "two_pass", (8192, 64, False): "torch"}
     assert dispatch_table.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
     monkeypatch.setattr(dispatch_table, "FASTEST", dispatch_table.read())
-    kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
+    bench_kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
     assert dispatch_table.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
-    assert "on a CPU there is nothing to write" in kernels.write_table(
+    assert "on a CPU there is nothing to write" in bench_kernels.write_table(
         [row("reference", 1, 1, capability=None)]
     )
 
 
-def test_bytes_of_a_cooperative_kernel_are_two_pass_where_it_does_not_fit(kernels: Any) -> None:
+def test_bytes_of_a_cooperative_kernel_are_two_pass_where_it_does_not_fit() -> None:
     h100 = 132  # multiprocessors
-    large, small = (kernels.Case("bn_add_relu", (128, c, s, s), "bf16") for c, s in ((16, 32), (64, 8)))
-    assert kernels.bytes_per_element(small, "two_pass", "full", h100) == 8.125 + 14.125
-    assert kernels.bytes_per_element(small, "cooperative", "full", h100) == 6.125 + 10.125
-    assert kernels.bytes_per_element(large, "cooperative", "full", h100) == 6.125 + 14.125
-    assert kernels.bytes_per_element(small, "apex", "full", h100) is None
+    large, small = (bench_kernels.Case("bn_add_relu", (128, c, s, s), "bf16") for c, s in ((16, 32), (64, 8)))
+    assert bench_kernels.bytes_per_element(small, "two_pass", "full", h100) == 8.125 + 14.125
+    assert bench_kernels.bytes_per_element(small, "cooperative", "full", h100) == 6.125 + 10.125
+    assert bench_kernels.bytes_per_element(large, "cooperative", "full", h100) == 6.125 + 14.125
+    assert bench_kernels.bytes_per_element(small, "apex", "full", h100) is None
 
 
 # ---- the suite's record and its report --------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def pytest_bench(*args: str) -> subprocess.CompletedProcess[str]:
     return run_module("pytest", *how, *args, cwd=CHECKOUT)
 
 
-def report(*args: Path) -> subprocess.CompletedProcess[str]:
+def run_report(*args: Path) -> subprocess.CompletedProcess[str]:
     return run_module("bench.report", *args, cwd=CHECKOUT)
 
 
@@ -200,7 +193,7 @@ def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
     state = content["state"]
     for moment in (state["before"], state["after"]):
         assert len(moment["host"]["load_average"]) == 3 and moment["gpu"] is None
-    assert isinstance(state["doubts"], list) and "--seeds" in state["command"]
+    assert isinstance(state["disturbances"], list) and "--seeds" in state["command"]
     assert len(content["benchmarks"][0]["stats"]["data"]) == 2  # every round
     info = content["benchmarks"][0]["extra_info"]
     assert (info["contest"], info["kind"], info["steps"], info["n"]) == ("digits", "warm", 60, 2)
@@ -211,7 +204,7 @@ def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
 
 
 def test_the_report_of_some_runs(results: list[Path]) -> None:
-    done = report(*results)
+    done = run_report(*results)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     device = json.loads(results[0].read_text())["machine_info"]["fastres"]["device"]
@@ -225,7 +218,7 @@ def test_the_report_refuses_to_mix_devices(results: list[Path], tmp_path: Path) 
     content["machine_info"]["fastres"]["device"] = "another machine"
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
-    done = report(results[0], other)
+    done = run_report(results[0], other)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.strip().splitlines()
     assert "another machine" in line and "do not compare" in line
@@ -233,16 +226,34 @@ def test_the_report_refuses_to_mix_devices(results: list[Path], tmp_path: Path) 
 
 def test_the_report_names_a_file_that_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    done = report(tmp_path / "config.json")
+    done = run_report(tmp_path / "config.json")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "config.json" in line
 
 
 def test_costs_without_a_sweep_are_not_drawn(tmp_path: Path) -> None:
-    report, dispatch_table = (importlib.import_module(f"bench.{name}") for name in ("report", "tables"))
-    cost = dispatch_table.Row("bench/bench_scaling.py::bench_cost[DDP on one process]", {"sweep": "cost"})
+    cost = Row("bench/bench_scaling.py::bench_cost[DDP on one process]", {"sweep": "cost"})
     assert report.draw("a device", [cost], tmp_path) == []
+
+
+def test_committed_results_under_older_names_are_still_read() -> None:
+    paths = sorted((CHECKOUT / "bench" / "results").glob("Linux-*/*.json"))
+    rows = [row for run in report.read(paths) for row in run.rows if row.file == "bench_loaders.py"]
+    assert rows and all(row.info["appetite_images_per_s"] == consumer_rate(row.info)[0] for row in rows)
+    assert consumer_rate({"consumer_images_per_s": 2.0, "times_consumer_rate": 3.0}) == (2.0, 3.0)
+
+
+def test_the_old_name_of_targets_works_and_says_so() -> None:
+    old, new = (run_module("bench.report", flag, cwd=CHECKOUT) for flag in ("--claims", "--targets"))
+    assert (
+        (old.returncode, new.returncode) == (0, 0)
+        and old.stdout == new.stdout
+        and "not measured" in new.stdout
+    )
+    assert (
+        old.stderr.strip() == "bench.report: --claims is now --targets; the next version drops the old name"
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,8 +267,8 @@ def test_costs_without_a_sweep_are_not_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: float) -> None:
-    p = importlib.import_module("bench.bench_time_to_90").p_value(accuracies)
-    assert low <= p <= high
+    p = p_value(accuracies)
+    assert p is not None and low <= p <= high
 
 
 def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(

@@ -1,4 +1,4 @@
-"""bench/run_on_gpu.sh, run as a user does on stages of a file; its benches as far as a CPU goes; and the claims."""
+"""bench/run_on_gpu.sh, run as a user does on stages of a file; its benches as far as a CPU goes; and the targets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from bench.bench_accuracy import compared, not_lower, summary, together
 from bench.bench_kernel_times import kernel_times
 from bench.bench_peers import last_row, shortest
-from bench.bench_peers import summary as peers_summary
-from bench.bench_schedule import same_run
-from bench.bench_time_to_90 import of_runs
-from bench.lib.runs import PlainRun, difference, run, same
-from bench.lib.tables import Row
+from bench.bench_schedule import compare_folders
+from bench.lib.plain_loop import PlainRun, difference
+from bench.lib.runs import run
+from bench.lib.stats import compared, is_identical, merge_seeds, not_lower, run_statistics
+from bench.lib.tables import Row, accuracy_lines, peer_lines
 from bench.lib.targets import lines
 from fastres.config.cli import parse
 from fastres.data.sources.load import load_source
@@ -258,7 +257,7 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
         "fastres": 3,
     }
     assert schedule["times_as_fast"]["plain"] > 0
-    (parity,) = together(seeds)
+    (parity,) = merge_seeds(seeds)
     for of in parity["accuracies"].values():
         assert len(of) == parity["n"] == 2 and min(of) > 0.7
     assert parity["twin"] is None and parity["plain_is"] == "the loop"  # which needs no twin on a CPU
@@ -270,12 +269,12 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
 def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:
     config, other = parse(DIGITS), parse([*DIGITS, "--run.seed", "1"])
     source = load_source(config.data)
-    assert same(difference(PlainRun(config, source), PlainRun(config, source, deterministic=True), 3))
+    assert is_identical(difference(PlainRun(config, source), PlainRun(config, source, deterministic=True), 3))
     found = difference(PlainRun(config, source), PlainRun(other, source), 3)
     assert found["first_different_step"] == 0 and not found["state_equal"]
     for name, seed in (("a", 0), ("b", 1)):
         run(DIGITS, seed, tmp_path / name, source)
-    found = same_run(tmp_path / "a", tmp_path / "b")
+    found = compare_folders(tmp_path / "a", tmp_path / "b")
     assert found["first_different_step"] == 1 and not found["state_equal"]
 
 
@@ -346,11 +345,11 @@ def test_not_lower_by_more_than_two_standard_errors(
     assert not_lower(compared(ours, plain)) is verdict
 
 
-# ---- the claims -------------------------------------------------------------------------------------------------
+# ---- the targets ------------------------------------------------------------------------------------------------
 
 
 def found_in(*rows: tuple[str, dict[str, Any]]) -> dict[str, str]:
-    """Of each claim the text after what is needed."""
+    """Return the text after each target."""
     made = lines([Row(f"bench/bench_{file}.py::bench_it[{i}]", info) for i, (file, info) in enumerate(rows)])
     return {line[:72].strip(): line[114:] for line in made}
 
@@ -403,15 +402,19 @@ def test_what_is_too_little_to_tell_is_not_reached() -> None:
 
 def test_a_seed_counts_once_as_it_was_measured_last() -> None:
     rows = [info for _, info in (*parity(0, 1), *parity(1, 2, seconds=30.0))]
-    (merged,) = together(rows)
+    (merged,) = merge_seeds(rows)
     assert merged["n"] == 3 and merged["mean_train_time_s"] == pytest.approx((25.0 + 30.1 + 30.2) / 3)
     two = {"n": 2, "train_time_s": [25.0, 25.1], "accuracies": {"fastres": [0.9, 0.8], "plain": [0.7, 0.6]}}
     at_once = {name: value for name, value in (rows[0] | two).items() if name != "seeds"}  # as rows once were
-    assert together([at_once])[0]["mean_accuracy"] == {
+    assert merge_seeds([at_once])[0]["mean_accuracy"] == {
         "fastres": pytest.approx(0.85),
         "plain": pytest.approx(0.65),
     }
-    (text,) = [line for line in summary(rows) if "plain fp32" in line]
+    (text,) = [
+        line
+        for line in accuracy_lines([Row("bench/bench_accuracy.py::bench_parity", info) for info in rows])
+        if "plain fp32" in line
+    ]
     assert "graphed twin: 0.9161, n=3" in text
 
 
@@ -432,23 +435,23 @@ def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
 
 def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
     def runs(seconds: float, accuracy: float) -> dict[str, Any]:
-        return of_runs([(seconds, accuracy + i / 1e4) for i in range(25)])
+        return run_statistics([(seconds, accuracy + i / 1e4) for i in range(25)])
 
     info = {
         "peer": "airbench", "data": "cifar10", "n": 25, "epochs": 3.5, "peer_averages_90": True,
         "fastres": runs(0.9, 0.905), "airbench": runs(1.1, 0.899),
     }  # fmt: skip
-    claim = "time to 90 %, warm, against airbench's"
-    assert found_in(("peers", info))[claim].startswith("reached")
-    assert found_in(("peers", info | {"n": 24}))[claim].startswith("not shown")
+    target = "time to 90 %, warm, against airbench's"
+    assert found_in(("peers", info))[target].startswith("reached")
+    assert found_in(("peers", info | {"n": 24}))[target].startswith("not shown")
     short_of_it = {"fastres": runs(0.9, 0.899)}
-    assert found_in(("peers", info | short_of_it))[claim].startswith("not shown")
+    assert found_in(("peers", info | short_of_it))[target].startswith("not shown")
     slower = info | {"fastres": runs(1.2, 0.905)}
-    assert found_in(("peers", slower))[claim].startswith("not reached")
+    assert found_in(("peers", slower))[target].startswith("not reached")
     too_short = {"peer_averages_90": False, "epochs": 26.0}
-    assert found_in(("peers", info | too_short))[claim].startswith("reached")
-    assert "airbench does not average 90 % in 26.0 epochs" in found_in(("peers", slower | too_short))[claim]
-    (line,) = peers_summary([info])
+    assert found_in(("peers", info | too_short))[target].startswith("reached")
+    assert "airbench does not average 90 % in 26.0 epochs" in found_in(("peers", slower | too_short))[target]
+    (line,) = peer_lines(Row("bench/bench_peers.py::bench_airbench", info))
     assert "fastres 0.900 s ± 0.000 to 0.9062, airbench 1.100 s ± 0.000 to 0.9002, cut to 3.5 epochs" in line
 
 
@@ -458,18 +461,18 @@ def test_kernels_count_by_the_better_one_of_each_shape() -> None:
         "variant": "two_pass", "baseline": "inductor", "ratio": 0.9,
     }  # fmt: skip
     other = info | {"shape": [128, 64, 8, 8], "ratio": 1.3}
-    claim = "BatchNorm + ReLU (+ add), fused, against inductor's"
+    target = "BatchNorm + ReLU (+ add), fused, against inductor's"
     rows = [("kernels", info), ("kernels", other)]
-    assert "not reached   median 1.10 x, least 0.90 x, 2 shapes" in found_in(*rows)[claim]
+    assert "not reached   median 1.10 x, least 0.90 x, 2 shapes" in found_in(*rows)[target]
     rows.append(("kernels", info | {"variant": "cooperative", "ratio": 1.2}))
-    assert "reached       median 1.25 x, least 1.20 x, 2 shapes" in found_in(*rows)[claim]
+    assert "reached       median 1.25 x, least 1.20 x, 2 shapes" in found_in(*rows)[target]
     assert (
-        found_in(("kernels", info | {"mode": "plain"}), ("kernels", info | {"variant": "eager"}))[claim]
+        found_in(("kernels", info | {"mode": "plain"}), ("kernels", info | {"variant": "eager"}))[target]
         == "not measured"
     )
 
 
-def test_a_peer_counts_compiled_and_on_the_feed_that_is_claimed() -> None:
+def test_a_peer_counts_compiled_and_on_the_feed_of_the_target() -> None:
     info = {
         "peer": "timm", "feed": "dali", "compiled": True, "ratio": 1.1, "images_per_s": 2_000.0, "n": 15,
         "images_per_s_20_80": [1_990.0, 2_010.0],

@@ -23,8 +23,8 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         caches = shutil.ignore_patterns("__pycache__")
-        for room, name in (("fastres", "fastres"), ("kernels", "fastres_kernels"), ("bench", "bench")):
-            shutil.copytree(CHECKOUT / room, folder / name, ignore=caches)
+        for folder_name, name in (("fastres", "fastres"), ("kernels", "fastres_kernels"), ("bench", "bench")):
+            shutil.copytree(CHECKOUT / folder_name, folder / name, ignore=caches)
         # What is counted is the copy, and not what is installed.
         find = "from importlib.util import find_spec as f; print(f('fastres').origin, f('fastres_kernels').origin)"
         found = self.run("-c", find).stdout.split()
@@ -60,14 +60,14 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def test_this_checkout_passes_and_a_fall_is_told_and_kept(checkout: Checkout) -> None:
-    held = json.loads(checkout.expected.read_text())
-    held["every torch"]["graph"]["breaks"] += 1
-    checkout.expected.write_text(json.dumps(held))
+    expected = json.loads(checkout.expected.read_text())
+    expected["every torch"]["graph"]["breaks"] += 1
+    checkout.expected.write_text(json.dumps(expected))
     done = checkout.count("operators,host,graph")
     assert done.returncode == 0, done.stderr
     write = "python -m bench.counts --only graph --write"
     assert f"good news: graph: breaks fell from 1 to 0; to keep it: {write}" in done.stdout.splitlines()
-    assert ("not compared: operators, for" in done.stdout) == (TORCH not in held)
+    assert ("not compared: operators, for" in done.stdout) == (TORCH not in expected)
 
     assert checkout.run(*write.split()[1:]).returncode == 0
     assert checkout.expected.read_bytes() == (CHECKOUT / "bench" / "expected_counts.json").read_bytes()

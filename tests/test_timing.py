@@ -1,5 +1,5 @@
-"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the same as
-a benchmark."""
+"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the
+same as a benchmark."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ def test_a_stopwatch_on_a_gpu_waits_only_when_it_is_read(monkeypatch: pytest.Mon
 def test_as_a_benchmark(tmp_path: Path) -> None:
     """Through pytest-benchmark, with the names that the tables and the committed results have."""
     (tmp_path / "bench_turns.py").write_text(
-        "from bench.lib.paired import interleaved\n"
+        "from bench.lib.paired import paired_benchmark\n"
         "done = []\n"
         "def test_turns(benchmark):\n"
-        "    interleaved(benchmark, lambda: done.append('A'), lambda: done.append('B'), 64, 5)\n"
+        "    paired_benchmark(benchmark, lambda: done.append('A'), lambda: done.append('B'), 64, 5)\n"
         "    assert ''.join(done) == 'ABABABABAB'\n"
     )
     ran = subprocess.run(

@@ -1,22 +1,15 @@
-"""Benchmarks as lines of text: what the terminal shows after a run, and what RESULTS.md keeps."""
+"""Benchmarks as lines of text: the tables on the terminal after a run, and those of RESULTS.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from bench import (
-    bench_accuracy,
-    bench_compile,
-    bench_kernel_times,
-    bench_kernels,
-    bench_peers,
-    bench_scaling,
-    bench_schedule,
-    bench_time_to_90,
-)
+from bench.lib.stats import Info, is_identical, merge_seeds, reaches_goal
+
+SHOWN_KERNELS = 25  # in the table; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -24,7 +17,7 @@ class Row:
     """A benchmark that has run."""
 
     fullname: str  # bench/FILE::FUNCTION[CASE]
-    info: dict[str, Any]  # its extra_info; empty where it failed
+    info: Info  # its extra_info; empty if it failed
 
     @property
     def file(self) -> str:
@@ -35,64 +28,210 @@ class Row:
         return self.fullname.partition("[")[2].rstrip("]")
 
 
-def throughput_lines(rows: Sequence[Row]) -> list[str]:
-    """Images per second of each variant, the ratio to the baseline that ran in turns with it, and what it cost."""
-    return [f"{_ratio_line(row)}{_cost(row.info)}" for row in rows]
-
-
-def loader_lines(rows: Sequence[Row]) -> list[str]:
-    """The same, and how often over the loader feeds the network that would take its images."""
-    return [
-        f"{_ratio_line(row)}; {row.info['times_appetite']:.1f} x what {row.info['model']} takes "
-        f"({row.info['appetite_images_per_s']:,.0f})"
-        for row in rows
-    ]
-
-
-def _ratio_line(row: Row) -> str:
-    quantiles = "{:,.0f} to {:,.0f}".format(*row.info["images_per_s_20_80"])
-    return (
-        f"{row.case:<34} {row.info['images_per_s']:>9,.0f} images/s ({quantiles})  "
-        f"{row.info['ratio']:.2f} x the baseline's {row.info['baseline_images_per_s']:,.0f}, n={row.info['n']}"
-    )
-
-
-def _cost(info: dict[str, Any]) -> str:
-    share = "N/A" if info["share_of_peak"] is None else f"{info['share_of_peak']:.0%}"
-    memory = "N/A" if info["peak_memory_bytes"] is None else f"{info['peak_memory_bytes'] / 1e9:.2f} GB"
-    return f"; {info['gflop_per_s']:,.0f} GFLOP/s, {share} of the peak, memory {memory}"
-
-
-def _of_infos(lines: Callable[[list[dict[str, Any]]], list[str]]) -> Callable[[Sequence[Row]], list[str]]:
-    return lambda rows: lines([row.info for row in rows])
-
-
-# By file: the title of its table, and its benchmarks as lines.
-TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
-    "bench_throughput.py": ("images/s, interleaved with the plain loop", throughput_lines),
-    "bench_schedule.py": (
-        "images/s of the schedule, data included, interleaved",
-        _of_infos(bench_schedule.summary),
-    ),
-    "bench_accuracy.py": ("accuracy at the last step", _of_infos(bench_accuracy.summary)),
-    "bench_time_to_90.py": ("time to 90 %", _of_infos(bench_time_to_90.summary)),
-    "bench_peers.py": ("images/s against peers, interleaved", _of_infos(bench_peers.summary)),
-    "bench_scaling.py": ("cost of a step", _of_infos(bench_scaling.summary)),
-    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", loader_lines),
-    "bench_kernel_times.py": ("a step's kernels and gaps", _of_infos(bench_kernel_times.summary)),
-    "bench_compile.py": (
-        "images/s under inductor's settings, interleaved with the default",
-        _of_infos(bench_compile.summary),
-    ),
-    "bench_kernels.py": (
-        "us per call (20 to 80 %), interleaved with the baseline",
-        _of_infos(bench_kernels.summary),
-    ),
-}
-
-
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
-    """The title and the lines of each table that has any."""
+    """Yield the title and the lines of each table that has any."""
     for file, (title, lines) in TABLES.items():
         if of_file := [row for row in rows if row.file == file and row.info]:
             yield title, lines(of_file)
+
+
+def consumer_rate(info: Info) -> tuple[float, float]:
+    """Return a network's images/s, and the loader's multiple of it. Older results have other names."""
+    if "appetite_images_per_s" in info:
+        return info["appetite_images_per_s"], info["times_appetite"]
+    return info["consumer_images_per_s"], info["times_consumer_rate"]
+
+
+def rate(info: Info, digits: int = 0) -> str:
+    """Return images/s with the 20 and 80 % quantiles, in columns."""
+    low, high = info["images_per_s_20_80"]
+    return f"{info['images_per_s']:>9,.{digits}f} images/s ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def _spread(sd: float | None, digits: int) -> str:
+    return "" if sd is None else f" ± {sd:,.{digits}f}"
+
+
+def _ratio_line(row: Row) -> str:
+    info = row.info
+    baseline = f"{info['ratio']:.2f} x the baseline's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
+    return f"{row.case:<34} {rate(info)}  {baseline}"
+
+
+def _throughput(row: Row) -> list[str]:
+    info = row.info
+    share = "N/A" if info["share_of_peak"] is None else f"{info['share_of_peak']:.0%}"
+    memory = "N/A" if info["peak_memory_bytes"] is None else f"{info['peak_memory_bytes'] / 1e9:.2f} GB"
+    cost = f"{info['gflop_per_s']:,.0f} GFLOP/s, {share} of the peak, memory {memory}"
+    return [f"{_ratio_line(row)}; {cost}"]
+
+
+def _loader(row: Row) -> list[str]:
+    takes, times = consumer_rate(row.info)
+    return [f"{_ratio_line(row)}; {times:.1f} x what {row.info['model']} takes ({takes:,.0f})"]
+
+
+def _schedule(row: Row) -> list[str]:
+    info = row.info
+    if info["what"] == "graphed":
+        graphed, ungraphed = (info["train_time_s"][name] for name in ("true", "false"))
+        differ = f"differ from step {info['first_different_step']} on"
+        found = "equal, every bit" if is_identical(info) else differ
+        return [
+            f"graphed and ungraphed in {info['precision']}, deterministic: {info['losses']} losses and the weights "
+            f"after {info['steps']:,} steps {found}; {graphed:.2f} s and {ungraphed:.2f} s"
+        ]
+    lines = []
+    for name, (images_per_s, low, high) in info["images_per_s"].items():
+        ratio = info["times_as_fast"].get(name)
+        lines.append(
+            f"{name:<36} {images_per_s:>9,.0f} images/s ({low:,.0f} to {high:,.0f})"
+            + (f"; fastres {ratio:.2f} x" if ratio else f", {info['model']} in {info['precision']}")
+            + f", n={info['n']} turns of {info['steps']:,} steps"
+        )
+    return lines
+
+
+def accuracy_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of bench_accuracy.py, in which the seeds of a run are merged."""
+    lines = []
+    for info in merge_seeds([row.info for row in rows]):
+        time = f"{info['mean_train_time_s']:,.1f}{_spread(info['sd_train_time_s'], 1)} s"
+        run = f"{info['steps']:,} steps in {info['precision']} on {info['data']}, n={info['n']}"
+        ours = f"{info['mean_accuracy']['fastres']:.4f}"
+        if info["what"] == "model":
+            he = "" if info["he_et_al"] is None else f" (He et al. {info['he_et_al']:.4f})"
+            lines.append(f"{info['case']:<22} {ours}{_spread(info['sd_accuracy'], 4)}{he}, {time} for {run}")
+            continue
+        lines.append(f"{info['model']:<22} {ours}, {time} for {run}")
+        if info["n_plain"]:
+            error = _spread(info["standard_error"], 4)
+            against = f"difference {info['difference']:+.4f}{error} (standard error)"
+            plain = f"{info['mean_accuracy']['plain']:.4f}, n={info['n_plain']}"
+            lines.append(f"  plain fp32, {info['plain_is']}: {plain}; {against}")
+        if proof := info["twin"]:
+            equal = "are the loop's, every bit" if is_identical(proof) else "are NOT the loop's"
+            lines.append(f"  the twin's {proof['steps']} losses and its weights after them {equal}")
+    return lines
+
+
+def _time_to_90(row: Row) -> list[str]:
+    info = row.info
+    p = "a single run" if info["p_value"] is None else f"p = {info['p_value']:.2g}"
+    return [
+        f"{info['contest']:<10} {info['kind']}  {info['mean_s']:8.2f}{_spread(info['sd_s'], 2)} s for "
+        f"{info['steps']:,} steps in {info['precision']}: accuracy {info['mean_accuracy']:.4f}, {info['misses']} of "
+        f"{info['n']} below 90 %, {p}" + ("" if reaches_goal(info["p_value"]) else "; 90 % is not shown")
+    ]
+
+
+def peer_lines(row: Row) -> list[str]:
+    """Return the line of a benchmark of bench_peers.py."""
+    info = row.info
+    if info["peer"] == "airbench":
+        runs = (
+            f"{name} {info[name]['mean_s']:.3f} s{_spread(info[name]['sd_s'], 3)} to {info[name]['mean_accuracy']:.4f}"
+            for name in ("fastres", "airbench")
+        )
+        too_short = "" if info["peer_averages_90"] else ", which is too short"
+        cut = f"cut to {info['epochs']} epochs{too_short}, on {info['data']}, n={info['n']}"
+        return [f"{'airbench':<28} {', '.join(runs)}, {cut}"]
+    peer = info["peer"] + (", fed by DALI" if info.get("feed") == "dali" else "")
+    ratio = f"{info['ratio']:.2f} x the peer's {info['baseline_images_per_s']:,.1f}, n={info['n']}"
+    return [f"{peer:<28} fastres {rate(info, 1).lstrip()}  {ratio}"]
+
+
+def _scaling(row: Row) -> list[str]:
+    info, lines = row.info, []
+    if info["sweep"] == "cost":
+        low, high = info["ratio_20_80"]
+        cost = f"{info['ratio']:.3f} x the step without it ({low:.3f} to {high:.3f}), n={info['n']}"
+        return [f"{info['what']}: {cost}"]
+    for i, (size, rate) in enumerate(zip(info["sizes"], info["images_per_s"], strict=True)):
+        if info["sweep"] == "processes":
+            cost = f"{info['ratio'][i]:.2f} x one process, {info['n']} runs each"
+        else:
+            low, high = info["step_s_20_80"][i]
+            cost = f"{1e3 * info['step_s'][i]:9.2f} ms a step ({1e3 * low:.2f} to {1e3 * high:.2f}), n={info['n']}"
+        lines.append(f"{info['sweep']:<10} {size:>5}  {rate:>9,.0f} images/s  {cost}")
+    if info["sweep"] != "processes":
+        slope = f"{1e3 * info['slope_s']:.4f} ms for each of {info['sweep']}"
+        lines.append(f"  a straight line: {1e3 * info['fixed_s']:.2f} ms, and {slope}")
+    return lines
+
+
+def _kernel_times(row: Row) -> list[str]:
+    info = row.info
+    low, high = info["step_us_20_80"]
+    lines = [
+        f"{info['model']} at batch {info['batch']} in {info['precision']}, norm {info['norm']}: "
+        f"{info['step_us']:,.1f} us a step ({low:,.1f} to {high:,.1f}), n={info['n']}",
+        f"  traced: {info['kernels']:,.1f} kernels, busy {info['busy_us']:,.1f} us, {info['gaps']:,.1f} gaps of "
+        f"{info['gaps_us']:,.1f} us together; a mean of {info['traced_steps']} steps",
+    ]
+    for kernel in info["by_kernel"][:SHOWN_KERNELS]:
+        share, calls = kernel["us"] / info["busy_us"], kernel["calls"]
+        lines.append(f"  {kernel['us']:>8,.1f} us {share:>4.0%} {calls:>6,.1f} x  {kernel['name'][:70]}")
+    if rest := info["by_kernel"][SHOWN_KERNELS:]:
+        total = sum(kernel["us"] for kernel in rest)
+        lines.append(f"  {total:>8,.1f} us       in {len(rest)} more kernels")
+    return lines
+
+
+def _compile(row: Row) -> list[str]:
+    info = row.info
+    ratio = f"{info['ratio']:.3f} x the default's {info['baseline_images_per_s']:,.0f}, n={info['n']}"
+    name = f"{info['model']} {info['settings']:<36}"
+    return [f"{name} {rate(info)}  {ratio}; first step {info['first_s']:.0f} s"]
+
+
+def kernel_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of bench_kernels.py, by case in the order of the rows."""
+    infos = [row.info for row in rows]
+    first = infos[0]
+    lines = [f"{first['device']}: a copy moves {first['copy_gb_per_s']:,.0f} GB/s"]
+    if first["capability"] is None:
+        lines = [f"{first['device']}: the reference is timed and not the kernels, which claims nothing"]
+    for case, of_case in groupby(infos, lambda info: (info["what"], tuple(info["shape"]), info["dtype"])):
+        what, shape, dtype = case
+        lines.append(f"{what}, {' × '.join(map(str, shape))} in {dtype}")
+        lines += [f"  {_kernel_line(info)}" for info in of_case]
+    missing = dict.fromkeys(reason for info in infos for reason in info["absent"].items())
+    return lines + [f"no {variant}: {reason}" for variant, reason in missing]
+
+
+def _kernel_line(info: Info) -> str:
+    how = f"{info['direction']}, {info['mode']}"
+    spread = "({:,.1f} to {:,.1f})".format(*info["us_20_80"])
+    text = (
+        f"{how:<15} {info['variant']:<11} {info['median_us']:>9,.1f} us {spread:<22} "
+        f"{info['ratio']:>5.2f} x {info['baseline']}'s {info['baseline_median_us']:,.1f}, n={info['n']}"
+    )
+    if info["gb_per_s"] is not None:
+        text += f", {info['gb_per_s']:,.0f} GB/s, {info['share_of_copy']:.0%} of a copy's"
+    return text
+
+
+Lines = Callable[[Sequence[Row]], list[str]]
+
+
+def _each(lines_of: Callable[[Row], list[str]]) -> Lines:
+    return lambda rows: [line for row in rows for line in lines_of(row)]
+
+
+# By file: the title of its table, and its benchmarks as lines.
+TABLES: dict[str, tuple[str, Lines]] = {
+    "bench_throughput.py": ("images/s, interleaved with the plain loop", _each(_throughput)),
+    "bench_schedule.py": ("images/s of the schedule, data included, interleaved", _each(_schedule)),
+    "bench_accuracy.py": ("accuracy at the last step", accuracy_lines),
+    "bench_time_to_90.py": ("time to 90 %", _each(_time_to_90)),
+    "bench_peers.py": ("images/s against peers, interleaved", _each(peer_lines)),
+    "bench_scaling.py": ("cost of a step", _each(_scaling)),
+    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", _each(_loader)),
+    "bench_kernel_times.py": ("a step's kernels and gaps", _each(_kernel_times)),
+    "bench_compile.py": (
+        "images/s under inductor's settings, interleaved with the default",
+        _each(_compile),
+    ),
+    "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
+}

@@ -1,7 +1,7 @@
-"""What has to be reached on a GPU, beside what was measured: the table that `python -m bench.report --claims` prints.
+"""GPU performance targets next to the measurements so far, as printed by `python -m bench.report --targets`.
 
-A row that nobody has measured says so; one whose evidence is too thin to tell says what is missing. All figures are of
-one device, and each ratio of contestants that took turns in one run; accuracies are put together over the seeds' runs.
+A target without a measurement is reported as such, and one with too little evidence names what is missing. All figures
+come from one device, and each ratio from variants that ran interleaved; accuracies are merged over the seeds' runs.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.bench_accuracy import not_lower, together
-from bench.bench_schedule import BASELINES
-from bench.bench_time_to_90 import LEVEL
-from bench.lib.runs import same
-from bench.lib.tables import Row
+from bench.lib.stats import Info, is_identical, merge_seeds, not_lower, reaches_goal
+from bench.lib.tables import Row, rate
 
 SCHEDULE_STEPS, SCHEDULE_S = 64_000, (30.0, 20.0)  # s of training: the target, the stretch
 TIMES_PLAIN, TIMES_COMPILED, TIMES_PEER, TIMES_INDUCTOR = 15.0, 3.0, 1.10, 1.2
 LEAST_SEEDS, LEAST_RUNS_TO_90 = 5, 25
 
-Info = dict[str, Any]  # a benchmark's extra_info
 YES, NO = "reached", "not reached"
 NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured, and whether it is enough: YES, NO, or what is missing to say so."""
+    """A measurement and its verdict: YES, NO, or the reason why it shows neither."""
 
     text: str
     verdict: str
@@ -42,7 +38,7 @@ def at_least(needed: float) -> Callable[[float], str]:
 
 
 def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
-    """Of a file's rows those that have these values; what is of the data set itself before what is of a copy."""
+    """Return the file's rows that have these values, those of CIFAR-10 itself before those of a copy."""
     found = [
         row.info
         for row in rows
@@ -52,11 +48,13 @@ def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
 
 
 def parity(rows: Sequence[Row]) -> Info | None:
+    """Return the whole schedule's comparison with the plain loop, its seeds merged."""
     whole = {"what": "parity", "model": "resnet20", "steps": SCHEDULE_STEPS}
-    return next(iter(together(infos(rows, "bench_accuracy.py", **whole))), None)
+    return next(iter(merge_seeds(infos(rows, "bench_accuracy.py", **whole))), None)
 
 
 def whole_schedule(rows: Sequence[Row]) -> Finding | None:
+    """Compare the schedule's training time with the target and the stretch."""
     if (info := parity(rows)) is None:
         return None
     mean, sd, (target, stretch) = info["mean_train_time_s"], info["sd_train_time_s"], SCHEDULE_S
@@ -66,6 +64,7 @@ def whole_schedule(rows: Sequence[Row]) -> Finding | None:
 
 
 def against_plain(rows: Sequence[Row]) -> Finding | None:
+    """Compare with the plain loop."""
     for info in infos(rows, "bench_schedule.py", what="schedule"):
         ratio = info["times_as_fast"]["plain"]
         return Finding(f"{ratio:.2f} x, n={info['n']}", at_least(TIMES_PLAIN)(ratio))
@@ -73,11 +72,9 @@ def against_plain(rows: Sequence[Row]) -> Finding | None:
 
 
 def against_compiled(rows: Sequence[Row]) -> Finding | None:
-    """Against the faster one of those that are compiled."""
+    """Compare with the faster one of the compiled loops."""
     for info in infos(rows, "bench_schedule.py", what="schedule"):
-        compiled = {
-            n: info["times_as_fast"][n] for n in BASELINES if n != "plain" and n in info["times_as_fast"]
-        }
+        compiled = {name: ratio for name, ratio in info["times_as_fast"].items() if name != "plain"}
         if not compiled:
             return None
         each = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in compiled.items())
@@ -86,10 +83,11 @@ def against_compiled(rows: Sequence[Row]) -> Finding | None:
 
 
 def accuracy(rows: Sequence[Row]) -> Finding | None:
+    """Compare the accuracy with the plain loop's."""
     if (info := parity(rows)) is None:
         return None
     text = f"{info['mean_accuracy']['fastres']:.4f} on {info['data']}, n={info['n']}"
-    if info["twin"] is None or not same(info["twin"]):
+    if info["twin"] is None or not is_identical(info["twin"]):
         return Finding(text, "not shown: the twin is not the loop, bit for bit")
     if min(info["n"], info["n_plain"]) < LEAST_SEEDS:
         return Finding(f"{text} and {info['n_plain']}", f"not shown: n below {LEAST_SEEDS}")
@@ -99,15 +97,15 @@ def accuracy(rows: Sequence[Row]) -> Finding | None:
 
 
 def time_to_90(rows: Sequence[Row]) -> Finding | None:
+    """Compare the time to 90 % with airbench's."""
     for info in infos(rows, "bench_peers.py", peer="airbench"):
         ours, theirs = (info[name]["mean_s"] for name in ("fastres", "airbench"))
         text = f"{ours:.3f} s to airbench's {theirs:.3f} s on {info['data']}, n={info['n']}"
-        p_value = info["fastres"]["p_value"]
         if info["n"] < LEAST_RUNS_TO_90:
             return Finding(text, f"not shown: n below {LEAST_RUNS_TO_90}")
-        if p_value is None or p_value >= LEVEL:
+        if not reaches_goal(info["fastres"]["p_value"]):
             return Finding(text, "not shown: 90 % is not")
-        # A peer that falls short was timed too short, which is in its favour.
+        # A peer below 90 % had too few epochs, which is in its favour.
         if ours >= theirs and not info["peer_averages_90"]:
             return Finding(text, f"not shown: airbench does not average 90 % in {info['epochs']} epochs")
         return Finding(text, YES if ours < theirs else NO)
@@ -115,18 +113,19 @@ def time_to_90(rows: Sequence[Row]) -> Finding | None:
 
 
 def against_peer(peer: str, feed: str) -> Measured:
+    """Compare ResNet-50's step with a peer's."""
+
     def found(rows: Sequence[Row]) -> Finding | None:
         for info in infos(rows, "bench_peers.py", peer=peer, feed=feed, compiled=True):
-            low, high = info["images_per_s_20_80"]
-            text = f"{info['ratio']:.3f} x; {info['images_per_s']:,.0f} images/s ({low:,.0f} to {high:,.0f})"
-            return Finding(f"{text}, n={info['n']}", at_least(TIMES_PEER)(info["ratio"]))
+            text = f"{info['ratio']:.3f} x; {rate(info).lstrip()}, n={info['n']}"
+            return Finding(text, at_least(TIMES_PEER)(info["ratio"]))
         return None
 
     return found
 
 
 def kernels(rows: Sequence[Row]) -> Finding | None:
-    """Of every shape the better fused kernel, forward and backward in a graph, beside inductor's."""
+    """Compare the faster fused kernel of each shape with inductor's, forward and backward in a graph."""
     best: dict[tuple[Any, ...], float] = {}
     for info in infos(rows, "bench_kernels.py", direction="full", mode="graph", baseline="inductor"):
         if info["what"] in ("bn_relu", "bn_add_relu") and info["variant"] in ("two_pass", "cooperative"):
@@ -140,15 +139,16 @@ def kernels(rows: Sequence[Row]) -> Finding | None:
 
 
 def graphed(rows: Sequence[Row]) -> Finding | None:
+    """Find out if graphed steps are bitwise identical to ungraphed ones."""
     found = infos(rows, "bench_schedule.py", what="graphed")
     if not found:
         return None
     each = ", ".join(f"{info['precision']} after {info['steps']:,} steps" for info in found)
-    return Finding(each, YES if all(map(same, found)) else NO)
+    return Finding(each, YES if all(map(is_identical, found)) else NO)
 
 
-# What is claimed, what is needed, what was found.
-CLAIMS: list[tuple[str, str, Measured]] = [
+# The measurement, the target, and how it is found.
+TARGETS: list[tuple[str, str, Measured]] = [
     ("ResNet-20, batch 128, 64,000 steps: training", "at most 30 s; stretch 20 s", whole_schedule),
     ("  against a plain eager fp32 loop", f"{TIMES_PLAIN:g} x", against_plain),
     ("  against torch.compile alone", f"{TIMES_COMPILED:g} x", against_compiled),
@@ -169,8 +169,9 @@ CLAIMS: list[tuple[str, str, Measured]] = [
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table, one line per target."""
     table = []
-    for what, needed, measured in CLAIMS:
+    for what, needed, measured in TARGETS:
         finding = measured(rows) or Finding("", NOT_MEASURED)
         table.append(f"{what:<72}  {needed:<38}  {finding.verdict:<12}  {finding.text}".rstrip())
     return table
