@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent  # of the checkout
+
 
 def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """This process's environment as a user's is, but for one thread: kernels are not interpreted. `changes` go over it;
@@ -41,6 +43,15 @@ def run_fastres(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m fastres.MODULE ARGS`, likewise."""
     return run_module(f"fastres.{module}", *args, env=env, cwd=cwd)
+
+
+def run_worker(name: str, *args: object, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run tests/workers/NAME.py in a process of its own or, under torchrun, in as many as `torchrun` says."""
+    module = f"tests.workers.{name}"
+    if not torchrun:
+        return run_module(module, *args, cwd=ROOT)
+    launcher = ["--standalone", f"--nproc_per_node={torchrun}", "-m", module]
+    return run_module("torch.distributed.run", *launcher, *args, cwd=ROOT)
 
 
 def children(pid: int) -> list[int]:
