@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastres.runs import checkpoint
-from tests.commands import children, users_environment
+from tests.commands import children, run_worker, users_environment
 
 # The smallest ResNet on the digits; log_every 1 makes the metrics the losses.
 DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
@@ -246,68 +246,21 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
     assert checkpoint.latest(run.folder / "checkpoints") is not None
 
 
-def script(tmp_path: Path, text: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Runs it on two processes; each line that both print comes twice."""
-    file = tmp_path / "script.py"
-    file.write_text(
-        "import os, sys, time, torch\nfrom fastres.distributed import process_group, watchdog\n" + text
-    )
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file],
-        capture_output=True, text=True, env=users_environment(), timeout=240, check=False,
-    )  # fmt: skip
-
-
-def test_a_process_whose_data_does_not_come_says_so_itself(tmp_path: Path) -> None:
-    done = script(
-        tmp_path,
-        """
-with distributed.group(torch.device("cpu"), timeout_s=2):
-    watch.beat("computes" if distributed.rank() == 0 else "waits for its data")
-    time.sleep(60)
-""",
-    )
+def test_a_process_whose_data_does_not_come_says_so_itself() -> None:
+    done = run_worker("ranks", "wait_for_data_on_rank_1", torchrun=2)
     assert done.returncode != 0
     # Each says so, unless the launcher ends it while it is about to.
     assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stderr)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all(tmp_path: Path) -> None:
-    done = script(
-        tmp_path,
-        """
-from fastres.step import DeviceMetrics
-with distributed.group(torch.device("cpu")):
-    totals = DeviceMetrics(torch.device("cpu"))
-    for step in range(6):
-        bad = distributed.rank() == 1 and step >= 4
-        totals.step.fill_(step)
-        totals.add(torch.tensor(float("nan") if bad else 1.0), torch.tensor(1), 2)
-    print(f"first bad step {totals.read()[1]}\\n", end="", flush=True)
-os._exit(0)
-""",
-    )
+def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all() -> None:
+    done = run_worker("ranks", "find_a_bad_loss_on_rank_1", torchrun=2)
     assert done.stdout.count("first bad step 4") == 2, done.stderr
 
 
-def test_weights_that_drifted_apart_are_not_saved(tmp_path: Path) -> None:
-    """As they would where a backward outside of DDP has come first: the processes exchange no gradients then."""
-    done = script(
-        tmp_path,
-        """
-from fastres.errors import run_command
-def main():
-    with distributed.group(torch.device("cpu")):
-        model = torch.nn.Linear(2, 2)
-        torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
-        distributed.assert_replicas_equal(model)
-        print("equal\\n", end="", flush=True)
-        with torch.no_grad():
-            model.bias[0] += distributed.rank() * 1e-7
-        distributed.assert_replicas_equal(model)
-run_command(main)
-""",
-    )
+def test_weights_that_drifted_apart_are_not_saved() -> None:
+    """They drift apart if a backward outside of DDP has come first, because no gradients are exchanged after that."""
+    done = run_worker("ranks", "compare_weights_that_drift_apart", torchrun=2)
     assert done.stdout.count("equal") == 2 and done.returncode != 0
     assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stderr)
 
