@@ -55,7 +55,7 @@ class Zygote:
     """A process that has imported fastres.train and forks a victim whenever it is asked to."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.soak", "--zygote"]
+        command = [sys.executable, "-m", "tests.workers.zygote"]
         self._pipe = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             start_new_session=True,
@@ -72,35 +72,6 @@ class Zygote:
         assert self._pipe.stdin is not None
         self._pipe.stdin.close()
         self._pipe.wait()
-
-
-def zygote() -> None:
-    """Answers requests, one a line: ["fork", argv, log] with a pid, ["poll", pid] with its status or null."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import matplotlib.ticker  # noqa: F401
-    import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401 - imported by a run, but not at its beginning
-
-    from fastres import train
-    from fastres.utils.errors import run_command
-
-    for line in sys.stdin:
-        kind, *rest = json.loads(line)
-        if kind == "poll":
-            pid, status = os.waitpid(rest[0], os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-            continue
-        # A thread of the parent's would be missing in the child, with whatever lock it held.
-        assert len(list(Path("/proc/self/task").iterdir())) == 1, "the zygote has threads"
-        if not (pid := os.fork()):
-            argv, log = rest
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            for source, target in ((nothing, 0), (output, 1), (output, 2)):
-                os.dup2(source, target)
-            run_command(lambda: train.main(argv))  # noqa: B023 - it runs at once, and exits
-        print(json.dumps(pid), flush=True)
 
 
 class Forked:
@@ -546,7 +517,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--zygote"]:
-        zygote()
-    else:
-        sys.exit(main())
+    sys.exit(main())
