@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres import evaluate, plot, train
+from fastres.config import recipes
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
@@ -39,8 +40,10 @@ from fastres.data.sources.cache import kept_images, sizes_and_reasons
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
-from fastres.runs.history import HISTORY, read_metrics
+from fastres.runs.history import HISTORY, PANELS, read_history, read_metrics
+from fastres.runs.loading import load_run, rebuild
 from fastres.runs.run_dir import RunDir
+from fastres.training.metrics import Metrics
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 
@@ -210,7 +213,7 @@ def test_a_configuration_of_any_values_is_read_or_refused(data: DataObject, scra
 @fuzz(40)
 def test_a_damaged_recipe_is_read_or_refused(data: DataObject, scratch: Path) -> None:
     name, file = data.draw(st.sampled_from(recipe_names())), scratch / "config.yaml"
-    recipe = Path(train.__file__).parent / f"recipes/{name}.yaml"
+    recipe = Path(recipes.__path__[0]) / f"{name}.yaml"
     file.write_bytes(mutated(data, recipe.read_bytes()))
     read_config(["--config", str(file)], scratch / "again.yaml")
 
@@ -352,9 +355,9 @@ def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(
     with contextlib.suppress(Exception):  # what torch cannot write it need not read
         torch.save({"state": state, "sha256": checksum}, packed)
     if read_checkpoint(place, packed.getvalue()) is not None:
-        found = outcome(lambda: evaluate.load_run(run, place))
+        found = outcome(lambda: load_run(run, place))
         if found is not None:
-            outcome(lambda: evaluate.rebuild(*found))
+            outcome(lambda: rebuild(*found))
 
 
 @pytest.mark.parametrize(
@@ -509,20 +512,18 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     )
     (folder / name).write_bytes(altered(data, name, (run / name).read_bytes()))
     before = files_of(folder)
-    summary = outcome(lambda: RunDir(config_of(folder)).examine())
+    summary = outcome(lambda: RunDir(config_of(folder)).check_resumable())
     assert summary is None or f"{summary['test_accuracy']:.4f}"
     if name in ("config.yaml", "model.safetensors"):
-        found = outcome(lambda: evaluate.load_run(folder))
+        found = outcome(lambda: load_run(folder))
         if found is not None:
-            outcome(lambda: evaluate.rebuild(*found))
+            outcome(lambda: rebuild(*found))
     rows = read_metrics(folder / "metrics.jsonl")
     assert json.dumps(rows)
-    history = outcome(lambda: plot.read_history(folder))
-    assert history is None or all(row[column] is not None for row in history for column, _ in plot.PANELS)
+    history = outcome(lambda: read_history(folder))
+    assert history is None or all(row[column] is not None for row in history for column, _ in PANELS)
     Console(file=io.StringIO()).print(plot.table_of([folder]))
     if name == "summary.json":
-        from fastres.training.metrics import Metrics
-
         outcome(lambda: evaluate.agreement(Metrics(), folder / name))
     assert files_of(folder) == before
 

@@ -215,17 +215,8 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = undisturbed / "model.safetensors"
-    start_from = [
-        "--model.weights",
-        weights,
-        "--model.num_classes",
-        12,
-        "--train.steps",
-        0,
-        "--schedule.warmup_steps",
-        0,
-    ]
-    assert train(*SHORT, *start_from, "--run.dir", tmp_path / "run") == 0
+    no_steps = "--model.num_classes 12 --train.steps 0 --schedule.warmup_steps 0".split()
+    assert train(*SHORT, "--model.weights", weights, *no_steps, "--run.dir", tmp_path / "run") == 0
     assert "head replaced (fc.bias, fc.weight)" in capsys.readouterr().out.replace(
         "fc.weight, fc.bias", "fc.bias, fc.weight"
     )
@@ -260,7 +251,9 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
 
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     run_config, tensors = load_run(tmp_path / "whole")
-    assert evaluate_run(run_config, resolve_engine(run_config), tensors).accuracy == summary["test_accuracy"]
+    engine = resolve_engine(run_config)
+    engine.apply_torch_settings()
+    assert evaluate_run(run_config, engine, tensors).accuracy == summary["test_accuracy"]
     assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
