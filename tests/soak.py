@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tests.commands import torchrun
+from tests.fixtures import sha256
 
 STEPS, EVAL_EVERY = 24, 6
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.eval_every {EVAL_EVERY} "
@@ -138,10 +140,6 @@ def metrics_of(folder: Path) -> tuple[list[Row], bool]:
 def history_of(folder: Path) -> list[Row]:
     with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Undisturbed:
@@ -388,7 +386,7 @@ class Soak:
         self.launcher: list[str] = []
         if processes > 1:
             # The launcher ends with the worker, and is started again; test_distributed.py has --max-restarts.
-            self.launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            self.launcher = torchrun(processes)
         self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
         self.granted = self.victims = 0

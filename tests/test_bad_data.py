@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import re
@@ -30,8 +29,8 @@ from fastres.data.sources.formats import decode
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source
 from fastres.utils.errors import UsageError
-from tests.commands import children, users_environment
-from tests.fixtures import coloured_noise, rejected, write_image_folder
+from tests.commands import children, torchrun, users_environment
+from tests.fixtures import coloured_noise, rejected, sha256, write_image_folder
 from tests.test_loaders import make
 
 every_loader = pytest.mark.parametrize("loader", LOADERS)
@@ -308,19 +307,15 @@ def test_every_loader_leaves_out_the_same(root: Path, tmp_path: Path) -> None:
             ["--data.root", str(root), "--data.loader", loader, "--data.skip_bad", "true"],
         )
         assert train.main([*TINY, *place, "--train.steps", "5", "--run.dir", str(run)]) == 0
-        hashes.add(hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest())
+        hashes.add(sha256(run / "model.safetensors"))
     assert len(hashes) == 1
 
 
 class Started:
     """A training run in processes of its own, that has begun to train and would go on for ever."""
 
-    def __init__(self, root: Path, folder: Path, *flags: str, torchrun: int = 0) -> None:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
-            if torchrun
-            else []
-        )
+    def __init__(self, root: Path, folder: Path, *flags: str, processes: int = 0) -> None:
+        launcher = torchrun(processes) if processes else []
         self.folder, self.out, self.err = folder, folder.with_suffix(".out"), folder.with_suffix(".err")
         steps = [] if "--train.steps" in flags else ["--train.steps", "1000000"]
         with self.out.open("w") as out, self.err.open("w") as err:
@@ -462,7 +457,7 @@ def test_workers_go_where_their_run_is_killed(started: Callable[..., Started]) -
 def test_of_two_processes_neither_waits_for_one_whose_file_turns_bad(
     root: Path, started: Callable[..., Started]
 ) -> None:
-    run = started("--data.loader", "dataloader", "--data.workers", "1", torchrun=2)
+    run = started("--data.loader", "dataloader", "--data.workers", "1", processes=2)
     assert len(run.children) == 4  # two processes, and a worker of each
     victim = root / "train" / "dog" / "00007.png"
     victim.write_bytes(b"text")
@@ -475,7 +470,7 @@ def test_two_processes_leave_out_the_same(
 ) -> None:
     broken_files(root / "train" / "cat")
     run = started(
-        "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", torchrun=2
+        "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", processes=2
     )
     assert run.end() == 0, run.err.read_text()
     assert run.out.read_text().count("8 of the 18 images of") == 1

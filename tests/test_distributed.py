@@ -3,7 +3,6 @@ torchrun."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastres.runs import checkpoint
-from tests.commands import children, run_worker, users_environment
+from tests.commands import children, run_worker, torchrun, users_environment
+from tests.fixtures import sha256
 
 # The smallest ResNet on the digits; log_every 1 makes the metrics the losses.
 DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
@@ -40,11 +40,11 @@ class Job:
         *flags: object,
         processes: int = 2,
         restarts: int = 0,
-        torchrun: bool = False,
+        under_torchrun: bool = False,
         start_new_session: bool = False,
     ) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                    f"--max-restarts={restarts}"] if torchrun or processes > 1 else []  # fmt: skip
+        launched = under_torchrun or processes > 1
+        launcher = torchrun(processes, f"--max-restarts={restarts}") if launched else []
         self.folder, self.said = folder, folder.with_suffix(".said")
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
@@ -107,8 +107,8 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
 
-def sha256(run: Path) -> str:
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+def weights_hash(run: Path) -> str:
+    return sha256(run / "model.safetensors")
 
 
 def finished(folder: Path, *flags: object, processes: int) -> Path:
@@ -201,7 +201,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undis
         run.wait_for_text(f"fastres: error: rank {1 - rank}: lost the connection to another process (")
     assert run.end() == 0, run.text()
     assert run.text().count("continued at step") == 2
-    assert sha256(run.folder) == sha256(undisturbed)
+    assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert run.errors() == []
     again = job("run", *LONG)
     assert again.end() == 0, again.text()
-    assert sha256(run.folder) == sha256(undisturbed)
+    assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
 def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
@@ -247,20 +247,20 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
 
 
 def test_a_process_whose_data_does_not_come_says_so_itself() -> None:
-    done = run_worker("ranks", "wait_for_data_on_rank_1", torchrun=2)
+    done = run_worker("ranks", "wait_for_data_on_rank_1", processes=2)
     assert done.returncode != 0
     # Each says so, unless the launcher ends it while it is about to.
     assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stderr)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all() -> None:
-    done = run_worker("ranks", "find_a_bad_loss_on_rank_1", torchrun=2)
+    done = run_worker("ranks", "find_a_bad_loss_on_rank_1", processes=2)
     assert done.stdout.count("first bad step 4") == 2, done.stderr
 
 
 def test_weights_that_drifted_apart_are_not_saved() -> None:
     """They drift apart if a backward outside of DDP has come first, because no gradients are exchanged after that."""
-    done = run_worker("ranks", "compare_weights_that_drift_apart", torchrun=2)
+    done = run_worker("ranks", "compare_weights_that_drift_apart", processes=2)
     assert done.stdout.count("equal") == 2 and done.returncode != 0
     assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stderr)
 
@@ -288,9 +288,9 @@ def test_rank_0_speaks_writes_and_counts_for_all(undisturbed: Path) -> None:
 def test_torchrun_with_one_process_is_the_plain_command(job: Callable[..., Job], tmp_path: Path) -> None:
     flags = [*LONG, "--train.steps", 20]
     alone = finished(tmp_path / "alone", *flags, processes=1)
-    launched = job("launched", *flags, torchrun=True, processes=1)
+    launched = job("launched", *flags, under_torchrun=True, processes=1)
     assert launched.end() == 0, launched.text()
-    assert sha256(launched.folder) == sha256(alone)
+    assert weights_hash(launched.folder) == weights_hash(alone)
 
 
 def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -> None:

@@ -22,7 +22,7 @@ from fastres.runs import checkpoint
 from fastres.runs.history import read_metrics
 from fastres.train import main
 from tests.commands import users_environment
-from tests.test_train import sha256
+from tests.fixtures import sha256
 
 STEPS = 150
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.log_every 1 "

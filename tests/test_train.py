@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from fastres.train import main
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
-from tests.fixtures import rejected, write_image_folder, write_mnist_idx
+from tests.fixtures import rejected, sha256, write_image_folder, write_mnist_idx
 
 SUMMARY = {
     "test_accuracy", "test_loss", "steps", "parameters", "images_per_s", "train_time_s", "wall_time_s",
@@ -58,20 +57,12 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
     return run
 
 
-def start(*flags: object, torchrun: int = 0, start_new_session: bool = False) -> subprocess.Popen[str]:
-    """Starts the command in a process of its own, or under torchrun in several."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    )
+def start(*flags: object) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
-        env=users_environment(),
+        [sys.executable, "-m", "fastres.train", *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=users_environment(),
     )  # fmt: skip
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
