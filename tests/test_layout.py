@@ -100,9 +100,10 @@ def _imports_in(node: ast.AST, module: str, function: str = "") -> Iterator[Impo
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
                 yield from _imports_in(other, module, function)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _imports_in(child, module, function or child.name)
         else:
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            yield from _imports_in(child, module, function or (child.name if inside else ""))
+            yield from _imports_in(child, module, function)
 
 
 def _imported(statement: ast.Import | ast.ImportFrom, module: str) -> Iterator[str]:
@@ -154,7 +155,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     while free := [module for module, needs in graph.items() if not needs & graph.keys()]:
         for module in free:
             del graph[module]
-    # What is left is in a cycle or imports one. Whatever nobody left imports is not in it.
+    # Each module that is left is in a cycle or imports one. A module that none of them imports is in no cycle.
     while unused := graph.keys() - set().union(*graph.values(), set()):
         for module in unused:
             del graph[module]
