@@ -62,10 +62,12 @@ def torchrun(processes: int, *options: str) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
 
 
-def run_worker(name: str, *args: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
+def run_worker(
+    name: str, *args: object, processes: int = 0, env: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run tests/workers/NAME.py in a process of its own or, under torchrun, in several."""
     launcher = torchrun(processes) if processes else []
-    return run_python(*launcher, "-m", f"tests.workers.{name}", *args, cwd=ROOT)
+    return run_python(*launcher, "-m", f"tests.workers.{name}", *args, env=env, cwd=ROOT)
 
 
 def children(pid: int) -> list[int]:
