@@ -125,7 +125,7 @@ def engine(**overrides: Any) -> Engine:
 
 @contextmanager
 def rejected(*names: object) -> Iterator[None]:
-    """The block is refused in one readable line that has each of `names`."""
+    """Expect the block to raise a UsageError of one readable line that has each of `names`."""
     with pytest.raises(UsageError) as caught:
         yield
     line = str(caught.value)

@@ -148,7 +148,7 @@ def test_a_bad_file_of_any_name_is_named(loader: str, name: str, root: Path) -> 
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Writes bad files of every kind; what is said of each."""
+    """Write bad files of every kind, and return the reason that is given for each."""
     (folder / "b0 empty.png").write_bytes(b"")
     (folder / "b1 text.jpg").write_bytes(b"not an image")
     (folder / "b2 truncated.png").write_bytes(WHOLE[: len(WHOLE) // 2])
@@ -171,7 +171,7 @@ def broken_files(folder: Path) -> dict[str, str]:
 
 
 def odd_files(folder: Path) -> set[str]:
-    """Writes good files of every kind; their names."""
+    """Write good files of every kind, and return their names."""
     grey = NOISE[..., 0]
     kinds = {
         "grey.png": Image.fromarray(grey),
@@ -335,7 +335,7 @@ class Started:
             time.sleep(0.02)
 
     def end(self) -> int:
-        """The exit status; nobody who belonged to the run is left."""
+        """Wait until no process of the run is left, and return the exit status."""
         status = self.process.wait(timeout=120)
         deadline = time.monotonic() + 120
         while alive := [pid for pid in self.children if Path(f"/proc/{pid}").exists()]:
@@ -344,7 +344,7 @@ class Started:
         return status
 
     def line(self) -> str:
-        """What it said on stderr: one line."""
+        """Return the one line that it printed on stderr."""
         line = self.err.read_text()
         assert line.startswith("fastres: error: ") and line.count("\n") == 1, line
         return line
@@ -352,7 +352,7 @@ class Started:
 
 @pytest.fixture
 def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts runs; ends what a failed test leaves of them."""
+    """Start runs, and end the processes that a failed test leaves."""
     runs: list[Started] = []
 
     def start(*flags: str, **options: Any) -> Started:
@@ -368,7 +368,7 @@ def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def replace(path: Path, image: Image.Image) -> None:
-    """In one instant: whoever reads it meanwhile finds one or the other."""
+    """Replace the file in one instant, so that a reader finds either the old or the new one."""
     new = path.with_name(f".{path.name}")
     image.save(new)
     new.replace(path)

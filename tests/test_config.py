@@ -40,7 +40,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture
 def file(tmp_path: Path) -> Any:
-    """Writes a configuration file and returns the flags that name it."""
+    """Write a configuration file and return the flags that name it."""
     numbers = iter(range(99))
 
     def write(content: str | dict[str, Any]) -> list[str]:

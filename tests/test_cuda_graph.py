@@ -1,6 +1,6 @@
 """Whole steps as recordings: what is replayed is the step bit for bit, and what would not be is refused.
 
-On a CPU the recorder is the stand-in, under a CUDA graph's rules; CudaRecorder has not yet run on a GPU.
+On a CPU, OpRecorder stands in for CudaRecorder, with a CUDA graph's rules. CudaRecorder has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _short_blocks_recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *flags: object, graphed: bool) -> Path:
-    """The run's folder. On a CPU the engine refuses graphs; nothing else is told otherwise."""
+    """Train and return the run's folder. The engine refuses graphs on a CPU, so its answer is replaced."""
     config = parse([*SHORT, *map(str, flags), "--run.dir", str(folder)])
     engine = replace(resolve_engine(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
     engine.apply_torch_settings()
@@ -76,7 +76,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def states(folder: Path, first: int = 0) -> dict[str, str]:
-    """Of each checkpoint from step `first` on: weights, statistics, momentum, loss scale, totals."""
+    """Return a hash of weights, statistics, momentum, loss scale and metrics per checkpoint from step `first` on."""
     contents = {path.name: checkpoint.load(path) for path in checkpoint.found(folder / "checkpoints")}
     return {
         name: checkpoint.digest({"trainer": content["trainer"], "window": content["window"]})
@@ -114,7 +114,7 @@ RUNS = {
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> None:
-    """Each step's loss, each evaluation, each checkpoint, and the weights at the end."""
+    """Compare each step's loss, each evaluation, each checkpoint, and the weights at the end."""
     plain = run(tmp_path / "plain", *flags.split(), graphed=False)
     replayed = run(tmp_path / "replayed", *flags.split(), graphed=True)
     assert metrics(replayed) == metrics(plain) and len(metrics(plain)) > 9
@@ -152,7 +152,7 @@ def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
 
 
 def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoader, Evaluator]:
-    """As train() does."""
+    """Build the parts of a run as train() does."""
     config = parse([*SHORT, *flags])
     engine, source = resolve_engine(config), load_source(config.data)
     loader = build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
@@ -165,7 +165,7 @@ def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoad
 
 
 class Scaled(nn.Module):
-    """Of logits; the host looks how large they are."""
+    """A layer behind the logits that reads on the host how large they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / max(1.0, x.abs().max().item())
@@ -291,7 +291,7 @@ def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
 
 
 class Again:
-    """Records nothing: a replay does the work. What inductor makes no recorder of a CPU's sees."""
+    """A recorder whose replay does the work again, because no CPU recorder sees code that inductor compiled."""
 
     def record(self, work: Any, mutated: Any) -> Any:
         return SimpleNamespace(replay=work)
@@ -325,7 +325,7 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
 
 
 def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
-    """Where one did, the ninth was refused: fullgraph allows eight versions of a function."""
+    """Otherwise the ninth run would be refused: fullgraph allows eight versions of a function."""
     torch._dynamo.reset()
     seen = []
     for recompiles_are_errors in (False, True):
@@ -416,7 +416,7 @@ def test_a_graph_of_gradients_from_before_is_refused() -> None:
 
 
 def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
-    """As a GPU's graph would: a gradient, an output."""
+    """A GPU's graph does so too, for a gradient or an output."""
     x, out = torch.ones(4), dict[str, Tensor]()
     recording = OpRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
     held = out["doubled"]
@@ -548,7 +548,7 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
 
 
 def test_of_a_capture_that_fails_the_error_inside_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of such a capture raises one of its own, on a GPU."""
+    """On a GPU, the end of a failed capture raises an error of its own."""
 
     @contextmanager
     def capture(*_: object) -> Iterator[None]:

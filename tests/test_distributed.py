@@ -32,7 +32,7 @@ LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "-
 
 
 class Job:
-    """The command under torchrun, or by itself where processes is 1."""
+    """The command under torchrun, or by itself if there is one process."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Job:
             )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
-        """Returns once that step is logged."""
+        """Return once that step is logged."""
         deadline = time.monotonic() + 240
         while step not in losses(self.folder):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
@@ -66,7 +66,7 @@ class Job:
             time.sleep(0.05)
 
     def worker(self, rank: int) -> int:
-        """The process of that rank."""
+        """Return the pid of that rank's process."""
         for pid in children(self.process.pid):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return pid
@@ -79,13 +79,13 @@ class Job:
         return self.said.read_text()
 
     def errors(self) -> list[str]:
-        """What fastres itself complained of."""
+        """Return the errors that fastres itself printed."""
         return [line for line in self.text().splitlines() if line.startswith("fastres: error: ")]
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts jobs in the test's folder, and sees to it that none outlives the test."""
+    """Start jobs in the test's folder; none outlives the test."""
     jobs = []
 
     def start(name: str, *flags: object, **how: Any) -> Job:
@@ -100,7 +100,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Of each training step."""
+    """Return the loss of each training step."""
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -140,7 +140,7 @@ def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_
 
 
 def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, tmp_path: Path) -> None:
-    """As a GPU has it by default."""
+    """On a GPU, the step is compiled by default."""
     short = "--engine.compile true --train.steps 5 --run.checkpoint_every 1000".split()
     several = finished(tmp_path / "run", *EXACT, *SHARED, *short, processes=2)
     assert json.loads((several / "summary.json").read_text())["compile"] is True

@@ -81,7 +81,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(work: Callable[[], T]) -> T | None:
-    """What `work` returns; None where it was refused, or failed, in one printable line. Nothing else is raised."""
+    """Return the result of `work`, or None if it was refused or failed in one printable line."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return work()
@@ -160,7 +160,7 @@ def encoded(text: str) -> bytes:
 
 
 def read_config(argv: list[str], file: Path) -> None:
-    """Parses it. What is accepted comes back from its own file."""
+    """Parse the flags. A configuration that is accepted comes back from its own file."""
     config = outcome(lambda: parse(argv))
     if config is not None:
         file.write_text(dump(config), encoding="utf-8")
@@ -277,7 +277,7 @@ def saved(scratch: Path) -> bytes:
 
 
 def read_checkpoint(path: Path, content: bytes) -> Any:
-    """Loads it, once by itself and once as the newest of a folder; neither changes anything."""
+    """Load it, once by itself and once as the newest of a folder; neither changes anything."""
     folder = path.parent
     path.write_bytes(content)
     before = sorted(folder.iterdir())
@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_is_read_or_refused(data: DataObject, saved: bytes,
 
 
 def rezipped(whole: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
-    """The archive that torch.save wrote, valid, with other content."""
+    """Return the archive that torch.save wrote, still valid, with other content."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(packed, "w") as new:
         for name in old.namelist():
@@ -415,7 +415,7 @@ def model() -> nn.Module:
 
 
 def read_weights(model: nn.Module, path: Path) -> None:
-    """Loads it. Where it is refused, the model is as it was."""
+    """Load the weights. If they are refused, the model is as it was."""
     before = copy.deepcopy(model.state_dict())
     if outcome(lambda: load_weights(model, path)) is None:
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

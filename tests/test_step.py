@@ -38,7 +38,7 @@ def a_batch(n: int = 8, size: int = 8, channels: int = 3, seed: int = 0) -> Batc
 
 
 def a_net(name: str = "cifar_resnet", **options: Any) -> nn.Module:
-    """The CIFAR family's smallest, depth 8, where no other is named."""
+    """Build a network; by default the CIFAR family's smallest, of depth 8."""
     options = options or ({"blocks_per_stage": 1} if name == "cifar_resnet" else {})
     return build_model(name, **options).to(memory_format=torch.channels_last)
 
@@ -199,7 +199,7 @@ def test_momentum_can_be_left_out() -> None:
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """As published (Jordan et al. 2024), in the precision that it comes in."""
+    """Return the matrix made nearly orthogonal, as published (Jordan et al. 2024), in its own precision."""
     x = matrix / matrix.norm()
     if wide := matrix.shape[0] > matrix.shape[1]:
         x = x.T
@@ -313,7 +313,7 @@ def test_compiled_and_eager_steps_agree(compiled: Any) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["cifar_resnet", "mini_resnet", "speed_resnet"])
 def test_weights_that_are_cast_in_one_batch_are_cast_as_autocast_does(name: str, precision: str) -> None:
-    """Of mini_resnet the biases too, which are cast; of speed_resnet all but the stem, which is frozen."""
+    """mini_resnet has biases, which are cast too; speed_resnet's stem is frozen, so it is not cast."""
     model = a_net(name)
     images, labels = a_batch(size=16)
     images = images.to(engine(precision=precision).dtype)

@@ -47,7 +47,7 @@ Train = Callable[..., int]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Runs the command in this process; returns its exit status, its output for capsys."""
+    """Run the command in this process and return its exit status; capsys has its output."""
 
     def run(*flags: object) -> int:
         with pytest.raises(SystemExit) as exit_:
@@ -66,7 +66,7 @@ def start(*flags: object) -> subprocess.Popen[str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr: one line that begins as every refusal does."""
+    """Return the one line on stderr, which begins as every refusal does."""
     err = capsys.readouterr().err
     assert err.startswith("fastres: error: ") and err.count("\n") == 1, err
     return err
@@ -260,7 +260,7 @@ def test_tensorboard_events_are_written_where_asked_for(train: Train, tmp_path: 
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns when the run has logged that step."""
+    """Return when the run has logged that step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = folder / "metrics.jsonl"
@@ -417,7 +417,7 @@ def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
 
 
 def losses(run: Path, steps: int) -> list[float]:
-    """Of the training steps up to that one, as logged."""
+    """Return the logged losses of the training steps up to `steps`."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["split"] == "train" and row["step"] <= steps]
 
