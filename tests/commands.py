@@ -1,4 +1,4 @@
-"""Running fastres's commands as a user does, in a process of their own."""
+"""Run fastres's commands as a user does, in a process of their own."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent  # of the checkout
+
 
 def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """This process's environment as a user's is, but for one thread: kernels are not interpreted. `changes` go over it;
-    None removes."""
+    """Return this process's environment as a user's is, but with one thread: kernels are not interpreted.
+
+    `changes` go over it; None removes.
+    """
     ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": None}
     changed = {**os.environ, **ours, **(changes or {})}
     return {name: value for name, value in changed.items() if value is not None}
 
 
-def run_module(
-    module: str,
+def run_python(
     *args: object,
     env: Mapping[str, str | None] | None = None,
     cwd: Path | None = None,
     timeout_s: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGS` in a user's environment; `env` goes over it, None removes."""
+    """Run `python ARGS` in a user's environment; `env` goes over it, None removes."""
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
+        [sys.executable, *map(str, args)],
         cwd=cwd,
         env=users_environment(env),
         capture_output=True,
@@ -36,14 +39,38 @@ def run_module(
     )
 
 
+def run_module(
+    module: str,
+    *args: object,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGS`, likewise."""
+    return run_python("-m", module, *args, env=env, cwd=cwd, timeout_s=timeout_s)
+
+
 def run_fastres(
     module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m fastres.MODULE ARGS`, likewise."""
+    """Run `python -m fastres.MODULE ARGS`, likewise."""
     return run_module(f"fastres.{module}", *args, env=env, cwd=cwd)
 
 
+def torchrun(processes: int, *options: str) -> list[str]:
+    """Return the arguments of Python that start as many processes on this machine, before `-m MODULE`."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+
+
+def run_worker(
+    name: str, *args: object, processes: int = 0, env: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run tests/workers/NAME.py in a process of its own or, under torchrun, in several."""
+    launcher = torchrun(processes) if processes else []
+    return run_python(*launcher, "-m", f"tests.workers.{name}", *args, env=env, cwd=ROOT)
+
+
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
+    """Return the processes that a process has started, and those that they have."""
     own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return own + [further for child in own for further in children(child)]

@@ -1,8 +1,9 @@
-"""What several tests need: small data sets in the published formats, few samples but learnable; refusals."""
+"""Helpers of several tests: small data sets in the published formats, few samples but learnable; refusals; hashes."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,12 +125,17 @@ def engine(**overrides: Any) -> Engine:
 
 @contextmanager
 def rejected(*names: object) -> Iterator[None]:
-    """The block is refused in one readable line that has each of `names`."""
+    """Expect the block to raise a UsageError of one readable line that has each of `names`."""
     with pytest.raises(UsageError) as caught:
         yield
     line = str(caught.value)
     assert "\n" not in line and "Traceback" not in line, line
     assert not [name for name in names if str(name) not in line], line
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Creates:

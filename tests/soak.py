@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tests.commands import torchrun
+from tests.fixtures import sha256
 
 STEPS, EVAL_EVERY = 24, 6
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.eval_every {EVAL_EVERY} "
@@ -55,7 +57,7 @@ class Zygote:
     """A process that has imported fastres.train and forks a victim whenever it is asked to."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.soak", "--zygote"]
+        command = [sys.executable, "-m", "tests.workers.zygote"]
         self._pipe = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             start_new_session=True,
@@ -72,35 +74,6 @@ class Zygote:
         assert self._pipe.stdin is not None
         self._pipe.stdin.close()
         self._pipe.wait()
-
-
-def zygote() -> None:
-    """Answers requests, one a line: ["fork", argv, log] with a pid, ["poll", pid] with its status or null."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import matplotlib.ticker  # noqa: F401
-    import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401 - imported by a run, but not at its beginning
-
-    from fastres import train
-    from fastres.utils.errors import run_command
-
-    for line in sys.stdin:
-        kind, *rest = json.loads(line)
-        if kind == "poll":
-            pid, status = os.waitpid(rest[0], os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-            continue
-        # A thread of the parent's would be missing in the child, with whatever lock it held.
-        assert len(list(Path("/proc/self/task").iterdir())) == 1, "the zygote has threads"
-        if not (pid := os.fork()):
-            argv, log = rest
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            for source, target in ((nothing, 0), (output, 1), (output, 2)):
-                os.dup2(source, target)
-            run_command(lambda: train.main(argv))  # noqa: B023 - it runs at once, and exits
-        print(json.dumps(pid), flush=True)
 
 
 class Forked:
@@ -125,7 +98,7 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> subpr
 
 
 def workers_of(folder: Path) -> dict[int, int]:
-    """The processes that torchrun has started for the run in `folder`: pid and rank."""
+    """Return the processes that torchrun has started for the run in `folder`: pid and rank."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -157,7 +130,7 @@ class Lost(Exception):
 
 
 def metrics_of(folder: Path) -> tuple[list[Row], bool]:
-    """The whole rows of metrics.jsonl without times, and whether another one was cut short."""
+    """Return the whole rows of metrics.jsonl without times, and True if another one was cut short."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     rows = [json.loads(line) for line in lines[:-1]]
@@ -169,12 +142,8 @@ def history_of(folder: Path) -> list[Row]:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 class Undisturbed:
-    """What a run leaves behind that nobody kills."""
+    """The files of a run that nobody kills."""
 
     def __init__(self, folder: Path) -> None:
         import yaml
@@ -187,7 +156,7 @@ class Undisturbed:
         self.weights = sha256(folder / "model.safetensors")
 
     def compare(self, folder: Path, every: int) -> int:
-        """Raises Lost where a file in the folder is not whole, or not this run's. Returns the newest step kept."""
+        """Return the newest step kept. Raise Lost if a file in the folder is not whole, or not this run's."""
         import yaml
 
         from fastres.runs import checkpoint
@@ -279,7 +248,7 @@ class Victim:
                 kill(pid)
 
     def life(self) -> int | None:
-        """From a start to a kill or to the end. Returns the exit status, None where it was killed."""
+        """Start the run and wait for a kill or the end. Return the exit status, or None if it was killed."""
         began = time.monotonic()
         self.env_at_start, self.step_at_start = self.changed("env.json"), self.newest
         self.old = dict(self.temporaries())
@@ -313,7 +282,7 @@ class Victim:
         )
 
     def aim(self) -> tuple[str, Callable[[], bool]]:
-        """What the kill is aimed at, and whether the moment has come."""
+        """Return the aim of the kill, and a function that tells if the moment has come."""
         aim = self.random.choices(list(AIMS), list(AIMS.values()))[0]
         at = time.monotonic() + self.random.uniform(0, self.soak.lifetime[self.kind])
         nth, seen = self.random.randrange(1, 7), set[tuple[Path, int]]()
@@ -340,7 +309,7 @@ class Victim:
         return aim, {"any moment": any_moment, "a write": write, "an evaluation": evaluation}[aim]
 
     def strike(self) -> str:
-        """Kills a process of the run and waits until none is left that knows of it. Returns which one it was."""
+        """Kill a process of the run, wait until none of the others is left, and return which one it was."""
         assert self.process is not None
         workers = workers_of(self.folder) if self.soak.processes > 1 else {}
         if not workers or self.random.random() < LAUNCHER_SHARE:
@@ -378,14 +347,14 @@ class Victim:
         return found
 
     def evaluates(self) -> bool:
-        """Whether the last row is that of a step which is followed by an evaluation."""
+        """Return True if an evaluation follows the step of the last row."""
         with contextlib.suppress(ValueError):  # half a line
             rows, _ = metrics_of(self.folder)
             return bool(rows) and rows[-1]["split"] == "train" and rows[-1]["step"] % EVAL_EVERY == 0
         return False
 
     def phase(self) -> tuple[str, bool]:
-        """Where the kill fell, and whether into the write of a file other than a checkpoint."""
+        """Return the phase in which the kill fell, and True if it cut short a file other than a checkpoint."""
         cut = [path for path, changed in self.temporaries().items() if self.old.get(path) != changed]
         writes = any(path.suffix == ".tmp" and path.parent == self.folder for path in cut)
         rows, _ = metrics_of(self.folder)
@@ -417,7 +386,7 @@ class Soak:
         self.launcher: list[str] = []
         if processes > 1:
             # The launcher ends with the worker, and is started again; test_distributed.py has --max-restarts.
-            self.launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            self.launcher = torchrun(processes)
         self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
         self.granted = self.victims = 0
@@ -426,7 +395,7 @@ class Soak:
         self._lock = threading.Lock()
 
     def run(self) -> int:
-        """All of it. Returns the number of losses."""
+        """Run all victims and return the number of losses."""
         self.undisturbed = self.reference()
         self.say(f"undisturbed: {STEPS} steps, model.safetensors {self.undisturbed.weights[:16]}")
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -437,7 +406,7 @@ class Soak:
         return len(self.losses)
 
     def reference(self) -> Undisturbed:
-        """What the victims are compared with; it measures how long a run takes, too."""
+        """Run undisturbed, for the comparison, and measure how long a run takes."""
         ways = ["torchrun's"] if self.processes > 1 else ["whole", "forked", "forked"]
         for number, way in enumerate(ways):
             folder, log, began = (
@@ -546,7 +515,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--zygote"]:
-        zygote()
-    else:
-        sys.exit(main())
+    sys.exit(main())

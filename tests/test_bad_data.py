@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import re
@@ -30,8 +29,8 @@ from fastres.data.sources.formats import decode
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source
 from fastres.utils.errors import UsageError
-from tests.commands import children, users_environment
-from tests.fixtures import coloured_noise, rejected, write_image_folder
+from tests.commands import children, torchrun, users_environment
+from tests.fixtures import coloured_noise, rejected, sha256, write_image_folder
 from tests.test_loaders import make
 
 every_loader = pytest.mark.parametrize("loader", LOADERS)
@@ -149,7 +148,7 @@ def test_a_bad_file_of_any_name_is_named(loader: str, name: str, root: Path) -> 
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Writes bad files of every kind; what is said of each."""
+    """Write bad files of every kind, and return the reason that is given for each."""
     (folder / "b0 empty.png").write_bytes(b"")
     (folder / "b1 text.jpg").write_bytes(b"not an image")
     (folder / "b2 truncated.png").write_bytes(WHOLE[: len(WHOLE) // 2])
@@ -172,7 +171,7 @@ def broken_files(folder: Path) -> dict[str, str]:
 
 
 def odd_files(folder: Path) -> set[str]:
-    """Writes good files of every kind; their names."""
+    """Write good files of every kind, and return their names."""
     grey = NOISE[..., 0]
     kinds = {
         "grey.png": Image.fromarray(grey),
@@ -308,19 +307,15 @@ def test_every_loader_leaves_out_the_same(root: Path, tmp_path: Path) -> None:
             ["--data.root", str(root), "--data.loader", loader, "--data.skip_bad", "true"],
         )
         assert train.main([*TINY, *place, "--train.steps", "5", "--run.dir", str(run)]) == 0
-        hashes.add(hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest())
+        hashes.add(sha256(run / "model.safetensors"))
     assert len(hashes) == 1
 
 
 class Started:
     """A training run in processes of its own, that has begun to train and would go on for ever."""
 
-    def __init__(self, root: Path, folder: Path, *flags: str, torchrun: int = 0) -> None:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
-            if torchrun
-            else []
-        )
+    def __init__(self, root: Path, folder: Path, *flags: str, processes: int = 0) -> None:
+        launcher = torchrun(processes) if processes else []
         self.folder, self.out, self.err = folder, folder.with_suffix(".out"), folder.with_suffix(".err")
         steps = [] if "--train.steps" in flags else ["--train.steps", "1000000"]
         with self.out.open("w") as out, self.err.open("w") as err:
@@ -340,7 +335,7 @@ class Started:
             time.sleep(0.02)
 
     def end(self) -> int:
-        """The exit status; nobody who belonged to the run is left."""
+        """Wait until no process of the run is left, and return the exit status."""
         status = self.process.wait(timeout=120)
         deadline = time.monotonic() + 120
         while alive := [pid for pid in self.children if Path(f"/proc/{pid}").exists()]:
@@ -349,7 +344,7 @@ class Started:
         return status
 
     def line(self) -> str:
-        """What it said on stderr: one line."""
+        """Return the one line that it printed on stderr."""
         line = self.err.read_text()
         assert line.startswith("fastres: error: ") and line.count("\n") == 1, line
         return line
@@ -357,7 +352,7 @@ class Started:
 
 @pytest.fixture
 def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts runs; ends what a failed test leaves of them."""
+    """Start runs, and end the processes that a failed test leaves."""
     runs: list[Started] = []
 
     def start(*flags: str, **options: Any) -> Started:
@@ -373,7 +368,7 @@ def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def replace(path: Path, image: Image.Image) -> None:
-    """In one instant: whoever reads it meanwhile finds one or the other."""
+    """Replace the file in one instant, so that a reader finds either the old or the new one."""
     new = path.with_name(f".{path.name}")
     image.save(new)
     new.replace(path)
@@ -462,7 +457,7 @@ def test_workers_go_where_their_run_is_killed(started: Callable[..., Started]) -
 def test_of_two_processes_neither_waits_for_one_whose_file_turns_bad(
     root: Path, started: Callable[..., Started]
 ) -> None:
-    run = started("--data.loader", "dataloader", "--data.workers", "1", torchrun=2)
+    run = started("--data.loader", "dataloader", "--data.workers", "1", processes=2)
     assert len(run.children) == 4  # two processes, and a worker of each
     victim = root / "train" / "dog" / "00007.png"
     victim.write_bytes(b"text")
@@ -475,7 +470,7 @@ def test_two_processes_leave_out_the_same(
 ) -> None:
     broken_files(root / "train" / "cat")
     run = started(
-        "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", torchrun=2
+        "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", processes=2
     )
     assert run.end() == 0, run.err.read_text()
     assert run.out.read_text().count("8 of the 18 images of") == 1

@@ -37,7 +37,7 @@ def a_state(step: int = 3) -> dict[str, Any]:
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """The same containers, types and bits."""
+    """Assert that both have the same containers, types and bits."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert list(one) == list(other)

@@ -15,6 +15,7 @@ from fastres.config.cli import parse
 from fastres.config.files import recipe_names
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
+from fastres.runs.run_dir import RunDir
 from tests.fixtures import rejected
 
 RECIPES = {
@@ -39,7 +40,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture
 def file(tmp_path: Path) -> Any:
-    """Writes a configuration file and returns the flags that name it."""
+    """Write a configuration file and return the flags that name it."""
     numbers = iter(range(99))
 
     def write(content: str | dict[str, Any]) -> list[str]:
@@ -172,6 +173,42 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
     assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == [
         "optim.nesterov: False -> True"
     ]
+
+
+# ---- values that were renamed -------------------------------------------------------------------------------
+
+OLD_NAME = "engine.conv own is now {}engine.conv cpp; the old name works for one version\n"
+
+
+@pytest.mark.parametrize("flags", [["--engine.conv", "own"], ["--engine.conv=own"]])
+def test_a_flag_takes_the_old_name_of_a_value_with_a_note(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse(flags).engine.conv == "cpp"
+    assert capsys.readouterr().err == "fastres: --" + OLD_NAME.format("--")
+
+
+def test_a_file_takes_the_old_name_of_a_value_with_a_note(
+    file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = file("engine: {conv: own}")
+    assert parse(flags).engine.conv == "cpp"
+    assert capsys.readouterr().err == f"fastres: {flags[1]}: " + OLD_NAME.format("")
+
+
+def test_the_present_name_of_a_value_needs_no_note(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--engine.conv", "cpp"]) == parse(file("engine: {conv: cpp}"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_was_started_with_the_old_name_of_a_value_is_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = parse(["--engine.conv", "cpp", "--run.dir", str(run)])
+    written = dump(config).replace("conv: cpp", "conv: own")
+    assert written != dump(config)
+    (run / "config.yaml").write_text(written)
+    assert RunDir(config).check_resumable() is None  # it is this run, and it is not finished
 
 
 # ---- the tutorial's config.json -----------------------------------------------------------------------------

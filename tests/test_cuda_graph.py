@@ -1,6 +1,6 @@
 """Whole steps as recordings: what is replayed is the step bit for bit, and what would not be is refused.
 
-On a CPU the recorder is the stand-in, under a CUDA graph's rules; CudaRecorder has not yet run on a GPU.
+On a CPU, OpRecorder stands in for CudaRecorder, with a CUDA graph's rules. CudaRecorder has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from fastres.config.cli import parse
 from fastres.data.loaders.build import build_loader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.load import load_source
+from fastres.distributed.process_group import ProcessGroup
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.testing import op_recorder
 from fastres.testing.op_recorder import OpRecorder
 from fastres.train import train
 from fastres.training import cuda_graph
@@ -38,7 +40,7 @@ from fastres.training.cuda_graph import (
 )
 from fastres.training.engine import Engine, cuda_graph_support, resolve_engine
 from fastres.training.evaluator import Evaluator
-from fastres.training.optim import build_optimizer
+from fastres.training.signals import StopSignal
 from fastres.training.step import TrainStep
 from fastres.utils.errors import RunError
 from tests.commands import run_fastres
@@ -53,15 +55,17 @@ SHORT = ("--recipe digits --model.name resnet8 --model.norm torch --train.batch_
 
 
 @pytest.fixture(autouse=True)
-def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_blocks_recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "BLOCK_STEPS", BLOCK)
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", OpRecorder)
 
 
 def run(folder: Path, *flags: object, graphed: bool) -> Path:
-    """The run's folder. On a CPU the engine refuses graphs; nothing else is told otherwise."""
+    """Train and return the run's folder. The engine refuses graphs on a CPU, so its answer is replaced."""
     config = parse([*SHORT, *map(str, flags), "--run.dir", str(folder)])
     engine = replace(resolve_engine(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
-    assert train(config, engine, [0]) == 0
+    engine.apply_torch_settings()
+    assert train(config, engine, ProcessGroup(), StopSignal()) == 0
     return folder
 
 
@@ -72,7 +76,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def states(folder: Path, first: int = 0) -> dict[str, str]:
-    """Of each checkpoint from step `first` on: weights, statistics, momentum, loss scale, totals."""
+    """Return a hash of weights, statistics, momentum, loss scale and metrics per checkpoint from step `first` on."""
     contents = {path.name: checkpoint.load(path) for path in checkpoint.found(folder / "checkpoints")}
     return {
         name: checkpoint.digest({"trainer": content["trainer"], "window": content["window"]})
@@ -110,7 +114,7 @@ RUNS = {
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> None:
-    """Each step's loss, each evaluation, each checkpoint, and the weights at the end."""
+    """Compare each step's loss, each evaluation, each checkpoint, and the weights at the end."""
     plain = run(tmp_path / "plain", *flags.split(), graphed=False)
     replayed = run(tmp_path / "replayed", *flags.split(), graphed=True)
     assert metrics(replayed) == metrics(plain) and len(metrics(plain)) > 9
@@ -148,7 +152,7 @@ def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
 
 
 def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoader, Evaluator]:
-    """As train() does."""
+    """Build the parts of a run as train() does."""
     config = parse([*SHORT, *flags])
     engine, source = resolve_engine(config), load_source(config.data)
     loader = build_loader(config, source, source.train, device=engine.device, dtype=engine.dtype)
@@ -156,12 +160,12 @@ def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoad
     model = engine.place(build_model("resnet8", in_channels=source.channels))
     if not recordable:
         model = nn.Sequential(model, Scaled())
-    step = TrainStep(model, engine, lambda m, lr: build_optimizer(m, config.optim, lr))
+    step = TrainStep(model, engine, config.optim)
     return step, loader, Evaluator(model, engine)
 
 
 class Scaled(nn.Module):
-    """Of logits; the host looks how large they are."""
+    """A layer behind the logits that reads on the host how large they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / max(1.0, x.abs().max().item())
@@ -171,7 +175,7 @@ def lr_at(step: int) -> float:
     return 0.1 / (step + 1)
 
 
-def take(step: TrainStep | GraphedStep, loader: Any, first: int, last: int) -> None:
+def run_steps(step: TrainStep | GraphedStep, loader: Any, first: int, last: int) -> None:
     for i, batch in enumerate(loader.train(first, last), first):
         step(*batch, lr_at(i), i)
 
@@ -193,7 +197,7 @@ def test_python_numbers_stay_what_they_were() -> None:
     """So a recording of TrainStep's own call would keep its first learning rate."""
     step, loader, _ = build()
     batch, lr = next(loader.train(0, 1)), [0.5]
-    recording = OpRecorder(CPU).record(lambda: step(*batch, lr[0], 0), step.changed)
+    recording = OpRecorder(CPU).record(lambda: step(*batch, lr[0], 0), step.mutated_tensors)
     lr[0] = 0.25
     recording.replay()
     assert step.lr == 0.5
@@ -202,27 +206,27 @@ def test_python_numbers_stay_what_they_were() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_recording_leaves_no_trace(precision: str) -> None:
     step, loader, evaluate = build("--engine.precision", precision)
-    take(step, loader, 0, 3)
+    run_steps(step, loader, 0, 3)
     before = checkpoint.digest(step.state_dict())
     graphed_step(step, loader)
     GraphedEvaluation(evaluate, loader, OpRecorder(CPU))
     assert checkpoint.digest(step.state_dict()) == before
     assert all(p.grad is None for p in step.model.parameters())
-    take(step, loader, 3, 5)  # and a step may still be taken without it
+    run_steps(step, loader, 3, 5)  # and a step may still be taken without it
     (expected, *_), again = build("--engine.precision", precision), loader
-    take(expected, again, 0, 5)
+    run_steps(expected, again, 0, 5)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
 
 
 def test_a_recorded_step_goes_on_from_a_state_that_is_loaded_later() -> None:
     step, loader, _ = build("--engine.precision", "fp16")
     replayed = graphed_step(step, loader)
-    take(replayed, replayed, 0, 9)
+    run_steps(replayed, replayed, 0, 9)
     state = copy.deepcopy(step.state_dict())
-    take(replayed, replayed, 9, 15)
+    run_steps(replayed, replayed, 9, 15)
     ended = checkpoint.digest(step.state_dict())
     step.load_state_dict(state)
-    take(replayed, replayed, 9, 15)
+    run_steps(replayed, replayed, 9, 15)
     assert checkpoint.digest(step.state_dict()) == ended
 
 
@@ -234,10 +238,10 @@ def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale
         before = copy.deepcopy(list(step.model.parameters()))
         steps = graphed_step(step, loader) if record else step
         batches = steps if isinstance(steps, GraphedStep) else loader
-        take(steps, batches, 0, 1)
+        run_steps(steps, batches, 0, 1)
         assert step.scaler.get_scale() == 2.0**39
         assert all(torch.equal(p, q) for p, q in zip(step.model.parameters(), before, strict=True))
-        take(steps, batches, 1, 40)  # until some steps are taken
+        run_steps(steps, batches, 1, 40)  # until some steps are taken
         assert step.scaler.get_scale() < 2.0**20
         assert not torch.equal(before[0], next(step.model.parameters()))
         weights.append(checkpoint.digest(step.state_dict()))
@@ -263,14 +267,14 @@ def test_steps_are_taken_in_their_order_each_once() -> None:
 def test_a_replay_runs_no_python_of_the_step_and_no_new_memory() -> None:
     step, loader, _ = build()
     replayed = graphed_step(step, loader)
-    held = replayed.recording.held_bytes
+    total_bytes = replayed.recording.total_bytes
     forward = step.model.forward
     step.model.forward = None  # type: ignore[method-assign]
-    take(replayed, replayed, 0, 2 * BLOCK)
-    assert replayed.recording.held_bytes == replayed.recording.count_bytes() == held
+    run_steps(replayed, replayed, 0, 2 * BLOCK)
+    assert replayed.recording.total_bytes == replayed.recording.count_bytes() == total_bytes
     step.model.forward = forward  # type: ignore[method-assign]
     expected, *_ = build()
-    take(expected, loader, 0, 2 * BLOCK)
+    run_steps(expected, loader, 0, 2 * BLOCK)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
 
 
@@ -279,17 +283,17 @@ def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
     replayed = GraphedEvaluation(evaluate, loader, OpRecorder(CPU))  # 15 batches of 100, the last filled up
     seen = []
     for i in range(3):
-        totals = evaluate(replayed.evaluate())
-        assert totals == evaluate(loader.evaluate()) and totals.samples == 1437
-        seen.append(totals.loss)
-        take(step, loader, i, i + 1)
+        metrics = evaluate(replayed.evaluate())
+        assert metrics == evaluate(loader.evaluate()) and metrics.samples == 1437
+        seen.append(metrics.loss)
+        run_steps(step, loader, i, i + 1)
     assert len(set(seen)) == 3
 
 
 class Again:
-    """Records nothing: a replay does the work. What inductor makes no recorder of a CPU's sees."""
+    """A recorder whose replay does the work again, because no CPU recorder sees code that inductor compiled."""
 
-    def record(self, work: Any, changed: Any) -> Any:
+    def record(self, work: Any, mutated: Any) -> Any:
         return SimpleNamespace(replay=work)
 
 
@@ -307,21 +311,21 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
     (step, loader, _), (other, *_) = (build(*flags.split(), *compiling) for _ in range(2))
     for of in (step, other):
         of.warm_up(*next(loader.train(0, 1)))
-        assert all(not tensor.any() for tensor in of.totals.tensors[:3])
+        assert all(not tensor.any() for tensor in of.metrics.tensors[:3])
     replayed = GraphedStep(step, loader, lr_at, Again())
     # Beside the network, the batch and its rates, and the totals.
     with torch._dynamo.config.patch(error_on_recompile=True):
-        take(replayed, replayed, 0, 2 * BLOCK + 2)
+        run_steps(replayed, replayed, 0, 2 * BLOCK + 2)
     assert (replayed._next_batch == replayed.next_batch) == ("mixup" in flags)
     other.count = other._count
-    take(other, loader, 0, 2 * BLOCK + 2)
+    run_steps(other, loader, 0, 2 * BLOCK + 2)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(other.state_dict())
-    assert other.totals.step == 2 * BLOCK + 1 and other.totals.bad_step == -1
+    assert other.metrics.step == 2 * BLOCK + 1 and other.metrics.bad_step == -1
     torch._dynamo.reset()
 
 
 def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
-    """Where one did, the ninth was refused: fullgraph allows eight versions of a function."""
+    """Otherwise the ninth run would be refused: fullgraph allows eight versions of a function."""
     torch._dynamo.reset()
     seen = []
     for recompiles_are_errors in (False, True):
@@ -329,7 +333,7 @@ def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
         with torch._dynamo.config.patch(error_on_recompile=recompiles_are_errors):
             step.warm_up(*next(loader.train(0, 1)))
             replayed = GraphedStep(step, loader, lr_at, Again())
-            take(replayed, replayed, 0, 2)
+            run_steps(replayed, replayed, 0, 2)
             evaluate(loader.evaluate())
         seen.append(checkpoint.digest(step.state_dict()))
     assert seen[0] == seen[1]
@@ -347,12 +351,14 @@ def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
 
 
 def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
-    rows = DeviceTable({"a": torch.zeros(0, 2)}, 3, CPU)
+    table = DeviceTable({"a": torch.zeros(0, 2)}, 3, CPU)
     taken = torch.zeros(2)
-    recording = OpRecorder(CPU).record(lambda: taken.copy_(rows.take()["a"]), [taken, *rows.changed])
-    for table in (torch.arange(6.0).reshape(3, 2), torch.full((2, 2), 7.0), torch.full((1, 2), 8.0)):
-        rows.fill({"a": table})
-        for row in table:
+    recording = OpRecorder(CPU).record(
+        lambda: taken.copy_(table.next_row()["a"]), [taken, *table.mutated_tensors]
+    )
+    for rows in (torch.arange(6.0).reshape(3, 2), torch.full((2, 2), 7.0), torch.full((1, 2), 8.0)):
+        table.fill({"a": rows})
+        for row in rows:
             recording.replay()
             assert torch.equal(taken, row)
 
@@ -390,7 +396,7 @@ def test_what_waits_or_comes_from_the_host_is_refused_by_its_name_and_place(
 
 def test_memory_that_grows_is_refused() -> None:
     x, losses = torch.ones(4), list[Tensor]()
-    with pytest.raises(CannotRecord, match="the work holds 16 bytes more each time"):
+    with pytest.raises(CannotRecord, match="the work keeps 16 more bytes at each call"):
         OpRecorder(CPU).record(lambda: losses.append(x * 2), [])
 
 
@@ -403,14 +409,14 @@ def test_a_graph_of_gradients_from_before_is_refused() -> None:
         weight.grad = None
 
     loss = (weight * 2).sum()
-    with pytest.raises(CannotRecord, match="a graph of gradients of 1 tensors is still held"):
+    with pytest.raises(CannotRecord, match="1 parameters still belong to a live autograd graph"):
         OpRecorder(CPU).record(work, [weight])
     del loss
     OpRecorder(CPU).record(work, [weight])
 
 
 def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
-    """As a GPU's graph would: a gradient, an output."""
+    """A GPU's graph does so too, for a gradient or an output."""
     x, out = torch.ones(4), dict[str, Tensor]()
     recording = OpRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
     held = out["doubled"]
@@ -421,10 +427,12 @@ def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
 
 def test_a_write_that_nobody_was_told_of_is_refused() -> None:
     x, kept = torch.ones(4), torch.zeros(4)
-    with pytest.raises(CannotRecord, match=r"the work writes to a tensor \(4,\), not said to change"):
+    with pytest.raises(
+        CannotRecord, match=r"the work writes to a tensor \(4,\) that is not among the mutated"
+    ):
         OpRecorder(CPU).record(lambda: kept.add_(x), [])
     norm = nn.BatchNorm2d(2)  # whose operator does not say that it writes
-    with pytest.raises(CannotRecord, match="not said to change"):
+    with pytest.raises(CannotRecord, match="not among the mutated tensors"):
         OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [])
     OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [*norm.buffers()])
 
@@ -438,7 +446,7 @@ def test_state_that_is_made_at_the_first_step_is_refused() -> None:
         state.setdefault("momentum", torch.zeros(4)).add_(grad)
         weight.sub_(state["momentum"])
 
-    with pytest.raises(CannotRecord, match="not said to change"):
+    with pytest.raises(CannotRecord, match="not among the mutated tensors"):
         OpRecorder(CPU).record(work, [weight])
 
 
@@ -446,7 +454,7 @@ def test_memory_that_moves_is_noticed_at_the_replay() -> None:
     x, out = torch.ones(4), torch.zeros(4)
     recording: Recording = OpRecorder(CPU).record(lambda: out.copy_(x * 2), [out])
     x.resize_(1000)
-    with pytest.raises(CannotRecord, match="has changed what it holds"):
+    with pytest.raises(CannotRecord, match="a replay changed the memory it uses"):
         recording.replay()
 
 
@@ -505,7 +513,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     step, loader, evaluate = build(recordable=False)
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=not asked_for)
     before, said = checkpoint.digest(step.state_dict()), list[str]()
-    why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_graph, line "
+    why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_cuda_graph, line "
     if asked_for:
         with pytest.raises(RunError) as caught:
             capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
@@ -519,8 +527,8 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     assert line.startswith("cuda_graph: false (") and why in line
     assert (taken, training, evaluation) == (step, loader, loader)
     assert checkpoint.digest(step.state_dict()) == before
-    take(taken, training, 0, 2)
-    assert step.totals.read()[0].samples == 2 * 64
+    run_steps(taken, training, 0, 2)
+    assert step.metrics.read()[0].samples == 2 * 64
 
 
 def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
@@ -529,18 +537,18 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
     step, loader, evaluate = build("--engine.precision", "fp16")
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=True)
     before, said = checkpoint.digest(step.state_dict()), list[str]()
-    fine = cuda_graph._why_not
+    fine = op_recorder._why_not
     last = torch.ops.aten._amp_update_scale_.default  # after the update of the weights
-    monkeypatch.setattr(cuda_graph, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
+    monkeypatch.setattr(op_recorder, "_why_not", lambda *call: "ends it" if call[0] is last else fine(*call))
     taken, training, _ = capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
     assert "_amp_update_scale_" in said[0]
     assert checkpoint.digest(step.state_dict()) == before
-    take(taken, training, 0, 2)
-    assert step.totals.read()[0].samples == 2 * 64
+    run_steps(taken, training, 0, 2)
+    assert step.metrics.read()[0].samples == 2 * 64
 
 
 def test_of_a_capture_that_fails_the_error_inside_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of such a capture raises one of its own, on a GPU."""
+    """On a GPU, the end of a failed capture raises an error of its own."""
 
     @contextmanager
     def capture(*_: object) -> Iterator[None]:

@@ -3,7 +3,6 @@ torchrun."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastres.runs import checkpoint
-from tests.commands import children, users_environment
+from tests.commands import children, run_worker, torchrun, users_environment
+from tests.fixtures import sha256
 
 # The smallest ResNet on the digits; log_every 1 makes the metrics the losses.
 DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
@@ -32,7 +32,7 @@ LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "-
 
 
 class Job:
-    """The command under torchrun, or by itself where processes is 1."""
+    """The command under torchrun, or by itself if there is one process."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class Job:
         *flags: object,
         processes: int = 2,
         restarts: int = 0,
-        torchrun: bool = False,
+        under_torchrun: bool = False,
         start_new_session: bool = False,
     ) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                    f"--max-restarts={restarts}"] if torchrun or processes > 1 else []  # fmt: skip
+        launched = under_torchrun or processes > 1
+        launcher = torchrun(processes, f"--max-restarts={restarts}") if launched else []
         self.folder, self.said = folder, folder.with_suffix(".said")
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Job:
             )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
-        """Returns once that step is logged."""
+        """Return once that step is logged."""
         deadline = time.monotonic() + 240
         while step not in losses(self.folder):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
@@ -66,7 +66,7 @@ class Job:
             time.sleep(0.05)
 
     def worker(self, rank: int) -> int:
-        """The process of that rank."""
+        """Return the pid of that rank's process."""
         for pid in children(self.process.pid):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return pid
@@ -79,13 +79,13 @@ class Job:
         return self.said.read_text()
 
     def errors(self) -> list[str]:
-        """What fastres itself complained of."""
+        """Return the errors that fastres itself printed."""
         return [line for line in self.text().splitlines() if line.startswith("fastres: error: ")]
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts jobs in the test's folder, and sees to it that none outlives the test."""
+    """Start jobs in the test's folder; none outlives the test."""
     jobs = []
 
     def start(name: str, *flags: object, **how: Any) -> Job:
@@ -100,15 +100,15 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Of each training step."""
+    """Return the loss of each training step."""
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
 
-def sha256(run: Path) -> str:
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+def weights_hash(run: Path) -> str:
+    return sha256(run / "model.safetensors")
 
 
 def finished(folder: Path, *flags: object, processes: int) -> Path:
@@ -140,7 +140,7 @@ def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_
 
 
 def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, tmp_path: Path) -> None:
-    """As a GPU has it by default."""
+    """On a GPU, the step is compiled by default."""
     short = "--engine.compile true --train.steps 5 --run.checkpoint_every 1000".split()
     several = finished(tmp_path / "run", *EXACT, *SHARED, *short, processes=2)
     assert json.loads((several / "summary.json").read_text())["compile"] is True
@@ -201,7 +201,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undis
         run.wait_for_text(f"fastres: error: rank {1 - rank}: lost the connection to another process (")
     assert run.end() == 0, run.text()
     assert run.text().count("continued at step") == 2
-    assert sha256(run.folder) == sha256(undisturbed)
+    assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert run.errors() == []
     again = job("run", *LONG)
     assert again.end() == 0, again.text()
-    assert sha256(run.folder) == sha256(undisturbed)
+    assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
 def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
@@ -246,68 +246,21 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
     assert checkpoint.latest(run.folder / "checkpoints") is not None
 
 
-def script(tmp_path: Path, text: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Runs it on two processes; each line that both print comes twice."""
-    file = tmp_path / "script.py"
-    file.write_text(
-        "import os, sys, time, torch\nfrom fastres.distributed import process_group, watchdog\n" + text
-    )
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", file],
-        capture_output=True, text=True, env=users_environment(), timeout=240, check=False,
-    )  # fmt: skip
-
-
-def test_a_process_whose_data_does_not_come_says_so_itself(tmp_path: Path) -> None:
-    done = script(
-        tmp_path,
-        """
-with distributed.group(torch.device("cpu"), timeout_s=2):
-    watch.beat("computes" if distributed.rank() == 0 else "waits for its data")
-    time.sleep(60)
-""",
-    )
+def test_a_process_whose_data_does_not_come_says_so_itself() -> None:
+    done = run_worker("ranks", "wait_for_data_on_rank_1", processes=2)
     assert done.returncode != 0
     # Each says so, unless the launcher ends it while it is about to.
     assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stderr)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all(tmp_path: Path) -> None:
-    done = script(
-        tmp_path,
-        """
-from fastres.step import DeviceMetrics
-with distributed.group(torch.device("cpu")):
-    totals = DeviceMetrics(torch.device("cpu"))
-    for step in range(6):
-        bad = distributed.rank() == 1 and step >= 4
-        totals.step.fill_(step)
-        totals.add(torch.tensor(float("nan") if bad else 1.0), torch.tensor(1), 2)
-    print(f"first bad step {totals.read()[1]}\\n", end="", flush=True)
-os._exit(0)
-""",
-    )
+def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all() -> None:
+    done = run_worker("ranks", "find_a_bad_loss_on_rank_1", processes=2)
     assert done.stdout.count("first bad step 4") == 2, done.stderr
 
 
-def test_weights_that_drifted_apart_are_not_saved(tmp_path: Path) -> None:
-    """As they would where a backward outside of DDP has come first: the processes exchange no gradients then."""
-    done = script(
-        tmp_path,
-        """
-from fastres.errors import run_command
-def main():
-    with distributed.group(torch.device("cpu")):
-        model = torch.nn.Linear(2, 2)
-        torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
-        distributed.assert_replicas_equal(model)
-        print("equal\\n", end="", flush=True)
-        with torch.no_grad():
-            model.bias[0] += distributed.rank() * 1e-7
-        distributed.assert_replicas_equal(model)
-run_command(main)
-""",
-    )
+def test_weights_that_drifted_apart_are_not_saved() -> None:
+    """They drift apart if a backward outside of DDP has come first, because no gradients are exchanged after that."""
+    done = run_worker("ranks", "compare_weights_that_drift_apart", processes=2)
     assert done.stdout.count("equal") == 2 and done.returncode != 0
     assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stderr)
 
@@ -335,9 +288,9 @@ def test_rank_0_speaks_writes_and_counts_for_all(undisturbed: Path) -> None:
 def test_torchrun_with_one_process_is_the_plain_command(job: Callable[..., Job], tmp_path: Path) -> None:
     flags = [*LONG, "--train.steps", 20]
     alone = finished(tmp_path / "alone", *flags, processes=1)
-    launched = job("launched", *flags, torchrun=True, processes=1)
+    launched = job("launched", *flags, under_torchrun=True, processes=1)
     assert launched.end() == 0, launched.text()
-    assert sha256(launched.folder) == sha256(alone)
+    assert weights_hash(launched.folder) == weights_hash(alone)
 
 
 def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -> None:

@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastres import evaluate, plot, train
+from fastres.config import recipes
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
 from fastres.config.schema import FIELDS, SECTIONS, Config, DataConfig, dump, to_dict
@@ -39,8 +40,10 @@ from fastres.data.sources.cache import kept_images, sizes_and_reasons
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
-from fastres.runs.history import HISTORY, read_metrics
+from fastres.runs.history import HISTORY, PANELS, read_history, read_metrics
+from fastres.runs.loading import load_run, rebuild
 from fastres.runs.run_dir import RunDir
+from fastres.training.metrics import Metrics
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.fixtures import Creates, engine, write_image_folder
 
@@ -78,7 +81,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(work: Callable[[], T]) -> T | None:
-    """What `work` returns; None where it was refused, or failed, in one printable line. Nothing else is raised."""
+    """Return the result of `work`, or None if it was refused or failed in one printable line."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return work()
@@ -157,7 +160,7 @@ def encoded(text: str) -> bytes:
 
 
 def read_config(argv: list[str], file: Path) -> None:
-    """Parses it. What is accepted comes back from its own file."""
+    """Parse the flags. A configuration that is accepted comes back from its own file."""
     config = outcome(lambda: parse(argv))
     if config is not None:
         file.write_text(dump(config), encoding="utf-8")
@@ -210,7 +213,7 @@ def test_a_configuration_of_any_values_is_read_or_refused(data: DataObject, scra
 @fuzz(40)
 def test_a_damaged_recipe_is_read_or_refused(data: DataObject, scratch: Path) -> None:
     name, file = data.draw(st.sampled_from(recipe_names())), scratch / "config.yaml"
-    recipe = Path(train.__file__).parent / f"recipes/{name}.yaml"
+    recipe = Path(recipes.__path__[0]) / f"{name}.yaml"
     file.write_bytes(mutated(data, recipe.read_bytes()))
     read_config(["--config", str(file)], scratch / "again.yaml")
 
@@ -274,7 +277,7 @@ def saved(scratch: Path) -> bytes:
 
 
 def read_checkpoint(path: Path, content: bytes) -> Any:
-    """Loads it, once by itself and once as the newest of a folder; neither changes anything."""
+    """Load it, once by itself and once as the newest of a folder; neither changes anything."""
     folder = path.parent
     path.write_bytes(content)
     before = sorted(folder.iterdir())
@@ -297,7 +300,7 @@ def test_a_damaged_checkpoint_is_read_or_refused(data: DataObject, saved: bytes,
 
 
 def rezipped(whole: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
-    """The archive that torch.save wrote, valid, with other content."""
+    """Return the archive that torch.save wrote, still valid, with other content."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(packed, "w") as new:
         for name in old.namelist():
@@ -352,9 +355,9 @@ def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(
     with contextlib.suppress(Exception):  # what torch cannot write it need not read
         torch.save({"state": state, "sha256": checksum}, packed)
     if read_checkpoint(place, packed.getvalue()) is not None:
-        found = outcome(lambda: evaluate.load_run(run, place))
+        found = outcome(lambda: load_run(run, place))
         if found is not None:
-            outcome(lambda: evaluate.rebuild(*found))
+            outcome(lambda: rebuild(*found))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +415,7 @@ def model() -> nn.Module:
 
 
 def read_weights(model: nn.Module, path: Path) -> None:
-    """Loads it. Where it is refused, the model is as it was."""
+    """Load the weights. If they are refused, the model is as it was."""
     before = copy.deepcopy(model.state_dict())
     if outcome(lambda: load_weights(model, path)) is None:
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -509,20 +512,18 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     )
     (folder / name).write_bytes(altered(data, name, (run / name).read_bytes()))
     before = files_of(folder)
-    summary = outcome(lambda: RunDir(config_of(folder)).examine())
+    summary = outcome(lambda: RunDir(config_of(folder)).check_resumable())
     assert summary is None or f"{summary['test_accuracy']:.4f}"
     if name in ("config.yaml", "model.safetensors"):
-        found = outcome(lambda: evaluate.load_run(folder))
+        found = outcome(lambda: load_run(folder))
         if found is not None:
-            outcome(lambda: evaluate.rebuild(*found))
+            outcome(lambda: rebuild(*found))
     rows = read_metrics(folder / "metrics.jsonl")
     assert json.dumps(rows)
-    history = outcome(lambda: plot.read_history(folder))
-    assert history is None or all(row[column] is not None for row in history for column, _ in plot.PANELS)
+    history = outcome(lambda: read_history(folder))
+    assert history is None or all(row[column] is not None for row in history for column, _ in PANELS)
     Console(file=io.StringIO()).print(plot.table_of([folder]))
     if name == "summary.json":
-        from fastres.training.metrics import Metrics
-
         outcome(lambda: evaluate.agreement(Metrics(), folder / name))
     assert files_of(folder) == before
 

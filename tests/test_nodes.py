@@ -22,7 +22,7 @@ from fastres.runs import checkpoint
 from fastres.runs.history import read_metrics
 from fastres.train import main
 from tests.commands import users_environment
-from tests.test_train import sha256
+from tests.fixtures import sha256
 
 STEPS = 150
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.log_every 1 "
@@ -45,14 +45,14 @@ class Host:
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def cut(self) -> None:
-        """Pulls the cable: nothing passes, in either direction, and no connection is told."""
+        """Pull the cable: nothing passes, in either direction, and no connection is told."""
         self.do(f"ip link set {CABLE} down")
 
     def mend(self) -> None:
         self.do(f"ip link set {CABLE} up")
 
     def clear(self) -> None:
-        """Ends what still runs in the namespace, and nothing else."""
+        """End the processes that still run in the namespace, and no others."""
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # one that has just ended
                 here = (process / "ns/net").readlink() == self.namespace
@@ -122,12 +122,12 @@ class Launcher:
             )
 
     def ends(self) -> int:
-        """Its exit status."""
+        """Return its exit status."""
         return self.process.wait(LIMIT_S)
 
 
 def with_rendezvous(on: Host, first: Host) -> list[str]:
-    """The first command of docs/several-nodes.md."""
+    """Return the options of the first command of docs/several-nodes.md."""
     return [
         "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={first.address}:29400", "--rdzv_id=test",
         # The two have one name, the machine's: it says neither where they are nor who keeps the rendezvous.
@@ -136,14 +136,14 @@ def with_rendezvous(on: Host, first: Host) -> list[str]:
 
 
 def fixed(on: Host, first: Host) -> list[str]:
-    """That for a fixed number of hosts."""
+    """Return the options of the command for a fixed number of hosts."""
     return ["--nnodes=2", f"--node_rank={on is not first:d}", f"--master_addr={first.address}",
             "--master_port=29400"]  # fmt: skip
 
 
 def launch(hosts: tuple[Host, Host], folder: Path, how: Callable[[Host, Host], list[str]],
            *flags: object) -> list[Launcher]:  # fmt: skip
-    """The same command on both. Each has a run.dir of its own: only that of rank 0 may come to be."""
+    """Start the same command on both, each with a run.dir of its own; only rank 0 may create its folder."""
     return [
         Launcher(on, how(on, hosts[0]), folder / name, *flags)
         for on, name in zip(hosts, ("a", "b"), strict=True)
@@ -151,7 +151,7 @@ def launch(hosts: tuple[Host, Host], folder: Path, how: Callable[[Host, Host], l
 
 
 def step_of(run: Path) -> int:
-    """The last one logged."""
+    """Return the last step that is logged."""
     rows = read_metrics(run / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0
 
@@ -166,7 +166,7 @@ def wait_for(what: str, condition: Callable[[], bool], launchers: list[Launcher]
 
 
 def stalls(run: Path, launchers: list[Launcher]) -> int:
-    """Waits until no step has been logged for two seconds; that step."""
+    """Wait until no step has been logged for two seconds, and return the last one."""
     last, since = step_of(run), time.monotonic()
 
     def still() -> bool:

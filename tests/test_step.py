@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,19 +38,17 @@ def a_batch(n: int = 8, size: int = 8, channels: int = 3, seed: int = 0) -> Batc
 
 
 def a_net(name: str = "cifar_resnet", **options: Any) -> nn.Module:
-    """The CIFAR family's smallest, depth 8, where no other is named."""
+    """Build a network; by default the CIFAR family's smallest, of depth 8."""
     options = options or ({"blocks_per_stage": 1} if name == "cifar_resnet" else {})
     return build_model(name, **options).to(memory_format=torch.channels_last)
 
 
 def a_step(model: nn.Module, precision: str = "fp32", smoothing: float = 0.0, **optim: Any) -> TrainStep:
-    config = OptimConfig(**optim)
-    how = engine(precision=precision)
-    return TrainStep(model, how, lambda m, lr: build_optimizer(m, config, lr), smoothing)
+    return TrainStep(model, engine(precision=precision), OptimConfig(**optim), smoothing)
 
 
-def take(step: TrainStep, steps: int, first: int = 0, lr: float = 0.1) -> None:
-    """Steps [first, first + steps), each on a batch of its own."""
+def run_steps(step: TrainStep, steps: int, first: int = 0, lr: float = 0.1) -> None:
+    """Run the steps [first, first + steps), each on a batch of its own."""
     for i in range(first, first + steps):
         images, labels = a_batch(seed=i)
         step(images.to(step.engine.dtype), labels, lr, i)
@@ -74,10 +73,10 @@ def test_the_loss_falls_and_the_weights_stay_in_fp32(precision: str) -> None:
     losses = []
     for i in range(12):
         step(images.to(step.engine.dtype), labels, 0.05, i)
-        totals, bad_step = step.totals.read()
-        losses.append(totals.loss)
-        step.totals.reset()
-        assert bad_step == -1 and totals.samples == 16
+        metrics, bad_step = step.metrics.read()
+        losses.append(metrics.loss)
+        step.metrics.reset()
+        assert bad_step == -1 and metrics.samples == 16
     assert losses[-1] < losses[0] / 2
     assert {p.dtype for p in step.model.parameters()} == {torch.float32}
 
@@ -106,8 +105,8 @@ def test_a_step_is_forward_loss_backward_and_sgd_and_nothing_else(nesterov: bool
         loss_sum += loss.item() * len(labels)
         correct += int((logits.argmax(1) == labels).sum())
     assert_equal_weights(model, oracle)
-    totals, _ = step.totals.read()
-    assert totals.mean_loss == pytest.approx(loss_sum / 24) and totals.accuracy == correct / 24
+    metrics, _ = step.metrics.read()
+    assert metrics.mean_loss == pytest.approx(loss_sum / 24) and metrics.accuracy == correct / 24
 
 
 def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
@@ -118,7 +117,7 @@ def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
     step = a_step(model, "fp16")
     scale = 2.0**40
     step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    take(step, 1)
+    run_steps(step, 1)
     assert step.scaler.get_scale() == scale / 2  # it did overflow
     assert_equal_weights(model, before)
     assert len(momentum(step)) == len(list(model.parameters()))
@@ -126,8 +125,8 @@ def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
 
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     untouched.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    take(step, 2)
-    take(untouched, 2)
+    run_steps(step, 2)
+    run_steps(untouched, 2)
     assert not torch.equal(model.conv1.weight, before.conv1.weight)
     assert_equal_weights(model, untouched.model)
 
@@ -192,7 +191,7 @@ def test_norm_biases_learn_at_their_own_rate_and_decay_at_the_others(everything:
 def test_momentum_can_be_left_out() -> None:
     model = a_net()
     oracle = copy.deepcopy(model)
-    take(a_step(model, momentum=0.0, weight_decay=0.0), 1)
+    run_steps(a_step(model, momentum=0.0, weight_decay=0.0), 1)
     images, labels = a_batch(seed=0)
     F.cross_entropy(oracle(images), labels).backward()
     for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
@@ -200,7 +199,7 @@ def test_momentum_can_be_left_out() -> None:
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """As published (Jordan et al. 2024), in the precision that it comes in."""
+    """Return the matrix made nearly orthogonal, as published (Jordan et al. 2024), in its own precision."""
     x = matrix / matrix.norm()
     if wide := matrix.shape[0] > matrix.shape[1]:
         x = x.T
@@ -272,31 +271,30 @@ def compiled() -> Iterator[tuple[TrainStep, Evaluator]]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    model, config, how = a_net(), OptimConfig(), engine(compile=True)
-    step = TrainStep(model, how, lambda m, lr: build_optimizer(m, config, lr))
-    yield step, Evaluator(model, how)
+    model, how = a_net(), engine(compile=True)
+    yield TrainStep(model, how, OptimConfig()), Evaluator(model, how)
     torch._dynamo.reset()
 
 
 def test_nothing_recompiles_and_evaluation_sees_the_weights_of_now(compiled: Any) -> None:
     step, evaluate = compiled
     counters = torch._dynamo.utils.counters
-    held = [a_batch(seed=100), a_batch(seed=101)]
+    test_set = [a_batch(seed=100), a_batch(seed=101)]
     eager = Evaluator(step.model, engine())
 
     def assert_up_to_date() -> float:
-        seen, truth = evaluate(held), eager(held)
+        seen, truth = evaluate(test_set), eager(test_set)
         assert seen.mean_loss == pytest.approx(truth.mean_loss, rel=1e-4) and seen.correct == truth.correct
         return seen.mean_loss
 
-    take(step, 1)
+    run_steps(step, 1)
     losses = [assert_up_to_date()]
     # Forward and loss, one to train and one to evaluate; and what a step counts.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for i, lr in enumerate([0.1, 0.01, 0.0, 0.3], start=1):
-            take(step, 1, first=i, lr=lr)
+            run_steps(step, 1, first=i, lr=lr)
             losses.append(assert_up_to_date())  # pytorch#108863: stale weights
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     assert len(set(losses)) == len(losses)
@@ -306,24 +304,24 @@ def test_compiled_and_eager_steps_agree(compiled: Any) -> None:
     step, _ = compiled
     eager = a_step(copy.deepcopy(step.model))
     eager.load_state_dict(copy.deepcopy(step.state_dict()))
-    take(step, 2)
-    take(eager, 2)
+    run_steps(step, 2)
+    run_steps(eager, 2)
     for a, b in zip(step.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["cifar_resnet", "mini_resnet", "speed_resnet"])
-def test_weights_that_are_cast_together_are_cast_as_autocast_does(name: str, precision: str) -> None:
-    """Of mini_resnet the biases too, which are cast; of speed_resnet all but the stem, which is frozen."""
+def test_weights_that_are_cast_in_one_batch_are_cast_as_autocast_does(name: str, precision: str) -> None:
+    """mini_resnet has biases, which are cast too; speed_resnet's stem is frozen, so it is not cast."""
     model = a_net(name)
     images, labels = a_batch(size=16)
     images = images.to(engine(precision=precision).dtype)
 
-    def run(together: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(batched: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
         forward_loss = ForwardLoss(model, engine(precision=precision), "mean")
-        forward_loss.casts_together = together
+        forward_loss.batches_casts = batched
         loss, _ = forward_loss(images, labels)
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -337,11 +335,12 @@ def test_weights_that_are_cast_together_are_cast_as_autocast_does(name: str, pre
     assert aligned and all(cast.storage_offset() % 8 == 0 for cast in aligned)
 
 
-class Held:
-    """A loader of one batch."""
-
-    def evaluate(self) -> Iterator[Batch]:
-        yield a_batch()
+def warm_up_with(step: TrainStep, evaluator: Evaluator, batch: Batch, say: Callable[[str], None]) -> None:
+    """Call warm_up() with the parts that it reads: `batch` as the dummy, and a curve loader of one batch."""
+    curve_loader = SimpleNamespace(evaluate=lambda: iter([a_batch()]))
+    data = SimpleNamespace(curve_loader=curve_loader)
+    parts: Any = SimpleNamespace(step=step, evaluator=evaluator, dummy_batch=batch, data=data)
+    warm_up(parts, say)
 
 
 @pytest.fixture
@@ -358,18 +357,18 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(
 ) -> None:
     model, how = a_net(), engine(compile=True, compile_may_fall_back=not asked_for)
     oracle = copy.deepcopy(model)
-    step = TrainStep(model, how, lambda m, lr: build_optimizer(m, OptimConfig(), lr))
+    step = TrainStep(model, how, OptimConfig())
     evaluate, said = Evaluator(model, how), list[str]()
     if asked_for:
         with pytest.raises(Exception, match="nowhere"):
-            warm_up(step, evaluate, a_batch(), Held(), said.append)
+            warm_up_with(step, evaluate, a_batch(), said.append)
         assert said == []
         return
-    warm_up(step, evaluate, a_batch(), Held(), said.append)
+    warm_up_with(step, evaluate, a_batch(), said.append)
     assert len(said) == 1 and said[0].startswith("compile: false") and "\n" not in said[0]
     assert not step.inner.compiled  # and says so, for the summary
-    take(step, 2)
-    take(eager := a_step(oracle), 2)
+    run_steps(step, 2)
+    run_steps(eager := a_step(oracle), 2)
     assert_equal_weights(model, oracle)
     assert evaluate([a_batch()]) == Evaluator(eager.model, engine())([a_batch()])
 
@@ -377,10 +376,10 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_warming_up_leaves_no_trace(precision: str) -> None:
     step = a_step(a_net(), precision)
-    take(step, 2)
+    run_steps(step, 2)
     before = checkpoint.digest(step.state_dict())
     images, labels = a_batch(seed=9)
-    warm_up(step, Evaluator(step.model, step.engine), (images.to(step.engine.dtype), labels), Held(), print)
+    warm_up_with(step, Evaluator(step.model, step.engine), (images.to(step.engine.dtype), labels), print)
     assert checkpoint.digest(step.state_dict()) == before
     assert all(p.grad is None for p in step.model.parameters())
 
@@ -450,7 +449,7 @@ def test_a_copy_to_another_order_is_found(place: str, backward: bool) -> None:
 
 def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
     model = a_net()
-    take(a_step(model), 3)
+    run_steps(a_step(model), 3)
     images, labels = a_batch(21, seed=7)
     model.eval()
     losses, right = [], 0
@@ -471,41 +470,41 @@ def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
         list(zip(filled_images.split(8), filled_labels.split(8), strict=True)),
         [nothing, (images, labels)],  # another process has the rest of such a batch
     ):
-        totals = evaluate(batches)
-        assert (totals.correct, totals.samples) == (right, 21)
-        assert totals.accuracy == right / 21
-        assert totals.mean_loss == pytest.approx(math.fsum(losses) / 21, rel=1e-5)
+        metrics = evaluate(batches)
+        assert (metrics.correct, metrics.samples) == (right, 21)
+        assert metrics.accuracy == right / 21
+        assert metrics.mean_loss == pytest.approx(math.fsum(losses) / 21, rel=1e-5)
     assert checkpoint.digest(model.state_dict()) == before
 
 
 def test_mirrored_evaluation_is_the_mean_of_the_logits_of_both_views() -> None:
     model = a_net().eval()
     images, labels = a_batch()
-    totals = Evaluator(model, engine(), mirrored=True)([(images, labels)])
+    metrics = Evaluator(model, engine(), mirrored=True)([(images, labels)])
     with torch.no_grad():
         logits = (model(images) + model(images.flip(3))) / 2
         assert not torch.allclose(logits, model(images), atol=1e-4)
-    assert totals.correct == (logits.argmax(1) == labels).sum()
-    assert totals.mean_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics.correct == (logits.argmax(1) == labels).sum()
+    assert metrics.mean_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
-def test_totals_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
-    totals = DeviceMetrics(torch.device("cpu"))
+def test_metrics_add_up_and_remember_the_first_step_of_non_finite_loss() -> None:
+    metrics = DeviceMetrics(torch.device("cpu"))
     for step, loss in enumerate([1.0, 2.0]):
-        totals.step.fill_(step)
-        totals.add(torch.tensor(loss), torch.tensor(3), 4)
-    sums, bad_step = totals.read()
+        metrics.step.fill_(step)
+        metrics.add(torch.tensor(loss), torch.tensor(3), 4)
+    sums, bad_step = metrics.read()
     assert (sums.loss, sums.correct, sums.samples, bad_step) == (3.0, 6, 8, -1)
     assert (sums + sums).samples == 16 and sums.mean_loss == 3 / 8 and sums.accuracy == 6 / 8
     for step, loss in ((7, math.nan), (8, 1.0), (9, math.inf)):
-        totals.step.fill_(step)
-        totals.add(torch.tensor(loss), torch.tensor(0), 4)
-    assert totals.read()[1] == 7
-    totals.reset()
-    assert totals.read()[1] == -1 and totals.read()[0].samples == 0
-    totals.step.fill_(0)
-    totals.add(torch.tensor(math.inf), torch.tensor(0), 4)
-    assert totals.read()[1] == 0
+        metrics.step.fill_(step)
+        metrics.add(torch.tensor(loss), torch.tensor(0), 4)
+    assert metrics.read()[1] == 7
+    metrics.reset()
+    assert metrics.read()[1] == -1 and metrics.read()[0].samples == 0
+    metrics.step.fill_(0)
+    metrics.add(torch.tensor(math.inf), torch.tensor(0), 4)
+    assert metrics.read()[1] == 0
 
 
 # ---- state --------------------------------------------------------------------------------------------------
@@ -519,21 +518,21 @@ def test_a_restored_step_goes_on_as_the_first_would(
 ) -> None:
     options: dict[str, Any] = {"nesterov": True, "norm_bias_lr_scale": bias_scale}
     uninterrupted = a_step(a_net(), precision, **options)
-    take(uninterrupted, 3)
+    run_steps(uninterrupted, 3)
     path = checkpoint.save(tmp_path, 3, uninterrupted.state_dict(), keep=1)
-    take(uninterrupted, 3, first=3, lr=0.05)
+    run_steps(uninterrupted, 3, first=3, lr=0.05)
 
     torch.manual_seed(1)
     restored = a_step(a_net(), precision, **options)
     restored.load_state_dict(checkpoint.load(path))
-    take(restored, 3, first=3, lr=0.05)
+    run_steps(restored, 3, first=3, lr=0.05)
     assert checkpoint.digest(restored.state_dict()) == checkpoint.digest(uninterrupted.state_dict())
-    assert restored.totals.read() == uninterrupted.totals.read()
+    assert restored.metrics.read() == uninterrupted.metrics.read()
 
     before = copy.deepcopy(restored.model)
-    take(restored, 1, first=6, lr=0.0)  # the learning rate is still the one that a step is given
+    run_steps(restored, 1, first=6, lr=0.0)  # the learning rate is still the one that a step is given
     assert_equal_weights(restored.model, before)
-    take(restored, 1, first=7, lr=0.1)
+    run_steps(restored, 1, first=7, lr=0.1)
     assert not torch.equal(restored.model.conv1.weight, before.conv1.weight)
 
 

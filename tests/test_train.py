@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from fastres.train import main
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import users_environment
-from tests.fixtures import rejected, write_image_folder, write_mnist_idx
+from tests.fixtures import rejected, sha256, write_image_folder, write_mnist_idx
 
 SUMMARY = {
     "test_accuracy", "test_loss", "steps", "parameters", "images_per_s", "train_time_s", "wall_time_s",
@@ -48,7 +47,7 @@ Train = Callable[..., int]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Runs the command in this process; returns its exit status, its output for capsys."""
+    """Run the command in this process and return its exit status; capsys has its output."""
 
     def run(*flags: object) -> int:
         with pytest.raises(SystemExit) as exit_:
@@ -58,24 +57,16 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
     return run
 
 
-def start(*flags: object, torchrun: int = 0, start_new_session: bool = False) -> subprocess.Popen[str]:
-    """Starts the command in a process of its own, or under torchrun in several."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    )
+def start(*flags: object) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
-        env=users_environment(),
+        [sys.executable, "-m", "fastres.train", *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=users_environment(),
     )  # fmt: skip
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on stderr: one line that begins as every refusal does."""
+    """Return the one line on stderr, which begins as every refusal does."""
     err = capsys.readouterr().err
     assert err.startswith("fastres: error: ") and err.count("\n") == 1, err
     return err
@@ -215,17 +206,8 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = undisturbed / "model.safetensors"
-    start_from = [
-        "--model.weights",
-        weights,
-        "--model.num_classes",
-        12,
-        "--train.steps",
-        0,
-        "--schedule.warmup_steps",
-        0,
-    ]
-    assert train(*SHORT, *start_from, "--run.dir", tmp_path / "run") == 0
+    no_steps = "--model.num_classes 12 --train.steps 0 --schedule.warmup_steps 0".split()
+    assert train(*SHORT, "--model.weights", weights, *no_steps, "--run.dir", tmp_path / "run") == 0
     assert "head replaced (fc.bias, fc.weight)" in capsys.readouterr().out.replace(
         "fc.weight, fc.bias", "fc.bias, fc.weight"
     )
@@ -260,7 +242,9 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
 
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     run_config, tensors = load_run(tmp_path / "whole")
-    assert evaluate_run(run_config, resolve_engine(run_config), tensors).accuracy == summary["test_accuracy"]
+    engine = resolve_engine(run_config)
+    engine.apply_torch_settings()
+    assert evaluate_run(run_config, engine, tensors).accuracy == summary["test_accuracy"]
     assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
@@ -276,7 +260,7 @@ def test_tensorboard_events_are_written_where_asked_for(train: Train, tmp_path: 
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns when the run has logged that step."""
+    """Return when the run has logged that step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = folder / "metrics.jsonl"
@@ -433,7 +417,7 @@ def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
 
 
 def losses(run: Path, steps: int) -> list[float]:
-    """Of the training steps up to that one, as logged."""
+    """Return the logged losses of the training steps up to `steps`."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["split"] == "train" and row["step"] <= steps]
 

@@ -38,7 +38,9 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     files, flags = _split_files_from_flags(argv, prog)
     flags = _rename_flag_values(flags)
     parser = _parser(prog)
-    layers = [(name, rename_values(load_file(Path(name)))) for name in files.config]
+    layers = [
+        (name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config
+    ]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
     merged: dict[str, Any] = {}
@@ -124,11 +126,16 @@ def _rename_flag_values(flags: list[str]) -> list[str]:
             value = flags[i + 1] if i + 1 < len(flags) else ""
         if value in names:
             renamed[i if equals else i + 1] = f"{name}={names[value]}" if equals else names[value]
-            print(
-                f"fastres: {name} {value} is now {name} {names[value]}; the old name works for one version",
-                file=sys.stderr,
-            )
+            _note("", name, value, names[value])
     return renamed
+
+
+def _note(where: str, name: str, old: str, new: str) -> None:
+    """Print that a value has another name now."""
+    print(
+        f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version",
+        file=sys.stderr,
+    )
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

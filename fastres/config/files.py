@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,20 @@ def load_recipe(name: str) -> dict[str, Any]:
         return load_file(path)
 
 
-def rename_values(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a nested configuration with the present names of values that were renamed."""
+def rename_values(
+    content: dict[str, Any], note: Callable[[str, str, str], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Return a nested configuration with the present names of values that were renamed.
+
+    Args:
+        content: the configuration.
+        note: is called for each such value with its field, old name and present name.
+    """
     for key, names in RENAMED_VALUES.items():
         section, _, name = key.partition(".")
         fields = content.get(section)
         if isinstance(fields, dict) and isinstance(fields.get(name), str) and fields[name] in names:
+            note(key, fields[name], names[fields[name]])
             content = content | {section: fields | {name: names[fields[name]]}}
     return content
 

@@ -1,0 +1,55 @@
+"""`python -m tests.workers.zygote`: a process that has imported fastres.train and forks runs of it for tests/soak.py.
+
+It reads requests from stdin, one a line, and answers each with a line of JSON:
+
+    ["fork", argv, log]  starts a run whose output goes to `log`: its pid
+    ["poll", pid]        asks for the end of a run: its exit status, or null
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import matplotlib.ticker  # noqa: F401
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401 - imported by a run, but not at its beginning
+
+from fastres import train
+from fastres.utils.errors import run_command
+
+
+def fork(argv: list[str], log: str) -> int:
+    """Start a run in a child process and return its pid."""
+    # A thread of the parent's would be missing in the child, with whatever lock it held.
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "the zygote has threads"
+    if pid := os.fork():
+        return pid
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    run_command(lambda: train.main(argv))
+    raise AssertionError("run_command() exits")
+
+
+def poll(pid: int) -> int | None:
+    """Return the exit status of a run, or None while it goes on."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def main() -> None:
+    """Answer requests until stdin is closed."""
+    for line in sys.stdin:
+        kind, *arguments = json.loads(line)
+        answer = fork(*arguments) if kind == "fork" else poll(*arguments)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
