@@ -55,9 +55,7 @@ def twin_of(config: Config, source: Source) -> PlainRun:
 
 
 @pytest.mark.parametrize("data", CONTESTS)
-def bench_parity(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, data: str, seed: int
-) -> None:
+def bench_parity(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, data: str, seed: int) -> None:
     flags = [*CONTESTS[data], *data_flags(data, request.config)]
     config, info = parse([*flags, "--run.seed", str(seed)]), benchmark.extra_info
     source, steps = load_source(config.data), config.train.steps
@@ -90,9 +88,7 @@ def row_of(what: str, summary: dict[str, Any], source: Source) -> dict[str, Any]
         "n": 1,
         "seeds": [summary["seed"]],
         "accuracies": {"fastres": [summary["test_accuracy"]]},
-        **{
-            name: [summary[name]] for name in ("train_time_s", "first_step_at_90", "first_train_time_s_at_90")
-        },
+        **{name: [summary[name]] for name in ("train_time_s", "first_step_at_90", "first_train_time_s_at_90")},
     }
 
 

@@ -24,9 +24,7 @@ from fastres.utils.timing import interleaved, wait_for
 
 NETS = {
     "resnet20": Net(name="resnet20", batch=128, side=32),
-    "resnet20, convolutions": Net(
-        name="resnet20", batch=128, side=32, options=(("fused_convolutions", True),)
-    ),
+    "resnet20, convolutions": Net(name="resnet20", batch=128, side=32, options=(("fused_convolutions", True),)),
     "resnet50": Net(name="resnet50", batch=256, side=224, classes=1_000),
 }
 # The network and its norm: the engine's choice, and for ResNet-20 also its alternatives.

@@ -43,9 +43,7 @@ from fastres_kernels.batchnorm.dispatch_table import Table
 from fastres_kernels.tiling import BACKWARD_TILE, FORWARD_TILE, one_pass_tiles
 from fastres_kernels.triton_launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED, reason="TRITON_INTERPRET is set: an interpreter's time says nothing"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: an interpreter's time says nothing")
 
 DIRECTIONS = ("forward", "backward", "full")
 
@@ -382,9 +380,7 @@ def forward_and_backward(net: Any, batch: Batch) -> tuple[Tensor, ...]:
     return outputs[0], *gradients(net, batch, outputs)
 
 
-def gradients(
-    net: Any, batch: Batch, outputs: tuple[Tensor, ...], retain_graph: bool = False
-) -> tuple[Tensor, ...]:
+def gradients(net: Any, batch: Batch, outputs: tuple[Tensor, ...], retain_graph: bool = False) -> tuple[Tensor, ...]:
     inputs = [tensor for tensor in (batch.x, batch.residual) if tensor is not None]
     given = [batch.dy, *(token.detach() for token in outputs[1:])]
     return torch.autograd.grad(outputs, [*inputs, *net.parameters()], given, retain_graph=retain_graph)
@@ -496,9 +492,7 @@ def fastest(rows: list[Info]) -> tuple[tuple[int, int], Table] | None:
         n, c, h, w = row["shape"]
         key = n * h * w, c, row["what"] == "bn_add_relu"
         before = best.setdefault(key, None)
-        if row["us_20_80"][1] < row["baseline_us_20_80"][0] and (
-            not before or row["ratio"] > before["ratio"]
-        ):
+        if row["us_20_80"][1] < row["baseline_us_20_80"][0] and (not before or row["ratio"] > before["ratio"]):
             best[key] = row
     major, minor = capability
     return (major, minor), {key: row["variant"] if row else "torch" for key, row in best.items()}

@@ -42,10 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "jpeg_224px": (IMAGENET, ("dali", "dataloader"), 8 * LONGER, "resnet50"),
 }
 # By network: (batch, side in pixels, steps of a region, regions measured).
-CONSUMERS = {
-    "resnet20": (128, 32, 500 if GPU else 8, 5),
-    "resnet50": (256, 224, 20, 5) if GPU else (16, 224, 1, 5),
-}
+CONSUMERS = {"resnet20": (128, 32, 500 if GPU else 8, 5), "resnet50": (256, 224, 20, 5) if GPU else (16, 224, 1, 5)}
 
 
 def region_of(loader: str, fields: dict[str, Any], batches: int) -> Callable[[], None]:

@@ -164,11 +164,7 @@ def write_for_airbench(source: Source, folder: Path) -> None:
         order = np.random.default_rng(0).permutation(len(split))
         images = torch.from_numpy(split.array(workers=os.cpu_count() or 1)[order])
         torch.save(
-            {
-                "images": images,
-                "labels": torch.from_numpy(split.labels[order]),
-                "classes": list(source.classes),
-            },
+            {"images": images, "labels": torch.from_numpy(split.labels[order]), "classes": list(source.classes)},
             folder / f"{name}.pt",
         )
 

@@ -28,9 +28,7 @@ from fastres.utils.timing import interleaved
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
 DEPTHS = (20, 32, 44, 56, 110)
 ROUNDS = 15 if GPU else 7
-STEPS = (
-    200 if GPU else 2
-)  # of a round; many on a GPU, because a round's start and end take as long as some steps
+STEPS = 200 if GPU else 2  # of a round; many on a GPU, because a round's start and end take as long as some steps
 
 
 def net(depth: int, batch: int) -> Net:

@@ -51,9 +51,7 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
     source, engine = load_source(config.data), resolve_engine(config)
     compiles = GPU or request.config.option.full  # on a CPU it takes minutes
     baselines = {
-        name: PlainRun(config, source, **how)
-        for name, how in BASELINES.items()
-        if compiles or not how.get("compiled")
+        name: PlainRun(config, source, **how) for name, how in BASELINES.items() if compiles or not how.get("compiled")
     }
     for plain in baselines.values():
         plain.steps(0, 2)
@@ -64,8 +62,7 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
         return run(flags, 0, next(folders), source)["train_time_s"]
 
     timers = {
-        name: partial(time_region, partial(plain.steps, 0, STEPS), engine.device)
-        for name, plain in baselines.items()
+        name: partial(time_region, partial(plain.steps, 0, STEPS), engine.device) for name, plain in baselines.items()
     }
     timings = benchmark_interleaved(benchmark, {**timers, OURS: ours}, ROUNDS)
     ratios = {name: timings[OURS].ratio_to(timings[name]) for name in baselines}
@@ -78,9 +75,7 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
         precision=engine.precision,
         compile=engine.compile,
         turns={name: timing.to_dict() for name, timing in timings.items()},
-        images_per_s={
-            name: timing.rates(STEPS * config.train.batch_size) for name, timing in timings.items()
-        },
+        images_per_s={name: timing.rates(STEPS * config.train.batch_size) for name, timing in timings.items()},
         times_as_fast={name: ratio.of_medians for name, ratio in ratios.items()},
         times_as_fast_of_pairs={name: list(ratio.of_pairs) for name, ratio in ratios.items()},
     )
@@ -96,9 +91,7 @@ DETERMINISTIC = [
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def bench_graphed_is_ungraphed(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, precision: str
-) -> None:
+def bench_graphed_is_ungraphed(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, precision: str) -> None:
     flags = [*DETERMINISTIC, "--train.steps", str(GRAPHED_STEPS), "--engine.precision", precision]
     try:
         resolve_engine(parse([*flags, "--engine.cuda_graph", "true"]))
@@ -128,9 +121,7 @@ def compare_folders(one: Path, other: Path) -> dict[str, Any]:
         {row["step"]: row["loss"] for row in map(json.loads, lines) if row["split"] == "train"}
         for lines in ((folder / "metrics.jsonl").read_text("utf-8").splitlines() for folder in (one, other))
     ]
-    weights = [
-        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in (one, other)
-    ]
+    weights = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in (one, other)]
     steps = sorted(losses[0].keys() | losses[1].keys())
     differ = (step for step in steps if losses[0].get(step) != losses[1].get(step))
     return {

@@ -52,12 +52,7 @@ NORMS = ("torch", "fused")
 # Measured without --full: the engine's own choices for every net, and their parts for ResNet-20.
 PARTS = ["fp32 eager torch", "bf16 compile torch"]
 if GPU:
-    PARTS += [
-        "bf16 eager torch",
-        "bf16 compile fused",
-        "bf16 compile+graph torch",
-        "bf16 compile+graph fused",
-    ]
+    PARTS += ["bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused"]
 QUICK = [*product(NETS, (True, False), ("default",)), *(("resnet20", True, variant) for variant in PARTS)]
 VARIANTS = ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, NORMS)))
 FULL = list(product((*NETS, *MORE_NETS), (True, False), VARIANTS))

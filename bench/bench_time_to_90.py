@@ -42,10 +42,7 @@ def cold_runs(flags: list[str], folder: Path) -> Callable[[int], tuple[float, di
         command = [sys.executable, "-m", "fastres.train", *flags]
         start = time.perf_counter()
         done = subprocess.run(
-            [*command, "--run.seed", str(seed), "--run.dir", str(where)],
-            capture_output=True,
-            text=True,
-            check=False,
+            [*command, "--run.seed", str(seed), "--run.dir", str(where)], capture_output=True, text=True, check=False
         )
         seconds = time.perf_counter() - start
         assert done.returncode == 0, done.stderr
@@ -59,9 +56,7 @@ KINDS = {"warm": warm_runs, "cold": cold_runs}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("contest", CONTESTS)
-def bench_time_to_90(
-    benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, contest: str, kind: str
-) -> None:
+def bench_time_to_90(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path, contest: str, kind: str) -> None:
     seeds = request.config.option.seeds
     run = KINDS[kind](CONTESTS[contest] + data_flags(contest, request.config), tmp_path)
     runs: list[tuple[float, float]] = []

@@ -97,9 +97,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[BEFORE] = snapshot(engine.device)
 
 
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
-) -> None:
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     before, after = config.stash[BEFORE], snapshot(resolve_engine(Config()).device)
     output_json["state"] = {
         "command": ["python", *sys.orig_argv[1:]],

@@ -429,9 +429,7 @@ def judge(counted: dict[str, Counts], expected: dict[str, Any]) -> tuple[list[st
                     f"{NAME} with the reason"
                 )
             elif seen.value < limits[name]:
-                notes.append(
-                    f"good news: {what} fell from {limits[name]:g} to {seen.value:g}; to keep it: {write}"
-                )
+                notes.append(f"good news: {what} fell from {limits[name]:g} to {seen.value:g}; to keep it: {write}")
         wrong += [
             f"{group}: {name} is in {NAME} and no longer counted; to leave it out: {write}"
             for name in limits
@@ -459,9 +457,7 @@ def main() -> int:
     act = parser.add_mutually_exclusive_group()
     act.add_argument("--check", action="store_true", help=f"exit status 1 if one is above {NAME}")
     act.add_argument("--write", action="store_true", help=f"write them to {NAME}")
-    parser.add_argument(
-        "--only", default=",".join(GROUPS), metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
-    )
+    parser.add_argument("--only", default=",".join(GROUPS), metavar="GROUPS", help=f"some of {','.join(GROUPS)}")
     options = parser.parse_args()
     groups = [group for group in GROUPS if group in options.only.split(",")]
     if set(groups) != set(options.only.split(",")):

@@ -77,13 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     settings = settings_of(arguments)
-    data, *others = [
-        parse(setting.flags).data for setting in settings
-    ]  # a UsageError comes before anything runs
+    data, *others = [parse(setting.flags).data for setting in settings]  # a UsageError comes before anything runs
     if any(other != data for other in others):
-        raise UsageError(
-            "settings of different data are not compared: give --data's flags before the first +"
-        )
+        raise UsageError("settings of different data are not compared: give --data's flags before the first +")
     source = load_source(data)
     if not data.validation:
         for setting in settings:

@@ -51,9 +51,7 @@ class SuiteRun:
 
     @property
     def rows(self) -> list[Row]:
-        return [
-            Row(one["fullname"], one["extra_info"]) for one in self.content["benchmarks"] if one["extra_info"]
-        ]
+        return [Row(one["fullname"], one["extra_info"]) for one in self.content["benchmarks"] if one["extra_info"]]
 
     @property
     def disturbances(self) -> list[str]:
@@ -146,11 +144,7 @@ def plot_throughput(rows: Sequence[Row]) -> Figure:
         axes.barh(i, row.info["ratio"], color="tab:blue" if row.info["training"] else "tab:green", height=0.6)
         axes.plot([low, high], [i, i], color="black", linewidth=1)
         axes.text(
-            high + 0.03,
-            i,
-            f"{row.info['ratio']:.2f} ×, {row.info['images_per_s']:,.0f}/s",
-            va="center",
-            fontsize=8,
+            high + 0.03, i, f"{row.info['ratio']:.2f} ×, {row.info['images_per_s']:,.0f}/s", va="center", fontsize=8
         )
     axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)], fontsize=8)
     axes.axvline(1, color="0.5", linestyle=":")
@@ -214,9 +208,7 @@ def plot_loaders(rows: Sequence[Row]) -> Figure:
         for i, (_, info) in enumerate(of_case):
             axes.plot(i, info["images_per_s"], "o", color="tab:blue")
             text = f"{info['images_per_s']:,.0f}"
-            axes.annotate(
-                text, (i, info["images_per_s"]), (0, 6), textcoords="offset points", ha="center", fontsize=8
-            )
+            axes.annotate(text, (i, info["images_per_s"]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axes.axhline(takes, color="tab:red", linestyle=":")
         axes.annotate(f"{model} takes {takes:,.0f}", (0.02, takes), (0, 3), ("axes fraction", "data"), "offset points",
                       fontsize=8, color="tab:red")  # fmt: skip
@@ -229,12 +221,7 @@ def plot_loaders(rows: Sequence[Row]) -> Figure:
 
 
 # By file, bench_NAME.py.
-PLOTS = {
-    "throughput": plot_throughput,
-    "time_to_90": plot_time_to_90,
-    "scaling": plot_scaling,
-    "loaders": plot_loaders,
-}
+PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling": plot_scaling, "loaders": plot_loaders}
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -271,9 +258,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
         print("\n".join(section(devices[0], runs, [])))
         return 0
-    made_by = (
-        "Made by `python -m bench.report`; raw in [results](results). No device is compared with another."
-    )
+    made_by = "Made by `python -m bench.report`; raw in [results](results). No device is compared with another."
     lines = ["# Results", "", made_by, ""]
     for device in devices:
         of_device = [run for run in runs if run.device == device]

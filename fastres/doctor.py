@@ -50,9 +50,7 @@ def versions() -> Findings:
     """Report Python, torch, and every other package that fastres requires."""
     yield OK, f"Python {platform.python_version()}, torch {torch.__version__}"
     try:
-        required = [
-            re.split(r"[^\w.-]", r)[0] for r in metadata.requires("fastres") or () if "extra ==" not in r
-        ]
+        required = [re.split(r"[^\w.-]", r)[0] for r in metadata.requires("fastres") or () if "extra ==" not in r]
     except metadata.PackageNotFoundError:
         yield WARNING, "fastres is not installed: pip install -e . in the checkout"
         return
@@ -66,10 +64,7 @@ def versions() -> Findings:
 def torchvision() -> Findings:
     """Report whether torchvision can be imported: one that was built for another torch cannot."""
     try:
-        yield (
-            OK,
-            f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}",
-        )
+        yield (OK, f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}")
     except Exception as error:  # ImportError, OSError or RuntimeError, depending on what does not fit
         remedy = "pip install --force-reinstall torch torchvision"
         if torch.version.cuda is None:
@@ -84,9 +79,7 @@ def gpu() -> Findings:
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
         yield OK, f"cuda:{index} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {size}"
     if not torch.cuda.is_available():
-        build = (
-            "is a build for CPUs only" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}"
-        )
+        build = "is a build for CPUs only" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}"
         has_driver = shutil.which("nvidia-smi") is not None
         yield (
             WARNING if has_driver else NOTE,
@@ -125,10 +118,7 @@ def training_step() -> Findings:
         except Exception as error:
             yield BROKEN, f"{precision}: {type(error).__name__}: {first_line(error)}"
         else:
-            yield (
-                OK if math.isfinite(loss) else BROKEN,
-                f"{precision}: a step of resnet20 has loss {loss:.4f}",
-            )
+            yield (OK if math.isfinite(loss) else BROKEN, f"{precision}: a step of resnet20 has loss {loss:.4f}")
 
 
 def loss_of_step(engine: Engine) -> float:
@@ -148,11 +138,7 @@ def loss_of_step(engine: Engine) -> float:
 def optional() -> Findings:
     """Report Triton, DALI, apex and the extras."""
     triton = version("triton")
-    yield (
-        (OK, f"Triton {triton}")
-        if triton
-        else (NOTE, "Triton is not installed: on a GPU, pip install triton")
-    )
+    yield ((OK, f"Triton {triton}") if triton else (NOTE, "Triton is not installed: on a GPU, pip install triton"))
     dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
     yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
     apex, why = find_apex("optimizers")
@@ -171,16 +157,10 @@ def disk() -> Findings:
         with tempfile.TemporaryFile(dir=here):
             yield OK, f"{here} is writable"
     except OSError as error:
-        yield (
-            WARNING,
-            f"{here} is not writable ({error.strerror}): go elsewhere, or give --run.dir and --data.root",
-        )
+        yield (WARNING, f"{here} is not writable ({error.strerror}): go elsewhere, or give --run.dir and --data.root")
     free_gb = shutil.disk_usage(here).free / 1e9
     enough = free_gb >= LEAST_FREE_GB
-    yield (
-        OK if enough else WARNING,
-        f"{free_gb:,.1f} GB free" + ("" if enough else ": make room for data and runs"),
-    )
+    yield (OK if enough else WARNING, f"{free_gb:,.1f} GB free" + ("" if enough else ": make room for data and runs"))
 
 
 def data(root: Path) -> Findings:
@@ -216,9 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             console.print(text, markup=False, highlight=False)
             marks.append(mark)
     broken, warnings = marks.count(BROKEN), marks.count(WARNING)
-    print(
-        f"fastres {'cannot train here' if broken else 'can train here'}: {broken} broken, {warnings} warning(s)"
-    )
+    print(f"fastres {'cannot train here' if broken else 'can train here'}: {broken} broken, {warnings} warning(s)")
     return 1 if broken else 0
 
 

@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
     parser = Parser(prog="fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones"
-    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones")
     group = parser.add_argument_group("in place of the run's own (fastres.train --help describes them)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):

@@ -18,9 +18,7 @@ def table_of(runs: list[Path]) -> Table:
     """Return a table of the final test accuracy of each run that has ended, and a row for each other one."""
     table = Table(title="final test accuracy")
     for column in ("run", "model", "parameters", "steps", "seed", "test accuracy", "test loss", "train time"):
-        table.add_column(
-            column, justify="left" if column in ("run", "model") else "right", no_wrap=column == "run"
-        )
+        table.add_column(column, justify="left" if column in ("run", "model") else "right", no_wrap=column == "run")
     for run in runs:
         try:
             s = json.loads((run / "summary.json").read_text(encoding="utf-8"))
@@ -47,15 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
                         "run, or comparison.png here for several)")  # fmt: skip
-    parser.add_argument(
-        "--against", choices=AGAINST, default="step", help="what the curves are over (default: step)"
-    )
+    parser.add_argument("--against", choices=AGAINST, default="step", help="what the curves are over (default: step)")
     arguments = parser.parse_args(argv)
     runs: list[Path] = arguments.runs
     output = arguments.output or (runs[0] / "history.png" if len(runs) == 1 else Path("comparison.png"))
-    names = (
-        [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(r) for r in runs]
-    )
+    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(r) for r in runs]
     try:
         plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output, arguments.against)
     except (OSError, ValueError) as error:

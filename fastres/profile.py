@@ -68,19 +68,13 @@ def parser() -> Parser:
     )
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="NAME", help="a network by its name (default: resnet20)")
-    what.add_argument(
-        "--block", choices=list(BLOCKS), help="one residual block of stride 1, as inside a network"
-    )
+    what.add_argument("--block", choices=list(BLOCKS), help="one residual block of stride 1, as inside a network")
     made.add_argument("--options", type=option, nargs="+", default=[], metavar="NAME=VALUE",
                       help="of the network, such as stem=small num_classes=100")  # fmt: skip
-    made.add_argument(
-        "--channels", type=positive, metavar="C", help="of the block's input and output (default: 64)"
-    )
+    made.add_argument("--channels", type=positive, metavar="C", help="of the block's input and output (default: 64)")
     made.add_argument("--size", type=positive, metavar="S",
                       help="height and width (default: of the network's data; of a block 32)")  # fmt: skip
-    made.add_argument(
-        "--batch-size", type=positive, default=128, metavar="N", help="images (default: %(default)s)"
-    )
+    made.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: %(default)s)")
     made.add_argument(
         "--variants", nargs="+", metavar="VARIANT",
         help="MODE-NORM-LAYOUT-PRECISION of " + " × ".join(f"{{{', '.join(words)}}}" for words in AXES.values())
@@ -94,14 +88,10 @@ def parser() -> Parser:
         default="auto",
         help="auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
-    made.add_argument(
-        "--rounds", type=positive, default=10, metavar="N", help="turns of each (default: %(default)s)"
-    )
+    made.add_argument("--rounds", type=positive, default=10, metavar="N", help="turns of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
                       help=f"steps of a turn (default: as many as take the baseline {REGION_S} s)")  # fmt: skip
-    made.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)"
-    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)")
     made.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True,
                       help="keep the traces, for ui.perfetto.dev (default: --trace)")  # fmt: skip
     return made
@@ -116,9 +106,7 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
         return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size)
     if arguments.options:
         raise UsageError("--options belongs to --model; a block has --channels and --size")
-    return block_workload(
-        arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32
-    )
+    return block_workload(arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32)
 
 
 def folder_for(out: Path | None, name: str) -> Path:
@@ -169,9 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     plot(profile, folder / "profile.png")
     write_text(folder / "profile.json", json.dumps(raw(profile), indent=2) + "\n")
     show(profile, console)
-    print(
-        f"{folder}: profile.json, profile.csv, profile.png" + (", trace-*.json.gz" if arguments.trace else "")
-    )
+    print(f"{folder}: profile.json, profile.csv, profile.png" + (", trace-*.json.gz" if arguments.trace else ""))
 
 
 if __name__ == "__main__":

@@ -36,13 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return train(config, engine, group, stop)
 
 
-def train(
-    config: Config,
-    engine: Engine,
-    group: ProcessGroup,
-    stop: StopSignal,
-    source: Source | None = None,
-) -> int:
+def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal, source: Source | None = None) -> int:
     """Run the training and return the exit status: 0, or 128 + N if signal N stopped it.
 
     Args:
@@ -77,9 +71,7 @@ def train(
             fit_whitening(config, engine, parts)
         progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))
         group.broadcast_from_rank0(lambda: run.begin(engine, start))
-        log = TrainingLog(
-            config, run, parts, timer, progress, start=start, since_eval=since_eval, is_main=is_main
-        )
+        log = TrainingLog(config, run, parts, timer, progress, start=start, since_eval=since_eval, is_main=is_main)
         log.begin(start)
 
         # -------------------------------------------------------------------- compile, capture

@@ -7,9 +7,7 @@ prints the cost of the kernels. The public names are listed in __init__.pyi and 
 
 if __name__ != "fastres_kernels":
     # `kernels` is a widely used package on PyPI; a checkout on sys.path would shadow it.
-    raise ImportError(
-        f"this package is imported as fastres_kernels, not {__name__}: pip install -e . in the checkout"
-    )
+    raise ImportError(f"this package is imported as fastres_kernels, not {__name__}: pip install -e . in the checkout")
 
 import lazy_loader as lazy
 

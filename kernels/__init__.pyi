@@ -1,17 +1,3 @@
-from .modules import (
-    BatchNormAct2d,
-    Conv2d,
-    DeferredRunningStats,
-    Skip,
-    convert_sync_batchnorm,
-    defer_running_stats,
-)
+from .modules import BatchNormAct2d, Conv2d, DeferredRunningStats, Skip, convert_sync_batchnorm, defer_running_stats
 
-__all__ = [
-    "BatchNormAct2d",
-    "Conv2d",
-    "DeferredRunningStats",
-    "Skip",
-    "convert_sync_batchnorm",
-    "defer_running_stats",
-]
+__all__ = ["BatchNormAct2d", "Conv2d", "DeferredRunningStats", "Skip", "convert_sync_batchnorm", "defer_running_stats"]

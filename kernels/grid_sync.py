@@ -114,9 +114,7 @@ class CounterPool:
         on_gpu = self.device.type == "cuda"
         # A capture would record the zeroing and repeat it at every replay, which resets another graph's counters.
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fastres_kernels: a kernel's first call is being captured; call it once before"
-            )
+            raise RuntimeError("fastres_kernels: a kernel's first call is being captured; call it once before")
         # Each counter has a cache line of its own, at an address for which Triton specialises as for any tensor's. A
         # separate thread allocates them, because torch.compile wants back everything that its own thread allocates
         # while warming up for CUDA graphs (mode="reduce-overhead").

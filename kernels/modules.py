@@ -19,9 +19,7 @@ class Skip(NamedTuple):
     """An activation on a skip connection: returned by BatchNormAct2d with `fork`, accepted as its `residual`."""
 
     y: Tensor  # (N, C, H, W)
-    gradient: (
-        Tensor  # receives y's gradient in its place, so that it arrives separately: see batchnorm/ops.py
-    )
+    gradient: Tensor  # receives y's gradient in its place, so that it arrives separately: see batchnorm/ops.py
 
 
 # ---- running statistics ------------------------------------------------------------------------------------
@@ -238,9 +236,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if not self.training and self.running_mean is not None:
             return self.running_mean, self.running_var
         if x.numel() == x.shape[1] and not self.group_name:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {x.shape}"
-            )
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return None, None
 
     @property
@@ -276,9 +272,7 @@ def _added_and_skip(residual: Tensor | Skip | None, x: Tensor) -> tuple[Tensor |
     """
     added = residual.y.detach() if isinstance(residual, Skip) else residual
     if added is not None and added.shape != x.shape:
-        raise ValueError(
-            f"BatchNormAct2d: the residual has shape {tuple(added.shape)}, the input {tuple(x.shape)}"
-        )
+        raise ValueError(f"BatchNormAct2d: the residual has shape {tuple(added.shape)}, the input {tuple(x.shape)}")
     return None if added is None else added.to(x.dtype), getattr(residual, "gradient", None)
 
 

@@ -124,9 +124,7 @@ def main() -> int:
         why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
         print(f"fastres_kernels.report compiles kernels, and {why}", file=sys.stderr)
         return 2
-    variants = [
-        variant for variant in declared_variants() if any(text in variant.name for text in options.only)
-    ]
+    variants = [variant for variant in declared_variants() if any(text in variant.name for text in options.only)]
     if not variants:
         parser.error(f"no kernel has {' or '.join(map(repr, options.only))} in its name")
 
@@ -186,11 +184,7 @@ def compile_all(variants: list[CompiledVariant]) -> tuple[list[KernelCost], list
 def tool_versions() -> dict[str, str]:
     import triton
 
-    return {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": triton.knobs.nvidia.ptxas.version,
-    }
+    return {"torch": torch.__version__, "triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
 
 
 def count_blocks() -> subprocess.Popen[str]:
@@ -235,23 +229,13 @@ def block_table(blocks: dict[str, Any]) -> str:
         kernels = sum(part["kernels"] for part in passes.values())
         rows.append([names[block], *(f"{number:g}" for number in (*moved, sum(moved), kernels))])
     return table(
-        [
-            "a basic block in bf16, bytes/element",
-            "forward",
-            "backward",
-            "convolutions",
-            "together",
-            "kernels",
-        ],
-        rows,
+        ["a basic block in bf16, bytes/element", "forward", "backward", "convolutions", "together", "kernels"], rows
     )
 
 
 def cooperative_shapes() -> str:
     """Return a note on the table's last row that lists the ResNet-20 tensors that cooperative kernels take."""
-    lines = [
-        "cooperative: one kernel where the tensor fits on an H100 at once, else two_pass. Of ResNet-20, N×C×H×W:"
-    ]
+    lines = ["cooperative: one kernel where the tensor fits on an H100 at once, else two_pass. Of ResNet-20, N×C×H×W:"]
     for name, tile in (("forward", FORWARD_TILE), ("backward", BACKWARD_TILE)):
         fitting = [
             f"{n}×{c}×{h}×{w}" + " (this block)" * ((n, c, h, w) == RESNET20[0])

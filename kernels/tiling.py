@@ -107,6 +107,4 @@ def _channels(m: int, c: int) -> int:
 def _tiles(m: int, block_m: int, block_c: int, rows: int, c_blocks: int) -> Tiles:
     partials = ceil_div(m, rows)
     block_p = min(next_power_of_two(partials), max(1, TILE // block_c))
-    return Tiles(
-        block_m=block_m, block_c=block_c, rows=rows, partials=partials, c_blocks=c_blocks, block_p=block_p
-    )
+    return Tiles(block_m=block_m, block_c=block_c, rows=rows, partials=partials, c_blocks=c_blocks, block_p=block_p)

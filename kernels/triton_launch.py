@@ -23,13 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # As Triton reads it: when a kernel is defined, so before the first import of this package.
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in (
-    "1",
-    "true",
-    "on",
-    "y",
-    "yes",
-)
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 # Of activations; parameters and statistics are float32.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

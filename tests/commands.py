@@ -22,10 +22,7 @@ def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[s
 
 
 def run_python(
-    *args: object,
-    env: Mapping[str, str | None] | None = None,
-    cwd: Path | None = None,
-    timeout_s: float = 300,
+    *args: object, env: Mapping[str, str | None] | None = None, cwd: Path | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGS` in a user's environment; `env` goes over it, None removes."""
     return subprocess.run(

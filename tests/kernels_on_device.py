@@ -119,10 +119,7 @@ def integers(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> 
         placed(torch.full((channels,), value), _parameters_of(dtype)) for value in (0.0, 1.0, 1.0, 0.0)
     )
     weights = [  # so few that z and its input's gradient stay below 2⁸, which bf16 has exactly
-        placed(
-            whole(-1, 1, channels, channels, r, r, share=min(1, 16 / (channels * r * r))),
-            _parameters_of(dtype),
-        )
+        placed(whole(-1, 1, channels, channels, r, r, share=min(1, 16 / (channels * r * r))), _parameters_of(dtype))
         for r in (1, 3)
     ]
     ops = torch.ops.fastres_kernels

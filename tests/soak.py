@@ -192,11 +192,7 @@ class Undisturbed:
                 same("history.csv", rows, self.history[: len(rows)] or "a header and rows")
             rows, _ = metrics_of(folder)
             for number, row in enumerate(rows):
-                same(
-                    f"row {number} of metrics.jsonl",
-                    row,
-                    self.rows[number] if number < len(self.rows) else None,
-                )
+                same(f"row {number} of metrics.jsonl", row, self.rows[number] if number < len(self.rows) else None)
         except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise Lost(f"a file of {folder} cannot be read: {type(error).__name__}: {error}") from None
         if there("history.png") and not (folder / "history.png").read_bytes().endswith(PNG_END):
@@ -277,9 +273,7 @@ class Victim:
             self.kind = "forked"
             return Forked(self.soak.zygote, self.argv, self.log)
         self.kind = "torchrun's" if self.soak.processes > 1 else "whole"
-        return started(
-            [*self.soak.launcher, "-m", "fastres.train", *self.argv], self.log, self.soak.environment
-        )
+        return started([*self.soak.launcher, "-m", "fastres.train", *self.argv], self.log, self.soak.environment)
 
     def aim(self) -> tuple[str, Callable[[], bool]]:
         """Return the aim of the kill, and a function that tells if the moment has come."""
@@ -376,9 +370,7 @@ class Victim:
 class Soak:
     """The victims together: how many kills there are to be, and what came of them."""
 
-    def __init__(
-        self, scratch: Path, *, kills: int, processes: int, seed: int, minutes: float, jobs: int
-    ) -> None:
+    def __init__(self, scratch: Path, *, kills: int, processes: int, seed: int, minutes: float, jobs: int) -> None:
         self.scratch, self.kills, self.processes, self.seed, self.jobs = scratch, kills, processes, seed, jobs
         self.began = time.monotonic()
         self.ends = self.began + 60 * minutes
@@ -424,9 +416,7 @@ class Soak:
             wait_until(lambda process=process: process.poll() is not None, "the undisturbed run runs")
             self.lifetime[way] = time.monotonic() - began
             if process.poll() != 0:
-                raise SystemExit(
-                    f"the undisturbed run ended with status {process.poll()}: {log.read_text()[-1500:]}"
-                )
+                raise SystemExit(f"the undisturbed run ended with status {process.poll()}: {log.read_text()[-1500:]}")
             found = Undisturbed(folder)
             if number == 0:
                 first = found
@@ -463,9 +453,7 @@ class Soak:
             self.aims[aim] += 1
             kills = self.ways.total()
         if kills % 10 == 0:
-            self.say(
-                f"{kills} of {self.kills} kills, {self.hashes.total()} runs complete, {len(self.losses)} losses"
-            )
+            self.say(f"{kills} of {self.kills} kills, {self.hashes.total()} runs complete, {len(self.losses)} losses")
 
     def completed(self, weights: str) -> None:
         with self._lock:

@@ -61,9 +61,7 @@ def png(pixels: np.ndarray, *, width: int | None = None, cut: int = 0) -> bytes:
     header = struct.pack(
         ">IIBBBBB", width or pixels.shape[1], width or pixels.shape[0], 8 * pixels.itemsize, 2, 0, 0, 0
     )
-    rows = zlib.compress(
-        b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
-    )
+    rows = zlib.compress(b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels))
     rows = rows[: len(rows) - cut]
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
@@ -85,9 +83,7 @@ def test_odd_pngs_are_seen_alike(loader: str, kind: str, root: Path) -> None:
         path.write_bytes(content)
     split = load(root, loader=loader).train
     ((images, _),) = make(loader, split, augment="none").train(0, 1)
-    made = make(
-        loader, type(split)(images=np.tile(pixels, (10, 1, 1, 1)), labels=split.labels), augment="none"
-    )
+    made = make(loader, type(split)(images=np.tile(pixels, (10, 1, 1, 1)), labels=split.labels), augment="none")
     ((expected, _),) = made.train(0, 1)
     assert torch.equal(images, expected)
 
@@ -231,9 +227,7 @@ def test_what_was_found_is_remembered(root: Path, tmp_path: Path) -> None:
     first = load(root, **fields)
     assert bad not in first.train.paths and len(first.train) == 9
     bad.write_bytes(good)
-    os.utime(
-        bad, ns=(status.st_atime_ns, status.st_mtime_ns)
-    )  # whoever does not decode it sees no difference
+    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))  # whoever does not decode it sees no difference
     second = load(root, **fields)
     assert second.train.paths == first.train.paths and second.notes == first.notes
     bad.touch()
@@ -251,9 +245,7 @@ def test_what_was_remembered_wrongly_is_found_anew(content: bytes, root: Path, t
 
 
 @pytest.mark.parametrize("loader", ["resident", "dataloader"])
-def test_where_nothing_can_be_kept_bad_files_are_left_out_all_the_same(
-    loader: str, root: Path, tmp_path: Path
-) -> None:
+def test_where_nothing_can_be_kept_bad_files_are_left_out_all_the_same(loader: str, root: Path, tmp_path: Path) -> None:
     (root / "train" / "cat" / "00002.png").write_bytes(b"")
     (tmp_path / "file").write_text("")
     source = load(root, loader=loader, skip_bad=True, cache=str(tmp_path / "file"))
@@ -302,10 +294,7 @@ def test_every_loader_leaves_out_the_same(root: Path, tmp_path: Path) -> None:
     broken_files(root / "test" / "dog")
     hashes = set()
     for loader in LOADERS:
-        run, place = (
-            tmp_path / loader,
-            ["--data.root", str(root), "--data.loader", loader, "--data.skip_bad", "true"],
-        )
+        run, place = (tmp_path / loader, ["--data.root", str(root), "--data.loader", loader, "--data.skip_bad", "true"])
         assert train.main([*TINY, *place, "--train.steps", "5", "--run.dir", str(run)]) == 0
         hashes.add(sha256(run / "model.safetensors"))
     assert len(hashes) == 1
@@ -393,9 +382,7 @@ def test_a_file_that_turns_bad_while_it_is_used_is_named(loader: str, turn: str,
     with rejected(victim, said):
         for _ in batches:
             pass
-    assert (
-        not multiprocessing.active_children()
-    )  # a worker that is left to the garbage collector holds others up
+    assert not multiprocessing.active_children()  # a worker that is left to the garbage collector holds others up
 
 
 @pytest.mark.parametrize(
@@ -465,9 +452,7 @@ def test_of_two_processes_neither_waits_for_one_whose_file_turns_bad(
     assert re.search(rf"fastres: error: rank [01]: cannot read the image {victim}: ", run.err.read_text())
 
 
-def test_two_processes_leave_out_the_same(
-    root: Path, tmp_path: Path, started: Callable[..., Started]
-) -> None:
+def test_two_processes_leave_out_the_same(root: Path, tmp_path: Path, started: Callable[..., Started]) -> None:
     broken_files(root / "train" / "cat")
     run = started(
         "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", processes=2

@@ -45,12 +45,7 @@ def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
         assert [row["variant"] for row in contest] == ["reference", "eager"]
         directions.setdefault(what, set()).add(direction)
     layers, blocks = {"forward", "backward", "full"}, {"full"}
-    assert directions == {
-        "bn_relu": layers,
-        "bn_add_relu": layers,
-        "basic_blocks": blocks,
-        "bottlenecks": blocks,
-    }
+    assert directions == {"bn_relu": layers, "bn_add_relu": layers, "basic_blocks": blocks, "bottlenecks": blocks}
 
 
 def row(variant: str, us: float, baseline_us: float, **changes: Any) -> dict[str, Any]:
@@ -130,18 +125,14 @@ def test_what_was_measured_is_written_where_the_kernels_look_it_up(
     assert dispatch_table.read() == dispatch_table.FASTEST and dispatch_table.FILE.is_file()
     monkeypatch.setattr(dispatch_table, "FILE", tmp_path / "fastest.json")
     monkeypatch.setattr(dispatch_table, "FASTEST", {(8, 0): {(18, 4, True): "two_pass"}})
-    line = bench_kernels.write_table(
-        [row("two_pass", 20.0, 30.0), row("two_pass", 40.0, 30.0, shape=[128, 64, 8, 8])]
-    )
+    line = bench_kernels.write_table([row("two_pass", 20.0, 30.0), row("two_pass", 40.0, 30.0, shape=[128, 64, 8, 8])])
     assert "faster at 1 of 2 shapes" in line and str(dispatch_table.FILE) in line
     hopper = {(131072, 16, False): "two_pass", (8192, 64, False): "torch"}
     assert dispatch_table.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
     monkeypatch.setattr(dispatch_table, "FASTEST", dispatch_table.read())
     bench_kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
     assert dispatch_table.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
-    assert "on a CPU there is nothing to write" in bench_kernels.write_table(
-        [row("reference", 1, 1, capability=None)]
-    )
+    assert "on a CPU there is nothing to write" in bench_kernels.write_table([row("reference", 1, 1, capability=None)])
 
 
 def test_bytes_of_a_cooperative_kernel_are_two_pass_where_it_does_not_fit() -> None:
@@ -163,12 +154,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for compare in ((), ("--benchmark-compare",)):
         done = pytest_bench(
             *("bench/bench_time_to_90.py", "--seeds", "2", "-k", "digits and warm"),
-            *(
-                f"--benchmark-storage={storage.as_uri()}",
-                "--benchmark-autosave",
-                "--benchmark-save-data",
-                *compare,
-            ),
+            *(f"--benchmark-storage={storage.as_uri()}", "--benchmark-autosave", "--benchmark-save-data", *compare),
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "time to 90 %" in done.stdout and "of 2 below 90 %" in done.stdout
@@ -246,14 +232,8 @@ def test_committed_results_under_older_names_are_still_read() -> None:
 
 def test_the_old_name_of_targets_works_and_says_so() -> None:
     old, new = (run_module("bench.report", flag, cwd=CHECKOUT) for flag in ("--claims", "--targets"))
-    assert (
-        (old.returncode, new.returncode) == (0, 0)
-        and old.stdout == new.stdout
-        and "not measured" in new.stdout
-    )
-    assert (
-        old.stderr.strip() == "bench.report: --claims is now --targets; the next version drops the old name"
-    )
+    assert (old.returncode, new.returncode) == (0, 0) and old.stdout == new.stdout and "not measured" in new.stdout
+    assert old.stderr.strip() == "bench.report: --claims is now --targets; the next version drops the old name"
 
 
 @pytest.mark.parametrize(
@@ -271,9 +251,7 @@ def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: flo
     assert p is not None and low <= p <= high
 
 
-def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(
-    tmp_path: Path,
-) -> None:
+def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(tmp_path: Path) -> None:
     done = pytest_bench(
         *("bench/bench_throughput.py", "-k", "mini_resnet and infer and default"),
         f"--benchmark-json={tmp_path / 'rows.json'}",
@@ -294,16 +272,7 @@ def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is
 
 
 def held_out(*args: object) -> subprocess.CompletedProcess[str]:
-    quick = (
-        "--recipe",
-        "digits",
-        "--model.name",
-        "resnet8",
-        "--train.steps",
-        30,
-        "--schedule.warmup_steps",
-        5,
-    )
+    quick = ("--recipe", "digits", "--model.name", "resnet8", "--train.steps", 30, "--schedule.warmup_steps", 5)
     return run_module("bench.held_out", *quick, *args, cwd=CHECKOUT)
 
 

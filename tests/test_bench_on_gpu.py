@@ -44,14 +44,7 @@ class Stages:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.arguments = (
-            "--stages",
-            folder / "stages",
-            "--record",
-            folder / "done",
-            "--logs",
-            folder / "logs",
-        )
+        self.arguments = ("--stages", folder / "stages", "--record", folder / "done", "--logs", folder / "logs")
 
     def write(self, **commands: str) -> None:
         stages = (f"{name} | 1 | 5 | no | - | what it is | {command}" for name, command in commands.items())
@@ -148,11 +141,7 @@ def test_a_failure_is_reported_with_its_log_and_the_others_go_on(stages: Stages)
     assert stages.log("first") == "ONE\n" and stages.log("last") == "two\n"
     assert "   | the reason" in done.stdout
     summary = done.stdout.partition("== stages\n")[2].splitlines()
-    assert [line.split()[:2] for line in summary] == [
-        ["first", "done"],
-        ["fails", "failed"],
-        ["last", "done"],
-    ]
+    assert [line.split()[:2] for line in summary] == [["first", "done"], ["fails", "failed"], ["last", "done"]]
     assert "with status 3" in summary[1] and summary[1].endswith("fails.log")
 
 
@@ -252,10 +241,7 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     kept = {row["name"]: row["extra_info"] for row in json.loads(rows.read_text("utf-8"))["benchmarks"]}
     schedule, seeds = kept["bench_schedule"], [kept[f"bench_parity[seed{seed}-digits]"] for seed in range(2)]
-    assert {name: len(turn["seconds"]) for name, turn in schedule["turns"].items()} == {
-        "plain": 3,
-        "fastres": 3,
-    }
+    assert {name: len(turn["seconds"]) for name, turn in schedule["turns"].items()} == {"plain": 3, "fastres": 3}
     assert schedule["times_as_fast"]["plain"] > 0
     (parity,) = merge_seeds(seeds)
     for of in parity["accuracies"].values():
@@ -378,9 +364,7 @@ def test_what_nobody_measured_says_so() -> None:
 def test_what_was_measured_is_reached_or_not() -> None:
     found = found_in(*parity(*range(5)))
     assert found[TRAINING] == "reached       25.20 ± 0.16 s, n=5"
-    assert found[ACCURACY].startswith(
-        "not reached   0.9152 on cifar10, n=5; plain 0.9162, n=5: -0.0010 ± 0.0001"
-    )
+    assert found[ACCURACY].startswith("not reached   0.9152 on cifar10, n=5; plain 0.9162, n=5: -0.0010 ± 0.0001")
     alike = {"accuracies": {"fastres": [0.915], "plain": [0.915]}}
     assert found_in(*parity(*range(5), **alike))[ACCURACY].startswith("reached ")
     assert found_in(*parity(*range(5), seconds=31.0))[TRAINING].startswith("not reached")
@@ -406,10 +390,7 @@ def test_a_seed_counts_once_as_it_was_measured_last() -> None:
     assert merged["n"] == 3 and merged["mean_train_time_s"] == pytest.approx((25.0 + 30.1 + 30.2) / 3)
     two = {"n": 2, "train_time_s": [25.0, 25.1], "accuracies": {"fastres": [0.9, 0.8], "plain": [0.7, 0.6]}}
     at_once = {name: value for name, value in (rows[0] | two).items() if name != "seeds"}  # as rows once were
-    assert merge_seeds([at_once])[0]["mean_accuracy"] == {
-        "fastres": pytest.approx(0.85),
-        "plain": pytest.approx(0.65),
-    }
+    assert merge_seeds([at_once])[0]["mean_accuracy"] == {"fastres": pytest.approx(0.85), "plain": pytest.approx(0.65)}
     (text,) = [
         line
         for line in accuracy_lines([Row("bench/bench_accuracy.py::bench_parity", info) for info in rows])

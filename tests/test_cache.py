@@ -45,9 +45,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def load(root: Path, store: Path, **fields: Any) -> Source:
-    return load_source(
-        DataConfig(**{"source": "imagefolder", "root": str(root), "cache": str(store), **fields})
-    )
+    return load_source(DataConfig(**{"source": "imagefolder", "root": str(root), "cache": str(store), **fields}))
 
 
 def kept(store: Path, part: str, suffix: str) -> Path:
@@ -126,10 +124,7 @@ def test_a_run_from_the_cache_has_the_weights_of_one_without(root: Path, tmp_pat
              "--engine.precision fp32 --model.name cifar_resnet --model.options.blocks_per_stage 1")  # fmt: skip
     hashes = []
     for number, where in enumerate(("a folder", "a folder", "a file")):  # made, found, and impossible
-        run, place = (
-            tmp_path / f"run {number}",
-            ["--data.cache", str(tmp_path / where), "--data.root", str(root)],
-        )
+        run, place = (tmp_path / f"run {number}", ["--data.cache", str(tmp_path / where), "--data.root", str(root)])
         assert train.main([*flags.split(), *place, "--run.dir", str(run)]) == 0
         hashes.append(hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest())
     assert hashes[0] == hashes[1] == hashes[2]
@@ -238,9 +233,7 @@ def test_what_cannot_be_decoded_is_refused_and_leaves_nothing(root: Path, store:
 class Loading:
     """A process that loads a folder, forked from this one: its hashes of the images, its notes, what it says."""
 
-    def __init__(
-        self, root: Path, store: Path, stderr: int | None = None, before: Callable[[], Any] = int
-    ) -> None:
+    def __init__(self, root: Path, store: Path, stderr: int | None = None, before: Callable[[], Any] = int) -> None:
         folder = Path(tempfile.mkdtemp(dir=root.parent))
         self.out, self.err = folder / "out", folder / "err"
 
@@ -250,9 +243,7 @@ class Loading:
             sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
             before()
             source = load(root, store, workers=1)
-            self.out.write_text(
-                "\n".join([*(line(split) for split in (source.train, source.test)), *source.notes])
-            )
+            self.out.write_text("\n".join([*(line(split) for split in (source.train, source.test)), *source.notes]))
 
         self.process = multiprocessing.get_context("fork").Process(target=work)
         self.process.start()
@@ -265,9 +256,7 @@ class Loading:
 
 
 def line(split: Split) -> str:
-    return (
-        f"{hashlib.sha256(split.array(1)).hexdigest()}, {'in memory' if split.images is None else 'mapped'}"
-    )
+    return f"{hashlib.sha256(split.array(1)).hexdigest()}, {'in memory' if split.images is None else 'mapped'}"
 
 
 def line_of(root: Path, part: str, where: str) -> str:
@@ -293,9 +282,7 @@ def test_of_two_processes_one_decodes_and_the_other_waits_and_says_so(root: Path
         assert not list(store.glob("train-*.npy"))
         fcntl.flock(lock, fcntl.LOCK_UN)
     printed = [one.end() for one in both]
-    assert [lines[:2] for lines in printed] == [
-        [line_of(root, part, "mapped") for part in ("train", "test")]
-    ] * 2
+    assert [lines[:2] for lines in printed] == [[line_of(root, part, "mapped") for part in ("train", "test")]] * 2
     assert sorted(len(lines) for lines in printed) == [2, 3]  # one of them has decoded, and has a note
     assert all(one.err.read_text() == said for one in both)
 
@@ -420,9 +407,7 @@ def test_progress_is_a_bar_on_a_terminal(many: Path, store: Path) -> None:
     os.close(terminal)
     assert len(loading.end()) == 3
     assert b"1026/1026" in seen and b"2/2" in seen
-    assert (
-        seen.count(b"decoding") > seen.count(b"\n") == 2
-    )  # a line for each part, that moves and is gone then
+    assert seen.count(b"decoding") > seen.count(b"\n") == 2  # a line for each part, that moves and is gone then
 
 
 def test_a_splits_array_is_what_it_holds(root: Path) -> None:

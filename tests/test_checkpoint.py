@@ -26,10 +26,7 @@ def a_state(step: int = 3) -> dict[str, Any]:
                 "half": torch.randn(5, generator=generator).to(torch.bfloat16),
                 "counter": torch.tensor(7),
             },
-            "optimizer": {
-                "state": {0: {"momentum_buffer": None}, 1: {}},
-                "groups": [{"lr": 0.1, "on": True}],
-            },
+            "optimizer": {"state": {0: {"momentum_buffer": None}, 1: {}}, "groups": [{"lr": 0.1, "on": True}]},
             "rng": torch.get_rng_state(),
         },
         "window": (1.5, -0.0, float("inf"), "text"),
@@ -210,7 +207,5 @@ def test_the_digest_tells_different_contents_apart() -> None:
         {"a.b": 0},
     ]
     digests = [checkpoint.digest(content) for content in contents]
-    clashes = [
-        (contents[i], contents[j]) for j in range(len(digests)) for i in range(j) if digests[i] == digests[j]
-    ]
+    clashes = [(contents[i], contents[j]) for j in range(len(digests)) for i in range(j) if digests[i] == digests[j]]
     assert clashes == []

@@ -76,9 +76,7 @@ def test_a_file_may_name_the_recipe_and_the_flag_wins(file: Any) -> None:
 
 
 def test_a_flag_sets_one_option_of_the_model_and_null_unsets_a_field() -> None:
-    config = parse(
-        ["--model.name", "resnet18", "--model.options.stem", "small", "--model.options.v1", "true"]
-    )
+    config = parse(["--model.name", "resnet18", "--model.options.stem", "small", "--model.options.v1", "true"])
     assert config.model.options == {"stem": "small", "v1": True}
     assert parse(["--model.shortcut", "conv1x1", "--model.shortcut", "null"]).model.shortcut is None
 
@@ -170,9 +168,7 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
     ]
     older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
     assert differences(older, old) == []  # written before there was such a field
-    assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == [
-        "optim.nesterov: False -> True"
-    ]
+    assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == ["optim.nesterov: False -> True"]
 
 
 # ---- values that were renamed -------------------------------------------------------------------------------
@@ -181,16 +177,12 @@ OLD_NAME = "engine.conv own is now {}engine.conv cpp; the old name works for one
 
 
 @pytest.mark.parametrize("flags", [["--engine.conv", "own"], ["--engine.conv=own"]])
-def test_a_flag_takes_the_old_name_of_a_value_with_a_note(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flag_takes_the_old_name_of_a_value_with_a_note(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(flags).engine.conv == "cpp"
     assert capsys.readouterr().err == "fastres: --" + OLD_NAME.format("--")
 
 
-def test_a_file_takes_the_old_name_of_a_value_with_a_note(
-    file: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_takes_the_old_name_of_a_value_with_a_note(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
     flags = file("engine: {conv: own}")
     assert parse(flags).engine.conv == "cpp"
     assert capsys.readouterr().err == f"fastres: {flags[1]}: " + OLD_NAME.format("")
@@ -213,14 +205,7 @@ def test_a_run_that_was_started_with_the_old_name_of_a_value_is_resumed(tmp_path
 
 # ---- the tutorial's config.json -----------------------------------------------------------------------------
 
-TUTORIAL = {
-    "height": 32,
-    "width": 32,
-    "label": 10,
-    "num_layer": 3,
-    "model_mode": "resnet",
-    "zero_padding": True,
-}
+TUTORIAL = {"height": 32, "width": 32, "label": 10, "num_layer": 3, "model_mode": "resnet", "zero_padding": True}
 
 
 def parameters(config: Config) -> int:
@@ -276,9 +261,7 @@ def test_where_imagenet_has_the_name_the_tutorial_still_means_cifar(n: int, dept
         ({"zero_padding": "yes"}, ("zero_padding", "yes", "true or false")),
     ],
 )
-def test_a_wrong_tutorial_file_is_refused(
-    changed: dict[str, Any], said: tuple[object, ...], file: Any
-) -> None:
+def test_a_wrong_tutorial_file_is_refused(changed: dict[str, Any], said: tuple[object, ...], file: Any) -> None:
     flags = file({**TUTORIAL, **changed})
     with rejected(flags[1], *said):
         parse(flags)
@@ -360,12 +343,9 @@ def test_the_value_that_is_refused_is_the_one_that_is_named(flags: str, said: st
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "takes"),
-    [(field, value, takes) for field, values, takes in WRONG_TYPES for value in values],
+    ("field", "value", "takes"), [(field, value, takes) for field, values, takes in WRONG_TYPES for value in values]
 )
-def test_a_value_of_another_type_is_refused_wherever_it_stands(
-    field: str, value: Any, takes: str, file: Any
-) -> None:
+def test_a_value_of_another_type_is_refused_wherever_it_stands(field: str, value: Any, takes: str, file: Any) -> None:
     section, name = field.split(".")
     flags = file({section: {name: value}})
     with rejected(flags[1], field, takes):
@@ -376,8 +356,7 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(
 
 
 @pytest.mark.parametrize(
-    "field",
-    ["model.name", "data.source", "train.steps", "optim.lr", "optim.nesterov", "schedule.milestones"],
+    "field", ["model.name", "data.source", "train.steps", "optim.lr", "optim.nesterov", "schedule.milestones"]
 )
 def test_null_is_refused_where_a_value_is_needed(field: str, file: Any) -> None:
     section, name = field.split(".")

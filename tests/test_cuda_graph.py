@@ -251,9 +251,7 @@ def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale
 def test_steps_are_taken_in_their_order_each_once() -> None:
     step, loader, _ = build()
     replayed = graphed_step(step, loader)
-    with pytest.raises(
-        ValueError, match=r"step 0 at learning rate 0\.1 is not what was filled in: step None"
-    ):
+    with pytest.raises(ValueError, match=r"step 0 at learning rate 0\.1 is not what was filled in: step None"):
         replayed(lr_at(0), 0)
     batches = replayed.train(0, 3)
     next(batches)
@@ -353,9 +351,7 @@ def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
 def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
     table = DeviceTable({"a": torch.zeros(0, 2)}, 3, CPU)
     taken = torch.zeros(2)
-    recording = OpRecorder(CPU).record(
-        lambda: taken.copy_(table.next_row()["a"]), [taken, *table.mutated_tensors]
-    )
+    recording = OpRecorder(CPU).record(lambda: taken.copy_(table.next_row()["a"]), [taken, *table.mutated_tensors])
     for rows in (torch.arange(6.0).reshape(3, 2), torch.full((2, 2), 7.0), torch.full((1, 2), 8.0)):
         table.fill({"a": rows})
         for row in rows:
@@ -427,9 +423,7 @@ def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
 
 def test_a_write_that_nobody_was_told_of_is_refused() -> None:
     x, kept = torch.ones(4), torch.zeros(4)
-    with pytest.raises(
-        CannotRecord, match=r"the work writes to a tensor \(4,\) that is not among the mutated"
-    ):
+    with pytest.raises(CannotRecord, match=r"the work writes to a tensor \(4,\) that is not among the mutated"):
         OpRecorder(CPU).record(lambda: kept.add_(x), [])
     norm = nn.BatchNorm2d(2)  # whose operator does not say that it writes
     with pytest.raises(CannotRecord, match="not among the mutated tensors"):
@@ -477,9 +471,7 @@ def test_a_cpu_has_no_graphs_and_says_why() -> None:
 def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Path) -> None:
     done = run_fastres("train", *SHORT, "--engine.device", "cpu", "--engine.cuda_graph", "true", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr == "fastres: error: engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto\n"
-    )
+    assert done.stderr == "fastres: error: engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto\n"
     assert list(tmp_path.iterdir()) == []
     done = run_fastres(
         "train", *SHORT, "--train.steps", "0", "--schedule.warmup_steps", "0", "--run.dir", tmp_path / "run"
@@ -518,9 +510,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
         with pytest.raises(RunError) as caught:
             capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
         line = str(caught.value)
-        assert (
-            line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("leave it at auto")
-        )
+        assert line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("leave it at auto")
         return
     taken, training, evaluation = capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
     (line,) = said
@@ -531,9 +521,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_f
     assert step.metrics.read()[0].samples == 2 * 64
 
 
-def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     step, loader, evaluate = build("--engine.precision", "fp16")
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=True)
     before, said = checkpoint.digest(step.state_dict()), list[str]()

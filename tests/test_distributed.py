@@ -149,9 +149,7 @@ def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, t
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
-def test_what_some_processes_saved_others_go_on_from(
-    one: Path, tmp_path: Path, writers: int, readers: int
-) -> None:
+def test_what_some_processes_saved_others_go_on_from(one: Path, tmp_path: Path, writers: int, readers: int) -> None:
     run = one if writers == 1 else finished(tmp_path / "run", *EXACT, *SHARED, processes=writers)
     state = run / "checkpoints/step-00000050.pt"
     again = finished(tmp_path / "again", *EXACT, *SHARED, "--run.resume", state, processes=readers)
@@ -238,9 +236,7 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
     run.wait_for_step(12)
     stopped = run.worker(1)
     os.kill(stopped, signal.SIGSTOP)
-    run.wait_for_text(
-        "fastres: error: rank 0: no step for 6 s: rank 1 does not answer; the last checkpoint is"
-    )
+    run.wait_for_text("fastres: error: rank 0: no step for 6 s: rank 1 does not answer; the last checkpoint is")
     os.kill(stopped, signal.SIGKILL)  # torchrun gives it 30 s
     assert run.end() != 0
     assert checkpoint.latest(run.folder / "checkpoints") is not None
@@ -305,10 +301,6 @@ def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -
 def test_a_batch_that_the_processes_cannot_share_is_refused(job: Callable[..., Job]) -> None:
     run = job("run", *LONG, "--train.batch_size", 126, "--train.accumulate", 4)
     assert run.end() != 0
-    remedy = (
-        "2 with --train.accumulate 4 cannot share it equally; use --train.batch_size 120 or another number"
-    )
-    assert all(
-        f"train.batch_size 126 is the batch of all processes and {remedy}" in line for line in run.errors()
-    )
+    remedy = "2 with --train.accumulate 4 cannot share it equally; use --train.batch_size 120 or another number"
+    assert all(f"train.batch_size 126 is the batch of all processes and {remedy}" in line for line in run.errors())
     assert run.errors() and not run.folder.exists()

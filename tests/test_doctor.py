@@ -21,16 +21,12 @@ def findings(output: str, mark: str) -> list[str]:
 def test_a_machine_without_a_compiler_can_train_and_is_told_the_remedy(tmp_path: Path) -> None:
     write_mnist_idx(tmp_path / "sets", train=8, test=8)
     (tmp_path / "bin").mkdir()
-    done = run_fastres(
-        "doctor", "--data.root", "sets", env={"PATH": str(tmp_path / "bin"), "CXX": None}, cwd=tmp_path
-    )
+    done = run_fastres("doctor", "--data.root", "sets", env={"PATH": str(tmp_path / "bin"), "CXX": None}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert findings(done.stdout, "broken") == []
     (warning,) = (line for line in findings(done.stdout, "warning") if "compiler" in line)
     assert "apt-get install g++" in warning or "xcode-select --install" in warning
-    assert any(
-        "training" in line and "fp32: a step of resnet20" in line for line in findings(done.stdout, "ok")
-    )
+    assert any("training" in line and "fp32: a step of resnet20" in line for line in findings(done.stdout, "ok"))
     (found,) = (line for line in findings(done.stdout, "ok") if "under sets" in line)
     assert "mnist" in found and "cifar10" not in found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "sets"]
@@ -47,9 +43,7 @@ def test_a_torchvision_that_does_not_fit_is_found_and_survived(tmp_path: Path) -
     assert any("bf16: a step of resnet20" in line for line in findings(done.stdout, "ok"))
 
 
-def test_a_step_that_fails_is_essential(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_that_fails_is_essential(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: object) -> float:
         raise RuntimeError("no kernel image is available\nfor this device")
 
@@ -72,9 +66,7 @@ def test_what_is_not_installed_names_its_extra(
     assert "pip install torch torchvision filelock" in line
 
 
-def test_triton_needs_a_c_compiler_for_its_first_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_needs_a_c_compiler_for_its_first_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     monkeypatch.setattr(engine, "_missing_headers", lambda: "")  # Python's: another line of its own
     monkeypatch.delenv("CC", raising=False)

@@ -17,9 +17,7 @@ from fastres.utils.errors import UsageError, run_command
 from tests.commands import run_fastres
 from tests.fixtures import rejected
 
-TINY = (
-    "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
-)
+TINY = "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +51,12 @@ def test_command_prints_the_figures_and_that_they_agree(run: Path, tmp_path: Pat
     done = run_fastres("evaluate", run, cwd=tmp_path)
     summary = summary_of(run)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        f"test accuracy {summary['test_accuracy']:.4f}, loss {summary['test_loss']:.4f}, 360 images"
-        in done.stdout
-    )
+    assert f"test accuracy {summary['test_accuracy']:.4f}, loss {summary['test_loss']:.4f}, 360 images" in done.stdout
     assert "equals the accuracy in" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_says_where_the_summary_differs(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_says_where_the_summary_differs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "summary.json").write_text(json.dumps(summary_of(run) | {"test_accuracy": 0.5}))
     assert "differs from the accuracy in" in said(capsys, copy)
@@ -88,9 +81,7 @@ def test_flags_go_over_the_configuration_in_any_order(run: Path, capsys: pytest.
         evaluate.main([str(run), "--engine.precision", "fp8"])
 
 
-def test_a_run_is_read_without_its_trackers(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_read_without_its_trackers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(

@@ -22,9 +22,7 @@ from fastres.runs.loading import load_run, rebuild
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
 
-DIGITS = (
-    "--recipe digits --train.steps 8 --train.eval_every 8 --train.batch_size 32 --schedule.warmup_steps 2"
-)
+DIGITS = "--recipe digits --train.steps 8 --train.eval_every 8 --train.batch_size 32 --schedule.warmup_steps 2"
 RESNET18 = (
     "--model.name resnet18 --data.source synthetic --data.image_size 32 --data.synthetic_samples 64 "
     "--train.steps 2 --train.batch_size 8 --engine.compile false"
@@ -102,9 +100,7 @@ def test_onnx_runs_for_any_batch(
         export.main([str(run), "--format", "onnx"])
 
 
-def test_a_file_of_other_logits_is_not_kept(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_other_logits_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_wrong(model: nn.Module, _: Tensor, path: Path) -> None:
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         state["fc.bias"][0] += 1

@@ -105,9 +105,7 @@ def outcome(work: Callable[[], T]) -> T | None:
 # ---- what may be drawn --------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(
-    st.integers().filter(
-        lambda n: not 99 < n <= 10_000
-    ),  # a network of that many blocks takes a minute to build
+    st.integers().filter(lambda n: not 99 < n <= 10_000),  # a network of that many blocks takes a minute to build
     st.sampled_from([0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400]),
     st.floats(),
 )
@@ -173,13 +171,7 @@ OPTIONS = ["blocks_per_stage", "stem", "v1", "groups", "width_per_group", "plain
 
 def nested(data: DataObject) -> dict[Any, Any]:
     """A configuration of mostly known fields and mostly wrong values."""
-    keys = (
-        st.text(max_size=6)
-        | st.integers()
-        | st.dates()
-        | st.none()
-        | st.sampled_from(["class_path", "__path__"])
-    )
+    keys = st.text(max_size=6) | st.integers() | st.dates() | st.none() | st.sampled_from(["class_path", "__path__"])
     values = JSON | YAML_ONLY
     content: dict[Any, Any] = {}
     for _ in range(data.draw(st.integers(0, 3))):
@@ -236,9 +228,7 @@ def test_flags_of_any_kind_are_read_or_refused(data: DataObject, scratch: Path) 
         "a: &a [*a]",
         "model: &a {options: *a}",
         "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
-        + "".join(
-            f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(12)
-        ),
+        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(12)),
         "model: {name: " + "[" * 5_000,
         "optim: {lr: 1" + "0" * 400 + "}",
         "train: {steps: 1" + "0" * 5_000 + "}",
@@ -264,10 +254,7 @@ def test_what_the_fuzz_has_found_is_refused(text: str, scratch: Path) -> None:
 def a_state() -> dict[str, Any]:
     torch.manual_seed(0)
     model = build_model("resnet8").state_dict()
-    return {
-        "step": 3,
-        "trainer": {"model": {key: model[key] for key in ("conv1.weight", "fc.weight", "fc.bias")}},
-    }
+    return {"step": 3, "trainer": {"model": {key: model[key] for key in ("conv1.weight", "fc.weight", "fc.bias")}}}
 
 
 @pytest.fixture(scope="module")
@@ -309,9 +296,7 @@ def rezipped(whole: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
 
 
 @fuzz(50)
-def test_a_valid_archive_of_other_content_is_read_or_refused(
-    data: DataObject, saved: bytes, place: Path
-) -> None:
+def test_a_valid_archive_of_other_content_is_read_or_refused(data: DataObject, saved: bytes, place: Path) -> None:
     victim = data.draw(st.sampled_from(zipfile.ZipFile(io.BytesIO(saved)).namelist()))
     content = rezipped(saved, lambda name, old: mutated(data, old) if name == victim else old)
     state = read_checkpoint(place, content)
@@ -339,15 +324,10 @@ CONTENTS = st.recursive(
 
 
 @fuzz(100)
-def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(
-    data: DataObject, place: Path, run: Path
-) -> None:
+def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(data: DataObject, place: Path, run: Path) -> None:
     state: Any = data.draw(CONTENTS)
     if data.draw(st.booleans()):
-        state = {
-            "step": data.draw(NUMBERS | st.just(3)),
-            "trainer": data.draw(CONTENTS | st.just({"model": state})),
-        }
+        state = {"step": data.draw(NUMBERS | st.just(3)), "trainer": data.draw(CONTENTS | st.just({"model": state}))}
     checksum: Any = "0" * 64
     with contextlib.suppress(Exception):
         checksum = checkpoint.digest(state)
@@ -360,9 +340,7 @@ def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(
             outcome(lambda: rebuild(*found))
 
 
-@pytest.mark.parametrize(
-    "trainer", [None, 3, [], {}, {"model": 3}, {"model": {}}, {"model": {"fc.weight": 3}}]
-)
+@pytest.mark.parametrize("trainer", [None, 3, [], {}, {"model": 3}, {"model": {}}, {"model": {"fc.weight": 3}}])
 def test_a_run_refuses_to_resume_what_somebody_made_up(trainer: Any, place: Path) -> None:
     times, window = {"train_time_s": 0.0, "wall_time_s": 0.0}, {"loss": 0.0, "correct": 0, "samples": 0}
     state = {"step": 1, "trainer": trainer, "window": window, "clock": times}
@@ -386,9 +364,7 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("kind", FORBIDDEN)
 @pytest.mark.parametrize("place_in", ["archive", "alone", "weights"])
-def test_no_pickle_runs_what_it_names(
-    kind: str, place_in: str, saved: bytes, place: Path, tmp_path: Path
-) -> None:
+def test_no_pickle_runs_what_it_names(kind: str, place_in: str, saved: bytes, place: Path, tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     payload = FORBIDDEN[kind](witness)
     if kind.startswith("reduce"):
@@ -423,9 +399,7 @@ def read_weights(model: nn.Module, path: Path) -> None:
 
 
 @fuzz(120)
-def test_a_damaged_safetensors_file_is_read_or_refused(
-    data: DataObject, model: nn.Module, scratch: Path
-) -> None:
+def test_a_damaged_safetensors_file_is_read_or_refused(data: DataObject, model: nn.Module, scratch: Path) -> None:
     whole, path = safetensors.torch.save(model.state_dict()), scratch / "model.safetensors"
     length = int.from_bytes(whole[:8], "little")
     header, tensors = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -442,17 +416,13 @@ def test_a_damaged_safetensors_file_is_read_or_refused(
 
 
 @fuzz(50)
-def test_a_state_dict_of_anything_is_read_or_refused(
-    data: DataObject, model: nn.Module, scratch: Path
-) -> None:
+def test_a_state_dict_of_anything_is_read_or_refused(data: DataObject, model: nn.Module, scratch: Path) -> None:
     state: dict[Any, Any] = dict(model.state_dict())
     tensors = st.sampled_from(sorted(TENSORS)).map(lambda name: TENSORS[name]())
     for _ in range(data.draw(st.integers(1, 2))):
         key = data.draw(st.sampled_from(["fc.weight", "fc.bias", "conv1.weight", "model", 0, None, "x"]))
         state[key] = data.draw(tensors | CONTENTS)
-    torch.save(
-        data.draw(st.sampled_from([state, {"model": state}, {"state_dict": [state]}])), scratch / "model.pt"
-    )
+    torch.save(data.draw(st.sampled_from([state, {"model": state}, {"state_dict": [state]}])), scratch / "model.pt")
     read_weights(model, scratch / "model.pt")
 
 

@@ -47,12 +47,7 @@ def test_peaks_hang_together(name: str) -> None:
 
 
 def test_peaks_are_without_sparsity() -> None:
-    dense = {
-        "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA H100 80GB HBM3": 989,
-        "NVIDIA H200": 989,
-        "NVIDIA B200": 2250,
-    }
+    dense = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250}
     for name, tflops in dense.items():
         assert PEAKS[name].flops["bf16"] == pytest.approx(1e12 * tflops, rel=1e-3)
 

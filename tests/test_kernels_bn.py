@@ -37,9 +37,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def random(
-    shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1, shift: float = 0
-) -> Tensor:
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1, shift: float = 0) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return channels_last((values * scale + shift).to(dtype))
 
@@ -102,9 +100,7 @@ def test_running_statistics_are_torchs_over_ten_steps(momentum: float | None, dt
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 10
     x = random((4, 6, 5, 3), dtype, 11)
     assert_close(
-        ours.eval()(x),
-        F.relu(theirs.eval()(x.double()) * ours.weight[:, None, None] + ours.bias[:, None, None]),
-        dtype,
+        ours.eval()(x), F.relu(theirs.eval()(x.double()) * ours.weight[:, None, None] + ours.bias[:, None, None]), dtype
     )
 
 
@@ -267,10 +263,7 @@ def run(
 
 
 SHAPES = st.tuples(
-    st.integers(1, 6),
-    st.sampled_from([1, 2, 3, 8, 16, 17, 64, 70, 129]),
-    st.integers(1, 9),
-    st.integers(1, 9),
+    st.integers(1, 6), st.sampled_from([1, 2, 3, 8, 16, 17, 64, 70, 129]), st.integers(1, 9), st.integers(1, 9)
 ).filter(lambda s: s[0] * s[2] * s[3] > 1)
 
 
@@ -362,12 +355,7 @@ def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
     assert (
         list(dict.fromkeys(names))
         == {
-            "two_pass": [
-                "statistics_kernel",
-                "normalise_kernel",
-                "channel_sums_kernel",
-                "input_gradient_kernel",
-            ],
+            "two_pass": ["statistics_kernel", "normalise_kernel", "channel_sums_kernel", "input_gradient_kernel"],
             "cooperative": ["forward_kernel", "backward_kernel"],
         }[algorithm]
     )
@@ -375,8 +363,7 @@ def test_the_algorithm_asked_for_is_the_one_that_runs(algorithm: str) -> None:
 
 def test_what_does_not_fit_on_the_gpu_is_not_given_to_a_cooperative_kernel() -> None:
     fits = {
-        c: tiling.one_pass_tiles(128 * h * h, c, tiling.FORWARD_TILE, 132)
-        for c, h in ((16, 32), (32, 16), (64, 8))
+        c: tiling.one_pass_tiles(128 * h * h, c, tiling.FORWARD_TILE, 132) for c, h in ((16, 32), (32, 16), (64, 8))
     }
     assert all(fits.values())  # ResNet-20 at batch 128 on an H100
     assert tiling.one_pass_tiles(256 * 56 * 56, 256, tiling.FORWARD_TILE, 132) is None
@@ -426,9 +413,7 @@ def test_every_element_of_every_result_is_written(
 def test_variance_keeps_six_digits_where_the_mean_is_a_thousand_times_the_deviation(algorithm: str) -> None:
     x = random((16, 8, 16, 16), torch.float32, 0, shift=1000)
     with small_tiles(512):
-        _, mean, var, *_ = ops.batch_norm_act(
-            x, None, None, None, None, None, None, 1e-5, True, False, "", algorithm
-        )
+        _, mean, var, *_ = ops.batch_norm_act(x, None, None, None, None, None, None, 1e-5, True, False, "", algorithm)
     exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     assert ((var - exact[0]).abs() / exact[0]).max() < 1e-6
     assert ((mean - exact[1]).abs() / exact[1]).max() < 1e-7
@@ -506,10 +491,7 @@ def test_no_images_are_none_afterwards() -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    for options, message in (
-        ({"act": "gelu"}, "'relu' or 'none'"),
-        ({"algorithm": "fast"}, "'measured', not 'fast'"),
-    ):
+    for options, message in (({"act": "gelu"}, "'relu' or 'none'"), ({"algorithm": "fast"}, "'measured', not 'fast'")):
         with pytest.raises(ValueError, match=message):
             BatchNormAct2d(4, **options)
 
@@ -544,9 +526,7 @@ def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch:
     monkeypatch.setattr(dispatch_table, "table_of", lambda device: {(18, 4, True): "cooperative"})
     launched: list[tuple[int, ...]] = []
     forward = cooperative.forward
-    monkeypatch.setattr(
-        cooperative, "forward", lambda x, *args: launched.append(x.shape) or forward(x, *args)
-    )
+    monkeypatch.setattr(cooperative, "forward", lambda x, *args: launched.append(x.shape) or forward(x, *args))
     assert_close(module(4, algorithm="measured")(x, x), expected, torch.float32)
     assert launched == [x.shape]
     module(4, algorithm="measured")(x)  # without a residual: not in the table
@@ -563,18 +543,7 @@ def test_opcheck(dtype: torch.dtype, with_residual: bool, given_statistics: bool
     x, residual = (random((2, 4, 3, 3), dtype, seed).requires_grad_() for seed in (0, 1))
     norm = module(4, dtype)
     statistics = (norm.running_mean, norm.running_var) if given_statistics else (None, None)
-    args = (
-        x,
-        residual if with_residual else None,
-        None,
-        norm.weight,
-        norm.bias,
-        *statistics,
-        1e-5,
-        True,
-        True,
-        "",
-    )
+    args = (x, residual if with_residual else None, None, norm.weight, norm.bias, *statistics, 1e-5, True, True, "")
     for algorithm in ALGORITHMS:
         torch.library.opcheck(ops.batch_norm_act, (*args, algorithm))
         plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
@@ -603,9 +572,7 @@ def worker(name: str, **env: str | None) -> str:
 
 
 @pytest.mark.parametrize("interpret", ["1", None])
-def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_same(
-    interpret: str | None,
-) -> None:
+def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_same(interpret: str | None) -> None:
     """fullgraph=True, backward through AOTAutograd and inductor; interpreted, the op is in both graphs as it is; not
     interpreted, on a CPU, inductor sees through it to the reference's operations."""
     expected = ["19", "19"] if interpret else ["0", "0"]
@@ -624,9 +591,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_the_wrong_import_name_is_loud() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=CHECKOUT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "is imported as fastres_kernels, not kernels" in done.stderr
 
@@ -655,9 +620,7 @@ def test_given_statistics_have_gradients_too(residual: bool) -> None:
     leaves = [x, *([added] if residual else []), weight, bias, mean, var]
 
     def laid_out(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return t.to(dtype).contiguous(
-            memory_format=torch.channels_last if t.ndim == 4 else torch.contiguous_format
-        )
+        return t.to(dtype).contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.contiguous_format)
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         inputs = [laid_out(t, dtype).requires_grad_() for t in leaves]

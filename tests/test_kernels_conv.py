@@ -30,10 +30,7 @@ conv_norm = torch.ops.fastres_kernels.conv_norm
 conv_norm_backward = torch.ops.fastres_kernels.conv_norm_backward
 EPS = 1e-5
 # An activation and a result are each rounded to the dtype; in between are sums of hundreds in float32.
-TOLERANCE = {
-    torch.float16: 4 * torch.finfo(torch.float16).eps,
-    torch.float32: 128 * torch.finfo(torch.float32).eps,
-}
+TOLERANCE = {torch.float16: 4 * torch.finfo(torch.float16).eps, torch.float32: 128 * torch.finfo(torch.float32).eps}
 NORMS = ("none", "statistics", "gamma", "beta", "affine")
 # N, H, W: pieces of 64 columns and two or more rows, or of 128 pixels, are one or several, and the last one smaller.
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 3, 45), (1, 9, 16)]
@@ -257,9 +254,7 @@ def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, po
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 45)], ids=["one program", "several"])
-def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(
-    shape: tuple[int, int, int],
-) -> None:
+def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(shape: tuple[int, int, int]) -> None:
     """All together add 2³¹, whatever their number."""
     n, h, w = shape
     x, weight, *norm = (t.detach() for t in inputs(n, 16, 16, h, w, 3, torch.float16))
@@ -284,9 +279,7 @@ def finish(
 ):  # fmt: skip
     """Do the final reductions of the convolutions with as many CTAs as the grid has."""
     index, reducers = tl.program_id(0), tl.num_programs(0)
-    conv_common.reduce_statistics(
-        statistics, mean, var, 8 * P - 3, 1, 8, 1, P, index, reducers, K, BLOCK_P, BLOCK
-    )
+    conv_common.reduce_statistics(statistics, mean, var, 8 * P - 3, 1, 8, 1, P, index, reducers, K, BLOCK_P, BLOCK)
     conv_common.reduce_norm_gradients(
         sums, vector, vector, 0.0, dmean, dvar, dgamma, dbeta, P, index, reducers, K, BLOCK_P, BLOCK
     )
@@ -297,9 +290,7 @@ def test_however_many_programs_finish_they_write_everything_and_the_same_bits(po
     """Of 40 channels eight at a time are the work of one, of three, of five and of seven, two of which have none."""
     generator = torch.Generator().manual_seed(0)
     p, k, n = 19, 40, 40
-    partials = [
-        torch.randn(shape, generator=generator).abs() for shape in ((p, 3, k), (p, 2, k), (p, n), (k,))
-    ]
+    partials = [torch.randn(shape, generator=generator).abs() for shape in ((p, 3, k), (p, 2, k), (p, n), (k,))]
     runs = []
     for programs in (1, 3, 5, 7):
         results = [torch.empty(k) for _ in range(6)] + [torch.empty(n)]
@@ -344,9 +335,7 @@ def test_a_nan_is_seen_and_not_hidden_by_relu(r: int) -> None:
 def test_what_does_not_fit_is_refused(odd: int) -> None:
     tensors = [t.detach() for t in inputs(1, 16, 16, 2, 2, 1, torch.float32)]
     tensors[odd] = torch.ones(16, 24, 1, 1) if odd == 1 else torch.ones(15)
-    with pytest.raises(
-        ValueError, match=r"conv_norm: weight and vectors \(16, .* do not fit x \(1, 16, 2, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"conv_norm: weight and vectors \(16, .* do not fit x \(1, 16, 2, 2\)"):
         conv_norm(*tensors, EPS)
 
 

@@ -253,9 +253,7 @@ def conv_of(c: int, k: int, stride: int = 1, bias: bool = False) -> Conv2d:
      (3, 16, 8, 7, 5), (1, 32, 16, 1, 1), (2, 16, 16, 2, 1), (130, 16, 16, 1, 16)],
     ids=str,
 )  # fmt: skip
-def test_a_convolutions_values_and_gradients_are_float64s(
-    shape: tuple[int, ...], stride: int, threads: int
-) -> None:
+def test_a_convolutions_values_and_gradients_are_float64s(shape: tuple[int, ...], stride: int, threads: int) -> None:
     n, c, k, h, w = shape
     conv = conv_of(c, k, stride, bias=k == 32)
     x = random(n, c, h, w).requires_grad_()
@@ -412,16 +410,12 @@ def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(("channels_last", "norm"), [(True, "fused"), (False, "torch")])
-def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(
-    channels_last: bool, norm: str
-) -> None:
+def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(channels_last: bool, norm: str) -> None:
     engine = EngineConfig(device="cpu", channels_last=channels_last)
     assert resolve_engine(Config(model=ModelConfig(sync_norm=True), engine=engine)).norm == norm
 
 
-@pytest.mark.parametrize(
-    ("precision", "reason"), [("fp32", "measured in bf16, not in fp32"), ("fp16", "not in fp16")]
-)
+@pytest.mark.parametrize(("precision", "reason"), [("fp32", "measured in bf16, not in fp32"), ("fp16", "not in fp16")])
 def test_auto_takes_no_table_of_another_precision(precision: str, reason: str) -> None:
     norm, why = _faster_norm(Config(), torch.device("cuda"), precision, False, "")
     assert norm == "torch" and reason in why
@@ -453,17 +447,12 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert (
-        ask(CXX=str(broken))[0]
-        == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
-    )
+    assert ask(CXX=str(broken))[0] == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
     done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
                        "--run.dir", tmp_path / "run",
                        env={"CXX": str(broken)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (
-        f"conv: torch ({broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented)" in done.stdout
-    )
+    assert f"conv: torch ({broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented)" in done.stdout
 
 
 @needs_kernels

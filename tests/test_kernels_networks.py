@@ -14,9 +14,7 @@ from fastres_kernels.experimental import NormConv2d
 from fastres_kernels.experimental.ops import kernels_for
 
 
-def train(
-    model: nn.Module, dtype: torch.dtype, steps: int, batch: int, side: int, **compile: Any
-) -> list[float]:
+def train(model: nn.Module, dtype: torch.dtype, steps: int, batch: int, side: int, **compile: Any) -> list[float]:
     """The losses of some steps of SGD, and that of inference afterwards."""
     generator = torch.Generator().manual_seed(1)
     model = model.to(dtype).to(memory_format=torch.channels_last)
@@ -48,16 +46,10 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
         ("resnet20", {}, 16),  # all but the stem and the two with a stride
         ("plain8", {}, 4),
         ("resnet8", {"shortcut": "conv1x1"}, 4),
-        (
-            "resnet50",
-            {"stem": "small"},
-            33 + 3,
-        ),  # 1x1 convolutions without a stride, and layer1's of 64 channels
+        ("resnet50", {"stem": "small"}, 33 + 3),  # 1x1 convolutions without a stride, and layer1's of 64 channels
     ],
 )
-def test_in_float64_they_are_the_plain_networks(
-    name: str, options: dict[str, Any], fused_layers: int
-) -> None:
+def test_in_float64_they_are_the_plain_networks(name: str, options: dict[str, Any], fused_layers: int) -> None:
     plain, fused = pair(name, **options)
     assert sum(isinstance(module, NormConv2d) for module in fused.modules()) == fused_layers
     assert list(fused.state_dict()) == list(plain.state_dict())

@@ -54,10 +54,7 @@ def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tm
         assert str(kernel["registers"]) in line.split()
 
     moved = {
-        block: sum(
-            part["kernel_bytes_per_element"] + part["convolution_bytes_per_element"]
-            for part in passes.values()
-        )
+        block: sum(part["kernel_bytes_per_element"] + part["convolution_bytes_per_element"] for part in passes.values())
         for block, passes in result["blocks"].items()
     }
     # 36 passes of 2 bytes, as counted by hand in torch 2.11's and 2.14's code; another version may do better.
@@ -92,20 +89,14 @@ def test_each_fault_is_a_line_with_the_kernels_name() -> None:
 @pytest.mark.parametrize(
     ("instruction", "loaded", "stored"),
     [
-        (
-            "@%p1 ld.global.L1::evict_last.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;",
-            16,
-            0,
-        ),
+        ("@%p1 ld.global.L1::evict_last.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;", 16, 0),
         ("ld.global.b16 %rs1, [%rd1];", 2, 0),
         ("cp.async.cg.shared.global [ %r5 + 0 ], [ %rd1 + 0 ], 0x10, %r6;", 16, 0),
         ("@%p2 st.global.v2.b32 [ %rd3 + 0 ], { %r7, %r8 };", 0, 8),
         ("ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];", 0, 0),
     ],
 )
-def test_the_width_of_an_access_is_read_from_its_instruction(
-    instruction: str, loaded: int, stored: int
-) -> None:
+def test_the_width_of_an_access_is_read_from_its_instruction(instruction: str, loaded: int, stored: int) -> None:
     assert (widest_access(instruction, "ld"), widest_access(instruction, "st")) == (loaded, stored)
 
 

@@ -45,7 +45,7 @@ NOT_FOR_PRODUCTS = (
 PERMITTED = {
     ("fastres.models.registry", "build_model", "fastres_kernels.experimental"): (
         "the opt-in option fused_convolutions puts experimental convolutions into a network that it builds"
-    ),
+    )
 }
 
 MOST_MODULES = 11  # in a folder, its __init__ apart
@@ -118,9 +118,7 @@ def _imported(statement: ast.Import | ast.ImportFrom, module: str) -> Iterator[s
             package = package.rpartition(".")[0]
         source = f"{package}.{source}".rstrip(".")
     names = [f"{source}.{alias.name}" for alias in statement.names]
-    yield from dict.fromkeys(
-        name if name in modules() or name in NOT_FOR_PRODUCTS else source for name in names
-    )
+    yield from dict.fromkeys(name if name in modules() or name in NOT_FOR_PRODUCTS else source for name in names)
 
 
 def is_in(module: str, package: str) -> bool:
@@ -159,9 +157,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     while unused := graph.keys() - set().union(*graph.values(), set()):
         for module in unused:
             del graph[module]
-    assert not graph, listed(
-        [f"{module} -> {sorted(needs & graph.keys())}" for module, needs in graph.items()]
-    )
+    assert not graph, listed([f"{module} -> {sorted(needs & graph.keys())}" for module, needs in graph.items()])
 
 
 def test_packages_of_fastres_import_from_lower_ones_only() -> None:

@@ -111,9 +111,7 @@ def assert_equal(batches: Batches, reference: Batches) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("channels", [3, 1])
-def test_batches_are_cropped_flipped_and_normalised(
-    loader: str, fields: dict[str, Any], channels: int
-) -> None:
+def test_batches_are_cropped_flipped_and_normalised(loader: str, fields: dict[str, Any], channels: int) -> None:
     split = noise(channels=channels)
     batches = list(make(loader, split, **fields).train(0, 9))  # epochs end within steps 3 and 6
     assert_equal(batches, expected(split, 0, 9, **fields))
@@ -187,20 +185,14 @@ def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 @every_loader
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("n", "eval_batch_size"), [(21, 8), (16, 8), (2, 2), (5, 100), (7, 1)])
-def test_evaluation_has_every_sample_exactly_once(
-    loader: str, world_size: int, n: int, eval_batch_size: int
-) -> None:
+def test_evaluation_has_every_sample_exactly_once(loader: str, world_size: int, n: int, eval_batch_size: int) -> None:
     split = noise(n)
     of_ranks = [
-        list(
-            make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world_size=world_size).evaluate()
-        )
+        list(make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world_size=world_size).evaluate())
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in of_ranks}) == 1  # a process with one more would wait for ever
-    assert {len(labels) for batches in of_ranks for _, labels in batches} == {
-        -(-eval_batch_size // world_size)
-    }
+    assert {len(labels) for batches in of_ranks for _, labels in batches} == {-(-eval_batch_size // world_size)}
     whole = normalized(split.array(1), 3)
     found = []
     for images, labels in (batch for batches in of_ranks for batch in batches):
@@ -253,9 +245,7 @@ def test_images_of_unequal_size_are_refused_by_name(loader: str, workers: int, t
 
 @every_loader
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_decoded_is_refused_by_name(
-    loader: str, workers: int, tmp_path: Path
-) -> None:
+def test_an_image_that_cannot_be_decoded_is_refused_by_name(loader: str, workers: int, tmp_path: Path) -> None:
     bad = write_image_folder(tmp_path, size=8) / "train" / "dog" / "00005.jpg"
     bad.write_bytes(bad.read_bytes()[:100])
     with rejected(bad, "cannot read the image"):
@@ -291,9 +281,7 @@ def test_resized_crop_is_drawn_per_sample_and_epoch_and_repeats(loader: str) -> 
     fields = {"augment": "resized_crop", "image_size": 16}
     batches = list(make(loader, split, **fields).train(0, 2))
     crops = torch.cat([images for images, _ in batches])
-    assert (
-        len({crop.numpy().tobytes() for crop in crops}) == 12
-    )  # no draw for a whole batch, nor for all epochs
+    assert len({crop.numpy().tobytes() for crop in crops}) == 12  # no draw for a whole batch, nor for all epochs
     assert_equal(list(make(loader, split, **fields).train(1, 2)), batches[1:])
 
 
@@ -323,9 +311,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / part / name).mkdir(parents=True)
             for number in range(count):
                 h, w = rng.integers(60, 200, 2) if part == "train" else (64, 64)
-                top, left = (
-                    int(rng.integers(limit - side)) for limit, side in zip((427, 640), (h, w), strict=True)
-                )
+                top, left = (int(rng.integers(limit - side)) for limit, side in zip((427, 640), (h, w), strict=True))
                 crop = Image.fromarray(photograph[top : top + h, left : left + w])
                 crop.save(root / part / name / f"{number:02}.jpg", quality=90)
     return root
@@ -373,15 +359,9 @@ def test_dali_sees_in_rare_formats_what_pil_sees(tmp_path: Path) -> None:
             picture.save(tmp_path / part / "a class" / name, "BMP" if "bitmap" in name else None)
     split = folder(tmp_path).train
     fields = {"augment": "none", "batch_size": len(pictures)}
-    ((theirs, _),), ((ours, _),) = (
-        list(make(name, split, **fields).train(0, 1)) for name in ("dataloader", "dali")
-    )
-    assert (
-        theirs - ours
-    ).abs().max() < 0.05  # a few grey levels in the JPEGs; a wrong mode would be a hundred
-    assert (
-        len({image.numpy().tobytes() for image in ours}) == 5
-    )  # colours, their palette, their CMYK, grey, its JPEG
+    ((theirs, _),), ((ours, _),) = (list(make(name, split, **fields).train(0, 1)) for name in ("dataloader", "dali"))
+    assert (theirs - ours).abs().max() < 0.05  # a few grey levels in the JPEGs; a wrong mode would be a hundred
+    assert len({image.numpy().tobytes() for image in ours}) == 5  # colours, their palette, their CMYK, grey, its JPEG
 
 
 @every_loader
@@ -397,9 +377,7 @@ def test_a_damaged_file_is_named(loader: str, damage: str, photographs: Path, tm
 
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "failed"])
-def test_dali_leaves_nothing_for_a_forked_process_to_collect(
-    end: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dali_leaves_nothing_for_a_forked_process_to_collect(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a run ends, its pipeline is shut down then, and not by whichever process collects it."""
     made: list[Any] = []
     build = dali.DaliLoader._pipeline

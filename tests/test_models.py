@@ -40,9 +40,7 @@ def output_sizes(model: nn.Module, x: Tensor, *names: str) -> list[tuple[int, ..
     """(C, H, W) of what the named modules of the model make of x."""
     sizes: list[tuple[int, ...]] = []
     for name in names:
-        model.get_submodule(name).register_forward_hook(
-            lambda _, args, out: sizes.append(tuple(out.shape[1:]))
-        )
+        model.get_submodule(name).register_forward_hook(lambda _, args, out: sizes.append(tuple(out.shape[1:])))
     model(x)
     return sizes
 
@@ -90,9 +88,7 @@ def test_stages_halve_the_image_and_double_the_width() -> None:
     assert sizes == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet", "speed_resnet"]
-)
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "resnet18", "resnet50", "mini_resnet", "speed_resnet"])
 def test_channels_classes_and_image_size_are_free(name: str) -> None:
     model = build_model(name, in_channels=1, num_classes=7)
     assert model(torch.randn(2, 1, 40, 36)).shape == (2, 7)
@@ -122,9 +118,7 @@ def test_pad_takes_every_second_row_and_column_and_appends_zero_channels() -> No
 
 def test_maxpool_pad_takes_the_maximum_of_each_window_and_appends_zero_channels() -> None:
     x = -torch.arange(9.0).reshape(1, 1, 3, 3) - 1  # negative: a window must not see zeros beyond the edge
-    assert SHORTCUTS["maxpool_pad"](1, 2, 2, nn.BatchNorm2d)(x).tolist() == [
-        [[[-1, -3], [-7, -9]], [[0, 0], [0, 0]]]
-    ]
+    assert SHORTCUTS["maxpool_pad"](1, 2, 2, nn.BatchNorm2d)(x).tolist() == [[[[-1, -3], [-7, -9]], [[0, 0], [0, 0]]]]
 
 
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -316,8 +310,7 @@ def test_v1_puts_the_stride_on_the_first_1x1() -> None:
 
 def test_v1_is_the_same_net_without_bottlenecks() -> None:
     strides = [
-        [m.stride for m in on_meta("resnet18", v1=v1).modules() if isinstance(m, nn.Conv2d)]
-        for v1 in (False, True)
+        [m.stride for m in on_meta("resnet18", v1=v1).modules() if isinstance(m, nn.Conv2d)] for v1 in (False, True)
     ]
     assert strides[0] == strides[1]
 
@@ -468,9 +461,7 @@ def test_channels_last_forward_and_backward(name: str, options: dict[str, Any], 
     watched = {key: module for key, module in model.named_modules() if isinstance(module, kinds)}
     for key, module in watched.items():
         module.register_forward_hook(partial(hook, key))
-    x = (
-        torch.randn(2, 3, 65, 65).double().to(memory_format=torch.channels_last)
-    )  # odd; 3 px remain at the end
+    x = torch.randn(2, 3, 65, 65).double().to(memory_format=torch.channels_last)  # odd; 3 px remain at the end
     model(x).square().sum().backward()
     assert wrong == []
     assert checked == 2 * len(watched)

@@ -115,10 +115,7 @@ class Launcher:
         self.log = run.with_suffix(".log")
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=users_environment({"GLOO_SOCKET_IFNAME": interface}),
+                command, stdout=file, stderr=subprocess.STDOUT, env=users_environment({"GLOO_SOCKET_IFNAME": interface})
             )
 
     def ends(self) -> int:
@@ -144,10 +141,7 @@ def fixed(on: Host, first: Host) -> list[str]:
 def launch(hosts: tuple[Host, Host], folder: Path, how: Callable[[Host, Host], list[str]],
            *flags: object) -> list[Launcher]:  # fmt: skip
     """Start the same command on both, each with a run.dir of its own; only rank 0 may create its folder."""
-    return [
-        Launcher(on, how(on, hosts[0]), folder / name, *flags)
-        for on, name in zip(hosts, ("a", "b"), strict=True)
-    ]
+    return [Launcher(on, how(on, hosts[0]), folder / name, *flags) for on, name in zip(hosts, ("a", "b"), strict=True)]
 
 
 def step_of(run: Path) -> int:
@@ -182,9 +176,7 @@ def stalls(run: Path, launchers: list[Launcher]) -> int:
 def test_two_hosts_train_what_two_processes_on_one_do_and_wait_for_a_cut_of_seconds(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
-    one_host = Launcher(
-        hosts[0], ["--standalone", "--nproc_per_node=2"], tmp_path / "one_host", interface="lo"
-    )
+    one_host = Launcher(hosts[0], ["--standalone", "--nproc_per_node=2"], tmp_path / "one_host", interface="lo")
     launchers = launch(hosts, tmp_path, with_rendezvous)
     wait_for("step 50", lambda: step_of(tmp_path / "a") >= 50, launchers)
     hosts[1].cut()

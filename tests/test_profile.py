@@ -70,9 +70,7 @@ def raw(done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "profile.json").read_text(encoding="utf-8"))
 
 
-def test_the_terminal_has_every_variant_and_why_others_are_not_there(
-    done: subprocess.CompletedProcess[str],
-) -> None:
+def test_the_terminal_has_every_variant_and_why_others_are_not_there(done: subprocess.CompletedProcess[str]) -> None:
     assert done.stderr == ""
     for name in NAMES:
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]) == 3
@@ -99,18 +97,13 @@ def test_the_raw_numbers_hang_together(raw: dict[str, Any]) -> None:
         assert each["gflop_per_s"] == pytest.approx(each["flops_per_step"] * 2 / step["median_s"] / 1e9)
         for part in PARTS:
             assert each["parts"][part]["n"] == 3 * 2  # without the warm-up
-            assert (
-                each[f"{part}_ms"] == pytest.approx(1e3 * each["parts"][part]["median_s"])
-                and each[f"{part}_ms"] > 0
-            )
+            assert each[f"{part}_ms"] == pytest.approx(1e3 * each["parts"][part]["median_s"]) and each[f"{part}_ms"] > 0
         assert each["share_of_peak"] is None and each["kernels_busy"] is None
         assert each["peak_mb"] > each["held_mb"] > 0
         assert sum(operator["share"] for operator in each["operators"]) == pytest.approx(1)
         assert each["launches"] == pytest.approx(sum(operator["calls"] for operator in each["operators"]))
     fp32, bf16 = variants[1], variants[2]
-    assert (
-        bf16["bytes_per_step"] < fp32["bytes_per_step"] and bf16["step_peak_bytes"] < fp32["step_peak_bytes"]
-    )
+    assert bf16["bytes_per_step"] < fp32["bytes_per_step"] and bf16["step_peak_bytes"] < fp32["step_peak_bytes"]
 
 
 def test_work_is_that_of_the_network(raw: dict[str, Any]) -> None:
@@ -150,11 +143,7 @@ def test_the_picture_shows_something(raw: dict[str, Any], folder: Path) -> None:
         colors = picture.convert("RGB").getcolors(maxcolors=2**24)
     assert colors is not None
     drawn = {color for _, color in colors}
-    assert {
-        (0x48, 0x78, 0xA8),
-        (0xE0, 0x8A, 0x3C),
-        (0x6A, 0xA5, 0x6A),
-    } <= drawn  # forward, backward, optimizer
+    assert {(0x48, 0x78, 0xA8), (0xE0, 0x8A, 0x3C), (0x6A, 0xA5, 0x6A)} <= drawn  # forward, backward, optimizer
 
 
 def test_traces_have_the_ranges_of_each_step(raw: dict[str, Any], folder: Path) -> None:
@@ -176,9 +165,7 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
         pytest.skip(why)
     sizes = ("--channels", "8", "--size", "8", "--batch-size", "4", "--rounds", "1", "--steps", "1")
     variants = ("nchw", "compile-channels_last-bf16")
-    ran = run_fastres(
-        "profile", "--block", "basic", *sizes, "--no-trace", "--variants", *variants, cwd=tmp_path
-    )
+    ran = run_fastres("profile", "--block", "basic", *sizes, "--no-trace", "--variants", *variants, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     out = tmp_path / "profiles" / "basic-8x8"
     assert sorted(path.name for path in out.iterdir()) == ["profile.csv", "profile.json", "profile.png"]
@@ -223,9 +210,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as refused:
-        profile.main(
-            [*arguments.split(), "--device=cpu"] if "--device" not in arguments else arguments.split()
-        )
+        profile.main([*arguments.split(), "--device=cpu"] if "--device" not in arguments else arguments.split())
     assert line in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -237,9 +222,7 @@ def test_refused_in_one_line_with_status_2(tmp_path: Path) -> None:
     assert line.startswith("fastres: error: argument --rounds")
 
 
-def test_a_folder_that_holds_a_profile_stays_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_holds_a_profile_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("resnet8", "resnet8-2", "resnet8-3"):
         folder = profile.folder_for(None, "resnet8")
@@ -282,12 +265,7 @@ def test_a_variant_is_what_the_engine_makes_of_it() -> None:
     engines, unavailable = resolved(workload, [asked], "cpu")
     engine = engines[asked]
     assert unavailable == {}
-    assert (engine.compile, engine.norm, engine.channels_last, engine.precision) == (
-        True,
-        "fused",
-        True,
-        "bf16",
-    )
+    assert (engine.compile, engine.norm, engine.channels_last, engine.precision) == (True, "fused", True, "bf16")
 
 
 @pytest.mark.parametrize(
@@ -353,9 +331,7 @@ def test_all_variants_start_alike() -> None:
     reference, other = (run_of(name, workload) for name in ("fp32", "fused-channels_last-bf16"))
     for name, weight in reference.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name])
-    assert torch.equal(reference.images.bfloat16(), other.images) and torch.equal(
-        reference.labels, other.labels
-    )
+    assert torch.equal(reference.images.bfloat16(), other.images) and torch.equal(reference.labels, other.labels)
     assert other.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -374,9 +350,7 @@ def test_measuring_leaves_the_weights_and_gives_a_blocks_input_its_gradient() ->
         *(name for name, _ in run.model.named_parameters()), "input"
     }  # fmt: skip
     assert all(torch.equal(outcome.gradients[n], again.gradients[n]) for n in outcome.gradients)
-    assert (
-        run_of("fp32", model_workload("resnet8", {}, 2, 16)).outcome().gradients.keys().isdisjoint({"input"})
-    )
+    assert run_of("fp32", model_workload("resnet8", {}, 2, 16)).outcome().gradients.keys().isdisjoint({"input"})
 
 
 def test_fp16_has_finite_gradients_without_the_loss_scale() -> None:

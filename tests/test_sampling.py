@@ -78,9 +78,7 @@ def test_blocks_join_and_batches_are_full(order: SampleOrder, a: int, length: in
 
 @settings(max_examples=50, deadline=None)
 @given(order=orders, step=st.integers(0, 30), world_size=st.sampled_from([1, 2, 4]))
-def test_the_shares_of_the_processes_make_up_the_global_batch(
-    order: SampleOrder, step: int, world_size: int
-) -> None:
+def test_the_shares_of_the_processes_make_up_the_global_batch(order: SampleOrder, step: int, world_size: int) -> None:
     shares = [
         SampleOrder(**{**vars(order), "rank": rank, "world_size": world_size}).samples(step, step + 1)
         for rank in range(world_size)
@@ -110,10 +108,7 @@ def test_other_seeds_and_epochs_have_other_orders() -> None:
 def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
     n = 60
     drawn = [
-        {
-            row[:2]: row[2:]
-            for row in rows(SampleOrder(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))
-        }
+        {row[:2]: row[2:] for row in rows(SampleOrder(n=n, batch=batch, seed=3, pad=4, flip=True).samples(0, steps))}
         for batch, steps in ((60, 3), (12, 15), (45, 4), (180, 1))
     ]
     assert set(drawn[0]) == {(epoch, index) for epoch in range(3) for index in range(n)}
@@ -224,9 +219,7 @@ def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
         (1, 7, 3, 5, 0),
         (1, 4, 4, 1, 0),
     ]
-    order = SampleOrder(
-        n=10, batch=4, seed=5, size=32, flip="alternating", cutout=True, mixup=0.2, cutmix=1.0
-    )
+    order = SampleOrder(n=10, batch=4, seed=5, size=32, flip="alternating", cutout=True, mixup=0.2, cutmix=1.0)
     assert everything(order.samples(2, 3)) == [
         (0, 7, 0, 0, 0, 14, 3, pytest.approx(1.8154185e-14), 0, 0, 0, 0),
         (0, 8, 0, 0, 0, 24, 26, pytest.approx(0.98144223), 0, 0, 0, 0),

@@ -36,9 +36,7 @@ PLAIN = [  # ways to ask jsonargparse for a class
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_a_configuration_file_imports_nothing(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_file_imports_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "planted.py").write_text("class Thing: pass\n")
     (tmp_path / "config.yaml").write_text(text.format("planted.Thing"))
@@ -105,12 +103,5 @@ def test_no_module_reads_pickles_or_yaml_that_may_run_something() -> None:
     for path in Path(fastres.__file__).parent.rglob("*.py"):
         source = path.read_text()
         assert source.count("torch.load(") == source.count("weights_only=True)"), path
-        for call in (
-            "pickle.load",
-            "yaml.load(",
-            "yaml.unsafe_load",
-            "yaml.full_load",
-            "allow_pickle",
-            "np.load(",
-        ):
+        for call in ("pickle.load", "yaml.load(", "yaml.unsafe_load", "yaml.full_load", "allow_pickle", "np.load("):
             assert call not in source, (path, call)

@@ -82,9 +82,7 @@ def test_synthetic_is_balanced_deterministic_and_learnable(tmp_path: Path) -> No
     again = load("synthetic", tmp_path, synthetic_samples=200, image_size=20)
     assert np.array_equal(source.train.array(1), again.train.array(1))
 
-    train, test = (
-        split.array(1).reshape(len(split), -1).astype(float) for split in (source.train, source.test)
-    )
+    train, test = (split.array(1).reshape(len(split), -1).astype(float) for split in (source.train, source.test))
     means = np.stack([train[source.train.labels == label].mean(axis=0) for label in range(10)])
     nearest = ((test[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
     assert (nearest == source.test.labels).all()
@@ -107,10 +105,7 @@ def test_cifar10_is_read_as_pickle_reads_it(tmp_path: Path, protocol: int) -> No
     assert source.train.labels[4:8].tolist() == batch["labels"]
     assert source.notes == tuple(
         f"cifar10 under {tmp_path} has {note}"
-        for note in (
-            "20 training images; the published set has 50,000",
-            "5 test images; the published set has 10,000",
-        )
+        for note in ("20 training images; the published set has 50,000", "5 test images; the published set has 10,000")
     )
 
 
@@ -236,11 +231,7 @@ def test_a_truncated_idx_file_is_refused(tmp_path: Path, name: str, keep: int, p
         load("mnist", tmp_path)
 
 
-BAD_LABELS = {
-    "too few": np.zeros(511),
-    "out of range": np.full(512, 10),
-    "images": np.zeros((512, 28, 28)),
-}
+BAD_LABELS = {"too few": np.zeros(511), "out of range": np.full(512, 10), "images": np.zeros((512, 28, 28))}
 
 
 @pytest.mark.parametrize("labels", BAD_LABELS.values(), ids=BAD_LABELS)
@@ -278,14 +269,8 @@ def test_image_folder_is_sorted_by_class_and_file(tmp_path: Path, held: str, suf
     assert_sound(source.train, 12, (32, 32, 3), 3)
     assert_sound(source.test, 6, (32, 32, 3), 3)
     assert source.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert [path.parent.name for path in source.train.paths] == ["white cat"] * 4 + ["zebra"] * 4 + [
-        "Ährenfeld"
-    ] * 4
-    assert all(
-        a < b
-        for a, b in zip(source.train.paths, source.train.paths[1:], strict=False)
-        if a.parent == b.parent
-    )
+    assert [path.parent.name for path in source.train.paths] == ["white cat"] * 4 + ["zebra"] * 4 + ["Ährenfeld"] * 4
+    assert all(a < b for a, b in zip(source.train.paths, source.train.paths[1:], strict=False) if a.parent == b.parent)
 
 
 def test_test_wins_over_val_and_says_so(tmp_path: Path) -> None:
@@ -328,9 +313,7 @@ def test_links_are_followed_and_those_that_lead_out_are_said(tmp_path: Path) -> 
         source = load("imagefolder", root)
         assert len(source.train) == count
         (note,) = source.notes
-        assert note.startswith(
-            f"1 links lead out of {root} and are followed; the first is {root / 'train' / link}"
-        )
+        assert note.startswith(f"1 links lead out of {root} and are followed; the first is {root / 'train' / link}")
         assert note.endswith(str(outside / target))
         (root / "train" / link).unlink()
     (root / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
@@ -371,9 +354,7 @@ def test_links_that_lead_to_no_image_are_refused_by_name(tmp_path: Path, links: 
 GREY16 = Image.fromarray(np.full((6, 5), 0xABCD, np.uint16))
 PALETTE = Image.new("P", (5, 6), 1)
 PALETTE.putpalette([0, 0, 0, 10, 20, 30])
-MODES: dict[
-    str, tuple[Image.Image, dict[str, Any], tuple[int, int, int]]
-] = {  # with the colour that comes out
+MODES: dict[str, tuple[Image.Image, dict[str, Any], tuple[int, int, int]]] = {  # with the colour that comes out
     "rgb.jpg": (Image.new("RGB", (5, 6), (0, 0, 0)), {}, (0, 0, 0)),
     "grey.jpg": (Image.new("L", (5, 6), 128), {}, (128, 128, 128)),
     "cmyk.jpg": (Image.new("CMYK", (5, 6), (0, 0, 0, 0)), {}, (255, 255, 255)),

@@ -87,9 +87,7 @@ def test_a_step_is_forward_loss_backward_and_sgd_and_nothing_else(nesterov: bool
     oracle = copy.deepcopy(model)
     step = a_step(model, smoothing=0.1, nesterov=nesterov, weight_decay=1e-2)
     # torch's own first step sets the momentum to the gradient; ours starts it from zero
-    sgd = torch.optim.SGD(
-        oracle.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, fused=True
-    )
+    sgd = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, fused=True)
     loss_sum, correct = 0.0, 0
     for i, lr in enumerate([0.1, 0.05, 0.2]):
         images, labels = a_batch(seed=i)
@@ -157,9 +155,7 @@ def test_what_is_decayed(name: str, everything: bool) -> None:
 
 def norm_biases_of(model: nn.Module) -> set[str]:
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    return {
-        key for key, _ in model.named_parameters() if key.endswith("bias") and key.rpartition(".")[0] in norms
-    }
+    return {key for key, _ in model.named_parameters() if key.endswith("bias") and key.rpartition(".")[0] in norms}
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -218,9 +214,7 @@ def test_muon_takes_the_filters_and_sgd_all_else() -> None:
     momenta = {name: torch.zeros_like(p) for name, p in filters.items()}
     sgd = torch.optim.SGD([p for p in oracle.parameters() if p.ndim != 4], lr=0.125, **how)
     assert len(filters) > 5
-    for i, lr in enumerate(
-        [0.125, 0.0625, 0.25]
-    ):  # exact in float32; the filters' rate stays twice the others'
+    for i, lr in enumerate([0.125, 0.0625, 0.25]):  # exact in float32; the filters' rate stays twice the others'
         images, labels = a_batch(seed=i)
         step(images.double(), labels, lr, i)
 
@@ -239,9 +233,7 @@ def test_muon_takes_the_filters_and_sgd_all_else() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-9), name
 
 
-@pytest.mark.parametrize(
-    "shape", [(16, 3, 3, 3), (64, 16, 3, 3), (64, 8, 1, 1), (10, 20, 1, 1), (1, 4, 3, 3)]
-)
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (64, 16, 3, 3), (64, 8, 1, 1), (10, 20, 1, 1), (1, 4, 3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_orthogonal_filters_have_singular_values_near_one(
@@ -352,9 +344,7 @@ def broken_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("asked_for", [True, False])
-def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(
-    asked_for: bool, broken_compiler: None
-) -> None:
+def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(asked_for: bool, broken_compiler: None) -> None:
     model, how = a_net(), engine(compile=True, compile_may_fall_back=not asked_for)
     oracle = copy.deepcopy(model)
     step = TrainStep(model, how, OptimConfig())
@@ -510,12 +500,8 @@ def test_metrics_add_up_and_remember_the_first_step_of_non_finite_loss() -> None
 # ---- state --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("precision", "bias_scale"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp32", 64.0)]
-)
-def test_a_restored_step_goes_on_as_the_first_would(
-    precision: str, bias_scale: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("precision", "bias_scale"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp32", 64.0)])
+def test_a_restored_step_goes_on_as_the_first_would(precision: str, bias_scale: float, tmp_path: Path) -> None:
     options: dict[str, Any] = {"nesterov": True, "norm_bias_lr_scale": bias_scale}
     uninterrupted = a_step(a_net(), precision, **options)
     run_steps(uninterrupted, 3)
@@ -542,9 +528,7 @@ def test_the_state_of_another_model_is_not_loaded() -> None:
         a_step(a_net("cifar_resnet", blocks_per_stage=2)).load_state_dict(state)
 
 
-def test_one_process_may_compile_a_step_for_more_networks_than_dynamos_eight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_process_may_compile_a_step_for_more_networks_than_dynamos_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     config = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)
     raise_recompile_limit(20)

@@ -112,17 +112,13 @@ def test_a_run_leaves_behind_what_it_says(undisturbed: Path) -> None:
     assert [path.name for path in checkpoint.found(undisturbed / "checkpoints")] == [
         "step-00000040.pt", "step-00000032.pt", "step-00000024.pt",
     ]  # fmt: skip
-    assert {"torch", "device", "commit", "command"} <= json.loads(
-        (undisturbed / "env.json").read_text()
-    ).keys()
+    assert {"torch", "device", "commit", "command"} <= json.loads((undisturbed / "env.json").read_text()).keys()
 
 
 def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(undisturbed: Path) -> None:
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     for evaluation in (row for row in rows if row["split"] == "test"):
-        since = [
-            row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20
-        ]
+        since = [row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20]
         assert evaluation["train_loss"] == pytest.approx(sum(row["loss"] for row in since) / len(since))
 
 
@@ -271,9 +267,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"step {step} did not come")
 
 
-@pytest.mark.parametrize(
-    ("step", "loader"), [(9, "resident"), (22, "resident"), (31, "resident"), (14, "dali")]
-)
+@pytest.mark.parametrize(("step", "loader"), [(9, "resident"), (22, "resident"), (31, "resident"), (14, "dali")])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     train: Train, undisturbed: Path, tmp_path: Path, step: int, loader: str
 ) -> None:
@@ -285,9 +279,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert not (tmp_path / "run/summary.json").exists(), "killed too late to show anything"
     assert train(*flags) == 0
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
-    for name, columns in (
-        ("history.csv", ("step", "train_loss", "eval_loss", "train_accuracy", "eval_accuracy")),
-    ):
+    for name, columns in (("history.csv", ("step", "train_loss", "eval_loss", "train_accuracy", "eval_accuracy")),):
         with (tmp_path / "run" / name).open() as a, (undisturbed / name).open() as b:
             rows, expected = list(csv.DictReader(a)), list(csv.DictReader(b))
         assert [[row[c] for c in columns] for row in rows] == [[row[c] for c in columns] for row in expected]
@@ -351,9 +343,7 @@ DISK = [*SHORT, "--model.name", "resnet8", "--train.log_every", "1"]
         (30_000, "--train.steps 0 --schedule.warmup_steps 0", "cannot write to run.dir {run}: File too large; there"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written_ends_the_run_in_a_line(
-    tmp_path: Path, largest: int, flags: str, what: str
-) -> None:
+def test_what_cannot_be_written_ends_the_run_in_a_line(tmp_path: Path, largest: int, flags: str, what: str) -> None:
     """The system's limit on the size of a file stands for that of the disk: the same call fails."""
     run = tmp_path / "run"
     done = subprocess.run(
@@ -369,17 +359,13 @@ def test_what_cannot_be_written_ends_the_run_in_a_line(
 def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a disk of 2 MB can be made by root only")
     try:
         flags = [*DISK, "--run.keep_checkpoints", "9"]
         process = start(*flags, "--run.dir", disk / "run")
         out = process.communicate()[0]
-        assert process.returncode == 1 and "No space left on device; the ones before it are intact" in out, (
-            out
-        )
+        assert process.returncode == 1 and "No space left on device; the ones before it are intact" in out, out
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -407,9 +393,7 @@ def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     out = process.communicate()[0]
     assert process.returncode == 1
-    assert out.splitlines()[-1].startswith(
-        f"fastres: error: cannot write to run.dir {tmp_path / 'run'}: No such file"
-    )
+    assert out.splitlines()[-1].startswith(f"fastres: error: cannot write to run.dir {tmp_path / 'run'}: No such file")
     assert checkpoint.latest(tmp_path / "elsewhere/checkpoints") is not None
 
 
@@ -452,10 +436,7 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         ("--recipe digits --engine.device cuda", "--engine.device cpu"),
         ("--recipe digits --engine.cuda_graph true", "cuda_graph"),
         ("--recipe digits --model.norm fused --engine.channels_last false", "model.norm fused"),
-        (
-            "--recipe digits --model.norm apex",
-            "model.norm apex: NVIDIA's apex is not installed; use torch or fused",
-        ),
+        ("--recipe digits --model.norm apex", "model.norm apex: NVIDIA's apex is not installed; use torch or fused"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
         ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),
@@ -467,14 +448,8 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         (f"--recipe digits --run.dir {'x' * 300}", "File name too long"),
         ("--data.root ~nosuchuser/data", "--data.root ~nosuchuser/data: "),
         ("--data.root nothing --data.mirror http://[", "http://["),
-        (
-            "--recipe digits --train.batch_size 1 --model.name resnet18",
-            "resnet18 cannot take 1 image of 8x8 pixels",
-        ),
-        (
-            "--recipe digits --train.accumulate 128 --model.name resnet18",
-            "resnet18 cannot take 1 image of 8x8 pixels",
-        ),
+        ("--recipe digits --train.batch_size 1 --model.name resnet18", "resnet18 cannot take 1 image of 8x8 pixels"),
+        ("--recipe digits --train.accumulate 128 --model.name resnet18", "resnet18 cannot take 1 image of 8x8 pixels"),
         (
             "--recipe digits --model.name speed_resnet --model.options.widths [8,8,8,8]",
             "speed_resnet cannot take 128 images of 8x8 pixels",
@@ -535,9 +510,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_kept(
     assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
 
 
-def test_a_second_writer_is_kept_out(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_writer_is_kept_out(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run/.lock"):
         process = start(*SHORT, "--run.dir", tmp_path / "run")
@@ -560,9 +533,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = checkpoint.found(undisturbed / "checkpoints")[0]
-    assert (
-        train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
-    )
+    assert train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
     assert "of another model" in refusal(capsys)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(state.read_bytes()[:5000])
@@ -591,7 +562,5 @@ def test_without_a_compiler_auto_runs_eager_and_says_so(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "compile: false (no C++ compiler" in done.stdout
-    done = subprocess.run(
-        [*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "engine.compile true: no C++ compiler" in done.stderr

@@ -14,16 +14,12 @@ from bench.lib.workloads import DEVICE, Net, Steps
 from fastres.utils.hardware import peaks_of
 from fastres.utils.timing import Region, Timing, time_region
 
-ROUND_S = (
-    0.4  # of the engine: long compared with the timer and one synchronisation, short compared with a drift
-)
+ROUND_S = 0.4  # of the engine: long compared with the timer and one synchronisation, short compared with a drift
 BUDGET_S = 14.0  # of a comparison, without its warm-up
 ROUNDS = (5, 15)  # at least, at most
 
 
-def benchmark_interleaved(
-    benchmark: Any, timers: Mapping[str, Callable[[], float]], rounds: int
-) -> dict[str, Timing]:
+def benchmark_interleaved(benchmark: Any, timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
     """Call the timers interleaved, `rounds` times each. pytest-benchmark's own figures are those of the last one.
 
     Args:
@@ -53,10 +49,7 @@ def paired_benchmark(benchmark: Any, baseline: Region, region: Region, images: i
         images: the number of images of each region.
         rounds: the number of rounds.
     """
-    timers = {
-        "baseline": partial(time_region, baseline, DEVICE),
-        "ours": partial(time_region, region, DEVICE),
-    }
+    timers = {"baseline": partial(time_region, baseline, DEVICE), "ours": partial(time_region, region, DEVICE)}
     theirs, ours = benchmark_interleaved(benchmark, timers, rounds).values()
     images_per_s, *quantiles = ours.rates(images)
     ratio = ours.ratio_to(theirs)

@@ -14,14 +14,7 @@ Info = dict[str, Any]  # a benchmark's extra_info
 
 # ---- accuracies over seeds --------------------------------------------------------------------------------------
 
-SAME_RUN = (
-    "what",
-    "case",
-    "model",
-    "data",
-    "steps",
-    "precision",
-)  # rows that agree in these differ in the seed only
+SAME_RUN = ("what", "case", "model", "data", "steps", "precision")  # rows that agree in these differ in the seed only
 
 
 def merge_seeds(infos: Sequence[Info]) -> list[Info]:
@@ -39,8 +32,7 @@ def _merged(runs: list[Info]) -> Info:
     """Merge the rows of several seeds, each with its accuracies and its time."""
     times = [run["train_time_s"] for run in runs]
     accuracies = {
-        name: [run["accuracies"][name] for run in runs if name in run["accuracies"]]
-        for name in ("fastres", "plain")
+        name: [run["accuracies"][name] for run in runs if name in run["accuracies"]] for name in ("fastres", "plain")
     }
     ours, plain = accuracies.values()
     proofs = [run["twin"] for run in runs if run.get("twin")]

@@ -229,9 +229,6 @@ TABLES: dict[str, tuple[str, Lines]] = {
     "bench_scaling.py": ("cost of a step", _each(_scaling)),
     "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", _each(_loader)),
     "bench_kernel_times.py": ("a step's kernels and gaps", _each(_kernel_times)),
-    "bench_compile.py": (
-        "images/s under inductor's settings, interleaved with the default",
-        _each(_compile),
-    ),
+    "bench_compile.py": ("images/s under inductor's settings, interleaved with the default", _each(_compile)),
     "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
 }

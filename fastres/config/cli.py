@@ -38,9 +38,7 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     files, flags = _split_files_from_flags(argv, prog)
     flags = _rename_flag_values(flags)
     parser = _parser(prog)
-    layers = [
-        (name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config
-    ]
+    layers = [(name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
     merged: dict[str, Any] = {}
@@ -85,9 +83,7 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named"
-    )
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named")
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -95,9 +91,7 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="configuration file, YAML or JSON, the tutorial's config.json too; may be repeated",
     )
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved configuration and leave"
-    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
 
 
 def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -132,10 +126,7 @@ def _rename_flag_values(flags: list[str]) -> list[str]:
 
 def _note(where: str, name: str, old: str, new: str) -> None:
     """Print that a value has another name now."""
-    print(
-        f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version",
-        file=sys.stderr,
-    )
+    print(f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version", file=sys.stderr)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -156,14 +147,10 @@ def _reject_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> A
         key = match[1]
         raise UsageError(f"{where}{key}: {_given(given, key)!r} is not {describe(key)}") from None
     if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
-        raise UsageError(
-            f"unknown flag --{match[2]}{did_you_mean(match[2], FIELDS)}; --help lists them all"
-        ) from None
+        raise UsageError(f"unknown flag --{match[2]}{did_you_mean(match[2], FIELDS)}; --help lists them all") from None
     if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
         key = f"{match[1]}.{match[2]}"
-        raise UsageError(
-            f"{where}unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all"
-        ) from None
+        raise UsageError(f"{where}unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all") from None
     raise UsageError(f"{where}{text}") from None
 
 

@@ -15,9 +15,7 @@ def describe(key: str) -> str:
     """Return what the field `section.name` takes, in words, from its type."""
     section, _, name = key.partition(".")
     kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name.split(".")[0]]
-    return " or ".join(
-        _describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,))
-    )
+    return " or ".join(_describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,)))
 
 
 def _is_union(kind: Any) -> bool:

@@ -39,9 +39,7 @@ def load_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(
-            f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}"
-        )
+        raise UsageError(f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}")
     if set(content) & set(TUTORIAL_KEYS):
         return translate_tutorial(content, path)
     _check_fields(content, path)
@@ -51,9 +49,7 @@ def load_file(path: Path) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Return the names of the packaged recipes, sorted."""
     folder = resources.files("fastres.config.recipes")
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -66,9 +62,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         return load_file(path)
 
 
-def rename_values(
-    content: dict[str, Any], note: Callable[[str, str, str], None] = lambda *_: None
-) -> dict[str, Any]:
+def rename_values(content: dict[str, Any], note: Callable[[str, str, str], None] = lambda *_: None) -> dict[str, Any]:
     """Return a nested configuration with the present names of values that were renamed.
 
     Args:
@@ -95,15 +89,11 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
             near = did_you_mean(str(section), SECTIONS)
             raise UsageError(f"{path}: unknown section {section!r}{near}; there are: {', '.join(SECTIONS)}")
         if not isinstance(fields, dict):
-            raise UsageError(
-                f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}"
-            )
+            raise UsageError(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
         for name, value in fields.items():
             key = f"{section}.{name}"
             if key not in FIELDS:  # jsonargparse would import the module of a field class_path
-                raise UsageError(
-                    f"{path}: unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all"
-                )
+                raise UsageError(f"{path}: unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all")
             if value is None and "null" not in describe(key):
                 raise UsageError(f"{path}: {key}: null is not {describe(key)}")
 

@@ -53,9 +53,7 @@ class ModelConfig:
 class DataConfig:
     """The data set and how its samples reach the device."""
 
-    source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = (
-        "cifar10"
-    )
+    source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = "cifar10"
     """Data set. digits is built in: scikit-learn's 1,797 handwritten digits, 8x8."""
 
     root: str = "data"

@@ -37,8 +37,7 @@ def _check_numbers(config: Config) -> None:
     for section in SECTIONS:
         for name, value in vars(getattr(config, section)).items():
             _reject_if(
-                isinstance(value, float) and not math.isfinite(value),
-                f"{section}.{name}: {value} is not finite",
+                isinstance(value, float) and not math.isfinite(value), f"{section}.{name}: {value} is not finite"
             )
             for number in value if isinstance(value, tuple) else (value,):
                 _reject_if(
@@ -63,8 +62,7 @@ def _check_training(config: Config) -> None:
 
 def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
     _reject_if(
-        list(schedule.milestones) != sorted(set(schedule.milestones))
-        or min(schedule.milestones, default=1) < 1,
+        list(schedule.milestones) != sorted(set(schedule.milestones)) or min(schedule.milestones, default=1) < 1,
         f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
     )
     _reject_if(

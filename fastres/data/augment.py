@@ -101,8 +101,7 @@ def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
     """Return every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size)."""
     if pad_mode == "reflect":  # torch cannot reflect uint8, so index rows and columns
         rows, columns = (
-            torch.from_numpy(np.pad(np.arange(side), pad, "reflect")).to(images.device)
-            for side in images.shape[1:3]
+            torch.from_numpy(np.pad(np.arange(side), pad, "reflect")).to(images.device) for side in images.shape[1:3]
         )
         padded = images[:, rows][:, :, columns]
     else:
@@ -157,9 +156,7 @@ def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Ten
     height, width = images.shape[2:]
     own = blend[:, None, None, None]
     mixed = torch.lerp(_neighbours(images).float(), images.float(), own).to(images.dtype)
-    mixed = torch.where(
-        _rectangle_mask(box[:, 0::2], box[:, 1::2], images.shape[2:]), _neighbours(images), mixed
-    )
+    mixed = torch.where(_rectangle_mask(box[:, 0::2], box[:, 1::2], images.shape[2:]), _neighbours(images), mixed)
     covered = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / (height * width)
     own = (blend * (1 - covered))[:, None]
     return mixed, torch.lerp(_neighbours(shares), shares, own)
@@ -182,9 +179,7 @@ def crop_and_flip_one(
     image: np.ndarray, size: int, pad: int, pad_mode: str, dy: int, dx: int, flip: bool
 ) -> np.ndarray:
     """Crop and flip one image on the host as crop_and_flip() does: (H, W, C) uint8 -> (size, size, C) uint8."""
-    padded = np.pad(
-        image, ((pad, pad), (pad, pad), (0, 0)), "reflect" if pad_mode == "reflect" else "constant"
-    )
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), "reflect" if pad_mode == "reflect" else "constant")
     crop = padded[dy : dy + size, dx : dx + size]
     return np.ascontiguousarray(crop[:, ::-1] if flip else crop)
 
@@ -227,9 +222,7 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return _resize(image, (width, height))[top : top + size, left : left + size]
 
 
-def _resize(
-    image: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
-) -> np.ndarray:
+def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """Return the image, or the part of it in `box` (left, top, right, bottom), resized to `size` (width, height)."""
     gray = image.shape[2] == 1
     picture = Image.fromarray(image[:, :, 0] if gray else image)

@@ -76,9 +76,7 @@ class BatchSpec:
         """
         per_rank, in_all = self.eval_rank_batch, self.eval_rank_batch * self.world_size
         starts = range(self.rank * per_rank, -(-n // in_all) * in_all, in_all)
-        return [
-            (np.arange(start, start + per_rank) % n, min(max(n - start, 0), per_rank)) for start in starts
-        ]
+        return [(np.arange(start, start + per_rank) % n, min(max(n - start, 0), per_rank)) for start in starts]
 
     @property
     def eval_rank_batch(self) -> int:

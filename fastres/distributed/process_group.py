@@ -108,9 +108,7 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
         return
     try:
         with watchdog.running(alone=False):
-            later = timedelta(
-                seconds=timeout_s + 60
-            )  # the watchdog comes first, because it can name who hangs
+            later = timedelta(seconds=timeout_s + 60)  # the watchdog comes first, because it can name who hangs
             store, _, _ = next(dist.rendezvous("env://", timeout=later))
             session = _session(store, later.total_seconds())
             store = dist.PrefixStore(session, store)
@@ -149,9 +147,7 @@ def _session(store: dist.Store, wait_s: float) -> str:
     others = {number: f"fastres/hello/{number}" for number in range(1, ranks.world_size())}
     while missing := [number for number in others if not store.check([f"fastres/{me}/{number}"])]:
         if time.monotonic() > deadline:
-            raise RunError(
-                f"rank {missing[0]} of {ranks.world_size()} processes has not come within {wait_s:g} s"
-            )
+            raise RunError(f"rank {missing[0]} of {ranks.world_size()} processes has not come within {wait_s:g} s")
         for number in missing:
             if store.check([others[number]]):  # possibly of the previous start: nobody waits for that answer
                 store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)

@@ -21,9 +21,7 @@ from fastres.utils.errors import complain
 
 COMPUTES = "computes"
 LOOK_EVERY_S = 0.5
-ANSWER_S = (
-    5.0  # time for every rank to say what it does; ranks notice a stall within LOOK_EVERY_S of each other
-)
+ANSWER_S = 5.0  # time for every rank to say what it does; ranks notice a stall within LOOK_EVERY_S of each other
 LEAVE_S = 10.0  # after the launcher is gone: time to reach the step that all ranks save
 
 Check = Callable[[], None]
@@ -33,9 +31,7 @@ class Watchdog:
     """The heartbeat of the training loop and the checks that look at it."""
 
     def __init__(self) -> None:
-        self.last: tuple[float, str] | None = (
-            None  # monotonic time of the last heartbeat, and the activity since
-        )
+        self.last: tuple[float, str] | None = None  # monotonic time of the last heartbeat, and the activity since
         self.checks: list[Check] = []
 
     def heartbeat(self, doing: str = COMPUTES) -> None:
@@ -124,9 +120,7 @@ def _roll_call(rank: int, world_size: int, token: str, doing: str) -> str:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Raises if nobody can be reached: torch would try again and again, and print a stack each time.
     socket.create_connection((address, port), ANSWER_S).close()
-    store = dist.TCPStore(
-        address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S)
-    )
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
     keys = [f"fastres/{token}/does/{number}" for number in range(world_size)]
     store.set(keys[rank], doing)
     deadline = time.monotonic() + ANSWER_S

@@ -104,9 +104,7 @@ def maxpool_pad(in_channels: int, out_channels: int, stride: int, norm: Norm) ->
 
 def conv1x1(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
     """Return option B: 1×1 convolution with the stride, then BN, with the keys 0.weight and 1.* as in torchvision."""
-    return nn.Sequential(
-        Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_only(norm(out_channels))
-    )
+    return nn.Sequential(Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_only(norm(out_channels)))
 
 
 SHORTCUTS: dict[str, Callable[[int, int, int, Norm], nn.Module]] = {
@@ -131,9 +129,7 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
     return downsample(x)
 
 
-def make_shortcut(
-    kind: str | None, in_channels: int, out_channels: int, stride: int, norm: Norm
-) -> nn.Module | None:
+def make_shortcut(kind: str | None, in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module | None:
     """Return a block's `downsample`: identity if the shape stays, else SHORTCUTS[kind]; None for a plain net."""
     if kind is None:
         return None
@@ -232,9 +228,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = Conv2d(
-            width, width, 3, second, padding=dilation, dilation=dilation, groups=groups, bias=False
-        )
+        self.conv2 = Conv2d(width, width, 3, second, padding=dilation, dilation=dilation, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)

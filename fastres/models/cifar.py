@@ -6,15 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastres.models.blocks import (
-    SHORTCUTS,
-    BasicBlock,
-    Norm,
-    Stage,
-    global_pool,
-    init_weights,
-    norm_act_fork,
-)
+from fastres.models.blocks import SHORTCUTS, BasicBlock, Norm, Stage, global_pool, init_weights, norm_act_fork
 from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 

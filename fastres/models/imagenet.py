@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastres.models.blocks import (
-    BasicBlock,
-    Bottleneck,
-    Norm,
-    Stage,
-    global_pool,
-    init_weights,
-    norm_act,
-)
+from fastres.models.blocks import BasicBlock, Bottleneck, Norm, Stage, global_pool, init_weights, norm_act
 from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 

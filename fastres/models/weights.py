@@ -45,9 +45,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         ],
     }
     if found := [f"{fault} {_few(keys)}" for fault, keys in faults.items() if keys]:
-        raise UsageError(
-            f"{path} does not fit the model: it {'; it '.join(found)}; name the model it was saved from"
-        )
+        raise UsageError(f"{path} does not fit the model: it {'; it '.join(found)}; name the model it was saved from")
     model.load_state_dict({key: state[key] for key in common if key not in replaced}, strict=False)
     return replaced
 
@@ -67,18 +65,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     if suffix != ".safetensors" and suffix not in PICKLED:
         raise UsageError(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
     if not path.is_file():
-        raise UsageError(
-            f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file"
-        )
+        raise UsageError(f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file")
     state: Any
     try:
         if suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged or foreign file may raise anything, and torch's own message misleads
+    except Exception as error:  # a damaged or foreign file may raise anything, and torch's own message misleads
         raise UsageError(
             f"weights file {path} cannot be read ({type(error).__name__}): it is damaged, or holds something "
             "other than tensors; fetch it again, or save model.state_dict() into it"

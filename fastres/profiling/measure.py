@@ -104,9 +104,7 @@ class VariantRun:
         """
         if self.engine.cuda_graph:
             batch = FixedBatch(self.images, self.labels)
-            self.graph = GraphedStep(
-                self.step, batch, lambda i: LR, recorder or CudaRecorder(self.engine.device)
-            )
+            self.graph = GraphedStep(self.step, batch, lambda i: LR, recorder or CudaRecorder(self.engine.device))
 
     def whole_steps(self, steps: int) -> None:
         """Run steps as training runs them, or replay them if they are captured."""
@@ -339,11 +337,7 @@ def _time(
         if not prepared.run.graph:
             regions[in_parts] = partial(prepared.run.steps_in_parts, steps, watches[name].part)
     timings = interleaved(
-        regions,
-        rounds,
-        device,
-        warm_up=WARM_UP,
-        before=lambda region: engines[region].apply_torch_settings(),
+        regions, rounds, device, warm_up=WARM_UP, before=lambda region: engines[region].apply_torch_settings()
     )
     parts = {
         name: {part: Timing(seconds[WARM_UP * steps :]) for part, seconds in watch.read().items()}
@@ -377,9 +371,7 @@ class Traced:
     files: list[str]
 
 
-def _trace(
-    name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], folder: Path | None, say: Say
-) -> Traced:
+def _trace(name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], folder: Path | None, say: Say) -> Traced:
     """Record a trace of the variant and read it.
 
     Args:

@@ -100,9 +100,7 @@ def rows_of(profile: Profile) -> list[Row]:
             "steps_in_parts": result.parts["forward"].n if result.parts else 0,
             "launches": result.launches,
             "kernels_busy": None if result.kernel_s is None else result.kernel_s / step_s,
-            "peak_mb": None
-            if result.peak_bytes is None
-            else (result.resident_bytes + result.peak_bytes) / 1e6,
+            "peak_mb": None if result.peak_bytes is None else (result.resident_bytes + result.peak_bytes) / 1e6,
             "held_mb": result.resident_bytes / 1e6,
             "difference_logits": result.difference["logits"],
             "difference_gradients": result.difference["gradients"],
@@ -160,10 +158,7 @@ def raw(profile: Profile) -> dict[str, Any]:
             "after": profile.after,
             "doubts": hardware.disturbances(profile.before, profile.after),
             "data_sheet": None if peaks is None else asdict(peaks),
-            "measured": {
-                "copy_bytes_per_s": profile.copy_bytes_per_s,
-                "matmul_flops": profile.matmul_flops,
-            },
+            "measured": {"copy_bytes_per_s": profile.copy_bytes_per_s, "matmul_flops": profile.matmul_flops},
         },
         "memory": MEMORY[device.type],
     }

@@ -134,9 +134,7 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
                 words = [word for words in AXES.values() for word in words]
                 raise UsageError(f"--variants {name}: {unknown('word', word, words)}")
             if axis in given:
-                raise UsageError(
-                    f"--variants {name}: {given[axis]} and {word} are both a {axis}; leave out one"
-                )
+                raise UsageError(f"--variants {name}: {given[axis]} and {word} are both a {axis}; leave out one")
             given[axis] = chosen[axis] = word
         found.append(Variant(**chosen))
     return list(dict.fromkeys(found))

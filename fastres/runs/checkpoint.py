@@ -35,9 +35,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
         with atomic_write(path) as file:
             file.write(content.getbuffer())
     except OSError as error:
-        raise RunError(
-            f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact"
-        ) from None
+        raise RunError(f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact") from None
     for old in found(folder)[keep:]:
         old.unlink()
     return path
@@ -61,13 +59,9 @@ def load(path: Path) -> State:
     except Exception as error:  # foreign bytes can make the unpickler raise anything
         # Only the type of the error, because torch's own message advises to execute what is in the file.
         kind = type(error).__name__
-        raise UsageError(
-            f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint"
-        ) from None
+        raise UsageError(f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint") from None
     if found != content["sha256"]:
-        raise UsageError(
-            f"checkpoint {path} is corrupt: its content does not have the checksum it was written with"
-        )
+        raise UsageError(f"checkpoint {path} is corrupt: its content does not have the checksum it was written with")
     if not isinstance(state, dict) or type(step := state.get("step", 0)) is not int or step < 0:
         raise UsageError(f"{path} is not a checkpoint of fastres")
     return state

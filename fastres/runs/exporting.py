@@ -79,23 +79,12 @@ FORMATS: dict[str, Format] = {
         reload=lambda path, config: rebuild(config, safetensors.torch.load_file(path)).eval(),
         fixes_side=False,
     ),
-    "torch_export": Format(
-        suffix=".pt2",
-        write=write_program,
-        reload=lambda path, _: torch.export.load(path).module(),
-    ),
-    "onnx": Format(
-        suffix=".onnx",
-        write=write_onnx,
-        reload=reload_onnx,
-        needs=("onnx", "onnxscript", "onnxruntime"),
-    ),
+    "torch_export": Format(suffix=".pt2", write=write_program, reload=lambda path, _: torch.export.load(path).module()),
+    "onnx": Format(suffix=".onnx", write=write_onnx, reload=reload_onnx, needs=("onnx", "onnxscript", "onnxruntime")),
 }
 
 
-def export(
-    config: Config, weights: dict[str, Tensor], name: str, output: Path
-) -> tuple[float, tuple[int, ...]]:
+def export(config: Config, weights: dict[str, Tensor], name: str, output: Path) -> tuple[float, tuple[int, ...]]:
     """Write the network to `output`, which appears only after its logits agree with the original's.
 
     Args:
@@ -133,9 +122,7 @@ def export(
             os.fsync(file.fileno())
         temporary.replace(output)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror or error}; choose another --output"
-        ) from None
+        raise UsageError(f"cannot write {output}: {error.strerror or error}; choose another --output") from None
     finally:
         temporary.unlink(missing_ok=True)
     return difference, shape

@@ -12,16 +12,7 @@ from typing import Any
 from fastres.utils.atomic_io import atomic_write, write_text
 from fastres.utils.errors import UsageError
 
-HISTORY = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "eval_split",
-    "eval_loss",
-    "eval_accuracy",
-    "lr",
-    "train_time_s",
-)
+HISTORY = ("step", "train_loss", "train_accuracy", "eval_split", "eval_loss", "eval_accuracy", "lr", "train_time_s")
 PANELS = (  # (column, title): rows loss and accuracy, columns train and validation
     ("train_loss", "train loss"),
     ("eval_loss", "{} loss"),

@@ -16,9 +16,7 @@ from fastres.runs import checkpoint
 from fastres.utils.errors import UsageError
 
 
-def load_run(
-    folder: Path, file: Path | None = None, flags: Sequence[str] = ()
-) -> tuple[Config, dict[str, Tensor]]:
+def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) -> tuple[Config, dict[str, Tensor]]:
     """Return a run's configuration and weights.
 
     Args:

@@ -34,9 +34,7 @@ def load_latest(run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
     return group.broadcast_from_rank0(lambda: checkpoint.latest(run.checkpoints))
 
 
-def restore(
-    state: checkpoint.State | None, step: TrainStep, timer: RunTimer, steps: int
-) -> tuple[int, Metrics]:
+def restore(state: checkpoint.State | None, step: TrainStep, timer: RunTimer, steps: int) -> tuple[int, Metrics]:
     """Copy a checkpoint's state into the step and the timer.
 
     Args:
@@ -64,9 +62,7 @@ def restore(
     return start, since_eval
 
 
-def save(
-    run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: RunTimer, since_eval: Metrics
-) -> None:
+def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: RunTimer, since_eval: Metrics) -> None:
     """Write a checkpoint of `done` steps. Collective.
 
     Raises:
@@ -76,10 +72,5 @@ def save(
     trainer = step.state_dict()
     group.watchdog.heartbeat("saves a checkpoint")
     if ranks.rank() == 0:
-        state = {
-            "step": done,
-            "window": asdict(since_eval),
-            "clock": timer.state_dict(),
-            "trainer": trainer,
-        }
+        state = {"step": done, "window": asdict(since_eval), "clock": timer.state_dict(), "trainer": trainer}
         checkpoint.save(run.checkpoints, done, state, run.config.run.keep_checkpoints)

@@ -76,9 +76,7 @@ class RunDir:
             content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
             float(content["test_accuracy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(
-                f"{summary} is not a summary of fastres: remove it to finish the run again"
-            ) from None
+            raise UsageError(f"{summary} is not a summary of fastres: remove it to finish the run again") from None
         return content
 
     def acquire(self) -> None:
@@ -91,13 +89,9 @@ class RunDir:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout:
-            raise UsageError(
-                f"run.dir {self.folder} is being written by another process; choose another"
-            ) from None
+            raise UsageError(f"run.dir {self.folder} is being written by another process; choose another") from None
         except OSError as error:
-            raise UsageError(
-                f"cannot write to run.dir {self.folder}: {error.strerror}; choose another"
-            ) from None
+            raise UsageError(f"cannot write to run.dir {self.folder}: {error.strerror}; choose another") from None
         self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:

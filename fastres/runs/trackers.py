@@ -56,10 +56,7 @@ class WandbTracker:
 
 
 # By their fields in RunConfig.
-TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-    "wandb": WandbTracker,
-}
+TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
 
 
 def start_tracker(name: str, config: Config, folder: Path) -> Tracker:

@@ -105,8 +105,7 @@ class TrainingLog:
         speed = (done - self._logged) * self.config.train.batch_size / seconds
         self._logged, self._logged_s = done, self.timer.train_time_s
         self.progress.update(
-            done,
-            f"loss {metrics.mean_loss:.4f}  accuracy {metrics.accuracy:.2%}  lr {lr:.4g}  {speed:,.0f} images/s",
+            done, f"loss {metrics.mean_loss:.4f}  accuracy {metrics.accuracy:.2%}  lr {lr:.4g}  {speed:,.0f} images/s"
         )
         self._append(
             {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
@@ -116,9 +115,7 @@ class TrainingLog:
     def evaluation(self, done: int, lr: float, metrics: Metrics) -> None:
         """Log a point of the curve after `done` steps."""
         split = self.parts.data.curve_split
-        self.progress.say(
-            f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}"
-        )
+        self.progress.say(f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}")
         self._append(
             {"step": done, "split": split, "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
              "train_loss": self.since_eval.mean_loss, "train_accuracy": self.since_eval.accuracy,

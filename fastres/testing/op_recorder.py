@@ -170,9 +170,7 @@ def forces_sync(operator: Any, args: tuple[Any, ...]) -> bool:
     """Return True if the host must wait for a value from the device."""
     if operator in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        return masked and (
-            len(args) < 3 or args[2].numel() > 1
-        )  # a single value is a masked fill, which does not wait
+        return masked and (len(args) < 3 or args[2].numel() > 1)  # a single value is a masked fill, which does not wait
     return not SYNC_TAGS.isdisjoint(operator.tags)
 
 

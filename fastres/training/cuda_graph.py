@@ -148,9 +148,7 @@ class GraphedStep:
         recorder: captures.
     """
 
-    def __init__(
-        self, step: TrainStep, batches: Batches, lr_at: Callable[[int], float], recorder: Recorder
-    ) -> None:
+    def __init__(self, step: TrainStep, batches: Batches, lr_at: Callable[[int], float], recorder: Recorder) -> None:
         self.step, self.batches, self.lr_at = step, batches, lr_at
         # A list, because dynamo guards the keys of a dict by identity and would recompile for every run of a process.
         self._rates = list(step.learning_rates)
@@ -212,9 +210,7 @@ class GraphedEvaluation:
         columns = batches.eval_draws()  # the same at every evaluation
         self._table = DeviceTable(columns, len(columns["index"]), evaluate.metrics.loss.device)
         self._table.fill(columns)
-        self.recording = recorder.record(
-            self._work, [*evaluate.metrics.tensors, *self._table.mutated_tensors]
-        )
+        self.recording = recorder.record(self._work, [*evaluate.metrics.tensors, *self._table.mutated_tensors])
 
     def evaluate(self) -> Iterator[NoBatch]:
         """Replay every batch, and yield an empty one for each."""
@@ -256,9 +252,7 @@ def capture_if_enabled(
         step.abort_step()
         why = first_line(error)
         if not engine.cuda_graph_may_fall_back:
-            raise RunError(
-                f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto"
-            ) from error
+            raise RunError(f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto") from error
         say(f"cuda_graph: false (the step has no graph: {why})")
         return step, training, evaluation
 

@@ -184,13 +184,9 @@ def _check_norm(norm: str, config: Config, device: torch.device, precision: str)
         if apex is None:
             raise UsageError(f"model.norm apex: {why}; use torch or fused")
         if precision != "fp16" or not config.engine.channels_last:
-            raise UsageError(
-                "model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16"
-            )
+            raise UsageError("model.norm apex: apex's kernels take channels-last fp16 only; --engine.precision fp16")
     if norm == "fused" and not config.engine.channels_last:
-        raise UsageError(
-            "model.norm fused: the kernels take channels-last only; leave engine.channels_last true"
-        )
+        raise UsageError("model.norm fused: the kernels take channels-last only; leave engine.channels_last true")
     if config.model.sync_norm and norm == "apex":
         raise UsageError("model.sync_norm true: norm apex shares no statistics here; use fused or torch")
 
@@ -208,10 +204,7 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
         return not missing, missing or "Triton is there"
     if sys.platform == "win32":
         found = shutil.which("cl") is not None
-        return (
-            found,
-            "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt",
-        )
+        return (found, "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt")
     # The compiler that inductor looks for.
     compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "clang++")
     if shutil.which(compiler) is None:
@@ -243,9 +236,7 @@ def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str,
     return True, "one process, and the data set is on the GPU", ""
 
 
-def _runs_in_cpp(
-    device: torch.device, precision: str, compiles: bool, channels_last: bool
-) -> tuple[bool, str]:
+def _runs_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
     """Return True if the C++ kernels serve this run, and the reason in words. They are built if all else fits."""
     if device.type != "cpu":
         return False, "the C++ kernels are for CPUs"
@@ -260,9 +251,7 @@ def _runs_in_cpp(
     return cpu_ops.available()
 
 
-def _faster_norm(
-    config: Config, device: torch.device, precision: str, in_cpp: bool, why: str
-) -> tuple[str, str]:
+def _faster_norm(config: Config, device: torch.device, precision: str, in_cpp: bool, why: str) -> tuple[str, str]:
     """Return auto's choice of the norm and the reason in words, given the result of _runs_in_cpp."""
     on_gpu = device.type == "cuda"
     if on_gpu and not HAS_TRITON:

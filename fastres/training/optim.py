@@ -59,9 +59,7 @@ def orthogonal(filters: Tensor) -> Tensor:
     Values of at least 2 % of the matrix's norm become 0.68 to 1.21. It runs three steps of the Newton-Schulz iteration
     with the coefficients of Jordan et al. (2024), in bf16, which is precise enough, or in float64 for float64 weights.
     """
-    rows = filters.permute(
-        0, 2, 3, 1
-    )  # a view of channels-last memory; the order of the columns does not matter
+    rows = filters.permute(0, 2, 3, 1)  # a view of channels-last memory; the order of the columns does not matter
     matrix = rows.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(torch.float64 if filters.dtype == torch.float64 else torch.bfloat16)

@@ -15,10 +15,7 @@ def multistep(config: ScheduleConfig, step: int, steps: int) -> float:
 
 def cosine(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return a cosine from 1 at the end of the warm-up to final_scale at the last step (Loshchilov and Hutter 2016)."""
-    return (
-        config.final_scale
-        + (1 - config.final_scale) * (1 + math.cos(math.pi * _done(config, step, steps))) / 2
-    )
+    return config.final_scale + (1 - config.final_scale) * (1 + math.cos(math.pi * _done(config, step, steps))) / 2
 
 
 def triangular(config: ScheduleConfig, step: int, steps: int) -> float:

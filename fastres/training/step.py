@@ -29,9 +29,7 @@ Batch = tuple[Tensor, Tensor]
 
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     """Return `work` compiled by inductor, bitwise identical to eager execution if it only copies, adds and divides."""
-    return torch.compile(
-        work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True}
-    )
+    return torch.compile(work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True})
 
 
 def raise_recompile_limit(count: int) -> None:
@@ -81,12 +79,7 @@ class ForwardLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        engine: Engine,
-        reduction: str,
-        label_smoothing: float = 0.0,
-        mirrored: bool = False,
+        self, model: nn.Module, engine: Engine, reduction: str, label_smoothing: float = 0.0, mirrored: bool = False
     ) -> None:
         super().__init__()
         self.model = model
@@ -161,21 +154,14 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        engine: Engine,
-        optim: OptimConfig,
-        label_smoothing: float = 0.0,
-        accumulate: int = 1,
+        self, model: nn.Module, engine: Engine, optim: OptimConfig, label_smoothing: float = 0.0, accumulate: int = 1
     ) -> None:
         self.engine = engine
         self.model = model
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
         # The gradient that a backward starts from; without it, autograd fills a new one at each step.
-        self.one = torch.ones(
-            (), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32)
-        )
+        self.one = torch.ones((), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32))
         self.optimizer = build_optimizer(model, optim, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")

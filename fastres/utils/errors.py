@@ -63,9 +63,7 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     said = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in said for words in OUT_OF_MEMORY
-    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)
 
 
 def complain(what: str, said: bool = False) -> None:

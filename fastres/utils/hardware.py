@@ -223,8 +223,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         """Return the time since the driver was loaded. throttled() sees one moment, in which the GPU is mostly idle."""
         policies = {"power cap": nvml.NVML_PERF_POLICY_POWER, "temperature": nvml.NVML_PERF_POLICY_THERMAL}
         return {
-            reason: nvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime
-            for reason, policy in policies.items()
+            reason: nvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime for reason, policy in policies.items()
         }
 
     def other_processes() -> list[dict[str, Any]]:

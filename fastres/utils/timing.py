@@ -68,12 +68,7 @@ class Timing:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures, for JSON."""
         low_s, high_s = self.quantiles_s
-        return {
-            "median_s": self.median_s,
-            "s_20_80": [low_s, high_s],
-            "n": self.n,
-            "seconds": list(self.seconds),
-        }
+        return {"median_s": self.median_s, "s_20_80": [low_s, high_s], "n": self.n, "seconds": list(self.seconds)}
 
 
 def wait_for(device: torch.device) -> None:

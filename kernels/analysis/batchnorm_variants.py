@@ -42,9 +42,7 @@ def variants() -> list[CompiledVariant]:
     batches = torch.empty((), dtype=torch.int64, device="meta")
     for momentum in (0.1, None):
         launch = partial(running_stats.update, p, p, p, p, batches, 8192, momentum)
-        found.append(
-            variant_from_launch(f"running statistics, momentum {momentum}", launch, lambda flags: None)
-        )
+        found.append(variant_from_launch(f"running statistics, momentum {momentum}", launch, lambda flags: None))
     return found
 
 

@@ -44,9 +44,7 @@ class CompiledVariant:
     num_warps: int = 4
     num_stages: int = 3  # Triton's default
     maxnreg: int | None = None  # the most registers per thread
-    bytes_per_element: (
-        float | None
-    )  # of global memory, by the mathematics; None: independent of the activation's size
+    bytes_per_element: float | None  # of global memory, by the mathematics; None: independent of the activation's size
 
     @property
     def types(self) -> dict[str, str]:
@@ -86,16 +84,9 @@ def variant_from_launch(
             signature[argument], constants[argument] = "constexpr", value
         else:
             signature[argument] = of_float if isinstance(value, float) else "i32" if value % 16 else "i32:16"
-    known = {
-        option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options
-    }
+    known = {option: options[option] for option in ("num_warps", "num_stages", "maxnreg") if option in options}
     return CompiledVariant(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        bytes_per_element=moved(options),
-        **known,
+        name=name, kernel=kernel, signature=signature, constants=constants, bytes_per_element=moved(options), **known
     )
 
 

@@ -28,18 +28,14 @@ def variants() -> list[CompiledVariant]:
     return found
 
 
-def _of_layer(
-    convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int
-) -> list[CompiledVariant]:
+def _of_layer(convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int) -> list[CompiledVariant]:
     """Return forward, input gradient and weight gradient of an r × r convolution of n images of size × size.
 
     Bytes are per element of x.
     """
     weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
     x, z = (
-        torch.empty((n, channels, size, size), dtype=DTYPE, device="meta").to(
-            memory_format=torch.channels_last
-        )
+        torch.empty((n, channels, size, size), dtype=DTYPE, device="meta").to(memory_format=torch.channels_last)
         for channels in (c, k)
     )
     of_x, of_z = (torch.empty(channels, device="meta") for channels in (c, k))
@@ -47,13 +43,9 @@ def _of_layer(
     name = f"{r}×{r} convolution, {str(DTYPE).removeprefix('torch.')}, {c} -> {k}"
     wider, itemsize = k / c, DTYPE.itemsize
     return [
+        variant_from_launch(f"{name}, forward", lambda: convolve(x, weight, norm), lambda _: itemsize * (1 + wider)),
         variant_from_launch(
-            f"{name}, forward", lambda: convolve(x, weight, norm), lambda _: itemsize * (1 + wider)
-        ),
-        variant_from_launch(
-            f"{name}, input gradient",
-            lambda: convolve(x, weight, norm, gradient),
-            lambda _: itemsize * (2 + 2 * wider),
+            f"{name}, input gradient", lambda: convolve(x, weight, norm, gradient), lambda _: itemsize * (2 + 2 * wider)
         ),
         variant_from_launch(
             f"{name}, weight gradient",

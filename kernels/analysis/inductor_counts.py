@@ -157,9 +157,7 @@ def generate(work: Callable[..., Any], *inputs: Any) -> dict[str, tuple[GraphLow
         mode = detect_fake_mode(inputs)
         assert mode is not None
         with mode:
-            inputs = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") for x in inputs
-            ]
+            inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") for x in inputs]
         for node in graph.graph.nodes:
             if "device" in node.kwargs:
                 node.update_kwarg("device", torch.device("cuda:0"))
@@ -232,9 +230,7 @@ def launches(graph: GraphLowering, code: str, variants: list[CompiledVariant]) -
     return found
 
 
-def bytes_per_element(
-    source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]
-) -> float:
+def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]) -> float:
     """What `call` moves, which launches the first function in `source`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     if not kernel.name.startswith("triton_"):  # as inductor names its own

@@ -274,10 +274,7 @@ def with_fixed_stats(
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     dweight, dbias, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
     sources = (dy, dskip, x, mask, weight, bias, mean, var)
-    results = (
-        *(dz if store_dz else None, dx, empty_partials(x, tiles), counter(x)),
-        *(dweight, dbias, dmean, dvar),
-    )
+    results = (*(dz if store_dz else None, dx, empty_partials(x, tiles), counter(x)), *(dweight, dbias, dmean, dvar))
     _launch(launchable(channel_sums_kernel, opaque=True), sources, results, eps, relu, tiles)
     return dx, dz, dbias, dweight, dmean, dvar
 

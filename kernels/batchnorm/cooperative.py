@@ -18,15 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..grid_sync import counter, grid_barrier
-from ..tiling import (
-    BACKWARD_TILE,
-    FORWARD_TILE,
-    ON_CHIP_WARPS,
-    OnChipTile,
-    Tiles,
-    matrix_shape,
-    one_pass_tiles,
-)
+from ..tiling import BACKWARD_TILE, FORWARD_TILE, ON_CHIP_WARPS, OnChipTile, Tiles, matrix_shape, one_pass_tiles
 from ..triton_launch import INTERPRETED, launchable, pointers
 from .backward import gate, gated_gradient, sum_partials
 from .forward import (
@@ -167,9 +159,7 @@ def backward_kernel(
 
 def tiles_for(x: Tensor, on_chip: OnChipTile) -> Tiles | None:
     """Return the tiles for x, (N, C, H, W), of a kernel that keeps `on_chip`, or None if x does not fit on its GPU."""
-    multiprocessors = (
-        torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
-    )
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
     return one_pass_tiles(*matrix_shape(x), on_chip, multiprocessors)
 
 

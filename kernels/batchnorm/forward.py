@@ -85,9 +85,7 @@ def parameter(pointer, cols, inside, PRESENT: tl.constexpr, default: tl.constexp
 
 
 @triton.jit
-def affine_terms(
-    var, weight, bias, cols, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr
-):
+def affine_terms(var, weight, bias, cols, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr):
     """invstd, scale, shift, (BLOCK_C,) each: x normalised is (x - mean)·invstd, and `affine` makes of it
     (x - mean)·scale + shift. EPS is not a runtime float: torch.compile would pass a float64."""
     invstd = tl.rsqrt(var + EPS)
@@ -137,9 +135,7 @@ def statistics_kernel(
         start = first + i * BLOCK_M
         base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
         # Kept in the L2 for the second pass.
-        value = (
-            tl.load(x + base + offsets, valid, other=0.0, eviction_policy="evict_last").to(tl.float32) - about
-        )
+        value = tl.load(x + base + offsets, valid, other=0.0, eviction_policy="evict_last").to(tl.float32) - about
         count += tl.where(rows < M - start, 1.0, 0.0)
         delta = tl.where(valid, value - mean, 0.0)
         mean += delta * (1 / tl.maximum(count, 1))[:, None]
@@ -160,9 +156,7 @@ def write_tile(
     base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
     out = affine(value, mean, scale, shift)
     if HAS_RESIDUAL:
-        out += tl.load(residual + base + offsets, valid, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
+        out += tl.load(residual + base + offsets, valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
     out = out.to(y.dtype.element_ty)
     if RELU:
         passes = relu_mask(out)

@@ -200,9 +200,7 @@ def _two_pass_backward(
     """Return dx, dz (empty without store_dz), dbias and dweight from backward.channel_sums and input_gradient."""
     m, c = matrix_shape(x)
     tiles = two_pass_tiles(m, c)
-    partials, dz = backward.channel_sums(
-        dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles
-    )
+    partials, dz = backward.channel_sums(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
     sources = (dz if store_dz else dy, x, weight, bias, mean, var)
     recompute_gate = relu and not store_dz
     if not group:
@@ -275,9 +273,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.batch_statistics = mean is None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(used_mean, used_var, count, mask)
-    ctx.save_for_backward(
-        x, mask if ctx.has_residual and ctx.relu else None, weight, bias, used_mean, used_var
-    )
+    ctx.save_for_backward(x, mask if ctx.has_residual and ctx.relu else None, weight, bias, used_mean, used_var)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:

@@ -70,7 +70,5 @@ def mean_sums(sums: Tensor, count: int, group: str) -> Tensor:
         group: the group's name.
     """
     mine = torch.cat([sums.flatten(), sums.new_full((1,), count)])
-    everyone = torch.ops._c10d_functional.wait_tensor(
-        torch.ops._c10d_functional.all_reduce(mine, "sum", group)
-    )
+    everyone = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(mine, "sum", group))
     return (everyone[:-1] / everyone[-1]).view_as(sums)

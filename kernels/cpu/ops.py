@@ -34,10 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # as /proc/cpuinfo names them
-FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
-    *(f"-m{name.replace('_', '')}" for name in ISA),
-)
+FLAGS = (*("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"), *(f"-m{name.replace('_', '')}" for name in ISA))
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: result and argument types
     "bn_forward": (None, [POINTER] * 9 + [INTEGER] * 2 + [REAL] * 2),
@@ -210,9 +207,7 @@ class _BatchNormAct(torch.autograd.Function):
         if g is None:
             return (None,) * 10
         g2 = None if g2 is None else _dense(g2)
-        dx, dz, dweight, dbias = OPS.cpp_batch_norm_act_backward(
-            _dense(g), g2, *ctx.saved_tensors, ctx.has_residual
-        )
+        dx, dz, dweight, dbias = OPS.cpp_batch_norm_act_backward(_dense(g), g2, *ctx.saved_tensors, ctx.has_residual)
         dresidual, dskip = (None, dz) if ctx.has_skip else (dz if ctx.has_residual else None, None)
         return dx, dresidual, dskip, dweight, dbias, *(None,) * 5
 
@@ -258,9 +253,7 @@ def _backward(
     dx, dz = torch.empty_like(x), torch.empty_like(x) if keeps else x.new_empty(0)
     dweight, dbias = torch.empty(c), torch.empty(c)
     _library().bn_backward(
-        *_pointers(g, g2, x, passed if relu else None, stats, dz if keeps else None, dx, dweight, dbias),
-        x.numel(),
-        c,
+        *_pointers(g, g2, x, passed if relu else None, stats, dz if keeps else None, dx, dweight, dbias), x.numel(), c
     )
     return dx, dz, dweight, dbias
 
@@ -345,12 +338,7 @@ class _Conv2d(torch.autograd.Function):
 def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
     """Return True if kernels.cpp has a convolution for x, (N, C, H, W); oneDNN computes the others."""
     _, c, h, w = x.shape
-    return (
-        stride == 1
-        and c in (16, 32, 64)
-        and out_channels % 16 == 0
-        and (w % 16 == 0 or (w % 8 == h % 2 == 0))
-    )
+    return stride == 1 and c in (16, 32, 64) and out_channels % 16 == 0 and (w % 16 == 0 or (w % 8 == h % 2 == 0))
 
 
 def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:

@@ -96,9 +96,7 @@ def conv_1x1_kernel(
         i = start + tl.arange(0, BLOCK_IN)
         terms = input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD)
         inside = valid[:, None] & (i < IN)[None, :]
-        tile = load_input(
-            x, dz, z, base * IN, lane[:, None] * IN + i[None, :], inside, terms, AFFINE, BACKWARD
-        )
+        tile = load_input(x, dz, z, base * IN, lane[:, None] * IN + i[None, :], inside, terms, AFFINE, BACKWARD)
         addresses = weight + i[:, None] * stride_i + o[None, :] * stride_o
         tap = tl.load(addresses, (i < IN)[:, None] & (o < OUT)[None, :], other=0.0)
         sums = tl.dot(tile, tap, sums, input_precision="ieee")

@@ -153,14 +153,10 @@ def conv_3x3_kernel(
                 if WHOLE:
                     tap = taps[s]
                 else:
-                    terms = input_terms(
-                        mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD
-                    )
+                    terms = input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN, BACKWARD)
                     tap = load_column(weight, s, i, o, strides, dtype)
                 row_base = (base + h * W + s - 1) * IN
-                tile = load_input(
-                    x, dz, z, row_base, pixel * IN + i[None, :], inside, terms, AFFINE, BACKWARD
-                )
+                tile = load_input(x, dz, z, row_base, pixel * IN + i[None, :], inside, terms, AFFINE, BACKWARD)
                 below = tl.dot(tile, tap[0], below, input_precision="ieee")
                 here = tl.dot(tile, tap[1], here, input_precision="ieee")
                 above = tl.dot(tile, tap[2], above, input_precision="ieee")

@@ -61,11 +61,7 @@ NO_GRADIENT = (None,) * 5  # in its place forward
 @triton.jit
 def channel(pointer, c, C, default: tl.constexpr):
     """A (C,) vector at the channels c; `default` beyond the last, and where there is no vector."""
-    return (
-        tl.full(c.shape, default, tl.float32)
-        if pointer is None
-        else tl.load(pointer + c, c < C, other=default)
-    )
+    return tl.full(c.shape, default, tl.float32) if pointer is None else tl.load(pointer + c, c < C, other=default)
 
 
 @triton.jit
@@ -117,9 +113,7 @@ def load_gradient(dz, z, base, offsets, inside, terms, STATISTICS: tl.constexpr)
 
 
 @triton.jit
-def input_terms(
-    mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN: tl.constexpr, BACKWARD: tl.constexpr
-):
+def input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN: tl.constexpr, BACKWARD: tl.constexpr):
     """What load_input needs of the input's channels i."""
     if BACKWARD:
         terms = gradient_terms(dmean_z, dvar_z, mean_z, M, i, IN)
@@ -228,11 +222,7 @@ def reduce_statistics(
             rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
             counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
             addresses = partials + p[:, None] * (3 * K) + k[None, :]
-            means = (
-                tl.load(addresses, mask, other=0.0)
-                - origin[None, :]
-                + tl.load(addresses + K, mask, other=0.0)
-            )
+            means = tl.load(addresses, mask, other=0.0) - origin[None, :] + tl.load(addresses + K, mask, other=0.0)
             m2s = tl.load(addresses + 2 * K, mask, other=0.0)
             count, mean, m2 = merge(count, mean, m2, counts, means, m2s)
         total, common, m2 = merge_rows(count, mean, m2)

@@ -33,9 +33,7 @@ class DeferredNormAct(NamedTuple):
 class PrecomputedStatsNormAct2d(BatchNormAct2d):
     """BatchNormAct2d that also takes the output of a NormConv2d, whose statistics need not be computed again."""
 
-    def forward(
-        self, x: Tensor | WithStatistics, residual: Tensor | Skip | None = None, fork: bool = False
-    ) -> Any:
+    def forward(self, x: Tensor | WithStatistics, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
         """Return BatchNormAct2d.forward's result. Raise ValueError if processes are to share given statistics."""
         if not isinstance(x, WithStatistics):
             return super().forward(x, residual, fork)

@@ -51,9 +51,7 @@ def conv_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, (N, K, H, W), channels-last, of x's dtype; its mean and biased variance, (K,), float32 or wider."""
     vectors = (mean, var, gamma, beta)
-    if any(
-        shape != x.shape[1:2] for shape in (weight.shape[1:2], *(v.shape for v in vectors if v is not None))
-    ):
+    if any(shape != x.shape[1:2] for shape in (weight.shape[1:2], *(v.shape for v in vectors if v is not None))):
         shapes = ", ".join(str(tuple(t.shape)) for t in (weight, *vectors) if t is not None)
         raise ValueError(f"conv_norm: weight and vectors {shapes} do not fit x {tuple(x.shape)}")
     kernels = kernels_for(x, weight)
@@ -233,9 +231,7 @@ def _flops_of_backward(*given: Any, out_shape: Any = None, **_: Any) -> int:
     return (want_input + want_weight) * _flops(x, weight)
 
 
-def _norm(
-    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> Any:
+def _norm(mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
     if mean is None or var is None:
         mean = var = gamma = beta = None
     return conv_common.Norm(_dense(mean), _dense(var), _dense(gamma), _dense(beta), eps)

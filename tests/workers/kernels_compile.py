@@ -26,11 +26,7 @@ def main() -> None:
         return compile_fx.compile_fx(graph, inputs, inner_compile=watched)
 
     torch._functorch.config.enable_autograd_cache = False
-    plain, fused, compiled = (
-        list(losses("torch")),
-        list(losses("fused")),
-        list(losses("fused", backend)),
-    )
+    plain, fused, compiled = (list(losses("torch")), list(losses("fused")), list(losses("fused", backend)))
     assert_equal_losses(plain, fused)
     assert_equal_losses(plain, compiled)
     forward, backward = seen

@@ -26,9 +26,7 @@ def make(dtype: torch.dtype) -> BatchNormAct2d:
 
 def run(norm: BatchNormAct2d, tensors: list[Tensor], compiled: bool = False) -> Results:
     """Return y and the gradients of x and residual; the parameters' gradients; the running statistics."""
-    *inputs, weights = (
-        t.to(norm.weight.dtype).contiguous(memory_format=torch.channels_last) for t in tensors
-    )
+    *inputs, weights = (t.to(norm.weight.dtype).contiguous(memory_format=torch.channels_last) for t in tensors)
     leaves = [t.requires_grad_() for t in inputs]
     call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
     y = call(*leaves)

@@ -59,11 +59,7 @@ def compare_weights_that_drift_apart() -> None:
 
 FUNCTIONS: dict[str, Callable[[], None]] = {
     function.__name__: function
-    for function in (
-        wait_for_data_on_rank_1,
-        find_a_bad_loss_on_rank_1,
-        compare_weights_that_drift_apart,
-    )
+    for function in (wait_for_data_on_rank_1, find_a_bad_loss_on_rank_1, compare_weights_that_drift_apart)
 }
 
 if __name__ == "__main__":

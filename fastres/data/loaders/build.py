@@ -113,9 +113,7 @@ def _check_augmentation(config: Config, size: int, world_size: int) -> None:
         )
     # With more padding, too few pixels are left to reflect, and a crop could be all zeros.
     if data.augment == "crop" and data.pad >= size:
-        raise UsageError(
-            f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller"
-        )
+        raise UsageError(f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller")
 
 
 def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
@@ -163,7 +161,5 @@ def classes_of(config: Config, source: Source) -> int:
     found = len(source.classes)
     wanted = config.model.num_classes or found
     if wanted < found:
-        raise UsageError(
-            f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out"
-        )
+        raise UsageError(f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out")
     return wanted

@@ -212,19 +212,12 @@ class DaliLoader:
             if "resized" in given:
                 # PIL calls the triangular filter bilinear.
                 height, width = given["resized"][0], given["resized"][1]
-                images = fn.resize(
-                    images, resize_y=height, resize_x=width, interp_type=types.INTERP_TRIANGULAR
-                )
+                images = fn.resize(images, resize_y=height, resize_x=width, interp_type=types.INTERP_TRIANGULAR)
             if self.reflected:
                 images = _reflect(images, self.reflected)
             side = [spec.image_size, spec.image_size]
             images = fn.slice(
-                images,
-                start=given["start"],
-                shape=side,
-                axes=(0, 1),
-                out_of_bounds_policy="pad",
-                fill_values=0,
+                images, start=given["start"], shape=side, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
             )
             pipeline.set_outputs(fn.flip(images, horizontal=given["flip"]))
         pipeline.build()
@@ -254,8 +247,6 @@ def _reflect(images: Any, pad: int) -> Any:
     from nvidia.dali import fn
 
     above, below = images[1 : pad + 1], images[-pad - 1 : -1]
-    images = fn.cat(
-        fn.flip(above, vertical=1, horizontal=0), images, fn.flip(below, vertical=1, horizontal=0), axis=0
-    )
+    images = fn.cat(fn.flip(above, vertical=1, horizontal=0), images, fn.flip(below, vertical=1, horizontal=0), axis=0)
     left, right = images[:, 1 : pad + 1], images[:, -pad - 1 : -1]
     return fn.cat(fn.flip(left), images, fn.flip(right), axis=1)

@@ -43,9 +43,7 @@ class HostLoader:
         for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_rank_batch):
             yield self.transform(pixels, labels)
 
-    def _batches(
-        self, samples: Dataset[tuple[np.ndarray, int]], batch: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, samples: Dataset[tuple[np.ndarray, int]], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels (b, S, S, C) uint8 and labels (b,) int64, on the device.
 
         Raises:
@@ -74,10 +72,7 @@ class HostLoader:
                 traceback.clear_frames(error.__traceback__)
                 del batches
                 raise UsageError(line) from None
-            yield (
-                pixels.to(self.spec.device, non_blocking=True),
-                labels.to(self.spec.device, non_blocking=True),
-            )
+            yield (pixels.to(self.spec.device, non_blocking=True), labels.to(self.spec.device, non_blocking=True))
 
 
 @contextmanager

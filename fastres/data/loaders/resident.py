@@ -12,14 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.augment import (
-    BatchTransform,
-    Draws,
-    crop_and_flip,
-    crop_windows,
-    on_device,
-    to_device_async,
-)
+from fastres.data.augment import BatchTransform, Draws, crop_and_flip, crop_windows, on_device, to_device_async
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 
@@ -68,10 +61,7 @@ class ResidentLoader:
         """Return the draws for batch() of the steps [first_step, last_step): (steps, b, ...) each, on the host."""
         samples, steps = self.order.samples(first_step, last_step), last_step - first_step
         drawn = on_device(samples, self.fields, torch.device("cpu"))
-        return {
-            name: values.reshape(steps, self.order.rank_batch, *values.shape[1:])
-            for name, values in drawn.items()
-        }
+        return {name: values.reshape(steps, self.order.rank_batch, *values.shape[1:]) for name, values in drawn.items()}
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return n augmented images and their labels. It never synchronises with the device, where the draws are."""

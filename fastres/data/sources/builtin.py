@@ -20,12 +20,8 @@ def digits(config: DataConfig) -> Source:
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
     both = Split(images=images, labels=data.target.astype(np.int64))
-    train, test = train_test_split(
-        np.arange(len(both)), test_size=360, stratify=both.labels, random_state=DIGITS_SEED
-    )
-    return measured_source(
-        "digits", both.subset(np.sort(train)), both.subset(np.sort(test)), tuple("0123456789")
-    )
+    train, test = train_test_split(np.arange(len(both)), test_size=360, stratify=both.labels, random_state=DIGITS_SEED)
+    return measured_source("digits", both.subset(np.sort(train)), both.subset(np.sort(test)), tuple("0123456789"))
 
 
 def synthetic(config: DataConfig) -> Source:

@@ -45,9 +45,7 @@ T = TypeVar("T")
 # Cached results of a folder -----------------------------------------------------------------------
 
 
-def kept_images(
-    folder: Path, paths: Sequence[Path], config: DataConfig
-) -> tuple[np.ndarray | None, list[str]]:
+def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tuple[np.ndarray | None, list[str]]:
     """Return the images of `paths`, all below `folder`, mapped from the cache, and notes for the user.
 
     Returns:
@@ -70,9 +68,7 @@ def kept_images(
         return None, [_not_kept(error, config)]
 
 
-def sizes_and_reasons(
-    folder: Path, paths: Sequence[Path], config: DataConfig
-) -> tuple[list[Size | str], list[str]]:
+def sizes_and_reasons(folder: Path, paths: Sequence[Path], config: DataConfig) -> tuple[list[Size | str], list[str]]:
     """Return the size of each of `paths`, or the reason why it cannot be decoded, and notes for the user.
 
     All paths are below `folder`.

@@ -75,9 +75,7 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
         raise UsageError(f"{what}, and --data.download is false. {REMEDIES}")
     if config.mirror is not None:
         if not re.match(r"(https?|file):", config.mirror):
-            raise UsageError(
-                f"--data.mirror {config.mirror} is not a URL that begins with http, https or file"
-            )
+            raise UsageError(f"--data.mirror {config.mirror} is not a URL that begins with http, https or file")
         urls = [f"{config.mirror.rstrip('/')}/{path.name}"]
     failures = []
     for url in urls:

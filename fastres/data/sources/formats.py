@@ -51,9 +51,7 @@ def decode(path: Path) -> np.ndarray:
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
     except Exception as error:  # PIL raises a dozen types of errors for damaged files
-        raise UsageError(
-            f"cannot read the image {path}: {_reason(path, error)}; replace or delete it"
-        ) from error
+        raise UsageError(f"cannot read the image {path}: {_reason(path, error)}; replace or delete it") from error
 
 
 def _reason(path: Path, error: Exception) -> str:

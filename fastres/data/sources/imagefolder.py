@@ -30,24 +30,18 @@ def imagefolder(config: DataConfig) -> Source:
     """
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise UsageError(
-            f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images"
-        )
+        raise UsageError(f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images")
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
         missing = "test (or val)" if (root / "train").is_dir() else "train"
-        raise UsageError(
-            f"no folder {missing} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*"
-        )
+        raise UsageError(f"no folder {missing} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*")
 
     outside: list[Path] = []
     parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", tests[0])}
     classes = tuple(parts["train"])
     unknown = [name for name in parts[tests[0]] if name not in classes]
     if unknown:
-        raise UsageError(
-            f"{root / tests[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it"
-        )
+        raise UsageError(f"{root / tests[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it")
     notes = [f"{root} has both test and val: test is used"] if len(tests) == 2 else []
     if outside:
         notes.append(_one_line(
@@ -131,9 +125,8 @@ def _bad_note(folder: Path, bad: dict[Path, str], total: int, config: DataConfig
     lines = [f"{path.relative_to(folder)} ({reason})" for path, reason in bad.items()]
     listed = write_bad_list(folder, lines, config)
     more = f" and {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
-    note = (
-        f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}"
-        + (f"; all are listed in {listed}" if listed else "")
+    note = f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}" + (
+        f"; all are listed in {listed}" if listed else ""
     )
     return _one_line(note)
 
@@ -166,9 +159,7 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
 
     def checked(path: Path, broken: bool = False) -> Path:
         if path.is_symlink() and not path.exists() and not broken:
-            raise UsageError(
-                f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it"
-            )
+            raise UsageError(f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it")
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             outside.append(path)
         return path
@@ -190,7 +181,5 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
         raise UsageError(f"no class folders in {folder}: images belong into {folder}/CLASS/")
     for name, paths in files.items():
         if not paths:
-            raise UsageError(
-                f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}: fill or remove that class"
-            )
+            raise UsageError(f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}: fill or remove that class")
     return files

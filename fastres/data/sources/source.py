@@ -98,9 +98,7 @@ def hold_out(split: Split, n: int) -> tuple[Split, Split]:
         UsageError: if nothing would be left to train on.
     """
     if n >= len(split):
-        raise UsageError(
-            f"--data.validation {n} has to be below the {len(split):,} images of the training set"
-        )
+        raise UsageError(f"--data.validation {n} has to be below the {len(split):,} images of the training set")
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(split))
     return split.subset(np.sort(order[n:])), split.subset(np.sort(order[:n]))
 
