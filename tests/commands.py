@@ -8,13 +8,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent  # of the checkout
+ROOT = Path(__file__).parent.parent  # the checkout
 
 
 def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """Return this process's environment as a user's is, but with one thread: kernels are not interpreted.
+    """Return this process's environment as a user has it, but with one thread.
 
-    `changes` go over it; None removes.
+    Triton does not interpret kernels in it. `changes` override variables, and None removes one.
     """
     ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": None}
     changed = {**os.environ, **ours, **(changes or {})}
@@ -24,7 +24,7 @@ def users_environment(changes: Mapping[str, str | None] | None = None) -> dict[s
 def run_python(
     *args: object, env: Mapping[str, str | None] | None = None, cwd: Path | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGS` in a user's environment; `env` goes over it, None removes."""
+    """Run `python ARGS` in a user's environment; `env` overrides variables, and None removes one."""
     return subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=cwd,
@@ -43,31 +43,31 @@ def run_module(
     cwd: Path | None = None,
     timeout_s: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE ARGS`, likewise."""
+    """Run `python -m MODULE ARGS` in a user's environment."""
     return run_python("-m", module, *args, env=env, cwd=cwd, timeout_s=timeout_s)
 
 
 def run_fastres(
     module: str, *args: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m fastres.MODULE ARGS`, likewise."""
+    """Run `python -m fastres.MODULE ARGS` in a user's environment."""
     return run_module(f"fastres.{module}", *args, env=env, cwd=cwd)
 
 
 def torchrun(processes: int, *options: str) -> list[str]:
-    """Return the arguments of Python that start as many processes on this machine, before `-m MODULE`."""
+    """Return Python's arguments that start this many processes on this machine, before `-m MODULE`."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
 
 
 def run_worker(
     name: str, *args: object, processes: int = 0, env: Mapping[str, str | None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run tests/workers/NAME.py in a process of its own or, under torchrun, in several."""
+    """Run tests/workers/NAME.py in one process or, if `processes` is given, in several under torchrun."""
     launcher = torchrun(processes) if processes else []
     return run_python(*launcher, "-m", f"tests.workers.{name}", *args, env=env, cwd=ROOT)
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those that they have."""
+    """Return the processes that a process has started, and all their descendants."""
     own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return own + [further for child in own for further in children(child)]

@@ -1,5 +1,7 @@
-"""One thread and no GPU, here and in every process that a test starts; Triton's interpreter here; one seed for every
-test; a cache of the tests' own; and the longest files first."""
+"""Set up every test: one thread, no GPU, Triton's interpreter, one seed, a separate cache, the longest files first.
+
+Processes that a test starts inherit the thread count, the hidden GPU and the cache, but not the interpreter.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,16 +10,17 @@ from pathlib import Path
 # Before torch is imported. Bitwise equal sums need an equal number of threads, and nets as small as these gain nothing
 # from more of them.
 os.environ["OMP_NUM_THREADS"] = "1"
-# What the tests expect is a CPU's, on a machine with a GPU too. test_kernels_gpu.py has it back, from a worker as well.
+# Expected values are a CPU's, also on a machine with a GPU. test_kernels_gpu.py restores the GPU, also under xdist.
 os.environ.setdefault("FASTRES_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Before Triton is imported, so that kernels run without a GPU. Commands that tests start run without it, as users' do.
+# Set before Triton is imported, so that kernels run without a GPU. Commands that tests start do without it, as users' do.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 
-# Minutes each. pytest-xdist would begin with the files of the most tests, and one worker be left with one of these.
+# These files take minutes each. pytest-xdist would start with the files of the most tests, and one of these would end
+# up last on one worker.
 LONGEST = (
     "test_distributed",
     "test_kernels_bn",
@@ -30,7 +33,7 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests
+    config.option.loadscopereorder = False  # turn off pytest-xdist's order by the number of tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,9 +47,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        # A pytest that a test starts is nobody's worker: pytest-benchmark measures nothing in one.
+        # A pytest that a test starts is not an xdist worker; in a worker, pytest-benchmark measures nothing.
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)
-        # But matplotlib's list of fonts, which takes seconds to make, stays where it is.
+        # matplotlib's list of fonts stays in the user's cache, because building it takes seconds.
         patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(users / "matplotlib")))
         yield
 

@@ -1,4 +1,4 @@
-"""Helpers of several tests: small data sets in the published formats, few samples but learnable; refusals; hashes."""
+"""Helpers for several tests: small learnable data sets in the published formats, rejections, and hashes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def coloured_noise(labels: np.ndarray, size: int, classes: int, seed: int) -> np.ndarray:
-    """Images (N, size, size, 3) uint8 of noise around a colour of each class's own."""
+    """Return images (N, size, size, 3) uint8 of noise around a colour per class."""
     colours = np.random.default_rng(classes).integers(0, 192, (classes, 1, 1, 3))
     noise = np.random.default_rng(seed).integers(0, 64, (len(labels), size, size, 3))
     return (colours[labels] + noise).astype(np.uint8)
@@ -35,7 +35,10 @@ def write_pickle(path: Path, content: Any, protocol: int = 2) -> None:
 
 
 def write_cifar10(root: Path, *, train: int = 500, test: int = 100, protocol: int = 2) -> Path:
-    """cifar-10-batches-py under `root`: five batches of train/5 images, one of `test`. Returns its folder."""
+    """Write cifar-10-batches-py under `root` and return its folder.
+
+    It has five batches of train/5 images and one of `test` images.
+    """
     folder = root / "cifar-10-batches-py"
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
     for seed, (name, count) in enumerate(zip(names, [train // 5] * 5 + [test], strict=True)):
@@ -45,7 +48,7 @@ def write_cifar10(root: Path, *, train: int = 500, test: int = 100, protocol: in
 
 
 def write_cifar100(root: Path, *, train: int = 500, test: int = 100, protocol: int = 2) -> Path:
-    """cifar-100-python under `root`: train, test and meta. Returns its folder."""
+    """Write cifar-100-python (train, test and meta) under `root` and return its folder."""
     folder = root / "cifar-100-python"
     write_pickle(folder / "train", cifar_batch(train, 100, "fine_labels", 0), protocol)
     write_pickle(folder / "test", cifar_batch(test, 100, "fine_labels", 1), protocol)
@@ -54,14 +57,14 @@ def write_cifar100(root: Path, *, train: int = 500, test: int = 100, protocol: i
 
 
 def cifar_batch(count: int, classes: int, label_key: str, seed: int) -> dict[str, Any]:
-    """One CIFAR batch: "data", (count, 3072) uint8 in channel planes, and a list of labels."""
+    """Return one CIFAR batch: "data", (count, 3072) uint8 in channel planes, and a list of labels."""
     labels = np.arange(count) % classes
     images = coloured_noise(labels, 32, classes, seed)
     return {"data": images.transpose(0, 3, 1, 2).reshape(count, -1), label_key: labels.tolist()}
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    """An IDX file of bytes, gzipped if `path` ends in .gz."""
+    """Write an IDX file of bytes, gzipped if `path` ends in .gz."""
     header = np.array([0x0800 + values.ndim, *values.shape], ">u4").tobytes()
     content = header + values.astype(np.uint8).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +74,10 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 def write_mnist_idx(
     root: Path, *, name: str = "MNIST", train: int = 512, test: int = 128, packed: bool = False
 ) -> Path:
-    """NAME/raw under `root`: scikit-learn's digits, trebled to 24x24 and framed to 28x28. Returns its folder.
+    """Write NAME/raw under `root` and return its folder.
 
-    `train` + `test` is at most 1,797; no digit is in both.
+    The images are scikit-learn's digits, enlarged three times to 24x24 and framed to 28x28. `train` + `test` is at most
+    1,797, and no digit is in both.
     """
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))[: train + test]
@@ -97,7 +101,10 @@ def write_image_folder(
     held: str = "test",
     suffix: str = ".jpg",
 ) -> Path:
-    """root/train/CLASS/* and root/`held`/CLASS/*: `train` and `test` images of each class. Returns `root`."""
+    """Write root/train/CLASS/* and root/`held`/CLASS/*, and return `root`.
+
+    Each class has `train` training images and `test` others.
+    """
     for seed, (part, count) in enumerate((("train", train), (held, test))):
         labels = np.repeat(np.arange(len(classes)), count)
         for index, image in enumerate(coloured_noise(labels, size, len(classes), seed)):
@@ -108,7 +115,7 @@ def write_image_folder(
 
 
 def engine(**overrides: Any) -> Engine:
-    """An engine on the CPU: eager, fp32, channels-last, unless told otherwise."""
+    """Return an engine on the CPU; by default it is eager, fp32 and channels-last."""
     fields: dict[str, Any] = {
         "device": torch.device("cpu"),
         "precision": "fp32",
@@ -139,7 +146,7 @@ def sha256(path: Path) -> str:
 
 
 class Creates:
-    """Unpickled by Python itself, it creates a file."""
+    """An object that creates a file when Python itself unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,13 +1,13 @@
-"""`python -m tests.soak`: runs killed at random moments and started again, hundreds of times; nothing may be lost.
+"""`python -m tests.soak`: kill runs at random moments and restart them, hundreds of times; nothing may be lost.
 
-A victim is a small run of fastres.train, killed with SIGKILL and started again until it is complete. After every kill,
-what lies in its folder has to be whole: each checkpoint loads, the newest is at most one interval behind the metrics,
-and every other file is as an undisturbed run has it, or not there. At the end weights and metrics have to be those of
-the undisturbed run, bit for bit.
+A victim is a small run of fastres.train. The soak kills it with SIGKILL and restarts it until it is complete. After
+every kill the files in its folder have to be whole: each checkpoint loads, the newest one is at most one interval
+behind the metrics, and every other file either equals that of an undisturbed run or does not exist. At the end, weights
+and metrics have to be bitwise identical to those of the undisturbed run.
 
-Most victims are forked from a process that has imported everything and done nothing else, which saves the seconds that
-importing torch takes; they are processes of their own, and a share of the starts is the whole `python -m
-fastres.train`, kills while it imports among them. With --processes 2 all run under torchrun. Needs Linux.
+Most victims are forked from a process that has imported everything and done nothing else, because importing torch takes
+seconds. They are processes of their own. A share of the starts runs the complete `python -m fastres.train`, so that
+some kills hit its imports. With --processes 2 all victims run under torchrun. The soak needs Linux.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ STEPS, EVAL_EVERY = 24, 6
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.eval_every {EVAL_EVERY} "
          "--train.log_every 1 --train.batch_size 32 --schedule.warmup_steps 3 --engine.precision fp32"
          ).split()  # fmt: skip
-TIMES = {"images_per_s", "train_time_s"}  # of a row of metrics: all that may differ
+TIMES = {"images_per_s", "train_time_s"}  # the only fields of a row of metrics that may differ
 AIMS = {"any moment": 0.5, "a write": 0.35, "an evaluation": 0.15}  # shares of the kills
-FULL_SHARE = 0.1  # of the starts, where the others are forked
-LAUNCHER_SHARE = 0.25  # of the kills under torchrun
+FULL_SHARE = 0.1  # share of the starts that are not forked
+LAUNCHER_SHARE = 0.25  # share of the kills under torchrun that hit the launcher
 PHASES = ("start-up", "training", "checkpoint write", "evaluation", "end")
 PNG_END = b"IEND\xaeB`\x82"
 TICK_S = 0.0005
@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 
 class Zygote:
-    """A process that has imported fastres.train and forks a victim whenever it is asked to."""
+    """A process that has imported fastres.train and forks a victim on request."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         command = [sys.executable, "-m", "tests.workers.zygote"]
@@ -89,7 +89,7 @@ class Forked:
 
 
 def started(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A command in a session of its own, which writes into `log`."""
+    """Start a command in a session of its own that writes into `log`."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
@@ -98,7 +98,7 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> subpr
 
 
 def workers_of(folder: Path) -> dict[int, int]:
-    """Return the processes that torchrun has started for the run in `folder`: pid and rank."""
+    """Return the pid and rank of each process that torchrun has started for the run in `folder`."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -126,11 +126,11 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 class Lost(Exception):
-    """Something was lost, corrupt or other than it should be."""
+    """A file was lost, is corrupt, or has unexpected content."""
 
 
 def metrics_of(folder: Path) -> tuple[list[Row], bool]:
-    """Return the whole rows of metrics.jsonl without times, and True if another one was cut short."""
+    """Return the complete rows of metrics.jsonl without times, and True if another row was cut short."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     rows = [json.loads(line) for line in lines[:-1]]
@@ -156,7 +156,7 @@ class Undisturbed:
         self.weights = sha256(folder / "model.safetensors")
 
     def compare(self, folder: Path, every: int) -> int:
-        """Return the newest step kept. Raise Lost if a file in the folder is not whole, or not this run's."""
+        """Return the newest step saved. Raise Lost if a file in the folder is damaged or not this run's."""
         import yaml
 
         from fastres.runs import checkpoint
@@ -200,7 +200,7 @@ class Undisturbed:
         if there("model.safetensors"):
             same("model.safetensors", sha256(folder / "model.safetensors"), self.weights)
         logged = rows[-1]["step"] if rows else 0
-        # A step is logged first and saved after that, so the last one may not have been saved.
+        # A step is logged before it is saved, so the last one logged may not have been saved.
         if newest < (logged - 1) // every * every:
             raise Lost(f"step {logged} was logged, and the newest checkpoint is of step {newest}")
         return newest
@@ -210,7 +210,7 @@ class Undisturbed:
 
 
 class Victim:
-    """A run in a folder of its own that is killed and started again until it is complete."""
+    """A run in a folder of its own that is killed and restarted until it is complete."""
 
     def __init__(self, soak: Soak, number: int) -> None:
         self.soak, self.random = soak, random.Random(f"{soak.seed} {number}")
@@ -219,7 +219,7 @@ class Victim:
         self.argv = [*FLAGS, f"--run.checkpoint_every={self.every}", "--run.dir", str(self.folder)]
         self.newest = 0  # step of the newest checkpoint
         self.process: Forked | subprocess.Popen[bytes] | None = None
-        self.kind = ""  # how it was started
+        self.kind = ""  # the way it was started
 
     def until_complete(self) -> None:
         try:
@@ -276,7 +276,7 @@ class Victim:
         return started([*self.soak.launcher, "-m", "fastres.train", *self.argv], self.log, self.soak.environment)
 
     def aim(self) -> tuple[str, Callable[[], bool]]:
-        """Return the aim of the kill, and a function that tells if the moment has come."""
+        """Return the aim of the kill, and a function that returns True when the moment has come."""
         aim = self.random.choices(list(AIMS), list(AIMS.values()))[0]
         at = time.monotonic() + self.random.uniform(0, self.soak.lifetime[self.kind])
         nth, seen = self.random.randrange(1, 7), set[tuple[Path, int]]()
@@ -303,13 +303,13 @@ class Victim:
         return aim, {"any moment": any_moment, "a write": write, "an evaluation": evaluation}[aim]
 
     def strike(self) -> str:
-        """Kill a process of the run, wait until none of the others is left, and return which one it was."""
+        """Kill a process of the run, wait until all others have ended, and return which one it was."""
         assert self.process is not None
         workers = workers_of(self.folder) if self.soak.processes > 1 else {}
         if not workers or self.random.random() < LAUNCHER_SHARE:
             kill(self.process.pid)
             wait_until(lambda: self.process is None or self.process.poll() is not None, "it is not dead")
-            # Workers that have lost their launcher save and leave by themselves.
+            # Workers without a launcher save and exit on their own.
             patience = time.monotonic() + ORPHANS_S
             while (orphans := workers_of(self.folder) if workers else {}) and time.monotonic() < patience:
                 time.sleep(0.05)
@@ -325,14 +325,14 @@ class Victim:
         self.process = None
         return f"worker {rank}"
 
-    # -------------------------------------------------------------------------------- what its files tell
+    # ---- the state that its files show
 
     def changed(self, name: str) -> int:
         path = self.folder / name
         return path.stat().st_mtime_ns if path.exists() else 0
 
     def temporaries(self) -> dict[Path, int]:
-        """Files that are being written, or whose writer was killed, with the time of their last change."""
+        """Return temporary files, being written or left by a killed writer, with the time of their last change."""
         found = {}
         for folder in (self.folder / "checkpoints", self.folder):
             for path in folder.glob("*.tmp"):
@@ -342,13 +342,13 @@ class Victim:
 
     def evaluates(self) -> bool:
         """Return True if an evaluation follows the step of the last row."""
-        with contextlib.suppress(ValueError):  # half a line
+        with contextlib.suppress(ValueError):  # an incomplete line
             rows, _ = metrics_of(self.folder)
             return bool(rows) and rows[-1]["split"] == "train" and rows[-1]["step"] % EVAL_EVERY == 0
         return False
 
     def phase(self) -> tuple[str, bool]:
-        """Return the phase in which the kill fell, and True if it cut short a file other than a checkpoint."""
+        """Return the phase in which the kill fell, and True if it cut a file other than a checkpoint short."""
         cut = [path for path, changed in self.temporaries().items() if self.old.get(path) != changed]
         writes = any(path.suffix == ".tmp" and path.parent == self.folder for path in cut)
         rows, _ = metrics_of(self.folder)
@@ -368,7 +368,7 @@ class Victim:
 
 
 class Soak:
-    """The victims together: how many kills there are to be, and what came of them."""
+    """All victims together: the number of kills, and their results."""
 
     def __init__(self, scratch: Path, *, kills: int, processes: int, seed: int, minutes: float, jobs: int) -> None:
         self.scratch, self.kills, self.processes, self.seed, self.jobs = scratch, kills, processes, seed, jobs
@@ -377,7 +377,7 @@ class Soak:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.launcher: list[str] = []
         if processes > 1:
-            # The launcher ends with the worker, and is started again; test_distributed.py has --max-restarts.
+            # The launcher ends with its worker, and the soak restarts it; test_distributed.py tests --max-restarts.
             self.launcher = torchrun(processes)
         self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
@@ -398,7 +398,7 @@ class Soak:
         return len(self.losses)
 
     def reference(self) -> Undisturbed:
-        """Run undisturbed, for the comparison, and measure how long a run takes."""
+        """Run undisturbed for the comparison, and measure how long a run takes."""
         ways = ["torchrun's"] if self.processes > 1 else ["whole", "forked", "forked"]
         for number, way in enumerate(ways):
             folder, log, began = (
@@ -433,7 +433,7 @@ class Soak:
                 victim = Victim(self, self.victims)
             victim.until_complete()
 
-    # What victims report, from threads.
+    # Victims call these from their threads.
 
     def may_kill(self) -> bool:
         with self._lock:

@@ -1,5 +1,7 @@
-"""Augmentations beyond crop and flip, by every loader, against numpy one image at a time; what is drawn for them is in
-test_permutation.py."""
+"""Augmentations beyond crop and flip, by every loader, against numpy on one image at a time.
+
+test_sampling.py tests their random draws.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ CLASSES = 10
 
 
 def one_image(split: Split, samples: Samples, row: int, **fields: Any) -> np.ndarray:
-    """A row of a batch, padded, cropped and flipped: (S, S, C) uint8."""
+    """Return one row of a batch, padded, cropped and flipped: (S, S, C) uint8."""
     s = spec(split.channels, **fields)
     pad, size = s.pad if s.augment == "crop" else 0, s.image_size
     mode: Any = "reflect" if s.pad_mode == "reflect" else "constant"
@@ -44,7 +46,7 @@ def one_image(split: Split, samples: Samples, row: int, **fields: Any) -> np.nda
 
 
 def expected(split: Split, first: int, last: int, **fields: Any) -> Batches:
-    """The batches of steps [first, last) by the plainest means."""
+    """Return the batches of steps [first, last), computed by plain numpy."""
     s, batches = spec(split.channels, **fields), []
     for step in range(first, last):
         samples = s.order(len(split)).samples(step, step + 1)
@@ -62,7 +64,7 @@ def expected(split: Split, first: int, last: int, **fields: Any) -> Batches:
 
 
 def mixed(plain: Tensor, labels: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Each image and label with its neighbour's, pixel by pixel."""
+    """Mix each image and label with its neighbour's, pixel by pixel."""
     images, shares = torch.empty_like(plain), torch.zeros(len(labels), CLASSES)
     for row in range(len(labels)):
         other, blend = row ^ 1, float(samples.blend[row])
@@ -80,15 +82,15 @@ def mixed(plain: Tensor, labels: Tensor, samples: Samples) -> tuple[Tensor, Tens
     "fields",
     [
         {"pad_mode": "reflect"},
-        {"pad_mode": "reflect", "pad": 7},  # as far as an image of 8 pixels goes
+        {"pad_mode": "reflect", "pad": 7},  # the most that an image of 8 pixels allows
         {"flip": "alternating"},
         {"cutout": 4},
         {"cutout": 3, "augment": "crop", "pad": 0},
-        {"cutout": 99},  # nothing is left
+        {"cutout": 99},  # the whole image is blank
     ],
     ids=str,
 )
-def test_batches_are_those_of_the_plainest_means(loader: str, fields: dict[str, Any]) -> None:
+def test_batches_equal_a_reference_in_plain_numpy(loader: str, fields: dict[str, Any]) -> None:
     split = noise()
     assert_equal(list(make(loader, split, **fields).train(0, 9)), expected(split, 0, 9, **fields))
 
@@ -100,7 +102,7 @@ def test_batches_are_those_of_the_plainest_means(loader: str, fields: dict[str, 
         {"mixup": 0.4},
         {"cutmix": 1.0},
         {"mixup": 1.0, "cutmix": 1.0, "cutout": 4, "pad_mode": "reflect"},
-        {"mixup": 0.4, "batch_size": 50},  # a step of more than two epochs
+        {"mixup": 0.4, "batch_size": 50},  # one step spans more than two epochs
         {"cutmix": 1.0, "batch_size": 12, "rank": 1, "world_size": 3},
     ],
     ids=str,
@@ -125,7 +127,7 @@ def test_all_loaders_mix_bit_for_bit_alike() -> None:
             assert_equal(other, one)
 
 
-def test_chunks_of_the_resident_loader_do_not_part_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_the_resident_loader_do_not_separate_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     split, fields = noise(), {"mixup": 1.0, "cutmix": 1.0, "classes": CLASSES}
     whole = list(make("resident", split, **fields).train(0, 9))
     monkeypatch.setattr("fastres.data.loaders.resident.CHUNK", 4)
@@ -148,13 +150,13 @@ def test_folders_of_images_are_reflected_too(loader: str, tmp_path: Path) -> Non
     assert_equal(list(make(loader, split, **fields).train(0, 4)), expected(in_memory, 0, 4, **fields))
 
 
-def test_the_share_of_pixels_that_cutout_blanks() -> None:
+def test_cutout_blanks_the_expected_share_of_pixels() -> None:
     """A square of 16 around a uniform pixel of 32 keeps (24/32)² of its own area on average: 36 % of 25 % is lost."""
     split = Split(images=np.full((2_000, 32, 32, 1), 200, np.uint8), labels=np.zeros(2_000, np.int64))
     fields = {"image_size": 32, "batch_size": 2_000, "pad": 0, "cutout": 16}
     ((images, _),) = make("resident", split, **fields).train(0, 1)
     blank = (images == 0).float().mean(dim=(1, 2, 3))
-    # Of each side 16 − E[what is outside] = 16 − 2·(1 + … + 8)/32 + 8/32 = 14: y − 8 … y + 7 of 0 … 31.
+    # Of each side of 16, y − 8 … y + 7 within 0 … 31, the mean length inside is 16 − 2·(1 + … + 8)/32 + 8/32 = 14.
     assert float(blank.mean()) == pytest.approx((14 / 32) ** 2, abs=0.005)
     assert float(blank.max()) == 0.25 and float(blank.min()) == (8 / 32) ** 2
 
@@ -162,7 +164,7 @@ def test_the_share_of_pixels_that_cutout_blanks() -> None:
 # ---- from the command line ----------------------------------------------------------------------------------
 
 
-def test_a_run_with_everything_learns_and_repeats(tmp_path: Path) -> None:
+def test_a_run_with_every_augmentation_learns_and_repeats(tmp_path: Path) -> None:
     flags = (
         "--recipe digits --train.steps 60 --schedule.warmup_steps 0 --engine.precision fp32 "
         "--data.pad_mode reflect --data.pad 2 "
@@ -187,14 +189,14 @@ def test_a_run_with_everything_learns_and_repeats(tmp_path: Path) -> None:
         ("--data.pad_mode black", ("data.pad_mode", "zero, reflect")),
     ],
 )
-def test_what_cannot_be_is_refused(flags: str, names: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_impossible_augmentation_is_rejected(flags: str, names: tuple[str, ...], tmp_path: Path) -> None:
     done = run_fastres("train", "--recipe", "digits", *flags.split(), "--run.dir", tmp_path / "run")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = done.stderr.strip().splitlines()
     assert not [name for name in names if name not in line], line
 
 
-def test_reflecting_is_refused_only_where_something_is_padded() -> None:
+def test_reflect_padding_is_rejected_only_if_something_is_padded() -> None:
     flags = ["--data.pad_mode", "reflect", "--data.pad", "8", "--train.batch_size", "2"]
     with rejected("data.pad 8"):
         build(a_source(8, 8), *flags)

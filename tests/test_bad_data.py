@@ -1,4 +1,4 @@
-"""Files that are bad, or turn bad under a run: one line that names them, left out where asked for, and nobody hangs."""
+"""Bad files, and files that turn bad during a run: one line names them, skip_bad skips them, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -45,11 +45,14 @@ def load(root: Path, **fields: Any) -> Source:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Five cats and five dogs of 8 x 8 pixels to train on, two of each to test; in PNG, where decoders agree."""
+    """Return a folder of 8 x 8 PNGs: five cats and five dogs to train on, two of each to test.
+
+    They are PNGs because all decoders read those alike.
+    """
     return write_image_folder(tmp_path / "images", train=5, size=8, suffix=".png")
 
 
-# PNGs that no library would write ----------------------------------------------------------------
+# PNGs that no library writes ----------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -57,7 +60,10 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(pixels: np.ndarray, *, width: int | None = None, cut: int = 0) -> bytes:
-    """RGB of (H, W, 3) uint8 or uint16. width: another than it has; cut: bytes taken from the compressed pixels."""
+    """Return a PNG of RGB pixels, (H, W, 3) uint8 or uint16.
+
+    `width` is a false width for the header, and `cut` the number of bytes removed from the compressed pixels.
+    """
     header = struct.pack(
         ">IIBBBBB", width or pixels.shape[1], width or pixels.shape[0], 8 * pixels.itemsize, 2, 0, 0, 0
     )
@@ -68,7 +74,7 @@ def png(pixels: np.ndarray, *, width: int | None = None, cut: int = 0) -> bytes:
 
 WHOLE = png(NOISE)
 DEEP = np.random.default_rng(0).integers(0, 2**16, (8, 8, 3)).astype(np.uint16)
-ODD = {  # and what is seen in it
+ODD = {  # and the pixels that decoders read
     "without its end": (WHOLE[:-12], NOISE),
     "with a wrong checksum": (WHOLE[:-16] + bytes(4) + WHOLE[-12:], NOISE),
     "of sixteen bits": (png(DEEP), (DEEP >> 8).astype(np.uint8)),
@@ -77,7 +83,7 @@ ODD = {  # and what is seen in it
 
 @every_loader
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_pngs_are_seen_alike(loader: str, kind: str, root: Path) -> None:
+def test_every_decoder_reads_odd_pngs_alike(loader: str, kind: str, root: Path) -> None:
     content, pixels = ODD[kind]
     for path in root.rglob("*.png"):
         path.write_bytes(content)
@@ -140,11 +146,11 @@ def test_a_bad_file_of_any_name_is_named(loader: str, name: str, root: Path) -> 
     assert "Traceback" not in str(caught.value)
 
 
-# Left out where asked for ------------------------------------------------------------------------
+# Skipped on request ------------------------------------------------------------------------
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Write bad files of every kind, and return the reason that is given for each."""
+    """Write bad files of every kind, and return the reason reported for each."""
     (folder / "b0 empty.png").write_bytes(b"")
     (folder / "b1 text.jpg").write_bytes(b"not an image")
     (folder / "b2 truncated.png").write_bytes(WHOLE[: len(WHOLE) // 2])
@@ -185,7 +191,7 @@ def odd_files(folder: Path) -> set[str]:
     return {*kinds, "deep.png"}
 
 
-def test_bad_files_are_left_out_counted_and_named(root: Path, tmp_path: Path) -> None:
+def test_bad_files_are_skipped_counted_and_named(root: Path, tmp_path: Path) -> None:
     folder, store = root / "train" / "cat", tmp_path / "store"
     good = odd_files(folder) | {f"{number:05}.png" for number in range(5)}
     reasons = broken_files(folder)
@@ -205,18 +211,18 @@ def test_bad_files_are_left_out_counted_and_named(root: Path, tmp_path: Path) ->
         assert line.startswith(f"cat/{name} ({reason}") and str(root) not in line
 
 
-def test_of_up_to_three_files_none_is_kept_quiet(root: Path) -> None:
+def test_up_to_three_bad_files_are_all_named(root: Path) -> None:
     for number in range(3):
         (root / "test" / "dog" / f"bad{number}.png").write_bytes(b"")
     (note,) = load(root, loader="dataloader", skip_bad=True).notes
     assert note.count("(it is empty)") == 3 and "more" not in note
 
 
-def test_without_bad_files_nothing_is_said(root: Path) -> None:
+def test_without_bad_files_nothing_is_reported(root: Path) -> None:
     assert load(root, loader="dataloader", skip_bad=True).notes == ()
 
 
-def test_what_was_found_is_remembered(root: Path, tmp_path: Path) -> None:
+def test_the_bad_files_found_are_remembered(root: Path, tmp_path: Path) -> None:
     bad, fields = (
         root / "train" / "cat" / "00002.png",
         {"loader": "dali", "skip_bad": True, "cache": str(tmp_path / "s")},
@@ -227,7 +233,7 @@ def test_what_was_found_is_remembered(root: Path, tmp_path: Path) -> None:
     first = load(root, **fields)
     assert bad not in first.train.paths and len(first.train) == 9
     bad.write_bytes(good)
-    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))  # whoever does not decode it sees no difference
+    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))  # only decoding it shows a difference
     second = load(root, **fields)
     assert second.train.paths == first.train.paths and second.notes == first.notes
     bad.touch()
@@ -235,7 +241,7 @@ def test_what_was_found_is_remembered(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]"])
-def test_what_was_remembered_wrongly_is_found_anew(content: bytes, root: Path, tmp_path: Path) -> None:
+def test_a_damaged_list_of_bad_files_is_rebuilt(content: bytes, root: Path, tmp_path: Path) -> None:
     fields = {"loader": "dali", "skip_bad": True, "cache": str(tmp_path / "s")}
     (root / "train" / "cat" / "00002.png").write_bytes(b"")
     first = load(root, **fields)
@@ -245,14 +251,14 @@ def test_what_was_remembered_wrongly_is_found_anew(content: bytes, root: Path, t
 
 
 @pytest.mark.parametrize("loader", ["resident", "dataloader"])
-def test_where_nothing_can_be_kept_bad_files_are_left_out_all_the_same(loader: str, root: Path, tmp_path: Path) -> None:
+def test_bad_files_are_skipped_even_if_nothing_can_be_cached(loader: str, root: Path, tmp_path: Path) -> None:
     (root / "train" / "cat" / "00002.png").write_bytes(b"")
     (tmp_path / "file").write_text("")
     source = load(root, loader=loader, skip_bad=True, cache=str(tmp_path / "file"))
     assert len(source.train) == 9 and source.train.array(2).shape == (9, 8, 8, 3)
     not_kept, left_out = source.notes
     assert "not kept" in not_kept and "File exists" in not_kept
-    assert left_out.endswith("are left out: cat/00002.png (it is empty)")  # and there is no list
+    assert left_out.endswith("are left out: cat/00002.png (it is empty)")  # and no list was written
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -263,20 +269,20 @@ def test_a_class_without_a_good_file_is_refused_by_name(part: str, root: Path) -
         load(root, skip_bad=True)
 
 
-def test_the_size_of_most_training_images_counts(root: Path) -> None:
+def test_the_most_common_size_of_training_images_counts(root: Path) -> None:
     for name in ("train/cat/00000", "train/dog/00009", "test/cat/00000", "test/dog/00003"):
         Image.new("RGB", (7, 7)).save(root / f"{name}.png")
     source = load(root, skip_bad=True)
     assert source.train.array(1).shape == (8, 8, 8, 3) and source.test.array(1).shape == (2, 8, 8, 3)
     resized = load(root, skip_bad=True, loader="dali", augment="resized_crop", image_size=8)
     assert (len(resized.train), len(resized.test), resized.notes) == (10, 4, ())
-    for path in (root / "test").rglob("*.png"):  # what they are tested on is not what they are trained on
+    for path in (root / "test").rglob("*.png"):  # the test set is not the training set
         Image.new("RGB", (7, 7)).save(path)
     with rejected(root / "test" / "cat", "7x7 pixels, most have 8x8"):
         load(root, skip_bad=True)
 
 
-def test_only_image_folders_leave_files_out() -> None:
+def test_only_image_folders_skip_files() -> None:
     with rejected("data.skip_bad", "--data.source imagefolder"):
         parse(["--recipe", "digits", "--data.skip_bad", "true"])
 
@@ -289,7 +295,7 @@ TINY = (
 ).split()
 
 
-def test_every_loader_leaves_out_the_same(root: Path, tmp_path: Path) -> None:
+def test_every_loader_skips_the_same_files(root: Path, tmp_path: Path) -> None:
     broken_files(root / "train" / "cat")
     broken_files(root / "test" / "dog")
     hashes = set()
@@ -301,7 +307,7 @@ def test_every_loader_leaves_out_the_same(root: Path, tmp_path: Path) -> None:
 
 
 class Started:
-    """A training run in processes of its own, that has begun to train and would go on for ever."""
+    """A training run in its own processes that has begun to train and would never end."""
 
     def __init__(self, root: Path, folder: Path, *flags: str, processes: int = 0) -> None:
         launcher = torchrun(processes) if processes else []
@@ -324,7 +330,7 @@ class Started:
             time.sleep(0.02)
 
     def end(self) -> int:
-        """Wait until no process of the run is left, and return the exit status."""
+        """Wait until all processes of the run have ended, and return the exit status."""
         status = self.process.wait(timeout=120)
         deadline = time.monotonic() + 120
         while alive := [pid for pid in self.children if Path(f"/proc/{pid}").exists()]:
@@ -333,7 +339,7 @@ class Started:
         return status
 
     def line(self) -> str:
-        """Return the one line that it printed on stderr."""
+        """Return the single line that the run printed on stderr."""
         line = self.err.read_text()
         assert line.startswith("fastres: error: ") and line.count("\n") == 1, line
         return line
@@ -357,13 +363,13 @@ def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def replace(path: Path, image: Image.Image) -> None:
-    """Replace the file in one instant, so that a reader finds either the old or the new one."""
+    """Replace the file atomically, so that a reader finds either the old file or the new one."""
     new = path.with_name(f".{path.name}")
     image.save(new)
     new.replace(path)
 
 
-TURNS: dict[str, tuple[Callable[[Path], object], str]] = {  # how a file turns bad, and what is said of it
+TURNS: dict[str, tuple[Callable[[Path], object], str]] = {  # how a file turns bad, and the text that reports it
     "deleted": (Path.unlink, "No such file or directory"),
     "truncated": (lambda path: os.truncate(path, 60), "truncated"),
     "of another size": (lambda path: replace(path, Image.new("RGB", (9, 5))), "has 9x5 pixels, others 8x8"),
@@ -376,13 +382,13 @@ def test_a_file_that_turns_bad_while_it_is_used_is_named(loader: str, turn: str,
     change, said = TURNS[turn]
     victim = root / "train" / "dog" / "00007.png"
     batches = make(loader, load(root, loader=loader).train, workers=1).train(0, 1_000)
-    for _ in range(4):  # it has been seen, twice
+    for _ in range(4):  # it has been read twice
         next(batches)
     change(victim)
     with rejected(victim, said):
         for _ in batches:
             pass
-    assert not multiprocessing.active_children()  # a worker that is left to the garbage collector holds others up
+    assert not multiprocessing.active_children()  # a worker left to the garbage collector delays others
 
 
 @pytest.mark.parametrize(
@@ -390,7 +396,7 @@ def test_a_file_that_turns_bad_while_it_is_used_is_named(loader: str, turn: str,
     [
         ("dataloader", "deleted", "train/dog/00007.png"),
         ("dali", "of another size", "train/dog/00007.png"),
-        ("dataloader", "truncated", "test/dog/00003.png"),  # where it is evaluated
+        ("dataloader", "truncated", "test/dog/00003.png"),  # during an evaluation
     ],
 )
 def test_a_run_whose_files_turn_bad_ends_with_one_line_and_status_1(
@@ -404,7 +410,7 @@ def test_a_run_whose_files_turn_bad_ends_with_one_line_and_status_1(
     assert str(root / file) in run.line() and said in run.line()
 
 
-def test_the_resident_loader_does_not_notice(root: Path, started: Callable[..., Started]) -> None:
+def test_the_resident_loader_does_not_notice_files_that_turn_bad(root: Path, started: Callable[..., Started]) -> None:
     run = started("--data.loader", "resident", "--train.steps", "300", "--run.checkpoint_every", "1000000")
     for path, (change, _) in zip(sorted((root / "train").rglob("*.png")), TURNS.values(), strict=False):
         change(path)
@@ -419,7 +425,7 @@ def test_a_killed_worker_is_an_error_of_the_next_batch_and_of_nothing_else(root:
     batches = make("dataloader", load(root, loader="dataloader").train, workers=2).train(0, 1_000)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    for _ in range(100):  # as a step or a checkpoint would go on
+    for _ in range(100):  # just as a step or a checkpoint would continue
         time.sleep(0.01)
     with rejected("a worker process of the dataloader was killed by SIGKILL", "--data.workers"):
         for _ in batches:
@@ -434,25 +440,25 @@ def test_a_killed_worker_ends_the_run_with_one_line(started: Callable[..., Start
     assert "a worker process of the dataloader was killed by SIGKILL" in run.line()
 
 
-def test_workers_go_where_their_run_is_killed(started: Callable[..., Started]) -> None:
+def test_workers_end_when_their_run_is_killed(started: Callable[..., Started]) -> None:
     run = started("--data.loader", "dataloader", "--data.workers", "2")
     assert len(run.children) == 2
     run.process.kill()
     assert run.end() == -signal.SIGKILL
 
 
-def test_of_two_processes_neither_waits_for_one_whose_file_turns_bad(
+def test_neither_of_two_processes_waits_for_one_whose_file_turns_bad(
     root: Path, started: Callable[..., Started]
 ) -> None:
     run = started("--data.loader", "dataloader", "--data.workers", "1", processes=2)
-    assert len(run.children) == 4  # two processes, and a worker of each
+    assert len(run.children) == 4  # two processes, each with one worker
     victim = root / "train" / "dog" / "00007.png"
     victim.write_bytes(b"text")
     assert run.end() != 0
     assert re.search(rf"fastres: error: rank [01]: cannot read the image {victim}: ", run.err.read_text())
 
 
-def test_two_processes_leave_out_the_same(root: Path, tmp_path: Path, started: Callable[..., Started]) -> None:
+def test_two_processes_skip_the_same_files(root: Path, tmp_path: Path, started: Callable[..., Started]) -> None:
     broken_files(root / "train" / "cat")
     run = started(
         "--data.skip_bad", "true", "--data.cache", str(tmp_path / "store"), "--train.steps", "20", processes=2

@@ -1,4 +1,4 @@
-"""bench/bench_kernels.py runs without a GPU, and makes of a GPU's rows the table that the kernels are taken by."""
+"""bench/bench_kernels.py runs without a GPU and turns a GPU's rows into the kernels' table; the suite's report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
         assert row["device"]
     contests = groupby(rows, lambda row: (row["what"], row["shape"], row["direction"]))
     directions: dict[str, set[str]] = {}
-    for (what, _, direction), contest in contests:  # of neighbouring rows: the variants have one shape
+    for (what, _, direction), contest in contests:  # neighbouring rows are variants of one shape
         assert [row["variant"] for row in contest] == ["reference", "eager"]
         directions.setdefault(what, set()).add(direction)
     layers, blocks = {"forward", "backward", "full"}, {"full"}
@@ -49,7 +49,7 @@ def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
 
 
 def row(variant: str, us: float, baseline_us: float, **changes: Any) -> dict[str, Any]:
-    """As a GPU would record it: ±1 % around the times."""
+    """Return a row as a GPU would record it, with a spread of ±1 % around the times."""
     return {
         "device": "a GPU",
         "capability": [9, 0],
@@ -73,7 +73,7 @@ def row(variant: str, us: float, baseline_us: float, **changes: Any) -> dict[str
     } | changes
 
 
-def test_the_lines_of_a_gpu() -> None:
+def test_rows_of_a_gpu_are_printed_with_spread_ratio_and_bandwidth() -> None:
     infos = (
         row("two_pass", 20.0, 30.0),
         row("inductor", 30.0, 30.0, gb_per_s=None, share_of_copy=None),
@@ -92,14 +92,14 @@ def test_the_lines_of_a_gpu() -> None:
     ]
 
 
-def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in_a_graph() -> None:
+def test_the_fastest_variant_beats_inductor_beyond_the_spread_forward_and_backward_in_a_graph() -> None:
     small, large = [128, 64, 8, 8], [256, 64, 112, 112]
     rows = [
         row("two_pass", 20.0, 30.0),
         row("cooperative", 15.0, 30.0),  # the better of two that won
         row("two_pass", 20.0, 30.0, what="bn_add_relu"),
         row("cooperative", 25.0, 30.0, what="bn_add_relu"),
-        row("eager", 5.0, 30.0, shape=large),  # not ours to name
+        row("eager", 5.0, 30.0, shape=large),  # not one of this project's variants
         row("two_pass", 29.5, 30.0, shape=large),  # within the spread
         row("two_pass", 20.0, 30.0, shape=large, direction="forward"),
         row("two_pass", 20.0, 30.0, shape=large, mode="plain"),
@@ -119,7 +119,7 @@ def test_fastest_is_what_beat_inductor_beyond_the_spread_forward_and_backward_in
     )
 
 
-def test_what_was_measured_is_written_where_the_kernels_look_it_up(
+def test_the_measured_table_is_written_where_the_kernels_read_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert dispatch_table.read() == dispatch_table.FASTEST and dispatch_table.FILE.is_file()
@@ -130,7 +130,7 @@ def test_what_was_measured_is_written_where_the_kernels_look_it_up(
     hopper = {(131072, 16, False): "two_pass", (8192, 64, False): "torch"}
     assert dispatch_table.read() == {(8, 0): {(18, 4, True): "two_pass"}, (9, 0): hopper}
     monkeypatch.setattr(dispatch_table, "FASTEST", dispatch_table.read())
-    bench_kernels.write_table([row("two_pass", 40.0, 30.0)])  # measured again: the other shape stays
+    bench_kernels.write_table([row("two_pass", 40.0, 30.0)])  # when one shape is measured again, the other stays
     assert dispatch_table.read()[9, 0] == hopper | {(131072, 16, False): "torch"}
     assert "on a CPU there is nothing to write" in bench_kernels.write_table([row("reference", 1, 1, capability=None)])
 
@@ -158,7 +158,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "time to 90 %" in done.stdout and "of 2 below 90 %" in done.stdout
-    assert "0001_" in done.stdout  # the earlier run, in the table of the comparison
+    assert "0001_" in done.stdout  # the earlier run, in the comparison's table
     assert "machine_info is different" not in done.stdout + done.stderr
     return sorted(storage.rglob("*.json"))
 
@@ -189,7 +189,7 @@ def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
     assert 0 <= info["p_value"] <= 1
 
 
-def test_the_report_of_some_runs(results: list[Path]) -> None:
+def test_the_report_has_the_device_the_commits_and_a_row_per_result(results: list[Path]) -> None:
     done = run_report(*results)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -199,7 +199,7 @@ def test_the_report_of_some_runs(results: list[Path]) -> None:
     assert any(line.startswith("digits     warm") for line in lines)
 
 
-def test_the_report_refuses_to_mix_devices(results: list[Path], tmp_path: Path) -> None:
+def test_the_report_rejects_results_of_different_devices(results: list[Path], tmp_path: Path) -> None:
     content = json.loads(results[1].read_text())
     content["machine_info"]["fastres"]["device"] = "another machine"
     other = tmp_path / "other.json"
@@ -230,7 +230,7 @@ def test_committed_results_under_older_names_are_still_read() -> None:
     assert consumer_rate({"consumer_images_per_s": 2.0, "times_consumer_rate": 3.0}) == (2.0, 3.0)
 
 
-def test_the_old_name_of_targets_works_and_says_so() -> None:
+def test_the_old_name_of_targets_works_and_prints_a_note() -> None:
     old, new = (run_module("bench.report", flag, cwd=CHECKOUT) for flag in ("--claims", "--targets"))
     assert (old.returncode, new.returncode) == (0, 0) and old.stdout == new.stdout and "not measured" in new.stdout
     assert old.stderr.strip() == "bench.report: --claims is now --targets; the next version drops the old name"
@@ -251,7 +251,7 @@ def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: flo
     assert p is not None and low <= p <= high
 
 
-def test_throughput_is_measured_in_turns_with_the_plain_loop_and_every_figure_is_there(tmp_path: Path) -> None:
+def test_throughput_is_interleaved_with_the_plain_loop_and_every_figure_is_recorded(tmp_path: Path) -> None:
     done = pytest_bench(
         *("bench/bench_throughput.py", "-k", "mini_resnet and infer and default"),
         f"--benchmark-json={tmp_path / 'rows.json'}",
@@ -287,10 +287,10 @@ def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) ->
     assert max(slow["accuracies"]) < min(muon["accuracies"])
     assert max(slow["train_accuracies"]) < min(muon["train_accuracies"]) and "training 0." in best
     for accuracy in (*slow["accuracies"], *muon["accuracies"]):
-        assert accuracy * 143 == pytest.approx(round(accuracy * 143))  # of a tenth of 1,437
+        assert accuracy * 143 == pytest.approx(round(accuracy * 143))  # a tenth of 1,437
 
 
-def test_settings_of_different_data_are_refused_before_anything_runs() -> None:
+def test_settings_of_different_data_are_rejected_before_anything_runs() -> None:
     done = held_out("+", "--data.pad", 0, "+", "--data.pad", 1)
     assert (done.returncode, done.stdout) == (2, "")
     assert "give --data's flags before the first +" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""bench/run_on_gpu.sh, run as a user does on stages of a file; its benches as far as a CPU goes; and the targets."""
+"""bench/run_on_gpu.sh with stages from a file, as a user runs it; its benches as far as a CPU allows; the targets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def script(*args: str | Path, cwd: Path = CHECKOUT) -> subprocess.CompletedProce
 
 
 class Stages:
-    """Stages of a file, with marks and logs beside it."""
+    """Stages in a file, with their marks and logs beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ def stages(tmp_path: Path) -> Stages:
     return Stages(tmp_path)
 
 
-def test_help_says_how() -> None:
+def test_help_explains_the_usage() -> None:
     done = script("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--data DIR" in done.stdout and "pip install -e '.[dev,peers]'" in done.stdout
@@ -77,20 +77,20 @@ def test_the_list_has_every_stage_and_the_essential_part_is_within_25_minutes() 
     assert [row[0] for row in marked] == [line.split()[0] for line in essential.stdout.splitlines()[1:-1]]
     assert sum(int(row[1]) for row in marked) <= 25
     assert rows[: len(marked)] == marked
-    first = next(i for i, row in enumerate(marked) if "table" in row[3])  # that takes the table of kernels
+    first = next(i for i, row in enumerate(marked) if "table" in row[3])  # a stage that uses the kernels' table
     for part in (marked[:first], marked[first:], rows[len(marked) :]):  # cheapest first
         assert [int(row[1]) for row in part] == sorted(int(row[1]) for row in part)
 
 
-def test_nothing_writes_the_table_of_kernels_after_a_stage_that_takes_it() -> None:
-    """It would make that stage another one, to be measured again."""
+def test_no_stage_writes_the_table_of_kernels_after_a_stage_that_uses_it() -> None:
+    """A changed table would invalidate the stage, so that it would be measured again."""
     stages = [line.split("|") for line in SCRIPT.read_text("utf-8").splitlines() if line.count("|") == 6]
     writes = [i for i, stage in enumerate(stages) if "fused " in stage[6] or "--write-table" in stage[6]]
     takes = [i for i, stage in enumerate(stages) if "table" in stage[4]]
     assert len(writes) == 2 and max(writes) < min(takes)
 
 
-def test_every_stage_names_a_bench_that_is_there() -> None:
+def test_every_stage_names_an_existing_bench() -> None:
     files = {
         word
         for line in SCRIPT.read_text("utf-8").splitlines()
@@ -112,7 +112,7 @@ def test_every_stage_names_a_bench_that_is_there() -> None:
         (("--stages", "nowhere"), "cannot read"),
     ],
 )
-def test_what_is_missing_is_refused_in_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_a_missing_requirement_is_rejected_in_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
     done = script(*args, "--record", tmp_path) if args != ("--data",) else script(*args)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -120,7 +120,7 @@ def test_what_is_missing_is_refused_in_one_line(args: tuple[str, ...], said: str
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_that_needs_data_is_refused_without(stages: Stages, tmp_path: Path) -> None:
+def test_a_stage_that_needs_data_is_rejected_without_it(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "stages").write_text('reads | 1 | 1 | no | data | its data | ls "$DATA"; echo $DATA_OPTION\n')
     for args, said in (((), "--data DIR says where"), (("--data", tmp_path), "neither cifar-10-batches-py")):
         done = stages.run(*args)
@@ -130,7 +130,7 @@ def test_a_stage_that_needs_data_is_refused_without(stages: Stages, tmp_path: Pa
     assert stages.run("--data", tmp_path / "a copy").returncode == 0
     assert stages.log("reads").split() == ["test", "train", "--jpeg-copy"]
     (tmp_path / "a copy" / "cifar-10-batches-py").mkdir()
-    assert "reads          done in" in stages.run("--data", tmp_path / "a copy").stdout  # it is other data
+    assert "reads          done in" in stages.run("--data", tmp_path / "a copy").stdout  # the data is different
     assert "--data-root" in stages.log("reads")
 
 
@@ -145,7 +145,7 @@ def test_a_failure_is_reported_with_its_log_and_the_others_go_on(stages: Stages)
     assert "with status 3" in summary[1] and summary[1].endswith("fails.log")
 
 
-def test_what_is_done_is_not_done_again_and_what_failed_is(stages: Stages) -> None:
+def test_a_finished_stage_is_not_repeated_and_a_failed_one_is(stages: Stages) -> None:
     stages.write(counts=f"echo x >>{stages.folder}/count", waits=f"test -e {stages.folder}/ready")
     count = stages.folder / "count"
     assert stages.run().returncode == 1
@@ -214,7 +214,7 @@ DIGITS = (
 
 
 def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
-    """Weights, batches, schedule and the loss of every step: all that is not the way of computing."""
+    """Weights, batches, schedule and the loss of every step agree; only the way of computing differs."""
     flags = [*DIGITS, "--engine.precision", "fp32", "--model.norm", "torch"]
     config = parse(flags)
     source = load_source(config.data)
@@ -225,8 +225,8 @@ def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
     assert ours == pytest.approx(losses.tolist(), rel=1e-4)
 
 
-def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
-    """A real run of what a CPU has of the schedule, and of accuracy beside the plain loop."""
+def test_the_report_has_the_results_of_schedule_and_accuracy(tmp_path: Path) -> None:
+    """Real runs on a CPU: the schedule as far as it goes, and accuracy beside the plain loop."""
     rows = tmp_path / "rows.json"
     storage = f"--benchmark-storage={(tmp_path / 'kept').as_uri()}"
     for command in (
@@ -246,10 +246,10 @@ def test_what_the_suite_keeps_of_them_is_in_the_report(tmp_path: Path) -> None:
     (parity,) = merge_seeds(seeds)
     for of in parity["accuracies"].values():
         assert len(of) == parity["n"] == 2 and min(of) > 0.7
-    assert parity["twin"] is None and parity["plain_is"] == "the loop"  # which needs no twin on a CPU
+    assert parity["twin"] is None and parity["plain_is"] == "the loop"  # it needs no twin on a CPU
     report = done.stdout
     assert "images/s of the schedule" in report and "fastres " in report and "difference " in report
-    assert "what is to be reached" not in report  # that is for a GPU
+    assert "what is to be reached" not in report  # only for a GPU
 
 
 def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:
     assert found["first_different_step"] == 1 and not found["state_equal"]
 
 
-def test_the_parts_of_a_step_from_a_trace() -> None:
+def test_a_trace_is_split_into_the_parts_of_a_step() -> None:
     """Two steps of a 3 us and a 2 us kernel; 1 us between them, 4 us between the steps, and a copy that overlaps."""
 
     def ran(name: str, start: float, us: float, cat: str = "kernel") -> dict[str, Any]:
@@ -280,11 +280,11 @@ def test_the_parts_of_a_step_from_a_trace() -> None:
     assert (found["gaps"], found["gaps_us"], found["largest_gaps_us"]) == (1.5, 3, [4, 1, 1])
     rows = [(row["name"], row["calls"], row["us"]) for row in found["by_kernel"]]
     assert rows == [("conv", 1, 3), ("norm", 1, 2), ("Memcpy", 0.5, 0.5)]
-    # No kernels are no error, behind which the step's time would be lost.
+    # A trace without kernels is no error, because an error would lose the step's time.
     assert kernel_times(events[:1], 2)["kernels"] == 0
 
 
-def test_airbenchs_last_row() -> None:
+def test_time_and_accuracy_come_from_airbenchs_last_row() -> None:
     said = """\
 -------------------------------------------------------------------------------------------------
 |  run     |  epoch  |  train_loss  |  train_acc  |  val_acc  |  tta_val_acc  |  total_time_seconds  |
@@ -304,10 +304,10 @@ def test_airbenchs_last_row() -> None:
         (2.0, None, (2.0, True)),
         (5.0, None, (5.0, True)),
         (9.0, None, (5.0, False)),
-        (3.0, 3.0, (4.0, True)),  # by few trials 3 seemed enough
+        (3.0, 3.0, (4.0, True)),  # with few trials, 3 seemed enough
     ],
 )
-def test_the_shortest_length_that_averages_90(
+def test_the_shortest_length_is_found_that_averages_90(
     enough_from: float, wrong_at: float | None, found: tuple[float, bool]
 ) -> None:
     def averages_90(length: float, trials: int) -> bool:
@@ -320,12 +320,12 @@ def test_the_shortest_length_that_averages_90(
     ("ours", "plain", "verdict"),
     [
         ([0.91, 0.92], [0.90, 0.91], True),
-        ([0.90, 0.92], [0.91, 0.93], True),  # lower, by 0.01; two standard errors are 0.028
+        ([0.90, 0.92], [0.91, 0.93], True),  # lower by 0.01, which is less than two standard errors, 0.028
         ([0.900, 0.901], [0.910, 0.911], False),
         ([0.9], [0.9, 0.9], None),
     ],
 )
-def test_not_lower_by_more_than_two_standard_errors(
+def test_accuracy_may_be_lower_by_at_most_two_standard_errors(
     ours: list[float], plain: list[float], verdict: bool | None
 ) -> None:
     assert not_lower(compared(ours, plain)) is verdict
@@ -341,7 +341,7 @@ def found_in(*rows: tuple[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def parity(*seeds: int, seconds: float = 25.0, **other: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Rows as bench_parity leaves them, one for each seed."""
+    """Return rows as bench_parity leaves them, one for each seed."""
     return [
         ("accuracy", {
             "what": "parity", "model": "resnet20", "steps": 64_000, "data": "cifar10", "precision": "bf16",
@@ -356,12 +356,12 @@ def parity(*seeds: int, seconds: float = 25.0, **other: Any) -> list[tuple[str, 
 TRAINING, ACCURACY = "ResNet-20, batch 128, 64,000 steps: training", "accuracy against plain fp32"
 
 
-def test_what_nobody_measured_says_so() -> None:
+def test_a_target_that_was_not_measured_says_so() -> None:
     assert set(found_in().values()) == {"not measured"}
     assert set(found_in(*parity(0, steps=60, model="resnet8")).values()) == {"not measured"}
 
 
-def test_what_was_measured_is_reached_or_not() -> None:
+def test_a_measured_target_is_reached_or_not() -> None:
     found = found_in(*parity(*range(5)))
     assert found[TRAINING] == "reached       25.20 ± 0.16 s, n=5"
     assert found[ACCURACY].startswith("not reached   0.9152 on cifar10, n=5; plain 0.9162, n=5: -0.0010 ± 0.0001")
@@ -371,7 +371,7 @@ def test_what_was_measured_is_reached_or_not() -> None:
     assert found_in(*parity(*range(5), seconds=19.0))[TRAINING].startswith("reached, stretch")
 
 
-def test_what_is_too_little_to_tell_is_not_reached() -> None:
+def test_too_few_runs_do_not_reach_a_target() -> None:
     other = {"steps": 300, "first_different_step": 7, "state_equal": False}
     only_ours = {"accuracies": {"fastres": [0.915]}}
     for rows in (
@@ -381,7 +381,7 @@ def test_what_is_too_little_to_tell_is_not_reached() -> None:
         parity(*range(4)) + parity(4, **only_ours),
     ):
         assert found_in(*rows)[ACCURACY].startswith("not shown")
-        assert found_in(*rows)[TRAINING].startswith("reached")  # which takes no twin
+        assert found_in(*rows)[TRAINING].startswith("reached")  # it has no twin
 
 
 def test_a_seed_counts_once_as_it_was_measured_last() -> None:
@@ -389,7 +389,7 @@ def test_a_seed_counts_once_as_it_was_measured_last() -> None:
     (merged,) = merge_seeds(rows)
     assert merged["n"] == 3 and merged["mean_train_time_s"] == pytest.approx((25.0 + 30.1 + 30.2) / 3)
     two = {"n": 2, "train_time_s": [25.0, 25.1], "accuracies": {"fastres": [0.9, 0.8], "plain": [0.7, 0.6]}}
-    at_once = {name: value for name, value in (rows[0] | two).items() if name != "seeds"}  # as rows once were
+    at_once = {name: value for name, value in (rows[0] | two).items() if name != "seeds"}  # the rows' former format
     assert merge_seeds([at_once])[0]["mean_accuracy"] == {"fastres": pytest.approx(0.85), "plain": pytest.approx(0.65)}
     (text,) = [
         line
@@ -404,7 +404,7 @@ def test_the_data_set_itself_goes_before_a_copy() -> None:
     assert "25.00" in found_in(*copy, *parity(0))[TRAINING]
 
 
-def test_the_faster_of_two_compiled_loops_is_what_counts() -> None:
+def test_the_faster_of_two_compiled_loops_counts() -> None:
     info = {"what": "schedule", "n": 5}
     both = {"plain": 16.0, "torch.compile": 4.0, "torch.compile, bf16, channels-last": 2.5}
     found = found_in(("schedule", info | {"times_as_fast": both}))
@@ -436,7 +436,7 @@ def test_time_to_90_counts_from_25_runs_that_reach_it() -> None:
     assert "fastres 0.900 s ± 0.000 to 0.9062, airbench 1.100 s ± 0.000 to 0.9002, cut to 3.5 epochs" in line
 
 
-def test_kernels_count_by_the_better_one_of_each_shape() -> None:
+def test_the_better_kernel_of_each_shape_counts() -> None:
     info = {
         "what": "bn_relu", "shape": [128, 16, 32, 32], "dtype": "bf16", "direction": "full", "mode": "graph",
         "variant": "two_pass", "baseline": "inductor", "ratio": 0.9,

@@ -1,4 +1,4 @@
-"""What fastres/data/sources/cache.py promises: folders of images are decoded once, and never wrongly."""
+"""fastres/data/sources/cache.py decodes a folder of images once and never returns wrong images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Where what is decoded is kept; made by whoever keeps something."""
+    """Return the cache folder; the code under test creates it."""
     return tmp_path / "new" / "store"
 
 
@@ -49,13 +49,13 @@ def load(root: Path, store: Path, **fields: Any) -> Source:
 
 
 def kept(store: Path, part: str, suffix: str) -> Path:
-    """The one file of that kind."""
+    """Return the only file of that kind."""
     (path,) = store.glob(f"{part}-*{suffix}")
     return path
 
 
 def pixels(root: Path, part: str) -> np.ndarray:
-    """Every image of a part, decoded here and now."""
+    """Decode every image of a part and return the pixels."""
     return np.stack([decode(path) for path in sorted((root / part).rglob("*.jpg"))])
 
 
@@ -66,7 +66,10 @@ def assert_right(source: Source, root: Path) -> None:
 
 
 def replaced_unnoticed(path: Path) -> None:
-    """Another image of as many bytes, with the same time of change: only whoever decodes it sees the difference."""
+    """Replace an image by another with as many bytes and the same time of change.
+
+    Only decoding the file shows the difference.
+    """
     status, before = path.stat(), decode(path)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(path, format="BMP")
     content = path.read_bytes().ljust(status.st_size, b"\0")
@@ -76,7 +79,7 @@ def replaced_unnoticed(path: Path) -> None:
     assert not np.array_equal(decode(path), before)
 
 
-# What is kept ------------------------------------------------------------------------------------
+# The cached files ------------------------------------------------------------------------------------
 
 
 def test_images_are_decoded_once_and_mapped(root: Path, store: Path) -> None:
@@ -96,8 +99,8 @@ def test_images_are_decoded_once_and_mapped(root: Path, store: Path) -> None:
     assert np.array_equal(second.train.images, old) and second.notes == ()
 
 
-def test_what_is_kept_is_not_written_to(root: Path, store: Path) -> None:
-    """torch takes the array as one that may be written to, so nothing would stop it."""
+def test_the_cached_array_is_never_written_to(root: Path, store: Path) -> None:
+    """torch treats the array as writable, so nothing would stop a write."""
     source = load(root, store)
     source.train.images[:] = 0
     again = load(root, store)
@@ -105,7 +108,7 @@ def test_what_is_kept_is_not_written_to(root: Path, store: Path) -> None:
     assert again.notes == ()
 
 
-def test_other_loaders_keep_nothing(root: Path, store: Path) -> None:
+def test_other_loaders_cache_nothing(root: Path, store: Path) -> None:
     source = load(root, store, loader="dataloader")
     assert source.train.images is None and len(source.train.paths) == 10 and not store.exists()
 
@@ -123,7 +126,7 @@ def test_a_run_from_the_cache_has_the_weights_of_one_without(root: Path, tmp_pat
     flags = ("--data.source imagefolder --train.steps 3 --train.batch_size 4 --engine.compile false "
              "--engine.precision fp32 --model.name cifar_resnet --model.options.blocks_per_stage 1")  # fmt: skip
     hashes = []
-    for number, where in enumerate(("a folder", "a folder", "a file")):  # made, found, and impossible
+    for number, where in enumerate(("a folder", "a folder", "a file")):  # made, found, and unavailable
         run, place = (tmp_path / f"run {number}", ["--data.cache", str(tmp_path / where), "--data.root", str(root)])
         assert train.main([*flags.split(), *place, "--run.dir", str(run)]) == 0
         hashes.append(hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest())
@@ -131,7 +134,7 @@ def test_a_run_from_the_cache_has_the_weights_of_one_without(root: Path, tmp_pat
 
 
 @pytest.mark.parametrize("home", ["XDG_CACHE_HOME", "HOME"])
-def test_it_is_in_the_users_cache_folder(
+def test_the_cache_is_in_the_users_cache_folder(
     home: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -140,12 +143,12 @@ def test_it_is_in_the_users_cache_folder(
     assert kept(tmp_path / "home" / ("fastres" if home != "HOME" else ".cache/fastres"), "train", ".npy")
 
 
-# When it is made anew ----------------------------------------------------------------------------
+# When it is rebuilt ----------------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[Path, Path], object]] = {  # (a file, its class)
     "added": lambda file, of_class: shutil.copy(file, of_class / "new.jpg"),
     "removed": lambda file, of_class: file.unlink(),
-    "renamed": lambda file, of_class: file.rename(of_class / "00002 again.jpg"),  # its place is the same
+    "renamed": lambda file, of_class: file.rename(of_class / "00002 again.jpg"),  # its path stays the same
     "moved": lambda file, of_class: file.rename(of_class.parent / "dog" / "zzz.jpg"),
     "replaced": lambda file, of_class: Image.new("RGB", (8, 8), (9, 9, 9)).save(file),
     "touched": lambda file, of_class: os.utime(file, ns=(1, 1)),
@@ -159,7 +162,7 @@ def test_a_folder_that_has_changed_is_decoded_again(change: str, root: Path, sto
     again = load(root, store)
     assert_right(again, root)
     assert len(again.notes) == 1
-    assert kept(store, "train", ".npy")  # in place of the older one
+    assert kept(store, "train", ".npy")  # it replaces the older one
     assert load(root, store).notes == ()
 
 
@@ -192,7 +195,7 @@ def without(path: Path, key: str) -> str:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_is_made_anew(damage: str, root: Path, store: Path) -> None:
+def test_a_damaged_cache_is_rebuilt(damage: str, root: Path, store: Path) -> None:
     load(root, store)
     suffix, hurt = DAMAGES[damage]
     hurt(kept(store, "train", suffix))
@@ -202,7 +205,7 @@ def test_what_is_damaged_is_made_anew(damage: str, root: Path, store: Path) -> N
 
 
 def test_an_array_beside_the_description_of_another_does_not_count(root: Path, store: Path) -> None:
-    """What is left where a process is killed after writing the one and before writing the other."""
+    """A process killed between the two writes leaves such a pair."""
     load(root, store)
     array, about = kept(store, "train", ".npy"), kept(store, "train", ".json")
     old = about.read_bytes()
@@ -213,7 +216,7 @@ def test_an_array_beside_the_description_of_another_does_not_count(root: Path, s
     assert_right(load(root, store), root)
 
 
-def test_what_cannot_be_decoded_is_refused_and_leaves_nothing(root: Path, store: Path) -> None:
+def test_an_undecodable_image_is_rejected_and_leaves_no_cache(root: Path, store: Path) -> None:
     bad = root / "train" / "dog" / "00007.jpg"
     good = bad.read_bytes()
     bad.write_bytes(good[:100])
@@ -231,7 +234,7 @@ def test_what_cannot_be_decoded_is_refused_and_leaves_nothing(root: Path, store:
 
 
 class Loading:
-    """A process that loads a folder, forked from this one: its hashes of the images, its notes, what it says."""
+    """A process that loads a folder, forked from this one; it prints hashes of the images, then its notes."""
 
     def __init__(self, root: Path, store: Path, stderr: int | None = None, before: Callable[[], Any] = int) -> None:
         folder = Path(tempfile.mkdtemp(dir=root.parent))
@@ -249,7 +252,7 @@ class Loading:
         self.process.start()
 
     def end(self) -> list[str]:
-        """What it prints in the end: a line for each split, then the notes."""
+        """Return the process's last output: a line for each split, then the notes."""
         self.process.join(timeout=120)
         assert self.process.exitcode == 0, self.err.read_text()
         return self.out.read_text().splitlines()
@@ -260,7 +263,7 @@ def line(split: Split) -> str:
 
 
 def line_of(root: Path, part: str, where: str) -> str:
-    """What such a process should print."""
+    """Return the output expected of such a process."""
     return f"{hashlib.sha256(pixels(root, part)).hexdigest()}, {where}"
 
 
@@ -271,11 +274,11 @@ def wait_for(happened: Callable[[], object], *processes: Loading) -> None:
         time.sleep(0.001)
 
 
-def test_of_two_processes_one_decodes_and_the_other_waits_and_says_so(root: Path, store: Path) -> None:
+def test_one_of_two_processes_decodes_and_the_other_reports_that_it_waits(root: Path, store: Path) -> None:
     load(root, store)
     kept(store, "train", ".npy").unlink()
     with kept(store, "train", ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until both have come
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until both have started
         both = [Loading(root, store) for _ in range(2)]
         said = f"fastres: waiting for another process, which is decoding {root / 'train'}\n"
         wait_for(lambda: all(one.err.exists() and one.err.read_text() == said for one in both), *both)
@@ -283,13 +286,13 @@ def test_of_two_processes_one_decodes_and_the_other_waits_and_says_so(root: Path
         fcntl.flock(lock, fcntl.LOCK_UN)
     printed = [one.end() for one in both]
     assert [lines[:2] for lines in printed] == [[line_of(root, part, "mapped") for part in ("train", "test")]] * 2
-    assert sorted(len(lines) for lines in printed) == [2, 3]  # one of them has decoded, and has a note
+    assert sorted(len(lines) for lines in printed) == [2, 3]  # the one that decoded prints a note
     assert all(one.err.read_text() == said for one in both)
 
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A folder of 1,028 images that takes a second or so to decode: one file under many names."""
+    """Return a folder of 1,028 images that takes a second or so to decode: one file under many names."""
     root = write_image_folder(tmp_path / "many", train=1, test=1, size=192)
     for number in range(1_024):
         (root / "train" / "cat" / f"{number:04}-again.jpg").hardlink_to(root / "train" / "cat" / "00000.jpg")
@@ -308,11 +311,11 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(many: Path
     assert not list(store.glob("*.tmp")) and load(many, store).notes == ()
 
 
-# Where nothing can be kept -----------------------------------------------------------------------
+# When nothing can be cached -----------------------------------------------------------------------
 
 
 def assert_in_memory(source: Source, root: Path, reason: str) -> None:
-    """Not from the cache and yet right, with one note."""
+    """Assert that the images are right, not from the cache, and reported with one note."""
     (note,) = source.notes
     assert "not kept" in note and reason in note and "--data.cache" in note and "\n" not in note
     for split, part in ((source.train, "train"), (source.test, "test")):
@@ -349,7 +352,7 @@ def assert_train_is_not_kept(lines: list[str], many: Path, reason: str) -> None:
     assert [note for note in lines[2:] if "not kept" in note and reason in note and "--data.cache" in note]
 
 
-def test_a_file_system_that_takes_no_more_is_a_note(many: Path, store: Path) -> None:
+def test_a_file_size_limit_is_a_note(many: Path, store: Path) -> None:
     """1 MB: enough for the two test images (221 kB), not for the 1,026 of training."""
     most = 2**20, 2**20
     loading = Loading(many, store, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most))
@@ -358,7 +361,7 @@ def test_a_file_system_that_takes_no_more_is_a_note(many: Path, store: Path) -> 
 
 
 def test_a_full_disk_is_a_note(many: Path, store: Path) -> None:
-    """The same on a file system of 1 MB, which this process alone sees."""
+    """The file system has 1 MB, and only this process sees it."""
     store.mkdir(parents=True)
     script = f"mount -t tmpfs -o size=1m none '{store}' && exec \"$@\""
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
@@ -382,7 +385,7 @@ def print_loaded(root: str, store: str) -> None:
 # Progress ----------------------------------------------------------------------------------------
 
 
-def test_progress_is_plain_lines_of_the_first_process_where_there_is_no_terminal(
+def test_without_a_terminal_the_first_process_reports_progress_in_plain_lines(
     root: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     load(root, store / "fast")
@@ -401,15 +404,15 @@ def test_progress_is_a_bar_on_a_terminal(many: Path, store: Path) -> None:
     loading = Loading(many, store, stderr=end)
     os.close(end)
     seen = b""
-    with contextlib.suppress(OSError):  # where the other end is closed
+    with contextlib.suppress(OSError):  # if the other end is closed
         while chunk := os.read(terminal, 65536):
             seen += chunk
     os.close(terminal)
     assert len(loading.end()) == 3
     assert b"1026/1026" in seen and b"2/2" in seen
-    assert seen.count(b"decoding") > seen.count(b"\n") == 2  # a line for each part, that moves and is gone then
+    assert seen.count(b"decoding") > seen.count(b"\n") == 2  # a line for each part, which moves and then disappears
 
 
-def test_a_splits_array_is_what_it_holds(root: Path) -> None:
+def test_a_splits_array_has_the_pixels_of_its_images(root: Path) -> None:
     images = np.zeros((2, 4, 4, 1), np.uint8)
     assert Split(images=images, labels=np.zeros(2, np.int64)).array(1) is images

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified when read, never executed."""
+"""Checkpoints are written atomically, verified when read, and never executed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fixtures import Creates, rejected
 
 
 def a_state(step: int = 3) -> dict[str, Any]:
-    """Nested, with every kind of leaf that a trainer's state has."""
+    """Return a nested state with every kind of leaf of a trainer's state."""
     generator = torch.Generator().manual_seed(step)
     return {
         "step": step,
@@ -65,14 +65,14 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     assert latest is not None and latest["step"] == 1_000
 
 
-def test_nothing_is_latest_where_nothing_was_saved(tmp_path: Path) -> None:
+def test_without_a_save_there_is_no_latest_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "nowhere") is None
     with rejected(tmp_path / "step-00000001.pt"):
         checkpoint.load(tmp_path / "step-00000001.pt")
 
 
-def test_what_a_kill_left_behind_is_ignored(tmp_path: Path) -> None:
+def test_files_that_a_kill_left_behind_are_ignored(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, a_state(1), keep=2)
     (tmp_path / "step-00000002.pt.tmp").write_bytes(b"cut sho")
     latest = checkpoint.latest(tmp_path)
@@ -97,7 +97,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None:
     path = checkpoint.save(tmp_path, 1, a_state(), keep=1)
     whole, random_ = path.read_bytes(), random.Random(seed)
-    pickled = (whole.index(b"state"), whole.index(b"sha256") + 80)  # where a flip may change the structure
+    pickled = (whole.index(b"state"), whole.index(b"sha256") + 80)  # a flip there may change the structure
     for place in random_.choices(range(len(whole)), k=60) + random_.choices(range(*pickled), k=60):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << random_.randrange(8)
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None
             assert_same(state, a_state())
 
 
-def test_the_last_good_one_is_gone_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_falls_back_to_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, a_state(step), keep=3)
     newest, middle, oldest = checkpoint.found(tmp_path)
@@ -130,7 +130,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     path, witness = tmp_path / "step-00000001.pt", tmp_path / "witness"
     torch.save({"state": Creates(witness), "sha256": ""}, path)
     torch.load(path, weights_only=False)["state"].close()
-    assert witness.exists()  # the test has teeth
+    assert witness.exists()  # a plain load would execute it
     witness.unlink()
     with rejected(path):
         checkpoint.load(path)
@@ -138,7 +138,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [1], torch.zeros(1), {"state": {}}])
-def test_a_file_of_somebody_elses_is_refused(tmp_path: Path, content: Any) -> None:
+def test_a_third_party_file_is_rejected(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "model.pt")
     with rejected(tmp_path / "model.pt", "not a checkpoint"):
         checkpoint.load(tmp_path / "model.pt")
@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure_of_one_line(tmp_path: Path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, a_state(1), keep=1)
     (tmp_path / "step-00000002.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(RunError) as caught:

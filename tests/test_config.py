@@ -1,4 +1,4 @@
-"""The command line and its files: precedence, recipes, the tutorial's config.json, refusals."""
+"""The command line and its files: precedence, recipes, the tutorial's config.json, rejections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECIPES = {
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Whatever a test parses, nothing is written."""
+    """Assert that parsing writes nothing, in every test."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -62,7 +62,7 @@ def test_defaults_then_recipe_then_files_in_order_then_flags(file: Any) -> None:
     assert config.data.workers == 2  # default
     assert config.train.steps == 600  # recipe over default
     assert config.train.log_every == 7  # file over recipe
-    assert config.optim.momentum == 0.5  # the first file's, which the second leaves alone
+    assert config.optim.momentum == 0.5  # from the first file, because the second does not set it
     assert config.run.seed == 4  # the second file over the first
     assert config.optim.lr == 0.5  # flag over files, wherever it stands
     assert parse([*second, *first]).run.seed == 3
@@ -139,9 +139,9 @@ def test_every_recipe_parses_and_survives_the_round_trip(name: str, file: Any) -
     assert parse(file(dump(config))) == config
 
 
-def test_a_run_of_an_earlier_version_does_not_get_what_its_recipe_has_today(file: Any) -> None:
+def test_a_run_of_an_earlier_version_does_not_get_its_recipes_present_values(file: Any) -> None:
     written = to_dict(parse(["--recipe", "cifar10-speedrun"]))
-    assert written["train"].pop("eval_mirrored") is True  # before there was such a field
+    assert written["train"].pop("eval_mirrored") is True  # before the field existed
     config = parse([*file(yaml.safe_dump(written)), "--train.log_every", "7"])
     assert config.train.eval_mirrored is False
     assert (config.recipe, config.train.log_every) == ("cifar10-speedrun", 7)
@@ -149,7 +149,7 @@ def test_a_run_of_an_earlier_version_does_not_get_what_its_recipe_has_today(file
     assert parse(file("recipe: cifar10-speedrun\ntrain: {log_every: 7}")).train.eval_mirrored is True
 
 
-def test_print_config_prints_what_would_run_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_prints_the_resolved_configuration_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse(["--print_config", "--optim.lr", "0.3"])
     assert left.value.code == 0
@@ -167,7 +167,7 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
         "run.seed: 0 -> 1",
     ]
     older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
-    assert differences(older, old) == []  # written before there was such a field
+    assert differences(older, old) == []  # written before the field existed
     assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == ["optim.nesterov: False -> True"]
 
 
@@ -200,7 +200,7 @@ def test_a_run_that_was_started_with_the_old_name_of_a_value_is_resumed(tmp_path
     written = dump(config).replace("conv: cpp", "conv: own")
     assert written != dump(config)
     (run / "config.yaml").write_text(written)
-    assert RunDir(config).check_resumable() is None  # it is this run, and it is not finished
+    assert RunDir(config).check_resumable() is None  # the same run, not finished
 
 
 # ---- the tutorial's config.json -----------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_the_tutorials_keys_land_where_they_belong(file: Any) -> None:
 
 
 @pytest.mark.parametrize(("n", "depth"), [(8, 50), (25, 152)])
-def test_where_imagenet_has_the_name_the_tutorial_still_means_cifar(n: int, depth: int, file: Any) -> None:
+def test_a_tutorial_name_means_the_cifar_net_even_if_imagenet_has_that_name(n: int, depth: int, file: Any) -> None:
     model = parse(file({**TUTORIAL, "num_layer": n})).model
     net = build_model(model.name, num_classes=model.num_classes, **model_options(model))
     convolutions = [m for m in net.modules() if type(m).__name__ == "Conv2d"]
@@ -295,7 +295,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(argv: list[str], said: tupl
     [
         ("optim: {lrr: 1}", ("optim.lrr", "did you mean optim.lr?")),
         ("optimm: {lr: 1}", ("optimm",)),
-        ("optimm: 1", ("optimm", "optim,")),  # with the sections that there are
+        ("optimm: 1", ("optimm", "optim,")),  # together with the existing sections
         ("optim: 3", ("optim", "3")),
         ("optim:", ("optim",)),
         ("1: 2", ("1",)),
@@ -313,7 +313,7 @@ def test_an_unknown_name_in_a_file_is_refused(content: str, said: tuple[str, ...
 
 # ---- refusals: values ---------------------------------------------------------------------------------------
 
-WRONG_TYPES = [  # field, values of another type or range, what it takes
+WRONG_TYPES = [  # field, values of a wrong type or range, and the accepted ones
     ("train.steps", ["x", 1.5, True, -1], "a whole number, 0 or above"),
     ("train.batch_size", [0], "a whole number above 0"),
     ("optim.lr", ["x", True, 0, [0.1]], "a number above 0"),
@@ -337,7 +337,7 @@ WRONG_TYPES = [  # field, values of another type or range, what it takes
         ("--train.steps=5 --train.steps=x", "train.steps: 'x' is not"),
     ],
 )
-def test_the_value_that_is_refused_is_the_one_that_is_named(flags: str, said: str) -> None:
+def test_the_rejected_value_is_the_one_named(flags: str, said: str) -> None:
     with rejected(said):
         parse(flags.split())
 

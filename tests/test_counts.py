@@ -1,4 +1,4 @@
-"""The gate of bench/counts.py, run as CI runs it: a checkout as it is passes, one that was made slower does not."""
+"""The gate of bench/counts.py, run as in CI: an unchanged checkout passes, and a slower one fails."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TORCH = ".".join(torch.__version__.split(".")[:2])
 
 
 class Checkout:
-    """A copy of this one that can be edited."""
+    """A copy of this checkout that a test can edit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         caches = shutil.ignore_patterns("__pycache__")
         for folder_name, name in (("fastres", "fastres"), ("kernels", "fastres_kernels"), ("bench", "bench")):
             shutil.copytree(CHECKOUT / folder_name, folder / name, ignore=caches)
-        # What is counted is the copy, and not what is installed.
+        # The counts are those of the copy, not of the installed package.
         find = "from importlib.util import find_spec as f; print(f('fastres').origin, f('fastres_kernels').origin)"
         found = self.run("-c", find).stdout.split()
         assert [Path(path).parent.parent for path in found] == [folder, folder]
@@ -59,7 +59,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "checkout")
 
 
-def test_this_checkout_passes_and_a_fall_is_told_and_kept(checkout: Checkout) -> None:
+def test_this_checkout_passes_and_a_decrease_is_reported_and_recorded(checkout: Checkout) -> None:
     expected = json.loads(checkout.expected.read_text())
     expected["every torch"]["graph"]["breaks"] += 1
     checkout.expected.write_text(json.dumps(expected))
@@ -73,7 +73,7 @@ def test_this_checkout_passes_and_a_fall_is_told_and_kept(checkout: Checkout) ->
     assert checkout.expected.read_bytes() == (CHECKOUT / "bench" / "expected_counts.json").read_bytes()
 
 
-# What somebody might do, the group that sees it and how its line begins.
+# A change that somebody might make, the group that detects it, and how its line begins.
 REGRESSIONS = {
     "the host reads the loss of every step": (
         ("fastres/training/step.py", "self.count(loss.detach()", "float(loss); self.count(loss.detach()"),
