@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Expected values are a CPU's, also on a machine with a GPU. test_kernels_gpu.py restores the GPU, also under xdist.
 os.environ.setdefault("FASTRES_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Set before Triton is imported, so that kernels run without a GPU. Commands that tests start do without it, as users' do.
+# Set before Triton is imported, so that kernels run without a GPU. Commands that tests start unset it.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest

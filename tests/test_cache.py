@@ -100,7 +100,7 @@ def test_images_are_decoded_once_and_mapped(root: Path, store: Path) -> None:
 
 
 def test_the_cached_array_is_never_written_to(root: Path, store: Path) -> None:
-    """torch treats the array as writable, so nothing would stop a write."""
+    """The array looks writable to torch, so nothing would stop a write."""
     source = load(root, store)
     source.train.images[:] = 0
     again = load(root, store)

@@ -1,4 +1,4 @@
-"""Whole steps as recordings: what is replayed is the step bit for bit, and what would not be is refused.
+"""Whole steps as recordings: a replay is bitwise identical to the step, and unsuitable work is rejected.
 
 On a CPU, OpRecorder stands in for CudaRecorder, with a CUDA graph's rules. CudaRecorder has not yet run on a GPU.
 """
@@ -47,7 +47,7 @@ from tests.commands import run_fastres
 from tests.fixtures import rejected
 
 CPU = torch.device("cpu")
-# Epochs of 22.5 steps, blocks of 7: neither ends where an evaluation or a checkpoint falls, and the last block has 2.
+# Epochs of 22.5 steps and blocks of 7 end at no evaluation and no checkpoint, and the last block has 2 steps.
 BLOCK = 7
 SHORT = ("--recipe digits --model.name resnet8 --model.norm torch --train.batch_size 64 --train.steps 30 "
          "--train.eval_every 13 --train.eval_batch_size 100 --train.log_every 1 --schedule.warmup_steps 10 "
@@ -61,7 +61,7 @@ def _short_blocks_recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *flags: object, graphed: bool) -> Path:
-    """Train and return the run's folder. The engine refuses graphs on a CPU, so its answer is replaced."""
+    """Train and return the run's folder. The engine rejects graphs on a CPU, so its answer is replaced."""
     config = parse([*SHORT, *map(str, flags), "--run.dir", str(folder)])
     engine = replace(resolve_engine(config), cuda_graph=graphed, cuda_graph_may_fall_back=False)
     engine.apply_torch_settings()
@@ -70,7 +70,7 @@ def run(folder: Path, *flags: object, graphed: bool) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every row of the run, without what time it took."""
+    """Return every row of the run without its times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("images_per_s", "train_time_s")} for row in rows]
 
@@ -127,7 +127,9 @@ def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("step", [8, 16])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_either_goes_on_from_the_others_checkpoint(step: int, precision: str, tmp_path: Path) -> None:
+def test_graphed_and_ungraphed_runs_resume_from_each_others_checkpoints(
+    step: int, precision: str, tmp_path: Path
+) -> None:
     flags = ("--engine.precision", precision)
     folders = {graphed: run(tmp_path / f"{graphed}", *flags, graphed=graphed) for graphed in (False, True)}
     for graphed, folder in folders.items():
@@ -145,7 +147,7 @@ def test_the_step_of_a_non_finite_loss_is_named(tmp_path: Path) -> None:
             run(tmp_path / f"{graphed}", *flags, "--train.eval_every", 30, graphed=graphed)
         reasons.append(str(caught.value).partition(";")[0])
     assert reasons[0] == reasons[1] and "the loss became non-finite at step " in reasons[0]
-    assert 0 < int(reasons[0].rpartition(" ")[2]) < 29  # not the last
+    assert 0 < int(reasons[0].rpartition(" ")[2]) < 29  # not the last step
 
 
 # ---- a step that is replayed --------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoad
 
 
 class Scaled(nn.Module):
-    """A layer behind the logits that reads on the host how large they are."""
+    """A layer after the logits that reads their magnitude on the host."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / max(1.0, x.abs().max().item())
@@ -193,7 +195,7 @@ def test_the_learning_rate_is_the_steps_own_in_every_group() -> None:
             assert torch.equal(rate, torch.zeros(()).fill_(lr_at(i) * scale)), i
 
 
-def test_python_numbers_stay_what_they_were() -> None:
+def test_a_recording_keeps_python_numbers() -> None:
     """So a recording of TrainStep's own call would keep its first learning rate."""
     step, loader, _ = build()
     batch, lr = next(loader.train(0, 1)), [0.5]
@@ -212,13 +214,13 @@ def test_recording_leaves_no_trace(precision: str) -> None:
     GraphedEvaluation(evaluate, loader, OpRecorder(CPU))
     assert checkpoint.digest(step.state_dict()) == before
     assert all(p.grad is None for p in step.model.parameters())
-    run_steps(step, loader, 3, 5)  # and a step may still be taken without it
+    run_steps(step, loader, 3, 5)  # and a step without the recording still works
     (expected, *_), again = build("--engine.precision", precision), loader
     run_steps(expected, again, 0, 5)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
 
 
-def test_a_recorded_step_goes_on_from_a_state_that_is_loaded_later() -> None:
+def test_a_recorded_step_continues_from_a_state_that_is_loaded_later() -> None:
     step, loader, _ = build("--engine.precision", "fp16")
     replayed = graphed_step(step, loader)
     run_steps(replayed, replayed, 0, 9)
@@ -241,7 +243,7 @@ def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale
         run_steps(steps, batches, 0, 1)
         assert step.scaler.get_scale() == 2.0**39
         assert all(torch.equal(p, q) for p, q in zip(step.model.parameters(), before, strict=True))
-        run_steps(steps, batches, 1, 40)  # until some steps are taken
+        run_steps(steps, batches, 1, 40)  # until some steps have run
         assert step.scaler.get_scale() < 2.0**20
         assert not torch.equal(before[0], next(step.model.parameters()))
         weights.append(checkpoint.digest(step.state_dict()))
@@ -276,9 +278,9 @@ def test_a_replay_runs_no_python_of_the_step_and_no_new_memory() -> None:
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(expected.state_dict())
 
 
-def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
+def test_a_replayed_evaluation_uses_the_present_weights() -> None:
     step, loader, evaluate = build()
-    replayed = GraphedEvaluation(evaluate, loader, OpRecorder(CPU))  # 15 batches of 100, the last filled up
+    replayed = GraphedEvaluation(evaluate, loader, OpRecorder(CPU))  # 15 batches of 100, of which the last is padded
     seen = []
     for i in range(3):
         metrics = evaluate(replayed.evaluate())
@@ -289,7 +291,7 @@ def test_evaluation_is_the_evaluation_with_the_weights_of_now() -> None:
 
 
 class Again:
-    """A recorder whose replay does the work again, because no CPU recorder sees code that inductor compiled."""
+    """A recorder whose replay repeats the work, because no CPU recorder sees code that inductor compiled."""
 
     def record(self, work: Any, mutated: Any) -> Any:
         return SimpleNamespace(replay=work)
@@ -300,10 +302,10 @@ class Again:
     [
         "--engine.precision bf16",
         f"{RUNS['three channels']} --data.cutout 3 --data.flip alternating --data.pad_mode reflect --data.pad 2",
-        f"{RUNS['three channels']} --data.mixup 0.3 --data.cutmix 0.5",  # whose batch is not compiled
+        f"{RUNS['three channels']} --data.mixup 0.3 --data.cutmix 0.5",  # its batch is not compiled
     ],
 )
-def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: str) -> None:
+def test_the_compiled_work_around_the_network_is_bitwise_that_of_eager(flags: str) -> None:
     torch._dynamo.reset()
     compiling = "--engine.compile", "true", "--optim.norm_bias_lr_scale", "64"
     (step, loader, _), (other, *_) = (build(*flags.split(), *compiling) for _ in range(2))
@@ -311,7 +313,7 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
         of.warm_up(*next(loader.train(0, 1)))
         assert all(not tensor.any() for tensor in of.metrics.tensors[:3])
     replayed = GraphedStep(step, loader, lr_at, Again())
-    # Beside the network, the batch and its rates, and the totals.
+    # The batch with its rates, and the metrics, compile besides the network.
     with torch._dynamo.config.patch(error_on_recompile=True):
         run_steps(replayed, replayed, 0, 2 * BLOCK + 2)
     assert (replayed._next_batch == replayed.next_batch) == ("mixup" in flags)
@@ -323,7 +325,7 @@ def test_what_is_compiled_around_the_network_has_the_bits_of_what_is_not(flags: 
 
 
 def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
-    """Otherwise the ninth run would be refused: fullgraph allows eight versions of a function."""
+    """Otherwise the ninth run would be rejected, because fullgraph allows eight versions of a function."""
     torch._dynamo.reset()
     seen = []
     for recompiles_are_errors in (False, True):
@@ -339,16 +341,16 @@ def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
 
 
 @pytest.mark.parametrize("flags", ["", RUNS["all augmentation"]])
-def test_one_steps_images_are_those_of_a_block(flags: str) -> None:
+def test_the_images_of_a_single_step_are_those_of_a_block(flags: str) -> None:
     _, loader, _ = build(*flags.split())
     drawn = loader.draws(20, 27)
-    for k, (images, labels) in enumerate(loader.train(20, 27)):  # an epoch ends in it
+    for k, (images, labels) in enumerate(loader.train(20, 27)):  # an epoch ends within this block
         mine, shares = loader.batch({name: values[k] for name, values in drawn.items()})
         assert torch.equal(mine, images) and torch.equal(shares, labels)
         assert mine.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
+def test_a_table_is_read_row_by_row_from_fixed_memory() -> None:
     table = DeviceTable({"a": torch.zeros(0, 2)}, 3, CPU)
     taken = torch.zeros(2)
     recording = OpRecorder(CPU).record(lambda: taken.copy_(table.next_row()["a"]), [taken, *table.mutated_tensors])
@@ -359,7 +361,7 @@ def test_rows_are_read_in_their_order_from_the_memory_that_was_there() -> None:
             assert torch.equal(taken, row)
 
 
-# ---- what cannot be recorded --------------------------------------------------------------------------------
+# ---- work that cannot be recorded --------------------------------------------------------------------------------
 
 SCALE, MASK = torch.tensor(3.0), torch.tensor([True, False, True, True])
 REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
@@ -381,7 +383,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
 
 
 @pytest.mark.parametrize(("work", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_waits_or_comes_from_the_host_is_refused_by_its_name_and_place(
+def test_synchronising_or_copying_from_the_host_is_refused_by_name_and_place(
     work: Callable[[Tensor], object], why: str
 ) -> None:
     x = torch.ones(4)
@@ -396,8 +398,8 @@ def test_memory_that_grows_is_refused() -> None:
         OpRecorder(CPU).record(lambda: losses.append(x * 2), [])
 
 
-def test_a_graph_of_gradients_from_before_is_refused() -> None:
-    """On a GPU its accumulators would draw the stream that they were made on into the capture."""
+def test_a_live_autograd_graph_is_refused() -> None:
+    """On a GPU, its accumulators would pull the stream on which they were made into the capture."""
     weight = torch.ones(4, requires_grad=True)
 
     def work() -> None:
@@ -411,8 +413,8 @@ def test_a_graph_of_gradients_from_before_is_refused() -> None:
     OpRecorder(CPU).record(work, [weight])
 
 
-def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
-    """A GPU's graph does so too, for a gradient or an output."""
+def test_outputs_of_a_recording_are_rewritten_in_place() -> None:
+    """A CUDA graph does the same for a gradient or an output."""
     x, out = torch.ones(4), dict[str, Tensor]()
     recording = OpRecorder(CPU).record(lambda: out.update(doubled=x * 2), [])
     held = out["doubled"]
@@ -421,18 +423,18 @@ def test_what_is_left_behind_is_made_anew_in_the_same_place() -> None:
     assert out["doubled"] is held and torch.equal(held, torch.full((4,), 10.0))
 
 
-def test_a_write_that_nobody_was_told_of_is_refused() -> None:
+def test_an_undeclared_write_is_refused() -> None:
     x, kept = torch.ones(4), torch.zeros(4)
     with pytest.raises(CannotRecord, match=r"the work writes to a tensor \(4,\) that is not among the mutated"):
         OpRecorder(CPU).record(lambda: kept.add_(x), [])
-    norm = nn.BatchNorm2d(2)  # whose operator does not say that it writes
+    norm = nn.BatchNorm2d(2)  # its operator does not declare its writes
     with pytest.raises(CannotRecord, match="not among the mutated tensors"):
         OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [])
     OpRecorder(CPU).record(lambda: norm(torch.ones(2, 2, 2, 2)), [*norm.buffers()])
 
 
 def test_state_that_is_made_at_the_first_step_is_refused() -> None:
-    """Its first values would be those of the warm-up."""
+    """Its first values would come from the warm-up."""
     weight, grad = torch.ones(4), torch.ones(4)
     state = dict[str, Tensor]()
 
@@ -452,7 +454,7 @@ def test_memory_that_moves_is_noticed_at_the_replay() -> None:
         recording.replay()
 
 
-# ---- what the engine makes of it ----------------------------------------------------------------------------
+# ---- the engine's decision ----------------------------------------------------------------------------
 
 
 def engine_of(*flags: str) -> Engine:
@@ -491,7 +493,7 @@ def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Pa
         ("--optim.name apex_sgd", "1", "apex_sgd reads the learning rate on the host", "use --optim.name sgd"),
     ],
 )  # fmt: skip
-def test_what_a_gpu_needs_for_it(
+def test_cuda_graphs_on_a_gpu_need_these_settings(
     monkeypatch: pytest.MonkeyPatch, flags: str, world_size: str, why: str | None, remedy: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world_size)
@@ -501,7 +503,7 @@ def test_what_a_gpu_needs_for_it(
 
 
 @pytest.mark.parametrize("asked_for", [True, False])
-def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_were_asked_for(asked_for: bool) -> None:
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph_unless_graphs_were_requested(asked_for: bool) -> None:
     step, loader, evaluate = build(recordable=False)
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=not asked_for)
     before, said = checkpoint.digest(step.state_dict()), list[str]()
@@ -535,7 +537,7 @@ def test_a_recording_that_ends_between_the_scalers_halves_leaves_no_trace(monkey
     assert step.metrics.read()[0].samples == 2 * 64
 
 
-def test_of_a_capture_that_fails_the_error_inside_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_raises_the_error_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, the end of a failed capture raises an error of its own."""
 
     @contextmanager

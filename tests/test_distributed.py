@@ -1,5 +1,4 @@
-"""Several processes: the same result as one, and an end in bounded time whatever becomes of them. Real ones, under
-torchrun."""
+"""Several real processes under torchrun: the result of one process, and an end in bounded time after any failure."""
 
 from __future__ import annotations
 
@@ -27,12 +26,12 @@ DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --sched
           "--train.log_every 1 --train.eval_every 1000").split()  # fmt: skip
 EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.steps", "100", "--run.checkpoint_every", "50"]
 SHARED = ["--model.sync_norm", "true"]
-# Long enough for anything to happen in the middle of it.
+# Long enough for every event to happen in its middle.
 LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "--train.steps", "120"]
 
 
 class Job:
-    """The command under torchrun, or by itself if there is one process."""
+    """The command under torchrun, or without it for one process."""
 
     def __init__(
         self,
@@ -149,7 +148,9 @@ def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, t
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
-def test_what_some_processes_saved_others_go_on_from(one: Path, tmp_path: Path, writers: int, readers: int) -> None:
+def test_a_checkpoint_resumes_on_another_number_of_processes(
+    one: Path, tmp_path: Path, writers: int, readers: int
+) -> None:
     run = one if writers == 1 else finished(tmp_path / "run", *EXACT, *SHARED, processes=writers)
     state = run / "checkpoints/step-00000050.pt"
     again = finished(tmp_path / "again", *EXACT, *SHARED, "--run.resume", state, processes=readers)
@@ -157,8 +158,8 @@ def test_what_some_processes_saved_others_go_on_from(one: Path, tmp_path: Path, 
     assert len(rest) == 50 and losses(again) == pytest.approx(rest, rel=1e-8)
 
 
-def test_parts_of_a_batch_are_to_the_gradient_what_processes_are(one: Path, tmp_path: Path) -> None:
-    """BatchNorm sees a part, or a process's share, by itself."""
+def test_micro_batches_and_processes_give_the_same_gradient(one: Path, tmp_path: Path) -> None:
+    """BatchNorm sees one micro-batch, or one per-rank batch, at a time."""
     apart = finished(tmp_path / "apart", *EXACT, processes=2)
     assert losses(apart) != pytest.approx(losses(one), rel=1e-3)
     accumulated = finished(tmp_path / "accumulated", *EXACT, "--train.accumulate", 2, processes=1)
@@ -168,7 +169,7 @@ def test_parts_of_a_batch_are_to_the_gradient_what_processes_are(one: Path, tmp_
     assert losses(both) == pytest.approx(losses(four), rel=1e-8)
 
 
-def test_compressed_gradients_are_other_gradients_and_still_train(tmp_path: Path) -> None:
+def test_compressed_gradients_differ_and_still_train(tmp_path: Path) -> None:
     flags = [*DIGITS, "--optim.scale_lr", "true", "--engine.precision", "fp32", "--train.steps", 30]
     plain = finished(tmp_path / "plain", *flags, processes=2)
     compressed = finished(tmp_path / "compressed", *flags, "--engine.compress_gradients", "true", processes=2)
@@ -184,7 +185,7 @@ def test_compressed_gradients_are_other_gradients_and_still_train(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LONG on two processes, left alone."""
+    """Run LONG on two undisturbed processes."""
     return finished(tmp_path_factory.mktemp("undisturbed") / "run", *LONG, processes=2)
 
 
@@ -245,23 +246,23 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job])
 def test_a_process_whose_data_does_not_come_says_so_itself() -> None:
     done = run_worker("ranks", "wait_for_data_on_rank_1", processes=2)
     assert done.returncode != 0
-    # Each says so, unless the launcher ends it while it is about to.
+    # Each process reports it, unless the launcher ends it first.
     assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stderr)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_is_known_to_all() -> None:
+def test_all_processes_learn_of_a_non_finite_loss_in_one() -> None:
     done = run_worker("ranks", "find_a_bad_loss_on_rank_1", processes=2)
     assert done.stdout.count("first bad step 4") == 2, done.stderr
 
 
 def test_weights_that_drifted_apart_are_not_saved() -> None:
-    """They drift apart if a backward outside of DDP has come first, because no gradients are exchanged after that."""
+    """They drift apart if a backward outside DDP comes first, because no gradients are exchanged after that."""
     done = run_worker("ranks", "compare_weights_that_drift_apart", processes=2)
     assert done.stdout.count("equal") == 2 and done.returncode != 0
     assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stderr)
 
 
-def test_what_rank_0_refuses_is_said_once(job: Callable[..., Job], undisturbed: Path, tmp_path: Path) -> None:
+def test_an_error_of_rank_0_is_printed_once(job: Callable[..., Job], undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(undisturbed)
     run = job("run", *LONG, "--optim.lr", 0.02)
     assert run.end() != 0
@@ -274,7 +275,7 @@ def test_rank_0_speaks_writes_and_counts_for_all(undisturbed: Path) -> None:
     assert said.count("step 120: test loss") == 1 and "FutureWarning" not in said
     assert json.loads((undisturbed / "env.json").read_text())["processes"] == 2
     assert sorted(losses(undisturbed)) == list(range(1, 121))
-    # The statistics are rank 0's; that the weights are those of both, every save has checked.
+    # The statistics are rank 0's. Every save has checked that the weights of both are equal.
     weights = load_file(undisturbed / "model.safetensors")
     state = checkpoint.latest(undisturbed / "checkpoints")
     assert state is not None and state["step"] == 120

@@ -1,4 +1,4 @@
-"""What fastres/doctor.py promises: it finds what is missing, names the remedy, and survives what is broken."""
+"""fastres/doctor.py finds missing parts, names the remedy, and survives broken ones."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def test_a_step_that_fails_is_essential(monkeypatch: pytest.MonkeyPatch, capsys:
     assert broken and all("no kernel image is available" in line for line in broken)
 
 
-def test_what_is_not_installed_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "version", lambda package: None)
     monkeypatch.setattr(doctor, "loss_of_step", lambda engine: 1.0)
     assert doctor.main([]) == 1
@@ -68,7 +66,7 @@ def test_what_is_not_installed_names_its_extra(
 
 def test_triton_needs_a_c_compiler_for_its_first_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.setattr(engine, "_missing_headers", lambda: "")  # Python's: another line of its own
+    monkeypatch.setattr(engine, "_missing_headers", lambda: "")  # Python's version: a line of its own
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert can_compile(cuda) == (False, "no C compiler for Triton on the PATH: apt-get install gcc")

@@ -1,4 +1,4 @@
-"""What fastres/evaluate.py promises: the figures of the run again, to the last digit, or one line that says why not."""
+"""fastres/evaluate.py repeats the run's figures to the last digit, or fails with a one-line reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_siz
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with checkpoints of steps 20 and 40."""
+    """Return a finished run with checkpoints of steps 20 and 40."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert train.main([*TINY.split(), "--run.checkpoint_every", "20", "--run.dir", str(folder)]) == 0
     return folder
@@ -42,7 +42,7 @@ def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 def test_evaluation_is_the_summary_to_the_last_digit(run: Path) -> None:
     config, weights = load_run(run)
     totals, summary = evaluate_run(config, resolve_engine(config), weights), summary_of(run)
-    assert totals.accuracy == summary["test_accuracy"] > 0.15  # and not the 10 % of untrained weights
+    assert totals.accuracy == summary["test_accuracy"] > 0.15  # an untrained network has 10 %
     assert totals.mean_loss == summary["test_loss"]
     assert totals.samples == summary["test_samples"] == 360
 
@@ -56,7 +56,9 @@ def test_command_prints_the_figures_and_that_they_agree(run: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_says_where_the_summary_differs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_from_the_summary_is_reported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "summary.json").write_text(json.dumps(summary_of(run) | {"test_accuracy": 0.5}))
     assert "differs from the accuracy in" in said(capsys, copy)
@@ -75,7 +77,7 @@ def test_a_checkpoint_in_place_of_the_final_weights(
         evaluate.main([str(unfinished)])
 
 
-def test_flags_go_over_the_configuration_in_any_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_override_the_configuration_in_any_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "in fp32" in said(capsys, "--engine.precision", "fp32", "--data.root", "elsewhere", run)
     with pytest.raises(UsageError, match=r"^engine\.precision: 'fp8' is not one of"):
         evaluate.main([str(run), "--engine.precision", "fp8"])
@@ -119,7 +121,7 @@ def test_refuses_data_and_weights_that_do_not_fit(
         evaluate.main([str(run), *flags.split()])
 
 
-def test_a_run_with_apex_is_evaluated_where_there_is_none(run: Path, tmp_path: Path) -> None:
+def test_a_run_with_apex_is_evaluated_without_apex(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()
     assert "  norm: auto\n" in text

@@ -1,4 +1,4 @@
-"""What fastres/export.py promises: a file that gives the run's logits, or no file and one line that says why."""
+"""fastres/export.py writes a file that gives the run's logits, or no file and a one-line reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESNET18 = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """resnet20 after 8 steps on digits."""
+    """Return a run of resnet20 after 8 steps on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     assert train.main([*DIGITS.split(), "--run.dir", str(folder)]) == 0
     return folder
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """resnet18 after 2 steps on synthetic images."""
+    """Return a run of resnet18 after 2 steps on synthetic images."""
     folder = tmp_path_factory.mktemp("runs") / "resnet18"
     assert train.main([*RESNET18.split(), "--run.dir", str(folder)]) == 0
     return folder
@@ -51,7 +51,7 @@ def original(run: Path) -> nn.Module:
 
 def assert_same_logits(network: Network, run: Path, *shape: int) -> None:
     with torch.no_grad():
-        for n in (1, 3, 64):  # not the sizes that export itself compares
+        for n in (1, 3, 64):  # other sizes than those that export compares itself
             images = torch.randn(n, *shape)
             wanted = original(run)(images)
             limit = 1e-4 * wanted.abs().max().item()
@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_are_not_equal(run: Path, tmp_path: Path) ->
     assert not (copy / "export.safetensors").exists()
 
 
-def test_side_of_images_where_the_run_does_not_say(
+def test_the_side_of_images_is_required_if_the_run_has_none(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
@@ -139,7 +139,9 @@ def test_side_of_images_where_the_run_does_not_say(
     assert_same_logits(torch.export.load(output).module(), copy, 1, 20, 20)
 
 
-def test_refusals_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_export_is_refused_in_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     there = tmp_path / "there.safetensors"
     there.write_text("mine")
     with pytest.raises(SystemExit, match="2"):

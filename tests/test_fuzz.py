@@ -1,6 +1,7 @@
-"""Whatever a file or a flag says: it is read, or refused in one line; nothing is executed, and nothing overwritten.
+"""Any file or flag is read, or rejected in one line; nothing is executed, and nothing is overwritten.
 
-FASTRES_FUZZ=N in the environment takes N times as many examples, and other ones each time; CI's are always the same.
+FASTRES_FUZZ=N in the environment generates N times as many examples, and different ones each time. CI always generates
+the same ones.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ T = TypeVar("T")
 
 
 def fuzz(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test of `data`, that many times."""
+    """Run a test of `data` that many times."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         return settings(
@@ -68,7 +69,7 @@ def fuzz(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder to be in, which stays empty."""
+    """Change to an empty folder, which has to stay empty."""
     folder = tmp_path_factory.mktemp("here")
     with contextlib.chdir(folder):
         yield folder
@@ -81,14 +82,18 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(work: Callable[[], T]) -> T | None:
-    """Return the result of `work`, or None if it was refused or failed in one printable line."""
+    """Return the result of `work`, or None if it failed with one printable line."""
+    raised: Exception | None = None
+    status: object = None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return work()
     except (UsageError, RunError) as error:
-        raised: Exception = error
-    except SystemExit as left:  # --help
-        assert left.code == 0
+        raised = error
+    except SystemExit as left:
+        status = left.code
+    if raised is None:
+        assert status == 0  # --help
         return None
 
     def raises() -> int:
@@ -105,7 +110,7 @@ def outcome(work: Callable[[], T]) -> T | None:
 # ---- what may be drawn --------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(
-    st.integers().filter(lambda n: not 99 < n <= 10_000),  # a network of that many blocks takes a minute to build
+    st.integers().filter(lambda n: not 99 < n <= 10_000),  # building a network of that many blocks takes a minute
     st.sampled_from([0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400]),
     st.floats(),
 )
@@ -128,7 +133,7 @@ SNIPPETS = ["&a ", "*a", "<<: *a\n", "!!python/object/apply:os.system [touch x]"
 
 
 def mutated(data: DataObject, whole: bytes) -> bytes:
-    """Bytes that were damaged: cut, flipped, moved, replaced, or others altogether."""
+    """Return damaged bytes: cut, flipped, moved, replaced, or entirely different."""
     changed, size = bytearray(whole), max(len(whole) - 1, 0)
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, size))
@@ -158,7 +163,7 @@ def encoded(text: str) -> bytes:
 
 
 def read_config(argv: list[str], file: Path) -> None:
-    """Parse the flags. A configuration that is accepted comes back from its own file."""
+    """Parse the flags. An accepted configuration has to survive its own file."""
     config = outcome(lambda: parse(argv))
     if config is not None:
         file.write_text(dump(config), encoding="utf-8")
@@ -170,7 +175,7 @@ OPTIONS = ["blocks_per_stage", "stem", "v1", "groups", "width_per_group", "plain
 
 
 def nested(data: DataObject) -> dict[Any, Any]:
-    """A configuration of mostly known fields and mostly wrong values."""
+    """Return a configuration of mostly known fields and mostly wrong values."""
     keys = st.text(max_size=6) | st.integers() | st.dates() | st.none() | st.sampled_from(["class_path", "__path__"])
     values = JSON | YAML_ONLY
     content: dict[Any, Any] = {}
@@ -218,7 +223,7 @@ def test_flags_of_any_kind_are_read_or_refused(data: DataObject, scratch: Path) 
     flags |= st.builds(lambda name, value: [f"--{name}", value], names | st.text(max_size=6), values)
     flags |= st.lists(values, max_size=1)
     argv = [word.replace("\x00", "") for flag in data.draw(st.lists(flags, max_size=3)) for word in flag]
-    # Without what prints and leaves.
+    # Flags that print something and exit are left out.
     read_config([word for word in argv if not word.startswith("--print_")], scratch / "again.yaml")
 
 
@@ -243,7 +248,7 @@ def test_flags_of_any_kind_are_read_or_refused(data: DataObject, scratch: Path) 
         'model: {name: "\\x1b[2J"}',
     ],
 )
-def test_what_the_fuzz_has_found_is_refused(text: str, scratch: Path) -> None:
+def test_inputs_that_the_fuzz_has_found_are_refused(text: str, scratch: Path) -> None:
     (scratch / "config.yaml").write_text(text)
     assert outcome(lambda: parse(["--config", str(scratch / "config.yaml")])) is None
 
@@ -264,7 +269,7 @@ def saved(scratch: Path) -> bytes:
 
 
 def read_checkpoint(path: Path, content: bytes) -> Any:
-    """Load it, once by itself and once as the newest of a folder; neither changes anything."""
+    """Load the checkpoint by itself and as the newest of a folder; neither may change anything."""
     folder = path.parent
     path.write_bytes(content)
     before = sorted(folder.iterdir())
@@ -324,7 +329,7 @@ CONTENTS = st.recursive(
 
 
 @fuzz(100)
-def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(data: DataObject, place: Path, run: Path) -> None:
+def test_a_forged_checkpoint_is_read_or_refused(data: DataObject, place: Path, run: Path) -> None:
     state: Any = data.draw(CONTENTS)
     if data.draw(st.booleans()):
         state = {"step": data.draw(NUMBERS | st.just(3)), "trainer": data.draw(CONTENTS | st.just({"model": state}))}
@@ -332,7 +337,7 @@ def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(data: DataObject,
     with contextlib.suppress(Exception):
         checksum = checkpoint.digest(state)
     packed = io.BytesIO()
-    with contextlib.suppress(Exception):  # what torch cannot write it need not read
+    with contextlib.suppress(Exception):  # torch need not read what it cannot write
         torch.save({"state": state, "sha256": checksum}, packed)
     if read_checkpoint(place, packed.getvalue()) is not None:
         found = outcome(lambda: load_run(run, place))
@@ -341,7 +346,7 @@ def test_a_checkpoint_that_somebody_made_up_is_read_or_refused(data: DataObject,
 
 
 @pytest.mark.parametrize("trainer", [None, 3, [], {}, {"model": 3}, {"model": {}}, {"model": {"fc.weight": 3}}])
-def test_a_run_refuses_to_resume_what_somebody_made_up(trainer: Any, place: Path) -> None:
+def test_a_run_refuses_to_resume_a_forged_checkpoint(trainer: Any, place: Path) -> None:
     times, window = {"train_time_s": 0.0, "wall_time_s": 0.0}, {"loss": 0.0, "correct": 0, "samples": 0}
     state = {"step": 1, "trainer": trainer, "window": window, "clock": times}
     checkpoint.save(place.parent, 3, state, keep=1)
@@ -369,7 +374,7 @@ def test_no_pickle_runs_what_it_names(kind: str, place_in: str, saved: bytes, pl
     payload = FORBIDDEN[kind](witness)
     if kind.startswith("reduce"):
         pickle.loads(payload)["state"].close()
-        assert witness.exists()  # the test has teeth
+        assert witness.exists()  # a plain load would execute it
         witness.unlink()
     packed = rezipped(saved, lambda name, old: payload if name.endswith("data.pkl") else old)
     if place_in == "weights":
@@ -391,7 +396,7 @@ def model() -> nn.Module:
 
 
 def read_weights(model: nn.Module, path: Path) -> None:
-    """Load the weights. If they are refused, the model is as it was."""
+    """Load the weights. If they are rejected, the model has to be unchanged."""
     before = copy.deepcopy(model.state_dict())
     if outcome(lambda: load_weights(model, path)) is None:
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -434,7 +439,7 @@ TINY = ("--recipe digits --model.name resnet8 --train.steps 2 --train.eval_every
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train.main([*TINY, "--run.dir", str(folder)]) == 0
     return folder
@@ -446,7 +451,7 @@ def config_of(folder: Path) -> Config:
 
 
 def altered(data: DataObject, name: str, whole: bytes) -> bytes:
-    """A file of a run, damaged or with values of another kind."""
+    """Return a file of a run, damaged or with values of another kind."""
     if name == "model.safetensors" or data.draw(st.booleans()):
         return mutated(data, whole)
     values = JSON | NUMBERS
@@ -499,7 +504,7 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
 
 
 @fuzz(8)
-def test_a_run_with_damaged_metrics_goes_on(data: DataObject, run: Path, tmp_path: Path) -> None:
+def test_a_run_with_damaged_metrics_continues(data: DataObject, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder, dirs_exist_ok=True)
     (folder / "summary.json").unlink()
@@ -529,11 +534,11 @@ def photographs(scratch: Path) -> Path:
 
 
 @fuzz(100)
-def test_a_damaged_cache_is_made_anew(data: DataObject, photographs: Path, scratch: Path) -> None:
+def test_a_damaged_cache_is_rebuilt(data: DataObject, photographs: Path, scratch: Path) -> None:
     paths, store = sorted(photographs.rglob("*.jpg")), scratch / "store"
     config = DataConfig(source="imagefolder", cache=str(store), workers=1)
-    # A file altered where nothing is read from it stays as it is: without this, the next example would start from it,
-    # and what it draws depend on the ones before.
+    # A damaged file that nothing reads would stay. The next example would then start from it, and its draws would
+    # depend on earlier examples.
     shutil.rmtree(store, ignore_errors=True)
 
     def read() -> tuple[bytes, Any]:

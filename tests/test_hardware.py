@@ -1,4 +1,4 @@
-"""fastres/utils/hardware.py: nothing is guessed, nothing raises, and what disturbs a measurement is said."""
+"""fastres/utils/hardware.py guesses nothing, raises nothing, and reports disturbances of a measurement."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_a_device_that_is_not_in_the_table_has_no_peaks(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", PEAKS)
-def test_peaks_hang_together(name: str) -> None:
+def test_peaks_are_consistent_with_each_other(name: str) -> None:
     peaks = PEAKS[name]
     flops = peaks.flops
     assert 0.1e12 < peaks.bytes_per_s < 10e12
-    if "V100" in name:  # before bf16 and tf32
+    if "V100" in name:  # older than bf16 and tf32
         assert set(flops) == {"fp32", "fp16"}
         return
     assert flops["bf16"] == flops["fp16"]
-    # A tensor core does twice as many half-precision products as tf32's, with and without sparsity alike; by 1 %, as
-    # the sheets round.
+    # A tensor core has twice as many half-precision products as tf32 ones, with and without sparsity, up to
+    # 1 %, because data sheets round.
     assert flops["bf16"] / flops["tf32"] == pytest.approx(2, rel=0.015)
 
 
@@ -55,7 +55,7 @@ def test_peaks_are_without_sparsity() -> None:
 # ---- measured
 
 
-def test_what_the_machine_reaches_is_measured() -> None:
+def test_the_machines_own_limits_are_measured() -> None:
     for figure in (measured_copy(CPU, rounds=1), measured_matmul(CPU, "fp32", rounds=1)):
         assert math.isfinite(figure) and figure > 0
 
@@ -68,7 +68,7 @@ def test_the_state_of_this_machine() -> None:
     assert state["gpu"] is None and state["unknown"]["gpu"] == "the device is cpu"
     host = state["host"]
     assert host["cpus"] >= 1
-    for field, value in host.items():  # each is known, or it is said why not
+    for field, value in host.items():  # each is known, or has a reason why not
         assert (value is None) == bool(state["unknown"].get(f"host.{field}"))
 
 
@@ -90,7 +90,7 @@ def not_supported(*_: object) -> Any:
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """An NVML with one GPU that does not tell its temperature."""
+    """Return an NVML with one GPU that does not report its temperature."""
     clocks = {"sm": 1755, "memory": 2619}
     throttled_ns = {"power": 5 * 10**9, "thermal": 0}
     processes = [SimpleNamespace(pid=pid, usedGpuMemory=2**30) for pid in (os.getpid(), 4242)]
@@ -142,14 +142,14 @@ def test_the_state_of_a_gpu(nvml: SimpleNamespace) -> None:
     assert not any("meanwhile" in line for line in lines)
 
 
-def test_clocks_that_were_held_back_between_two_snapshots_are_a_doubt(nvml: SimpleNamespace) -> None:
-    """Though at either the GPU has nothing to do, and nothing holds it back."""
+def test_clocks_throttled_between_two_snapshots_are_a_disturbance(nvml: SimpleNamespace) -> None:
+    """At both snapshots the GPU is idle, and nothing throttles it."""
     nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda gpu: 0x01
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
     before, after = snapshot(CUDA), snapshot(CUDA)
     after["gpu"]["throttled_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
     assert disturbances(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
-    before["gpu"]["throttled_ns"] = None  # not told
+    before["gpu"]["throttled_ns"] = None  # not reported
     assert not any("meanwhile" in line for line in disturbances(before, after))
 
 
@@ -159,13 +159,13 @@ def test_an_nvml_that_fails_altogether_is_survived(nvml: SimpleNamespace) -> Non
     assert state["gpu"] is None and state["unknown"]["gpu"] == "Not Supported"
 
 
-def test_what_cannot_be_read_is_none_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_value_is_none_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "HOST_FIELDS", hardware.HOST_FIELDS | {"mhz": not_supported})
     state = snapshot(CPU)
     assert state["host"]["mhz"] is None and state["unknown"]["host.mhz"] == "Not Supported"
 
 
-def test_doubts_are_said_and_silence_is_none() -> None:
+def test_disturbances_are_reported_and_a_quiet_machine_has_none() -> None:
     quiet = {"host": {"cpus": 2, "other_runnable": 0, "governor": "performance"}, "gpu": None}
     unknown = {"host": {"cpus": 2, "other_runnable": None, "governor": None}, "gpu": None}
     loud = {"host": {"cpus": 2, "other_runnable": 3, "governor": "powersave"}, "gpu": None}

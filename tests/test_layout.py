@@ -1,7 +1,7 @@
-"""The rules of the code's layout, read from its source: who may import whom, how large folders and functions may be.
+"""Rules of the code's layout, read from its source: permitted imports, sizes of folders and functions.
 
-The code is fastres/, kernels/ (imported as fastres_kernels) and bench/. An import counts wherever it stands, in a
-module or in a function, except under `if TYPE_CHECKING`.
+The code is fastres/, kernels/ (imported as fastres_kernels) and bench/. An import counts anywhere in a module or in a
+function, except under `if TYPE_CHECKING`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.commands import ROOT, run_worker
 
 FOLDERS = {"fastres": "fastres", "kernels": "fastres_kernels", "bench": "bench"}
 
-# From the bottom. A module imports from its own line and from the lines above it.
+# Lowest first. A module imports from its own layer and from the lines above it.
 LAYERS = (
     "fastres.utils",
     "fastres.models",
@@ -41,14 +41,14 @@ NOT_FOR_PRODUCTS = (
     "fastres.testing",
     "unittest.mock",
 )
-# (module, function, what it imports): the reason.
+# (module, function, imported package): the reason.
 PERMITTED = {
     ("fastres.models.registry", "build_model", "fastres_kernels.experimental"): (
         "the opt-in option fused_convolutions puts experimental convolutions into a network that it builds"
     )
 }
 
-MOST_MODULES = 11  # in a folder, its __init__ apart
+MOST_MODULES = 11  # in a folder, without its __init__
 MOST_LINES = 60  # of a function
 MOST_LINES_OF = {("fastres.train", "train"): 120}  # the whole program on one page
 # (module, function): the reason why it may be longer.
@@ -60,7 +60,7 @@ LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 @dataclass(frozen=True)
 class Import:
-    """An import statement: `function` is the outermost one that it stands in, or empty."""
+    """An import statement; `function` is the outermost function around it, or empty."""
 
     importer: str
     imported: str
@@ -142,7 +142,7 @@ def listed(lines: list[str]) -> str:
     return "\n".join(["", *lines])
 
 
-# ---- who may import whom ------------------------------------------------------------------------------------
+# ---- permitted imports ------------------------------------------------------------------------------------
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -220,7 +220,7 @@ def test_every_permission_is_used() -> None:
 # ---- sizes --------------------------------------------------------------------------------------------------
 
 
-def test_no_folder_holds_more_modules_than_one_can_overlook() -> None:
+def test_no_folder_has_more_modules_than_the_limit() -> None:
     sizes: dict[Path, int] = {}
     for module, path in modules().items():
         if path.name != "__init__.py" and not is_in(module, "bench"):
@@ -231,7 +231,7 @@ def test_no_folder_holds_more_modules_than_one_can_overlook() -> None:
 
 @dataclass(frozen=True)
 class Function:
-    """A function or method, by its name in the module, such as Class.method."""
+    """A function or method, with its name in the module, such as Class.method."""
 
     module: str
     name: str

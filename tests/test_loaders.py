@@ -1,4 +1,4 @@
-"""Every loader keeps one contract (fastres/data/__init__.py): the same batches, whoever makes them."""
+"""Every loader keeps the contract of fastres/data/__init__.py: all yield the same batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ resizing_loader = pytest.mark.parametrize("loader", [name for name in LOADERS if
 
 
 def noise(n: int = 21, size: int = 8, channels: int = 3) -> Split:
-    """Images of noise, so that no two crops are alike."""
+    """Return images of noise, so that no two crops are alike."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, size, size, channels), np.uint8)
     return Split(images=images, labels=rng.integers(0, 10, n))
@@ -61,14 +61,14 @@ def make(loader: str, split: Split, **fields: Any) -> Loader:
 
 
 def normalized(images: np.ndarray, channels: int) -> Tensor:
-    """(n, H, W, C) uint8 -> (n, C, H, W) float32, pixel by pixel."""
+    """Normalise pixel by pixel: (n, H, W, C) uint8 -> (n, C, H, W) float32."""
     f = np.float32
     mean, std = (np.array(v[:channels], f) * f(255) for v in (MEAN, STD))
     return torch.from_numpy((images.astype(f) - mean) / std).permute(0, 3, 1, 2)
 
 
 def expected(split: Split, first: int, last: int, **fields: Any) -> Batches:
-    """The batches of steps [first, last) by the plainest means: numpy, one sample at a time."""
+    """Return the batches of steps [first, last), computed by numpy one sample at a time."""
     s = spec(split.channels, **fields)
     pad, size = s.pad if s.augment == "crop" else 0, s.image_size
     order = SampleOrder(
@@ -104,8 +104,8 @@ def assert_equal(batches: Batches, reference: Batches) -> None:
         {},
         {"flip": False},
         {"pad": 0},
-        {"augment": "none"},  # neither, whatever pad and flip say
-        {"batch_size": 50},  # a step of more than two epochs
+        {"augment": "none"},  # neither is applied, whatever pad and flip are
+        {"batch_size": 50},  # one step spans more than two epochs
         {"rank": 1, "world_size": 3},
     ],
     ids=str,
@@ -156,11 +156,11 @@ def test_the_seed_and_nothing_else_decides(loader: str) -> None:
 
 
 @every_loader
-def test_a_run_that_starts_at_step_k_goes_on_as_the_first_would(loader: str) -> None:
+def test_a_run_that_starts_at_step_k_has_the_batches_of_one_that_reaches_it(loader: str) -> None:
     split = noise()
     whole, made = list(make(loader, split).train(0, 11)), make(loader, split)
     assert_equal(list(made.train(5, 11)), whole[5:])  # in the middle of an epoch
-    assert_equal(list(made.train(0, 5)), whole[:5])  # and a loader may be asked again
+    assert_equal(list(made.train(0, 5)), whole[:5])  # a loader can be iterated again
     assert list(made.train(4, 4)) == []
 
 
@@ -191,7 +191,7 @@ def test_evaluation_has_every_sample_exactly_once(loader: str, world_size: int, 
         list(make(loader, split, eval_batch_size=eval_batch_size, rank=rank, world_size=world_size).evaluate())
         for rank in range(world_size)
     ]
-    assert len({len(batches) for batches in of_ranks}) == 1  # a process with one more would wait for ever
+    assert len({len(batches) for batches in of_ranks}) == 1  # a process with one more step would wait forever
     assert {len(labels) for batches in of_ranks for _, labels in batches} == {-(-eval_batch_size // world_size)}
     whole = normalized(split.array(1), 3)
     found = []
@@ -200,7 +200,7 @@ def test_evaluation_has_every_sample_exactly_once(loader: str, world_size: int, 
         assert images.is_contiguous(memory_format=torch.channels_last)
         for image, label in zip(images, labels.tolist(), strict=True):
             if label != IGNORED:
-                (index,) = (i for i in range(n) if torch.equal(whole[i], image))  # as it is: no crop, no flip
+                (index,) = (i for i in range(n) if torch.equal(whole[i], image))  # unchanged: no crop, no flip
                 assert label == split.labels[index]
                 found.append(index)
     assert sorted(found) == list(range(n))
@@ -210,12 +210,12 @@ def test_evaluation_has_every_sample_exactly_once(loader: str, world_size: int, 
 
 
 def folder(root: Path, **fields: Any) -> Source:
-    """Its splits as files, which every loader takes."""
+    """Return a folder's splits as files, which every loader accepts."""
     return imagefolder(DataConfig(source="imagefolder", root=str(root), loader="dataloader", **fields))
 
 
 @every_loader
-def test_folders_of_images_are_read_alike(loader: str, tmp_path: Path) -> None:
+def test_all_loaders_read_a_folder_of_images_alike(loader: str, tmp_path: Path) -> None:
     split = folder(write_image_folder(tmp_path, train=5, size=8)).train
     assert split.images is None
     in_memory = Split(images=split.array(1), labels=split.labels)
@@ -224,7 +224,7 @@ def test_folders_of_images_are_read_alike(loader: str, tmp_path: Path) -> None:
 
 
 def consume(loader: str, split: Split, **fields: Any) -> None:
-    """Two epochs and an evaluation."""
+    """Consume two epochs and an evaluation."""
     made = make(loader, split, **fields)
     for _ in made.train(0, 2 * len(split)):
         pass
@@ -268,7 +268,7 @@ def test_resized_crop_takes_images_of_any_size(loader: str, tmp_path: Path) -> N
             assert images.shape == (len(labels), 3, 16, 16)
             assert images.is_contiguous(memory_format=torch.channels_last)
             for image, label in zip(images, labels.tolist(), strict=True):
-                if label != IGNORED:  # an image of one colour is that colour, however cut: nothing is black
+                if label != IGNORED:  # every crop of a one-coloured image has that colour; nothing is black
                     colour = np.array(list(colours.values())[label], np.uint8)
                     whole = normalized(np.tile(colour, (1, 16, 16, 1)), 3)[0]
                     assert torch.allclose(image, whole)
@@ -281,18 +281,18 @@ def test_resized_crop_is_drawn_per_sample_and_epoch_and_repeats(loader: str) -> 
     fields = {"augment": "resized_crop", "image_size": 16}
     batches = list(make(loader, split, **fields).train(0, 2))
     crops = torch.cat([images for images, _ in batches])
-    assert len({crop.numpy().tobytes() for crop in crops}) == 12  # no draw for a whole batch, nor for all epochs
+    assert len({crop.numpy().tobytes() for crop in crops}) == 12  # no draw is shared by a batch or by all epochs
     assert_equal(list(make(loader, split, **fields).train(1, 2)), batches[1:])
 
 
 @resizing_loader
-def test_evaluation_sees_the_centre(loader: str) -> None:
+def test_evaluation_crops_the_centre(loader: str) -> None:
     rng = np.random.default_rng(0)
     half = rng.integers(0, 256, (64, 24, 3), np.uint8)
     image = np.concatenate([half, half[:, ::-1]], axis=1)  # symmetric, 64 high and 48 wide
     split = Split(images=image[None], labels=np.zeros(1, np.int64))
     made = make(loader, split, augment="resized_crop", image_size=42, eval_batch_size=1)
-    ((view, _),) = made.evaluate()  # 48 is 42·256/224: nothing is resized
+    ((view, _),) = made.evaluate()  # 48 is 42·256/224, so nothing is resized
     assert torch.allclose(view, normalized(image[None, 11:53, 3:45], 3), atol=0.05)
     assert torch.allclose(view, view.flip(3), atol=0.05)
 
@@ -302,7 +302,10 @@ def test_evaluation_sees_the_centre(loader: str) -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops of scikit-learn's two photographs as JPEGs: train/CLASS of 12 each, of unequal sizes, test of one size."""
+    """Write crops of scikit-learn's two photographs as JPEGs and return the folder.
+
+    train/CLASS has 12 each, of unequal sizes; those of test have one size.
+    """
     from sklearn.datasets import load_sample_images
 
     root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
@@ -321,7 +324,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "fields", [{"augment": "resized_crop", "image_size": 48}, {"image_size": 64, "pad": 4}], ids=str
 )
 def test_dali_and_pil_see_the_same_photographs(photographs: Path, fields: dict[str, Any]) -> None:
-    """Up to rounding in the inverse DCT and, where resized, in the filter: under a grey level on average."""
+    """They differ by rounding in the inverse DCT and in the filter of resizing: under a grey level on average."""
     source = folder(photographs)
     split = source.train if "augment" in fields else source.test
     theirs, ours = (make(loader, split, **fields) for loader in ("dataloader", "dali"))
@@ -378,7 +381,7 @@ def test_a_damaged_file_is_named(loader: str, damage: str, photographs: Path, tm
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "failed"])
 def test_dali_leaves_nothing_for_a_forked_process_to_collect(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a run ends, its pipeline is shut down then, and not by whichever process collects it."""
+    """However a run ends, it shuts its pipeline down; no other process collects it later."""
     made: list[Any] = []
     build = dali.DaliLoader._pipeline
     monkeypatch.setattr(dali.DaliLoader, "_pipeline", lambda *args: made.append(build(*args)) or made[-1])
@@ -428,7 +431,7 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
     made = build(a_source(8, 8), *flags)
     ((images, labels),) = made.train(0, 1)
     assert images.shape == (2, 3, 8, 8) and labels.shape == (2,)
-    ((images, labels),) = made.evaluate()  # one batch of what there is, not of eval_batch_size
+    ((images, labels),) = made.evaluate()  # one batch of all samples, not of eval_batch_size
     assert len(labels) == 4
     assert images.is_contiguous(memory_format=torch.channels_last)
     plain = build(a_source(8, 8), *flags, "--engine.channels_last", "false")

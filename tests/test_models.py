@@ -1,8 +1,9 @@
-"""The networks of the specification: their sizes, their equality with torchvision's, what they refuse."""
+"""The networks of the specification: their sizes, their equality with torchvision's, their rejections."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from fastres.models.speedrun import EPSILON, PooledConv, SpeedStage, WhiteningCo
 from fastres_kernels import BatchNormAct2d
 
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
-SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # px; 33, odd at every stage, for the big ones
+SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # pixels; 33 for the big networks, which is odd at every stage
 
 
 def parameters(model: nn.Module) -> int:
@@ -37,7 +38,7 @@ def shapes(model: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def output_sizes(model: nn.Module, x: Tensor, *names: str) -> list[tuple[int, ...]]:
-    """(C, H, W) of what the named modules of the model make of x."""
+    """Return (C, H, W) of the outputs that the named modules of the model produce for x."""
     sizes: list[tuple[int, ...]] = []
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda _, args, out: sizes.append(tuple(out.shape[1:])))
@@ -46,7 +47,7 @@ def output_sizes(model: nn.Module, x: Tensor, *names: str) -> list[tuple[int, ..
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Relative to the largest element: max|a - b| / max|b|."""
+    """Return the error relative to the largest element: max|a - b| / max|b|."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
@@ -117,7 +118,7 @@ def test_pad_takes_every_second_row_and_column_and_appends_zero_channels() -> No
 
 
 def test_maxpool_pad_takes_the_maximum_of_each_window_and_appends_zero_channels() -> None:
-    x = -torch.arange(9.0).reshape(1, 1, 3, 3) - 1  # negative: a window must not see zeros beyond the edge
+    x = -torch.arange(9.0).reshape(1, 1, 3, 3) - 1  # negative, because a window must not see zeros beyond the edge
     assert SHORTCUTS["maxpool_pad"](1, 2, 2, nn.BatchNorm2d)(x).tolist() == [[[[-1, -3], [-7, -9]], [[0, 0], [0, 0]]]]
 
 
@@ -173,7 +174,7 @@ def test_a_residual_block_adds_its_input() -> None:
 
 
 class FusingNorm(nn.BatchNorm2d):
-    """A norm that keeps the seam's contract: relu(norm(x) + residual) while `act` is "relu", else norm(x)."""
+    """A norm with norm_act's contract: relu(norm(x) + residual) while `act` is "relu", else norm(x)."""
 
     act = "relu"
 
@@ -190,7 +191,7 @@ def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> N
     assert error(norm_act(module, x.clone()), F.relu(y)) < 1e-12
     kept = residual.clone()
     assert error(norm_act(module, x.clone(), residual), F.relu(y + residual)) < 1e-12
-    assert torch.equal(residual, kept)  # what is done in place is never done to the input
+    assert torch.equal(residual, kept)  # an in-place operation never changes the input
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,10 @@ def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> N
 def test_a_norm_that_fuses_the_activation_changes_nothing_else(
     name: str, options: dict[str, Any], norm: type[nn.BatchNorm2d]
 ) -> None:
-    """Logits, gradients and running statistics; where the norm forks, the skip connections' gradients arrive apart."""
+    """Logits, gradients and running statistics agree.
+
+    If the norm forks, the gradients of skip connections arrive separately.
+    """
     plain = build_model(name, **options).double()
     fusing = build_model(name, norm_layer=norm, **options).double()
     fusing.load_state_dict(plain.state_dict())
@@ -222,7 +226,7 @@ def test_a_norm_that_fuses_the_activation_changes_nothing_else(
             for y, net in zip(logits, (fusing, plain), strict=True)
         ]
         for (key, _), a, b in zip(plain.named_parameters(), *gradients, strict=True):
-            # The second: a bias in front of BatchNorm has gradient zero but for rounding.
+            # The second tolerance: a bias before BatchNorm has a gradient of zero up to rounding.
             assert error(a, b) < 1e-8 or max(a.abs().max(), b.abs().max()) < 1e-12, key
     for (key, a), b in zip(fusing.state_dict().items(), plain.state_dict().values(), strict=True):
         assert error(a.double(), b.double()) < 1e-10, key
@@ -242,9 +246,9 @@ def test_every_imagenet_net_has_a_torchvision_original() -> None:
 
 
 def assert_equal_nets(ours: nn.Module, theirs: nn.Module, side: int) -> None:
-    """Logits and all gradients, first as in training, then with the statistics that it left, in float64.
+    """Assert equal logits and gradients in float64, in training and then with the statistics that training left.
 
-    `ours` is built on the meta device and takes a copy of `theirs`, which spares its initialisation.
+    `ours` is built on the meta device and takes a copy of `theirs`, which saves its initialisation.
     """
     assert shapes(ours) == shapes(theirs)
     state = {key: tensor.clone() for key, tensor in theirs.double().state_dict().items()}
@@ -282,7 +286,7 @@ def test_equals_torchvision(name: str) -> None:
         ("resnet18", {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.3)}),
     ],
 )
-def test_torchvisions_options_mean_the_same(name: str, options: dict[str, Any]) -> None:
+def test_torchvisions_options_have_the_same_meaning(name: str, options: dict[str, Any]) -> None:
     theirs = torchvision.models.get_model(name, num_classes=5, **options)
     assert_equal_nets(on_meta(name, num_classes=5, **options), theirs, 33)
 
@@ -353,7 +357,7 @@ def test_identity_block_adds_its_input_at_any_kernel_size(kernel_size: int) -> N
 
 
 def images_of_smooth_noise(n: int = 64, channels: int = 3, side: int = 12) -> Tensor:
-    """Neighbours and channels correlate, and the mean is not zero: (n, channels, side, side) float64."""
+    """Return (n, channels, side, side) float64 images with a mean and correlated neighbours and channels."""
     noise = torch.randn(n, channels, side + 2, side + 2, dtype=torch.float64)
     return F.avg_pool2d(noise + noise.roll(1, 1), 3, 1) + 0.3
 
@@ -368,7 +372,7 @@ def test_whitened_patches_have_unit_covariance(channels: int) -> None:
     assert error(whitened.cov(), torch.kron(torch.tensor([[1, -1], [-1, 1]]), identity)) < 1e-10
 
 
-def test_whitening_does_not_blow_up_what_hardly_varies() -> None:
+def test_whitening_does_not_amplify_directions_that_hardly_vary() -> None:
     images = images_of_smooth_noise()
     images[:, 2] = images[:, 1]  # four of the twelve directions are constant
     model = build_model("speed_resnet").double()
@@ -389,7 +393,7 @@ def test_the_stem_is_frozen_and_the_same_for_the_same_images() -> None:
         stems.append(model.conv1.weight)
     assert torch.equal(*stems)
     assert "conv1.weight" in model.state_dict()
-    assert "conv1.weight" not in dict(model.named_parameters())  # so no optimizer decays it
+    assert "conv1.weight" not in dict(model.named_parameters())  # no optimizer decays it
 
 
 def test_the_speed_nets_convolutions_start_as_the_identity() -> None:
@@ -412,7 +416,7 @@ def test_the_speed_nets_sizes() -> None:
 
 
 @pytest.mark.parametrize("norm", ["torch", "fused"])
-def test_the_speed_nets_statistics_move_as_fast_as_they_are_told(norm: str) -> None:
+def test_the_speed_nets_statistics_follow_norm_momentum(norm: str) -> None:
     x, means = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last), []
     for options in ({}, {"norm_momentum": 0.4}):
         torch.manual_seed(0)
@@ -441,7 +445,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("norm", ["torch", "fused"])
 @pytest.mark.parametrize(("name", "options"), FAMILIES)
 def test_channels_last_forward_and_backward(name: str, options: dict[str, Any], norm: str) -> None:
-    # In float64: the fused norm's reference, because in the interpreter a ResNet-50 takes minutes.
+    # float64 uses the fused norm's reference, because a ResNet-50 takes minutes in the interpreter.
     model = build_model(name, norm=norm, **options).double().to(memory_format=torch.channels_last)
     wrong: list[str] = []
     checked = 0
@@ -461,7 +465,7 @@ def test_channels_last_forward_and_backward(name: str, options: dict[str, Any], 
     watched = {key: module for key, module in model.named_modules() if isinstance(module, kinds)}
     for key, module in watched.items():
         module.register_forward_hook(partial(hook, key))
-    x = torch.randn(2, 3, 65, 65).double().to(memory_format=torch.channels_last)  # odd; 3 px remain at the end
+    x = torch.randn(2, 3, 65, 65).double().to(memory_format=torch.channels_last)  # odd; 3 pixels remain at the end
     model(x).square().sum().backward()
     assert wrong == []
     assert checked == 2 * len(watched)
@@ -526,15 +530,15 @@ def test_compiles_without_graph_breaks(name: str, options: dict[str, Any]) -> No
         ("resnet20", {"in_channels": "3"}, ["in_channels", "'3'"]),
     ],
 )
-def test_refuses_in_one_line(name: str, options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as refused:
+def test_a_wrong_option_is_refused_in_one_line(name: str, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as rejected:
         on_meta(name, **options)
-    message = str(refused.value)
+    message = str(rejected.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
 
 
-def test_what_a_name_says_may_be_said_again() -> None:
+def test_an_option_may_repeat_what_the_name_fixes() -> None:
     assert parameters(on_meta("resnext50_32x4d", groups=32, width_per_group=4)) == parameters(
         on_meta("resnet50", groups=32, width_per_group=4)
     )

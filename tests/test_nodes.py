@@ -1,7 +1,7 @@
-"""Two hosts: network namespaces with addresses of their own, joined by a cable that can be pulled.
+"""Two hosts: network namespaces with addresses of their own, joined by a cable that a test can pull.
 
-docs/several-nodes.md says what happens; these tests show it. They take `ip` (iproute2), and the right to make a network
-namespace: root has it, and so has everybody where user namespaces are allowed.
+docs/several-nodes.md describes the results, and these tests show them. They need `ip` (iproute2) and the right to
+create a network namespace, which root has, and everybody has if user namespaces are allowed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 150
 FLAGS = (f"--recipe digits --model.name resnet8 --train.steps {STEPS} --train.log_every 1 "
          "--train.eval_every 1000 --engine.precision fp32 --run.checkpoint_every 20").split()  # fmt: skip
 CABLE = "cable0"  # the name of its end in each namespace, which no other namespace sees
-LIMIT_S = 240  # of every wait: much more than it takes on a busy machine
+LIMIT_S = 240  # limit of every wait; much more than a busy machine needs
 
 
 class Host:
@@ -45,7 +45,7 @@ class Host:
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def cut(self) -> None:
-        """Pull the cable: nothing passes, in either direction, and no connection is told."""
+        """Pull the cable: nothing passes in either direction, and no connection is closed."""
         self.do(f"ip link set {CABLE} down")
 
     def mend(self) -> None:
@@ -62,9 +62,12 @@ class Host:
 
 @contextmanager
 def host(address: str, beside: Host | None = None) -> Iterator[Host]:
-    """A namespace without a name, so that parallel tests share nothing, and nothing is left to remove: it ends with the
-    last process in it. The one that holds it is a `cat` that ends when this process does, however that comes about."""
-    own = ["--user", "--map-root-user"]  # whoever may not change the network may change a user namespace's
+    """Create a namespace without a name, so that parallel tests share nothing and nothing has to be removed.
+
+    It ends with the last process in it. The process that holds it is a `cat` that ends when this process does, for
+    whatever reason.
+    """
+    own = ["--user", "--map-root-user"]  # without rights over the network, those over a user namespace's are enough
     failures = []
     for flags in ([],) if beside else ([], own):
         holder = subprocess.Popen(
@@ -90,7 +93,7 @@ def host(address: str, beside: Host | None = None) -> Iterator[Host]:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """10.77.0.1, which keeps the rendezvous and is rank 0, and 10.77.0.2."""
+    """Create 10.77.0.1, which keeps the rendezvous and is rank 0, and 10.77.0.2."""
     missing = [command for command in ("ip", "unshare", "nsenter") if not shutil.which(command)]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: two hosts take the packages iproute2 and util-linux")
@@ -119,7 +122,7 @@ class Launcher:
             )
 
     def ends(self) -> int:
-        """Return its exit status."""
+        """Wait for the launcher and return its exit status."""
         return self.process.wait(LIMIT_S)
 
 
@@ -127,7 +130,7 @@ def with_rendezvous(on: Host, first: Host) -> list[str]:
     """Return the options of the first command of docs/several-nodes.md."""
     return [
         "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={first.address}:29400", "--rdzv_id=test",
-        # The two have one name, the machine's: it says neither where they are nor who keeps the rendezvous.
+        # Both have the machine's name, which tells neither their addresses nor the rendezvous' host.
         f"--local_addr={on.address}", f"--rdzv_conf=is_host={on is first}",
     ]  # fmt: skip
 
@@ -140,7 +143,7 @@ def fixed(on: Host, first: Host) -> list[str]:
 
 def launch(hosts: tuple[Host, Host], folder: Path, how: Callable[[Host, Host], list[str]],
            *flags: object) -> list[Launcher]:  # fmt: skip
-    """Start the same command on both, each with a run.dir of its own; only rank 0 may create its folder."""
+    """Start the same command on both hosts, each with its own run.dir; only rank 0 may create its folder."""
     return [Launcher(on, how(on, hosts[0]), folder / name, *flags) for on, name in zip(hosts, ("a", "b"), strict=True)]
 
 
@@ -173,7 +176,7 @@ def stalls(run: Path, launchers: list[Launcher]) -> int:
     return last
 
 
-def test_two_hosts_train_what_two_processes_on_one_do_and_wait_for_a_cut_of_seconds(
+def test_two_hosts_train_the_weights_of_two_processes_on_one_and_survive_a_short_cut(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
     one_host = Launcher(hosts[0], ["--standalone", "--nproc_per_node=2"], tmp_path / "one_host", interface="lo")
@@ -189,7 +192,7 @@ def test_two_hosts_train_what_two_processes_on_one_do_and_wait_for_a_cut_of_seco
     assert not (tmp_path / "b").exists()  # only rank 0 reads and writes run.dir
 
 
-def test_a_cut_for_good_ends_both_hosts_and_the_run_goes_on_elsewhere(
+def test_a_permanent_cut_ends_both_hosts_and_the_run_resumes_on_one(
     hosts: tuple[Host, Host], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--run.timeout_s", "6"]
@@ -203,7 +206,7 @@ def test_a_cut_for_good_ends_both_hosts_and_the_run_goes_on_elsewhere(
         said = launcher.log.read_text()
         (line,) = [line for line in said.splitlines() if "fastres: error: " in line]
         assert line.startswith(f"fastres: error: rank {rank}: no step for 6 s: {verdict}"), said
-        assert "fastres/" not in said, said  # a line, and no traceback of ours
+        assert "fastres/" not in said, said  # one line, and no traceback through fastres
 
     kept = checkpoint.found(tmp_path / "a/checkpoints")
     assert int(kept[0].stem[5:]) >= 40

@@ -1,4 +1,4 @@
-"""`python -m fastres.plot`: curves of one run and of several, and their final accuracies in a table."""
+"""`python -m fastres.plot` draws curves of one or several runs and prints a table of final accuracies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fixtures import rejected
 
 
 def a_run(folder: Path, rate: float, seconds: float, accuracy: float | None) -> Path:
-    """The history of four evaluations; a summary too where it has ended."""
+    """Write the history of four evaluations, and a summary if the run has ended."""
     folder.mkdir()
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, HISTORY)
@@ -60,7 +60,7 @@ def test_several_are_overlaid_and_stand_in_one_table(
     assert "pad" in out and "0.8125" in out and "plain" in out and "not finished" in out
 
 
-def test_over_training_time_the_curves_are_others(runs: list[Path], tmp_path: Path) -> None:
+def test_curves_over_training_time_differ(runs: list[Path], tmp_path: Path) -> None:
     pictures = {}
     for against in plot.AGAINST:
         plot.main([*map(str, runs), "--against", against, "--output", str(tmp_path / f"{against}.png")])

@@ -1,4 +1,4 @@
-"""`python -m fastres.profile`: variants that can be had are measured side by side, and all of it is written down."""
+"""`python -m fastres.profile` measures the available variants side by side and writes everything down."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def raw(done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "profile.json").read_text(encoding="utf-8"))
 
 
-def test_the_terminal_has_every_variant_and_why_others_are_not_there(done: subprocess.CompletedProcess[str]) -> None:
+def test_the_terminal_shows_every_variant_and_the_reason_for_missing_ones(
+    done: subprocess.CompletedProcess[str],
+) -> None:
     assert done.stderr == ""
     for name in NAMES:
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]) == 3
@@ -80,7 +82,7 @@ def test_the_terminal_has_every_variant_and_why_others_are_not_there(done: subpr
     assert "not here: eager-fused-nchw-fp32: model.norm fused: the kernels take channels-last" in done.stdout
 
 
-def test_the_raw_numbers_hang_together(raw: dict[str, Any]) -> None:
+def test_the_raw_numbers_are_consistent(raw: dict[str, Any]) -> None:
     variants = raw["variants"]
     assert [each["variant"] for each in variants] == NAMES and raw["baseline"] == NAMES[0]
     assert set(raw["absent"]) == {"graph-nchw-fp32", "eager-fused-nchw-fp32"}
@@ -106,7 +108,7 @@ def test_the_raw_numbers_hang_together(raw: dict[str, Any]) -> None:
     assert bf16["bytes_per_step"] < fp32["bytes_per_step"] and bf16["step_peak_bytes"] < fp32["step_peak_bytes"]
 
 
-def test_work_is_that_of_the_network(raw: dict[str, Any]) -> None:
+def test_the_counted_work_is_the_networks(raw: dict[str, Any]) -> None:
     model, images = build_model("resnet8"), torch.randn(4, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
@@ -118,13 +120,13 @@ def test_work_is_that_of_the_network(raw: dict[str, Any]) -> None:
         assert convolutions["flops"] == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
 
 
-def test_differences_to_eager_fp32(raw: dict[str, Any]) -> None:
+def test_differences_to_eager_fp32_are_small_and_recorded(raw: dict[str, Any]) -> None:
     same, channels_last, bf16 = (each["difference"] for each in raw["variants"])
     assert same["logits"] == same["gradients"] == 0
     assert same["logits_reference"] > 0.1 and same["gradients_reference"] > 0.01
     for what in ("logits", "gradients"):
         largest = same[f"{what}_reference"]
-        assert channels_last[what] < 0.01 * largest  # another order of sums
+        assert channels_last[what] < 0.01 * largest  # sums have another order
         assert max(channels_last[what], 1e-4 * largest) < bf16[what] < 0.3 * largest
 
 
@@ -137,7 +139,7 @@ def test_the_csv_has_a_row_for_each(raw: dict[str, Any], folder: Path) -> None:
         assert row["share_of_peak"] == ""  # not known
 
 
-def test_the_picture_shows_something(raw: dict[str, Any], folder: Path) -> None:
+def test_the_picture_is_not_blank(raw: dict[str, Any], folder: Path) -> None:
     with Image.open(folder / "out" / "profile.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
         colors = picture.convert("RGB").getcolors(maxcolors=2**24)
@@ -176,11 +178,11 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
     assert compiled["launches"] < eager["launches"]
     assert compiled["flops_per_step"] == eager["flops_per_step"]
     backward = next(o for o in compiled["operators"] if o["name"] == "aten::convolution_backward")
-    assert backward["calls"] == 2 and backward["flops"] == 2 * eager["flops_per_step"] / 3  # of its input too
+    assert backward["calls"] == 2 and backward["flops"] == 2 * eager["flops_per_step"] / 3  # the input's too
     assert 0 < compiled["difference"]["gradients"] < 0.3 * eager["difference"]["gradients_reference"]
 
 
-# ---- refused
+# ---- rejections
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(
+def test_impossible_arguments_are_refused_before_anything_is_written(
     arguments: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -215,7 +217,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refused_in_one_line_with_status_2(tmp_path: Path) -> None:
+def test_a_refusal_is_one_line_and_exits_with_status_2(tmp_path: Path) -> None:
     ran = run_fastres("profile", "--rounds", "0", cwd=tmp_path)
     assert ran.returncode == 2 and ran.stdout == ""
     (line,) = ran.stderr.splitlines()
@@ -249,11 +251,11 @@ def test_a_folder_that_holds_a_profile_stays_as_it_is(tmp_path: Path, monkeypatc
         (["eager-torch-nchw-*"], [f"eager-nchw-{p}" for p in ("fp32", "tf32", "bf16", "fp16")]),
     ],
 )  # fmt: skip
-def test_names_of_variants(given: list[str], names: list[str]) -> None:
+def test_patterns_select_variants_by_name(given: list[str], names: list[str]) -> None:
     assert [variant.name for variant in variants_named(given)] == names
 
 
-def test_every_variant_has_its_own_name_which_means_it() -> None:
+def test_every_variant_has_a_unique_name_that_selects_it() -> None:
     assert len({variant.name for variant in ALL}) == len(ALL) == 3 * 3 * 2 * 4
     for variant in ALL:
         assert variants_named([variant.name]) == [variant]
@@ -298,8 +300,8 @@ def test_fused_convolutions_are_for_the_fused_norm() -> None:
 # ---- one variant
 
 
-def test_steps_in_parts_are_the_steps() -> None:
-    """Bit for bit, what is counted too."""
+def test_a_step_in_parts_equals_the_whole_step() -> None:
+    """They are bitwise identical, including the counters."""
     engine = resolve_engine(Config(engine=EngineConfig(precision="bf16", compile=False)))
     images = torch.randn(4, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last)
     labels = torch.randint(10, (4,))
@@ -326,7 +328,7 @@ def run_of(variant: str, workload: Any) -> VariantRun:
     return VariantRun(workload, resolve_engine(named.config(workload.model, "cpu")))
 
 
-def test_all_variants_start_alike() -> None:
+def test_all_variants_start_from_the_same_weights() -> None:
     workload = model_workload("resnet8", {}, 2, 16)
     reference, other = (run_of(name, workload) for name in ("fp32", "fused-channels_last-bf16"))
     for name, weight in reference.model.state_dict().items():
@@ -357,14 +359,14 @@ def test_fp16_has_finite_gradients_without_the_loss_scale() -> None:
     workload = block_workload("basic", 8, 2, 4)
     reference = run_of("fp32", workload).outcome()
     run = run_of("fp16", workload)
-    run.step.scaler.scale(torch.ones(()))  # there from now on
-    run.step.scaler.update(2.0**40)  # far beyond what fp16 holds
+    run.step.scaler.scale(torch.ones(()))  # this creates the scaler's state
+    run.step.scaler.update(2.0**40)  # far beyond fp16's range
     differs = difference(run.outcome(), reference)
     assert 0 < differs["gradients"] < 0.02 * differs["gradients_reference"]
     assert 0 < differs["logits"] < 0.02 * differs["logits_reference"]
 
 
-def test_what_is_not_a_number_is_not_hidden_behind_what_is() -> None:
+def test_a_nan_is_not_hidden_by_finite_values() -> None:
     one, nan = torch.ones(2), torch.tensor([0.0, torch.nan])
     reference = Outcome(one, {"a": one, "b": one, "c": one})
     for name in "abc":
@@ -424,12 +426,12 @@ def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
 # ---- work and traces
 
 
-def test_work_of_operators() -> None:
+def test_flops_and_bytes_of_operators_are_counted() -> None:
     a, b = torch.randn(2, 100, 100)
     with WorkCount() as count:
         c = a @ b
         c.relu_()
-        c.t().reshape(-1)[None]  # views, but for one copy of what is not contiguous
+        c.t().reshape(-1)[None]  # views, except one copy of a non-contiguous tensor
         torch.empty(1000)
         a[:1].expand(50, 100).sum()
         c.copy_(a)
@@ -437,13 +439,13 @@ def test_work_of_operators() -> None:
     size = 4 * 100 * 100
     assert work["aten::mm"] == (2 * 100**3, 3 * size)
     assert work["aten::relu_"] == (0, 2 * size)
-    assert work["aten::sum"][1] < size + 4 + 1  # a row's memory, not 50 rows'
+    assert work["aten::sum"][1] < size + 4 + 1  # the memory of one row, not of 50
     assert work["aten::copy_"] == (0, 2 * size)
     assert set(work) == {"aten::mm", "aten::relu_", "aten::clone", "aten::sum", "aten::copy_"}
     assert count.flops == 2 * 100**3 and count.bytes == sum(moved for _, moved in work.values())
 
 
-def test_operators_of_a_real_trace(tmp_path: Path) -> None:
+def test_a_real_trace_is_summed_up_by_operator(tmp_path: Path) -> None:
     a, b = torch.randn(2, 100, 100)
 
     def step() -> None:
@@ -476,8 +478,8 @@ def event(category: str, name: str, ts: float, dur: float, id_: int, **arguments
             "args": {"External id": id_, **arguments}}  # fmt: skip
 
 
-def test_operators_of_a_gpus_trace() -> None:
-    """As written by hand: kernels come later than the operators that launch them, and carry their id."""
+def test_a_gpus_trace_is_summed_up_by_operator() -> None:
+    """In this hand-written trace, kernels come later than the operators that launch them and carry their id."""
     x, w = [[8, 16, 32, 32], [16, 16, 3, 3]], ["c10::BFloat16"] * 2
     key = ("aten::convolution", ((8, 16, 32, 32), "c10::BFloat16"), ((16, 16, 3, 3), "c10::BFloat16"))
     triton, given = (
@@ -506,11 +508,11 @@ def test_operators_of_a_gpus_trace() -> None:
     assert trace.peak_bytes(events) is None
 
 
-def test_what_binds() -> None:
+def test_flop_per_byte_tells_the_bound_of_an_operator() -> None:
     def operator(flops: float | None, moved: float | None) -> Operator:
         return Operator(name="op", calls=1, seconds=2.0, share=1.0, flops=flops, bytes=moved, kernel=None)
 
-    # A device of 100 FLOP/s and 10 bytes/s: from 10 FLOP/byte on it computes.
+    # A device of 100 FLOP/s and 10 bytes/s is bound by compute from 10 FLOP/byte on.
     assert bound(operator(110, 10), 100, 10) == ("compute", 0.55)
     assert bound(operator(90, 10), 100, 10) == ("memory", 0.5)
     assert bound(operator(0, 40), 100, 10) == ("memory", 2.0)

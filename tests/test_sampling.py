@@ -1,4 +1,4 @@
-"""The order of samples and the draws of their augmentation: pure, equal for every loader."""
+"""The order of samples and the random draws of their augmentation are pure functions, equal for every loader."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ FIELDS = ("epoch", "index", "dy", "dx", "flip")
 
 
 def rows(samples: Samples) -> list[tuple[int, ...]]:
-    """One (epoch, index, dy, dx, flip) per sample."""
+    """Return one (epoch, index, dy, dx, flip) per sample."""
     return [tuple(map(int, row)) for row in zip(*(getattr(samples, f) for f in FIELDS), strict=True)]
 
 
 def everything(samples: Samples) -> list[tuple[float, ...]]:
-    """All that is drawn, a row per sample."""
+    """Return all draws, one row per sample."""
     return [tuple(row) for row in np.column_stack(list(vars(samples).values())).tolist()]
 
 
 def by_the_specification(order: SampleOrder, step: int) -> list[tuple[int, ...]]:
-    """Step `step` of all processes, sample by sample, from raw Philox words."""
+    """Compute step `step` of all processes, sample by sample, from raw Philox words."""
 
     def word(epoch: int, stream: int, position: int) -> int:
         generator = np.random.Philox(key=[order.seed, epoch], counter=[0, 0, 0, stream])
@@ -48,7 +48,7 @@ def by_the_specification(order: SampleOrder, step: int) -> list[tuple[int, ...]]
     [
         (10, 4, 4, True),  # step 2 spans two epochs
         (10, 5, 0, True),  # epochs end with a step
-        (3, 7, 1, False),  # a step of more than two epochs
+        (3, 7, 1, False),  # one step spans more than two epochs
         (1, 2, 2, True),  # a set of one
         (8, 8, 0, False),
     ],
@@ -78,7 +78,7 @@ def test_blocks_join_and_batches_are_full(order: SampleOrder, a: int, length: in
 
 @settings(max_examples=50, deadline=None)
 @given(order=orders, step=st.integers(0, 30), world_size=st.sampled_from([1, 2, 4]))
-def test_the_shares_of_the_processes_make_up_the_global_batch(order: SampleOrder, step: int, world_size: int) -> None:
+def test_the_batches_of_all_ranks_make_up_the_global_batch(order: SampleOrder, step: int, world_size: int) -> None:
     shares = [
         SampleOrder(**{**vars(order), "rank": rank, "world_size": world_size}).samples(step, step + 1)
         for rank in range(world_size)
@@ -117,7 +117,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone() -> None:
     epochs = [[drawn[0][epoch, index] for index in range(n)] for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
     flips = {row[:2]: row[4] for row in rows(SampleOrder(n=n, batch=60, seed=3, flip=True).samples(0, 3))}
-    assert flips == {key: draw[2] for key, draw in drawn[0].items()}  # whether there is a crop or not
+    assert flips == {key: draw[2] for key, draw in drawn[0].items()}  # with a crop or without
 
 
 def test_crops_and_flips_are_uniform_and_independent() -> None:
@@ -176,7 +176,7 @@ def test_cutmix_boxes_have_beta_distributed_areas_around_uniform_centres(alpha: 
     assert (top >= 0).all() and (bottom <= size).all() and (top <= bottom).all()
     assert (left >= 0).all() and (right <= size).all() and (left <= right).all()
     inside = (top > 0) & (bottom < size)
-    # A side of size·√(1 − λ), whole where it fits: given that, its centre is uniform on what is left of the side.
+    # A side has size·√(1 − λ), uncut if it fits; then its centre is uniform on the rest of the side.
     sides = (bottom - top)[inside] / size
     fits = beta(alpha, alpha).rvs(200_000, random_state=np.random.default_rng(0))
     fits = np.sqrt(1 - fits)
@@ -185,7 +185,7 @@ def test_cutmix_boxes_have_beta_distributed_areas_around_uniform_centres(alpha: 
     centre = ((top + bottom) / 2 / size)[inside]
     assert kstest((centre - sides / 2) / (1 - sides), uniform.cdf).pvalue > 0.001
     both = inside & (left > 0) & (right < size)
-    assert np.abs((bottom - top) - (right - left))[both].max() == 0  # squares, of square images
+    assert np.abs((bottom - top) - (right - left))[both].max() == 0  # the boxes of square images are squares
 
 
 def test_a_coin_decides_between_mixup_and_cutmix() -> None:
@@ -197,8 +197,8 @@ def test_a_coin_decides_between_mixup_and_cutmix() -> None:
     assert samples.box[pasted].any(axis=1).mean() > 0.95
 
 
-def test_neighbours_are_any_two() -> None:
-    """What mixup mixes: in a batch's order, over the epochs, every pair is met about equally often."""
+def test_every_pair_of_samples_becomes_neighbours_about_equally_often() -> None:
+    """Mixup mixes neighbours in the order of a batch."""
     n, epochs = 8, 4_000
     index = SampleOrder(n=n, batch=n, seed=0).samples(0, epochs).index.reshape(-1, 2)
     low, high = np.sort(index, axis=1).T
@@ -207,7 +207,7 @@ def test_neighbours_are_any_two() -> None:
 
 
 def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
-    # Whoever changes these changes every run: resumed ones go wrong, and recorded results cannot be repeated.
+    # A change of these values changes every run: resumed runs go wrong, and recorded results cannot be repeated.
     assert words(0, 0, 0, 2).tolist() == [213000021201967259, 4455796210202625458]
     assert words(1, 2, 3, 2).tolist() == [1170280437898119671, 13051159143091778299]
     assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
@@ -229,7 +229,7 @@ def test_the_stream_is_what_it_was_when_runs_were_recorded() -> None:
     assert sample_generator(3, 1, 4).integers(0, 1000, 5).tolist() == [921, 625, 920, 751, 467]
 
 
-def test_what_is_cached_cannot_be_written() -> None:
+def test_cached_arrays_are_read_only() -> None:
     for cached in (words(0, 0, 0, 4), permutation(0, 0, 4)):
         with pytest.raises(ValueError, match="read-only"):
             cached[0] = 0

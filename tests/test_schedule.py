@@ -1,4 +1,4 @@
-"""The learning rate as a table: lr_scale(config, step, steps), a share of optim.lr."""
+"""The learning rate as a table: lr_scale(config, step, steps) is a share of optim.lr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def recipe(name: str) -> Config:
     return parse(["--recipe", name])
 
 
-def test_every_schedule_of_the_config_is_there() -> None:
+def test_every_schedule_of_the_config_exists() -> None:
     assert set(SCHEDULES) == set(get_args(get_type_hints(ScheduleConfig)["name"]))
 
 
@@ -118,7 +118,7 @@ TABLES: dict[str, tuple[dict[str, Any], int, dict[int, float]]] = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_table(name: str) -> None:
+def test_the_rate_follows_the_table(name: str) -> None:
     fields, steps, table = TABLES[name]
     config = ScheduleConfig(**fields)
     assert {step: lr_scale(config, step, steps) for step in table} == pytest.approx(table, abs=1e-12)
@@ -149,7 +149,7 @@ def runs(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
 
 @settings(max_examples=100, deadline=None)
 @given(run=runs(), data=st.data())
-def test_the_rate_depends_on_the_step_alone_and_is_a_share(
+def test_the_rate_depends_on_the_step_alone_and_is_between_0_and_1(
     run: tuple[ScheduleConfig, int], data: st.DataObject
 ) -> None:
     config, steps = run

@@ -1,7 +1,7 @@
-"""docs/security.md, as tests: files of other people's run nothing and reach nothing outside their place.
+"""docs/security.md as tests: third-party files run nothing and reach nothing outside their place.
 
-Also: checkpoints and weights, tests/test_fuzz.py; CIFAR's pickles, PostScript under an image's name, links in data
-folders, tests/test_sources.py.
+Related tests: checkpoints and weights in tests/test_fuzz.py; CIFAR's pickles, PostScript under an image's name and
+links in data folders in tests/test_sources.py.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_an_archive_writes_nothing_but_the_files_asked_for(kind: str, packing: s
     (outside / "secret").write_text("secret")
     with tarfile.open(archive, f"w:{packing}") as tar:  # type: ignore[call-overload]
         for info in HOSTILE[kind](outside):
-            tar.fileobj.write(info.tobuf())  # the header alone: addfile() would want the bytes
+            tar.fileobj.write(info.tobuf())  # only the header, because addfile() would require the bytes
             tar.offset += tarfile.BLOCKSIZE
     with rejected(archive, folder):
         extract(archive, hashlib.md5(archive.read_bytes()).hexdigest(), folder, ["test_batch"])
@@ -87,7 +87,7 @@ def test_an_archive_writes_nothing_but_the_files_asked_for(kind: str, packing: s
     assert {path.name for path in tmp_path.rglob("*")} == {"outside", "secret", "a.tar", "data", "cifar"}
 
 
-def test_members_that_nobody_asked_for_stay_in_the_archive(tmp_path: Path) -> None:
+def test_unrequested_members_stay_in_the_archive(tmp_path: Path) -> None:
     archive, folder = tmp_path / "a.tar", tmp_path / "cifar"
     with tarfile.open(archive, "w") as tar:
         for name in ("cifar/test_batch", "cifar/other", "../escaped", "elsewhere/x"):

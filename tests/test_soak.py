@@ -1,4 +1,4 @@
-"""The soak, in small: CI kills a few runs; `python -m tests.soak` kills hundreds."""
+"""A small soak: CI kills a few runs; `python -m tests.soak` kills hundreds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_few_kills_lose_nothing() -> None:
     assert "6 kills of" in done.stdout and "lost or corrupt: 0" in done.stdout
 
 
-def test_the_soak_sees_what_is_lost(tmp_path: Path) -> None:
+def test_the_soak_detects_lost_and_damaged_files(tmp_path: Path) -> None:
     from fastres.train import main
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What fastres/data/sources/source.py promises: data sets whole and checked, or one line that says why not."""
+"""fastres/data/sources/ returns complete, verified data sets, or fails with a one-line reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.fixtures import (
 
 
 def load(source: Any, root: Path, **fields: Any) -> Source:
-    """The source; of a folder of images its files, which any other loader than the resident one takes."""
+    """Load a source; an image folder as files, which every loader except the resident one uses."""
     options = {"source": source, "root": str(root), "download": False, "loader": "dataloader", **fields}
     return load_source(DataConfig(**options))
 
@@ -56,7 +56,7 @@ def assert_sound(split: Split, count: int, shape: tuple[int, ...], classes: int)
     assert np.array_equal(split.image(count - 1), images[count - 1])
 
 
-# The sets that are built in ----------------------------------------------------------------------
+# Built-in sets ----------------------------------------------------------------------
 
 
 def test_every_source_of_the_config_can_be_loaded() -> None:
@@ -134,7 +134,7 @@ def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:
     folder, witness = write_cifar10(tmp_path), tmp_path / "witness"
     write_pickle(folder / "data_batch_3", {"data": Creates(witness), "labels": []})
     pickle.loads((folder / "data_batch_3").read_bytes()).clear()
-    assert witness.exists()  # the test has teeth
+    assert witness.exists()  # a plain load would execute it
     witness.unlink()
     with rejected(folder / "data_batch_3", "io.open", "--data.root"):
         load("cifar10", tmp_path)
@@ -273,14 +273,14 @@ def test_image_folder_is_sorted_by_class_and_file(tmp_path: Path, held: str, suf
     assert all(a < b for a, b in zip(source.train.paths, source.train.paths[1:], strict=False) if a.parent == b.parent)
 
 
-def test_test_wins_over_val_and_says_so(tmp_path: Path) -> None:
+def test_the_folder_test_is_preferred_to_val_and_a_note_says_so(tmp_path: Path) -> None:
     write_image_folder(tmp_path, held="val")
     write_image_folder(tmp_path, held="test", test=3)
     source = load("imagefolder", tmp_path)
     assert len(source.test) == 6 and source.notes == (f"{tmp_path} has both test and val: test is used",)
 
 
-def test_what_an_image_folder_lacks_is_named(tmp_path: Path) -> None:
+def test_a_missing_part_of_an_image_folder_is_named(tmp_path: Path) -> None:
     root = tmp_path / "images"
     with rejected(root, "--data.root"):
         load("imagefolder", root)
@@ -302,7 +302,7 @@ def test_what_an_image_folder_lacks_is_named(tmp_path: Path) -> None:
         load("imagefolder", root)
 
 
-def test_links_are_followed_and_those_that_lead_out_are_said(tmp_path: Path) -> None:
+def test_links_are_followed_and_those_that_lead_out_are_reported(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images")
     (root / "train" / "cat" / "again.jpg").symlink_to(root / "train" / "cat" / "00000.jpg")
     source = load("imagefolder", root)
@@ -326,7 +326,7 @@ def test_links_are_followed_and_those_that_lead_out_are_said(tmp_path: Path) -> 
     assert len(load("imagefolder", tmp_path / "alias").train) == 9
 
 
-LINKS = {  # each link and where it leads; the first is the one to be named
+LINKS = {  # each link and its target; the first one is named
     "to nothing": {"train/cat/link.jpg": "nothing.jpg"},
     "to itself": {"train/cat/link.jpg": "link.jpg"},
     "to each other": {"train/cat/link.jpg": "other.jpg", "train/cat/other.jpg": "link.jpg"},
@@ -343,7 +343,7 @@ def test_links_that_lead_to_no_image_are_refused_by_name(tmp_path: Path, links: 
     for name, target in LINKS[links].items():
         (root / name).symlink_to(target)
     named = root / next(iter(LINKS[links]))
-    if links == "of the part to itself":  # it is none, and there is another
+    if links == "of the part to itself":  # it is no image, but another file is
         assert len(load("imagefolder", root).test) == 4
         (root / "test").rename(root / "elsewhere")
         named = "test (or val)"
@@ -354,7 +354,7 @@ def test_links_that_lead_to_no_image_are_refused_by_name(tmp_path: Path, links: 
 GREY16 = Image.fromarray(np.full((6, 5), 0xABCD, np.uint16))
 PALETTE = Image.new("P", (5, 6), 1)
 PALETTE.putpalette([0, 0, 0, 10, 20, 30])
-MODES: dict[str, tuple[Image.Image, dict[str, Any], tuple[int, int, int]]] = {  # with the colour that comes out
+MODES: dict[str, tuple[Image.Image, dict[str, Any], tuple[int, int, int]]] = {  # with the resulting colour
     "rgb.jpg": (Image.new("RGB", (5, 6), (0, 0, 0)), {}, (0, 0, 0)),
     "grey.jpg": (Image.new("L", (5, 6), 128), {}, (128, 128, 128)),
     "cmyk.jpg": (Image.new("CMYK", (5, 6), (0, 0, 0, 0)), {}, (255, 255, 255)),
@@ -418,7 +418,7 @@ def test_unequal_sizes_name_the_file_both_sizes_and_the_remedy(tmp_path: Path) -
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """A web server of `folder` on this machine; yields its URL."""
+    """Run a web server of `folder` on this machine; yield its URL."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
@@ -437,13 +437,13 @@ def serving(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever proxy this machine has, it is not for 127.0.0.1."""
+    """Bypass any proxy of this machine for 127.0.0.1."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
 def dead() -> str:
-    """The URL of a server that is not there."""
+    """Return the URL of a server that does not run."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -454,7 +454,7 @@ def md5(path: Path) -> str:
 
 
 def write_archive(path: Path) -> Path:
-    """A tar archive of a small CIFAR-10, laid out as the published one."""
+    """Write a tar archive of a small CIFAR-10, laid out as the published one."""
     folder = write_cifar10(path.parent / "unpacked", train=10, test=5)
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, folder.name)
@@ -497,12 +497,12 @@ def test_cifar_is_downloaded_from_a_mirror_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", archive.name]
     assert len(list((root / "cifar-10-batches-py").iterdir())) == 7
 
-    (root / "cifar-10-batches-py" / "data_batch_2").unlink()  # and the archive brings back what is lost
+    (root / "cifar-10-batches-py" / "data_batch_2").unlink()  # the archive restores the lost file
     config = DataConfig(root=str(root), download=False)
     assert len(source.read_cifar("cifar10", published, "labels", config).train) == 10
 
 
-def test_mnist_takes_the_first_server_that_answers(tmp_path: Path, dead: str) -> None:
+def test_mnist_comes_from_the_first_server_that_answers(tmp_path: Path, dead: str) -> None:
     raw = write_mnist_idx(tmp_path / "served", train=20, test=10, packed=True)
     resources = [(file, md5(raw / file)) for file, _ in MNIST.resources]
     with serving(raw) as url:
@@ -570,7 +570,7 @@ def test_an_archive_already_there_is_checked(tmp_path: Path) -> None:
 
 
 def numbered(count: int) -> Split:
-    """Images whose every pixel is their index."""
+    """Return images in which every pixel is the image's index."""
     images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
     return Split(images=images, labels=np.arange(count))
 
@@ -584,7 +584,7 @@ def test_held_out_samples_are_the_same_in_every_run_and_in_no_other_split() -> N
     for split in (train, held):
         assert (np.diff(split.labels) > 0).all()
         assert np.array_equal(split.array(1)[:, 0, 0, 0], split.labels)
-    assert held.labels[:5].tolist() == [2, 8, 11, 12, 18]  # else validation figures are no longer comparable
+    assert held.labels[:5].tolist() == [2, 8, 11, 12, 18]  # otherwise validation figures would not be comparable
 
 
 def test_image_paths_are_held_out_likewise(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A training step and an evaluation: equal to the plain PyTorch they stand for, in every precision, and no more."""
+"""Training steps and evaluations equal the plain PyTorch that they replace, in every precision, and do nothing else."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_step_is_forward_loss_backward_and_sgd_and_nothing_else(nesterov: bool
     model = a_net()
     oracle = copy.deepcopy(model)
     step = a_step(model, smoothing=0.1, nesterov=nesterov, weight_decay=1e-2)
-    # torch's own first step sets the momentum to the gradient; ours starts it from zero
+    # torch's own first step sets the momentum to the gradient; fastres's momentum starts from zero
     sgd = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=1e-2, fused=True)
     loss_sum, correct = 0.0, 0
     for i, lr in enumerate([0.1, 0.05, 0.2]):
@@ -108,7 +108,7 @@ def test_a_step_is_forward_loss_backward_and_sgd_and_nothing_else(nesterov: bool
 
 
 def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
-    # torch's fused SGD skips the update then, but takes its uninitialised momentum for begun
+    # torch's fused SGD then skips the update, but keeps its uninitialised momentum buffer
     # (weights reached 3.9e28).
     model = a_net()
     before, untouched = copy.deepcopy(model), a_step(copy.deepcopy(model), "fp16")
@@ -131,7 +131,7 @@ def test_an_overflow_in_the_very_first_fp16_step_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("name", ["cifar_resnet", "mini_resnet", "resnet18"])
 @pytest.mark.parametrize("everything", [True, False])
-def test_what_is_decayed(name: str, everything: bool) -> None:
+def test_norms_and_biases_are_decayed_only_on_request(name: str, everything: bool) -> None:
     model = a_net(name)
     lr = torch.tensor(0.5)
     config = OptimConfig(weight_decay=0.1, momentum=0.0, decay_norm_and_bias=everything)
@@ -167,7 +167,7 @@ def test_norm_biases_learn_at_their_own_rate_and_decay_at_the_others(everything:
     optim = {"momentum": 0.0, "weight_decay": 0.1, "decay_norm_and_bias": everything}
     step = a_step(model, norm_bias_lr_scale=64.0, **optim)
     oracle = a_step(copy.deepcopy(model), **optim)
-    for bias in biases:  # zeros would not show what decays them
+    for bias in biases:  # zeros would not show their decay
         for net in (model, oracle.model):
             net.get_parameter(bias).data.fill_(0.5)
     images, labels = a_batch()
@@ -205,7 +205,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return x.T if wide else x
 
 
-def test_muon_takes_the_filters_and_sgd_all_else() -> None:
+def test_muon_trains_the_filters_and_sgd_all_other_weights() -> None:
     model = a_net().double()
     oracle = copy.deepcopy(model)
     how = {"momentum": 0.85, "nesterov": True, "weight_decay": 1e-2}
@@ -245,7 +245,7 @@ def test_orthogonal_filters_have_singular_values_near_one(
     assert before.S.min() > 0.02 * before.S.norm()
     out = orthogonal(filters)
     assert out.shape == filters.shape
-    # in the singular vectors of what came in, so of its own directions; bf16 has three digits
+    # the input's own singular vectors are kept; bf16 has three digits
     after = (before.U.T @ out.flatten(1).double() @ before.Vh.T).diagonal()
     slack = 0.02 if dtype == torch.float32 else 1e-6
     assert 0.68 - slack < after.min() and after.max() < 1.21 + slack
@@ -268,7 +268,7 @@ def compiled() -> Iterator[tuple[TrainStep, Evaluator]]:
     torch._dynamo.reset()
 
 
-def test_nothing_recompiles_and_evaluation_sees_the_weights_of_now(compiled: Any) -> None:
+def test_nothing_recompiles_and_evaluation_uses_the_present_weights(compiled: Any) -> None:
     step, evaluate = compiled
     counters = torch._dynamo.utils.counters
     test_set = [a_batch(seed=100), a_batch(seed=101)]
@@ -281,7 +281,7 @@ def test_nothing_recompiles_and_evaluation_sees_the_weights_of_now(compiled: Any
 
     run_steps(step, 1)
     losses = [assert_up_to_date()]
-    # Forward and loss, one to train and one to evaluate; and what a step counts.
+    # Forward and loss for training and for evaluation, and the metrics of a step.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -344,7 +344,7 @@ def broken_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("asked_for", [True, False])
-def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(asked_for: bool, broken_compiler: None) -> None:
+def test_a_broken_compiler_means_eager_unless_compiling_was_requested(asked_for: bool, broken_compiler: None) -> None:
     model, how = a_net(), engine(compile=True, compile_may_fall_back=not asked_for)
     oracle = copy.deepcopy(model)
     step = TrainStep(model, how, OptimConfig())
@@ -356,7 +356,7 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_asked_for(asked_for:
         return
     warm_up_with(step, evaluate, a_batch(), said.append)
     assert len(said) == 1 and said[0].startswith("compile: false") and "\n" not in said[0]
-    assert not step.inner.compiled  # and says so, for the summary
+    assert not step.inner.compiled  # the summary reports it
     run_steps(step, 2)
     run_steps(eager := a_step(oracle), 2)
     assert_equal_weights(model, oracle)
@@ -378,7 +378,7 @@ def test_warming_up_leaves_no_trace(precision: str) -> None:
 
 
 class ToNCHW(nn.Module):
-    """Undoes channels-last in the forward pass or, with the same values, in the backward pass."""
+    """A module that undoes channels-last in the forward or, with the same values, in the backward pass."""
 
     def __init__(self, backward: bool) -> None:
         super().__init__()
@@ -437,7 +437,7 @@ def test_a_copy_to_another_order_is_found(place: str, backward: bool) -> None:
 # ---- evaluation ---------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
+def test_evaluation_is_exact_and_ignores_padding_of_a_batch() -> None:
     model = a_net()
     run_steps(a_step(model), 3)
     images, labels = a_batch(21, seed=7)
@@ -458,7 +458,7 @@ def test_evaluation_is_exact_and_leaves_out_what_fills_up_a_batch() -> None:
     for batches in (
         [(images, labels)],
         list(zip(filled_images.split(8), filled_labels.split(8), strict=True)),
-        [nothing, (images, labels)],  # another process has the rest of such a batch
+        [nothing, (images, labels)],  # another process has the rest of that batch
     ):
         metrics = evaluate(batches)
         assert (metrics.correct, metrics.samples) == (right, 21)
@@ -501,7 +501,7 @@ def test_metrics_add_up_and_remember_the_first_step_of_non_finite_loss() -> None
 
 
 @pytest.mark.parametrize(("precision", "bias_scale"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp32", 64.0)])
-def test_a_restored_step_goes_on_as_the_first_would(precision: str, bias_scale: float, tmp_path: Path) -> None:
+def test_a_restored_step_continues_like_the_original(precision: str, bias_scale: float, tmp_path: Path) -> None:
     options: dict[str, Any] = {"nesterov": True, "norm_bias_lr_scale": bias_scale}
     uninterrupted = a_step(a_net(), precision, **options)
     run_steps(uninterrupted, 3)
@@ -516,7 +516,7 @@ def test_a_restored_step_goes_on_as_the_first_would(precision: str, bias_scale: 
     assert restored.metrics.read() == uninterrupted.metrics.read()
 
     before = copy.deepcopy(restored.model)
-    run_steps(restored, 1, first=6, lr=0.0)  # the learning rate is still the one that a step is given
+    run_steps(restored, 1, first=6, lr=0.0)  # the learning rate is still the argument of the step
     assert_equal_weights(restored.model, before)
     run_steps(restored, 1, first=7, lr=0.1)
     assert not torch.equal(restored.model.conv1.weight, before.conv1.weight)
@@ -528,9 +528,9 @@ def test_the_state_of_another_model_is_not_loaded() -> None:
         a_step(a_net("cifar_resnet", blocks_per_stage=2)).load_state_dict(state)
 
 
-def test_one_process_may_compile_a_step_for_more_networks_than_dynamos_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_may_compile_steps_for_more_than_eight_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)
     raise_recompile_limit(20)
-    raise_recompile_limit(4)  # never fewer than somebody else has asked for
+    raise_recompile_limit(4)  # never fewer than another caller has set
     assert config.recompile_limit == 20

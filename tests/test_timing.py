@@ -1,5 +1,7 @@
-"""fastres/utils/timing.py: turns in their order, waiting at the ends only, ratios that a drift does not move; and the
-same as a benchmark."""
+"""fastres/utils/timing.py interleaves regions, waits only at their ends, and gives ratios that no drift changes.
+
+The same holds for its use as a benchmark.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 class Clock:
-    """Stands for time.perf_counter: it goes on only where something is done."""
+    """A substitute for time.perf_counter that advances only when work is done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def region(self, seconds: float, drift: float = 0.0) -> timing.Region:
-        """Takes that long, and at a later time longer."""
+        """Return a region that takes that long, and longer at a later time."""
 
         def run() -> None:
             self.now += seconds * (1 + drift * self.now)
@@ -38,7 +40,7 @@ class Clock:
         return run
 
 
-def test_regions_run_in_turns_after_a_warm_up_each_with_its_switches_set() -> None:
+def test_regions_are_interleaved_after_a_warm_up_each_with_its_switches_set() -> None:
     done: list[str] = []
     regions = {name: (lambda name=name: done.append(name)) for name in ("a", "b")}
     timings = interleaved(regions, 2, CPU, warm_up=1, before=lambda name: done.append(f"before {name}"))
@@ -55,24 +57,24 @@ def test_the_device_is_waited_for_at_both_ends_and_never_inside(monkeypatch: pyt
     assert done == []
 
 
-def test_what_is_done_between_regions_is_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_between_regions_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     regions = {"a": clock.region(1.0), "b": clock.region(2.0)}
     timings = interleaved(regions, 3, CPU, warm_up=2, before=lambda name: clock.region(100.0)())
     assert timings == {"a": Timing((1.0,) * 3), "b": Timing((2.0,) * 3)}
 
 
-def test_a_drift_of_the_clocks_leaves_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drift_of_the_clocks_does_not_change_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     regions = {"a": clock.region(2.0, drift=1e-3), "b": clock.region(1.0, drift=1e-3)}
     timings = interleaved(regions, 200, CPU)
-    assert timings["a"].seconds[-1] > 1.5 * timings["a"].seconds[0]  # there is one
+    assert timings["a"].seconds[-1] > 1.5 * timings["a"].seconds[0]  # the drift exists
     ratio = timings["b"].ratio_to(timings["a"])
     assert ratio.of_medians == pytest.approx(2, rel=0.01)
     assert len(ratio.of_pairs) == 200 and ratio.of_pairs == pytest.approx([2] * 200, rel=0.01)
 
 
-def test_figures() -> None:
+def test_medians_quantiles_rates_and_ratios_follow_from_the_seconds() -> None:
     slow, fast = Timing((4.0, 2.0, 6.0, 8.0, 10.0, 12.0)), Timing((1.0, 1.0, 2.0, 4.0, 4.0, 4.0))
     assert (slow.n, slow.median_s, slow.quantiles_s) == (6, 7.0, (4.0, 10.0))
     assert slow.rates(40) == (40 / 7, 4.0, 10.0)
@@ -85,10 +87,10 @@ def test_figures() -> None:
         "seconds": [4.0, 2.0, 6.0, 8.0, 10.0, 12.0],
     }
     with pytest.raises(ValueError, match="shorter"):
-        Timing((1.0,)).ratio_to(slow)  # not taken in turns
+        Timing((1.0,)).ratio_to(slow)  # not interleaved
 
 
-def test_a_stopwatch_gives_each_part_its_time_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_measures_each_part_and_can_be_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     watch = Stopwatch(CPU)
     for seconds in (1.0, 2.0):
@@ -125,8 +127,8 @@ def test_a_stopwatch_on_a_gpu_waits_only_when_it_is_read(monkeypatch: pytest.Mon
     assert done[-1] == "wait"
 
 
-def test_as_a_benchmark(tmp_path: Path) -> None:
-    """Through pytest-benchmark, with the names that the tables and the committed results have."""
+def test_timings_are_recorded_as_a_benchmark(tmp_path: Path) -> None:
+    """Timings go through pytest-benchmark, with the names that the tables and the committed results use."""
     (tmp_path / "bench_turns.py").write_text(
         "from bench.lib.paired import paired_benchmark\n"
         "done = []\n"
@@ -160,21 +162,26 @@ def test_as_a_benchmark(tmp_path: Path) -> None:
 
 
 class Knot:
-    """What only a collection frees."""
+    """A reference cycle, which only a garbage collection frees."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
 @pytest.mark.parametrize("collects", [True, False])
-def test_garbage_of_before_is_gone_and_none_is_collected_inside(collects: bool) -> None:
+def test_old_garbage_is_collected_before_a_region_and_none_inside_it(collects: bool) -> None:
     before = weakref.ref(Knot())
     was = gc.isenabled()
-    try:
-        (gc.enable if collects else gc.disable)()
-        with pytest.raises(ZeroDivisionError), gc_paused():
+
+    def fail_while_paused() -> None:
+        with gc_paused():
             assert before() is None and not gc.isenabled()
             raise ZeroDivisionError
+
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ZeroDivisionError):
+            fail_while_paused()
         assert gc.isenabled() == collects
     finally:
         (gc.enable if was else gc.disable)()

@@ -1,4 +1,4 @@
-"""The command itself: real runs on real data, real signals, real processes."""
+"""The command itself: real runs on real data, with real signals and real processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Train = Callable[..., int]
 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run the command in this process and return its exit status; capsys has its output."""
+    """Run the command in this process and return its exit status; capsys captures its output."""
 
     def run(*flags: object) -> int:
         with pytest.raises(SystemExit) as exit_:
@@ -66,7 +66,7 @@ def start(*flags: object) -> subprocess.Popen[str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line on stderr, which begins as every refusal does."""
+    """Return the single line on stderr, which begins as every rejection does."""
     err = capsys.readouterr().err
     assert err.startswith("fastres: error: ") and err.count("\n") == 1, err
     return err
@@ -74,13 +74,13 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a SHORT run that nobody interrupted."""
+    """Return the folder of an undisturbed SHORT run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main([*SHORT, "--run.dir", str(folder)]) == 0
     return folder
 
 
-# ---- what a run is ------------------------------------------------------------------------------------------
+# ---- complete runs ------------------------------------------------------------------------------------------
 
 
 def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> N
     assert summary["parameters"] == 269_434  # ResNet-20 with one input channel
 
 
-def test_a_run_leaves_behind_what_it_says(undisturbed: Path) -> None:
+def test_a_run_writes_all_the_documented_files(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()} - {".lock"}
     assert left == {
         "config.yaml", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json", "checkpoints",
@@ -223,12 +223,12 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
     expected.whiten(sample_images(config, source, source.train))
     assert torch.equal(stem_of("whole"), expected.conv1.weight)
 
-    # A resumed run takes it from the checkpoint, whatever it would fit itself.
+    # A resumed run takes the stem from the checkpoint instead of fitting its own.
     state = tmp_path / "whole/checkpoints/step-00000008.pt"
     assert train(*flags, "--run.resume", state, "--run.dir", tmp_path / "resumed") == 0
     assert sha256(tmp_path / "resumed/model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
 
-    # So does one that starts from weights: the layers behind fit this stem.
+    # A run that starts from weights does so too, because the later layers fit this stem.
     others = ["--data.validation", 700, "--train.steps", 0, "--schedule.warmup_steps", 0]
     assert train(*flags, *others, "--run.dir", tmp_path / "others") == 0
     assert not torch.equal(stem_of("others"), stem_of("whole"))
@@ -244,7 +244,7 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
     assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
-def test_tensorboard_events_are_written_where_asked_for(train: Train, tmp_path: Path) -> None:
+def test_tensorboard_events_are_written_on_request(train: Train, tmp_path: Path) -> None:
     assert train(*SHORT, "--run.tensorboard", "true", "--run.dir", tmp_path / "run") == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -286,7 +286,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_says_where_and_exits_128_plus_its_number(
+def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
     train: Train, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     flags = [*SHORT, "--run.dir", tmp_path / "run"]
@@ -319,7 +319,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(
 def test_a_non_finite_loss_ends_the_run_with_its_step_and_the_checkpoint_kept(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The learning rate jumps at step 20, far past what fp32 holds.
+    # At step 20 the learning rate jumps far beyond fp32's range.
     jump = "--schedule.name multistep --schedule.milestones [20] --schedule.factor 1e30 --schedule.warmup_steps 0"
     assert train(*SHORT, *jump.split(), "--run.dir", tmp_path / "run") == 1
     message = refusal(capsys)
@@ -343,8 +343,8 @@ DISK = [*SHORT, "--model.name", "resnet8", "--train.log_every", "1"]
         (30_000, "--train.steps 0 --schedule.warmup_steps 0", "cannot write to run.dir {run}: File too large; there"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written_ends_the_run_in_a_line(tmp_path: Path, largest: int, flags: str, what: str) -> None:
-    """The system's limit on the size of a file stands for that of the disk: the same call fails."""
+def test_a_failed_write_ends_the_run_with_one_line(tmp_path: Path, largest: int, flags: str, what: str) -> None:
+    """The system's limit on file size stands in for a full disk, because the same call fails."""
     run = tmp_path / "run"
     done = subprocess.run(
         ["prlimit", f"--fsize={largest}", sys.executable, "-m", "fastres.train", *DISK, *flags.split(),
@@ -356,7 +356,7 @@ def test_what_cannot_be_written_ends_the_run_in_a_line(tmp_path: Path, largest: 
     assert not list(run.rglob("*.tmp"))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, tmp_path: Path) -> None:
+def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(train: Train, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
@@ -407,8 +407,8 @@ def losses(run: Path, steps: int) -> list[float]:
 
 
 EVERY_STEP = ("--train.log_every", "1")  # the last one counts
-# The digits' background is one value: where it comes close to ReLU's corner, rounding decides for thousands of pixels
-# at once. So in float32 only the first steps agree closely; in float64 all do (test_models.py).
+# The digits' background is one value. When it comes close to ReLU's corner, rounding decides for thousands of pixels at
+# once. So in float32 only the first steps agree closely; in float64 all do (test_models.py).
 
 
 def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------
+# ---- rejections ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_input_gets_one_line_and_nothing_is_written(
+def test_bad_input_is_rejected_in_one_line_and_nothing_is_written(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     flags: str, named: str,
 ) -> None:  # fmt: skip
@@ -466,9 +466,7 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_does_not_suffice_is_one_line(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_insufficient_memory_is_one_line(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--data.source synthetic --data.synthetic_samples 100_000_000_000".split()
     assert train(*flags, "--run.dir", tmp_path / "run") == 1
     line = refusal(capsys)
@@ -476,7 +474,7 @@ def test_memory_that_does_not_suffice_is_one_line(
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert out_of_memory(caught.value)
-    # As a context or pinned memory of a full GPU says it, in an error that is not the allocator's.
+    # The error of a context or of pinned memory on a full GPU, which is not the allocator's.
     assert out_of_memory(torch.AcceleratorError("CUDA error: out of memory", 2))
     assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 

@@ -1,4 +1,4 @@
-"""Weights travel between fastres and torchvision, and equal weights are equal bytes."""
+"""Weights load both ways between fastres and torchvision, and equal weights give equal bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastres.utils.errors import UsageError
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model with statistics that are not those of a new one."""
+    """Return the model with running statistics that differ from a new model's."""
     with torch.no_grad():
         model.train()(torch.randn(4, 3, 32, 32))
     return model.eval()
@@ -67,7 +67,7 @@ def test_fastres_weights_load_in_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet20", "plain20", "mini_resnet", "resnet18"])
-def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
+def test_saving_and_loading_is_exact(tmp_path: Path, name: str) -> None:
     saved, loaded = trained(build_model(name)), build_model(name)
     save_weights(saved, tmp_path / "model.safetensors")
     assert load_weights(loaded, tmp_path / "model.safetensors") == []
@@ -103,7 +103,7 @@ def digest(model: nn.Module, path: Path) -> str:
 
 
 def test_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
-    model = build_model("resnet18", in_channels=1)  # 1 channel: strides that mean both formats
+    model = build_model("resnet18", in_channels=1)  # with 1 channel, strides fit both memory formats
     first = digest(model, tmp_path / "a.safetensors")
     assert digest(model, tmp_path / "b.safetensors") == first
     assert digest(model.to(memory_format=torch.channels_last), tmp_path / "c.safetensors") == first
@@ -122,7 +122,7 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> 
     assert load_weights(build_model("resnet8"), path) == []
     occupied = tmp_path / "folder.safetensors"
     occupied.mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         save_weights(build_model("resnet8"), occupied)
     assert sorted(tmp_path.iterdir()) == [occupied, path]
 
@@ -131,7 +131,7 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> 
 
 
 def assert_refused(model: nn.Module, path: Path, *words: str) -> None:
-    """One line that names the file and has the words; the model is as it was."""
+    """Assert that loading fails with one line that names the file and the words, and leaves the model unchanged."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(UsageError) as refused:
         load_weights(model, path)

@@ -1,6 +1,6 @@
-"""`torchrun -m tests.workers.ranks FUNCTION`: what the ranks of a process group do in tests/test_distributed.py.
+"""`torchrun -m tests.workers.ranks FUNCTION`: the ranks' part in tests/test_distributed.py.
 
-A line that every rank prints comes once per rank, so each is written in one piece.
+Every rank prints its own line, so each line is written by a single call.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def say(line: str) -> None:
 
 
 def wait_for_data_on_rank_1() -> None:
-    """Send no heartbeat for a minute; rank 1 has said that it waits for its data."""
+    """Send no heartbeat for a minute, after rank 1 has reported that it waits for its data."""
     with join_process_group(CPU, timeout_s=2) as group:
         group.watchdog.heartbeat("computes" if rank() == 0 else "waits for its data")
         time.sleep(60)
 
 
 def find_a_bad_loss_on_rank_1() -> None:
-    """Count six steps, whose loss is not finite on rank 1 from step 4 on, and print the first bad step."""
+    """Run six steps whose loss is not finite on rank 1 from step 4 on, and print the first bad step."""
     with join_process_group(CPU):
         metrics = DeviceMetrics(CPU)
         for step in range(6):
@@ -45,7 +45,7 @@ def find_a_bad_loss_on_rank_1() -> None:
 
 
 def compare_weights_that_drift_apart() -> None:
-    """Compare the replicas, then move a weight of rank 1 a little, and compare them again."""
+    """Compare the replicas, move a weight of rank 1 a little, and compare them again."""
     with join_process_group(CPU):
         model = torch.nn.Linear(2, 2)
         torch.nn.init.ones_(model.weight)
