@@ -23,7 +23,8 @@ SOURCE_SUFFIXES = (".py", ".cpp", ".sh", ".sbatch")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE = re.compile(rf"-m\s+((?:{'|'.join(IMPORTED_FROM)})(?:\.\w+)+)")
 FLAG = re.compile(rf"--((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
-IN_BACKTICKS = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+IN_BACKTICKS = re.compile(r"`([^`]+)`")
 PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
 HEADING_IN_CODE = re.compile(r'docs/EXPERIMENTS\.md,\s+"([^"]+)"')
 
@@ -93,7 +94,7 @@ def test_every_flag_is_a_field_of_the_configuration_or_an_option_of_a_model(docu
 
 @each_document
 def test_every_path_in_backticks_exists(document: Path) -> None:
-    quoted = IN_BACKTICKS.findall(document.read_text(encoding="utf-8"))
+    quoted = IN_BACKTICKS.findall(FENCED.sub("", document.read_text(encoding="utf-8")))
     words = [word for text in quoted for word in text.split()]
     assert_none([word for word in words if names_source(word) and not exists(word)], document)
 
