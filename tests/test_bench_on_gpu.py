@@ -371,7 +371,7 @@ def test_a_measured_target_is_reached_or_not() -> None:
     assert found_in(*parity(*range(5), seconds=19.0))[TRAINING].startswith("reached, stretch")
 
 
-def test_too_few_runs_do_not_reach_a_target() -> None:
+def test_insufficient_evidence_does_not_reach_a_target() -> None:
     other = {"steps": 300, "first_different_step": 7, "state_equal": False}
     only_ours = {"accuracies": {"fastres": [0.915]}}
     for rows in (

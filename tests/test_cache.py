@@ -99,8 +99,8 @@ def test_images_are_decoded_once_and_mapped(root: Path, store: Path) -> None:
     assert np.array_equal(second.train.images, old) and second.notes == ()
 
 
-def test_the_cached_array_is_never_written_to(root: Path, store: Path) -> None:
-    """The array looks writable to torch, so nothing would stop a write."""
+def test_writing_to_loaded_images_does_not_change_the_cache(root: Path, store: Path) -> None:
+    """The array looks writable to torch, so nothing stops a write."""
     source = load(root, store)
     source.train.images[:] = 0
     again = load(root, store)
@@ -413,6 +413,6 @@ def test_progress_is_a_bar_on_a_terminal(many: Path, store: Path) -> None:
     assert seen.count(b"decoding") > seen.count(b"\n") == 2  # a line for each part, which moves and then disappears
 
 
-def test_a_splits_array_has_the_pixels_of_its_images(root: Path) -> None:
+def test_a_split_in_memory_returns_its_array_without_a_copy(root: Path) -> None:
     images = np.zeros((2, 4, 4, 1), np.uint8)
     assert Split(images=images, labels=np.zeros(2, np.int64)).array(1) is images
