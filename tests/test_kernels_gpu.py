@@ -1,5 +1,8 @@
-"""The Triton kernels as a GPU runs them. In the interpreter, where the other tests have them, programs run one after
-another: it has no barrier to meet at, no cache to find old values in, and no race."""
+"""Run the Triton kernels on a GPU, if there is one, and the same checks in the interpreter.
+
+The other tests run the kernels in the interpreter. It runs CTAs one after another, so barriers, stale caches and races
+cannot occur there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.commands import run_module
 
-# The tests' own process has none: conftest.py.
+# conftest.py hides the GPUs from the tests' own process.
 GPUS = os.environ["FASTRES_TESTS_GPUS"]
 HAS_GPU = GPUS != "" and any(Path("/dev").glob("nvidia[0-9]*"))
 

@@ -1,6 +1,6 @@
-"""`torchrun -m tests.workers.ranks FUNCTION`: what the ranks of a process group do in tests/test_distributed.py.
+"""Functions for the ranks of a process group in tests/test_distributed.py: `torchrun -m tests.workers.ranks FUNCTION`.
 
-A line that every rank prints comes once per rank, so each is written in one piece.
+Several ranks print to the same output, so each line is written in one piece.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def say(line: str) -> None:
 
 
 def wait_for_data_on_rank_1() -> None:
-    """Send no heartbeat for a minute; rank 1 has said that it waits for its data."""
+    """Send no heartbeat for a minute, after rank 1 has reported that it waits for its data."""
     with join_process_group(CPU, timeout_s=2) as group:
         group.watchdog.heartbeat("computes" if rank() == 0 else "waits for its data")
         time.sleep(60)
 
 
 def find_a_bad_loss_on_rank_1() -> None:
-    """Count six steps, whose loss is not finite on rank 1 from step 4 on, and print the first bad step."""
+    """Count six steps with a loss that is not finite on rank 1 from step 4 on, and print the first bad step."""
     with join_process_group(CPU):
         metrics = DeviceMetrics(CPU)
         for step in range(6):
