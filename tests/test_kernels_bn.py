@@ -339,7 +339,7 @@ def test_any_number_of_channels(channels: int, algorithm: str) -> None:
         assert_close(ours[name], value, torch.float32, name)
 
 
-def test_the_tensors_above_went_through_the_kernels() -> None:
+def test_the_interpreter_runs_the_kernels_but_not_in_float64() -> None:
     x = random((2, 4, 3, 3), torch.float16, 0)
     assert triton_launch.INTERPRETED and triton_launch.runs_kernels(x)
     assert not triton_launch.runs_kernels(x.double())
@@ -438,7 +438,7 @@ def test_the_mask_is_one_bit_an_element() -> None:
 # ---- the module ---------------------------------------------------------------------------------------------
 
 
-def test_a_skip_connection_brings_its_gradient_apart() -> None:
+def test_a_skip_connections_gradient_is_added_inside_the_op() -> None:
     """Check that the backward of a chain of blocks adds no gradients outside of the op."""
 
     class Additions(TorchDispatchMode):
@@ -486,7 +486,7 @@ def test_bad_input_is_refused(shape: tuple[int, ...], residual: tuple[int, ...] 
         module(4)(torch.ones(shape), None if residual is None else torch.ones(residual))
 
 
-def test_no_images_are_none_afterwards() -> None:
+def test_an_empty_batch_gives_an_empty_batch() -> None:
     assert module(4).eval()(torch.empty(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
 
@@ -496,7 +496,7 @@ def test_bad_options_are_refused() -> None:
             BatchNormAct2d(4, **options)
 
 
-def test_what_is_not_channels_last_is_converted_and_said_once() -> None:
+def test_other_memory_formats_are_converted_with_one_warning() -> None:
     triton_launch.warn_of_copy.cache_clear()
     norm, x = module(4), torch.randn(2, 4, 3, 3)
     with pytest.warns(UserWarning, match="the input of batch_norm_act is not channels-last"):
@@ -508,7 +508,7 @@ def test_what_is_not_channels_last_is_converted_and_said_once() -> None:
         norm(x)
 
 
-def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_uses_torchs_operations_for_shapes_that_the_table_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random((2, 4, 3, 3), torch.float32, 0)
     used: list[str] = []
 
@@ -593,7 +593,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert imported == "False" and {"BatchNormAct2d", "Conv2d", "defer_running_stats"} <= set(names)
 
 
-def test_the_wrong_import_name_is_loud() -> None:
+def test_importing_the_package_under_another_name_raises() -> None:
     done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "is imported as fastres_kernels, not kernels" in done.stderr

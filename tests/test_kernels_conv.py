@@ -245,7 +245,7 @@ def test_what_needs_no_gradient_is_not_computed(r: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("c", "k", "r"), [(16, 32, 3), (24, 40, 1)])
-def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, poisoned: None) -> None:
+def test_every_element_is_written_and_repetitions_are_bitwise_identical(c: int, k: int, r: int, poisoned: None) -> None:
     """Use shapes for which every sum has several pieces: rows, columns and the weight gradient."""
     runs = []
     for _ in range(2):
@@ -292,7 +292,7 @@ def finish(
     conv_common.reduce_weight_gradient(products, dweight, P, index, reducers, N, BLOCK_P, BLOCK)
 
 
-def test_however_many_programs_finish_they_write_everything_and_the_same_bits(poisoned: None) -> None:
+def test_the_number_of_final_reducers_does_not_change_the_results(poisoned: None) -> None:
     """Reduce 40 channels in blocks of eight with one, three, five and seven CTAs; two of the seven have no block."""
     generator = torch.Generator().manual_seed(0)
     p, k, n = 19, 40, 40
@@ -338,7 +338,7 @@ def test_a_nan_is_seen_and_not_hidden_by_relu(r: int) -> None:
 
 
 @pytest.mark.parametrize("odd", [1, 2, 5])
-def test_what_does_not_fit_is_refused(odd: int) -> None:
+def test_mismatched_shapes_are_rejected(odd: int) -> None:
     tensors = [t.detach() for t in inputs(1, 16, 16, 2, 2, 1, torch.float32)]
     tensors[odd] = torch.ones(16, 24, 1, 1) if odd == 1 else torch.ones(15)
     with pytest.raises(ValueError, match=r"conv_norm: weight and vectors \(16, .* do not fit x \(1, 16, 2, 2\)"):

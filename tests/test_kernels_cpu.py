@@ -279,7 +279,7 @@ def test_a_convolutions_values_and_gradients_are_float64s(shape: tuple[int, ...]
 
 
 @needs_kernels
-def test_the_weight_gradient_is_the_same_again() -> None:
+def test_repetitions_of_the_weight_gradient_are_bitwise_identical() -> None:
     x, dy = random(32, 16, 16, 16), random(32, 32, 8, 8, seed=1)
     first = torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2)
     assert all(torch.equal(torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2), first) for _ in range(5))
@@ -360,7 +360,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
 
 
 @needs_kernels
-def test_what_counts_operators_sees_them() -> None:
+def test_operator_counters_see_the_kernels() -> None:
     x, flops, calls = random(2, 16, 8, 8).requires_grad_(), {}, {}
     for algorithm in ("torch", "cpp"):
         net = nn.Sequential(conv_of(16, 16), norm_of(16), conv_of(16, 32, 2), conv_of(32, 32))
@@ -400,7 +400,7 @@ def choice(**engine: Any) -> tuple[str, str, str]:
 
 
 @needs_kernels
-def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
+def test_auto_chooses_the_kernels_if_they_apply_and_otherwise_gives_the_reason() -> None:
     assert choice(precision="bf16") == ("measured", "cpp", f"conv: cpp ({WHY})")
     for fields, why in (
         ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
@@ -419,7 +419,7 @@ def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(chann
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("fp32", "measured in bf16, not in fp32"), ("fp16", "not in fp16")])
-def test_auto_takes_no_table_of_another_precision(precision: str, reason: str) -> None:
+def test_auto_ignores_a_table_measured_in_another_precision(precision: str, reason: str) -> None:
     norm, why = _faster_norm(Config(), torch.device("cuda"), precision, False, "")
     assert norm == "torch" and reason in why
 
@@ -478,7 +478,7 @@ def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: 
 
 
 @pytest.mark.parametrize("channels", [32, 64])
-def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(channels: int) -> None:
+def test_a_wrong_number_of_channels_raises_torchs_own_error(channels: int) -> None:
     conv = conv_of(48, 16).bfloat16()
     conv.algorithm = "cpp"
     with pytest.raises(RuntimeError, match=f"48 channels, but got {channels}"):

@@ -25,12 +25,12 @@ def check_on(device: str, repeats: int, **env: str | None) -> subprocess.Complet
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_on_a_gpu_they_are_right_and_repeat_bit_for_bit_called_and_replayed() -> None:
+def test_kernels_on_a_gpu_are_right_and_bitwise_repeatable() -> None:
     done = check_on("cuda", 200, CUDA_VISIBLE_DEVICES=None if GPUS == "all" else GPUS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_is_checked_there_holds_in_the_interpreter() -> None:
+def test_the_same_checks_pass_in_the_interpreter() -> None:
     done = check_on("cpu", 1, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [line.split()[0] for line in done.stdout.splitlines()]

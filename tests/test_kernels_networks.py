@@ -49,7 +49,9 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
         ("resnet50", {"stem": "small"}, 33 + 3),  # 1×1 convolutions without a stride, and layer1's 3×3 of 64 channels
     ],
 )
-def test_in_float64_they_are_the_plain_networks(name: str, options: dict[str, Any], fused_layers: int) -> None:
+def test_fused_networks_equal_the_plain_networks_in_float64(
+    name: str, options: dict[str, Any], fused_layers: int
+) -> None:
     plain, fused = pair(name, **options)
     assert sum(isinstance(module, NormConv2d) for module in fused.modules()) == fused_layers
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -67,7 +69,7 @@ def test_resnet20_trains_in_the_interpreter_to_the_losses_of_the_plain_network()
     assert train(fused, torch.float32, 2, batch=2, side=8) == pytest.approx(expected, rel=1e-4)
 
 
-def test_they_compile_in_one_graph() -> None:
+def test_fused_networks_compile_in_one_graph() -> None:
     plain, fused = pair("resnet8")
     expected = train(plain, torch.float64, 2, batch=4, side=8)
     assert train(fused, torch.float64, 2, batch=4, side=8, backend="aot_eager") == pytest.approx(expected)
@@ -84,6 +86,6 @@ def test_under_autocast_activations_are_narrow_and_statistics_are_not() -> None:
     assert [t.dtype for t in seen] == [torch.bfloat16, torch.float32, torch.float32] * 4
 
 
-def test_they_need_the_fused_norm() -> None:
+def test_fused_convolutions_need_the_fused_norm() -> None:
     with pytest.raises(ValueError, match="fused_convolutions: only together with norm 'fused'"):
         build_model("resnet20", fused_convolutions=True)
