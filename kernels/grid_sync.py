@@ -34,18 +34,18 @@ def cta_number():
 
 @triton.jit
 def arrive(arrived):
-    """Count this CTA as arrived, once, and return the token for `wait`. CTAs that wait then see what it has stored."""
+    """Count this CTA as arrived, once, and return the token for `wait`; waiting CTAs will see this CTA's stores."""
     number, ctas = cta_number()
     tl.debug_barrier()  # all threads store before one thread releases
-    # CTA 0 adds 2³¹ minus what the others add. XOR flips the sign, because a subtraction that overflows fails in
-    # TRITON_DEBUG.
+    # CTA 0 adds 2³¹ minus the number of the other CTAs, which add 1 each. XOR flips the sign, because a subtraction
+    # that overflows fails in TRITON_DEBUG.
     rest = (1 - ctas) ^ -(2**31)
     return tl.atomic_add(arrived, tl.where(number == 0, rest, 1), sem="release")
 
 
 @triton.jit
 def wait(arrived, before):
-    """Return when every CTA of the grid has arrived. `before` is what `arrive` returned."""
+    """Return when every CTA of the grid has arrived. `before` is the token from `arrive`."""
     while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
         pass
     tl.debug_barrier()

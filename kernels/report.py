@@ -134,7 +134,7 @@ def main() -> int:
 
     with count_blocks() as counting:  # while the kernels are compiled
         kernels, wrong = compile_all(variants)
-        print("counting what torch.compile generates for a residual block", file=sys.stderr)
+        print("counting bytes and launches of a residual block under torch.compile", file=sys.stderr)
         output, errors = counting.communicate()
     blocks = {} if counting.returncode else json.loads(output)
     if counting.returncode:

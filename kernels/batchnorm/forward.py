@@ -240,7 +240,7 @@ def normalise_kernel(
 
 @triton.jit
 def relu_mask(out):
-    """Return True where ReLU passes `out`. NaN passes, as in torch: a bad value should be seen, not hidden."""
+    """Return ReLU's mask of `out`. NaN passes, as in torch, so that a bad value is seen and not hidden."""
     return (out <= 0) == 0
 
 

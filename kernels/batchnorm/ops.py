@@ -49,6 +49,10 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute y = act(weight·(x - mean)/√(var + eps) + bias + residual) (Ioffe & Szegedy 2015, algorithm 1).
 
+    The reference runs if there is no kernel for x. The cooperative kernel runs if it is asked for, the statistics are
+    this rank's batch statistics, and x fits on the GPU. Otherwise the two kernels of forward.py run. ReLU's mask is
+    saved only with a residual, because the backward can otherwise recompute it from x.
+
     Returns:
         y: (N, C, H, W) channels-last, of x's dtype.
         mean, var: the mean and biased variance used, (C,), float32 or wider.
@@ -95,6 +99,7 @@ def _reference_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute in plain PyTorch the y, mean, var, mask and skip, (1,) or empty, that forward.normalise returns."""
     y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
+    # The mask is ~(y <= 0) and not y > 0, so that NaN passes.
     mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
     return y, mean, var, mask, x.new_zeros(1 if fork else 0)
 
@@ -158,19 +163,23 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of batch_norm_act (Ioffe & Szegedy 2015, section 3).
 
+    The reference runs if there is no kernel for x. Given statistics take one kernel, because their dx depends on no
+    sum. Batch statistics take the cooperative kernel under the conditions of the forward, otherwise two kernels.
+
     Returns:
         dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty without `want_residual`.
         dbias, dweight: (C,), of mean's dtype.
         dmean, dvar: (C,), of mean's dtype; empty with batch statistics.
     """
     x = channels_last(x)
+    # Warn only about NCHW gradients: the user cannot avoid other strides, such as those from pooling or slicing.
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
     norm = (x, mask, weight, bias, mean, var, eps, relu)
     none = x.new_empty(0), x.new_empty(0)  # dmean and dvar
     if not runs_kernels(x):
         dx, dz, *others = _reference_backward(dy, dskip, *norm, batch_statistics, group)
-        dresidual = dz.clone() if want_residual else x.new_empty(0)
+        dresidual = dz.clone() if want_residual else x.new_empty(0)  # cloned, because dz may be the argument dy
     else:
         store_dz = want_residual or dskip is not None
         if not batch_statistics:
@@ -212,6 +221,7 @@ def _two_pass_backward(
         dx, dbias, dweight = backward.input_gradient(*sources, partials, eps, m, recompute_gate, tiles)
         return dx, dz, dbias, dweight
     sums = partials.sum(0)
+    # As one partial that is already divided by the number of values, so `count` is 1.
     global_means = sync_stats.mean_sums(sums, m, group)[None]
     dx, _, _ = backward.input_gradient(*sources, global_means, eps, 1, recompute_gate, tiles)
     return dx, dz, sums[0].clone(), sums[1].clone()  # cloned, because results of an op must not share memory
@@ -286,7 +296,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
     """Return the gradients of batch_norm_act's twelve inputs from the gradients of y and skip; None means zero."""
     _, _, weight, bias, *_ = saved = ctx.saved_tensors
     dskip = others[-1]
-    if dy is None:
+    if dy is None:  # only the skip connection has a gradient
         dy, dskip = dskip, None
     if dy is None:
         return (None,) * 12

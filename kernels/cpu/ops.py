@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # as /proc/cpuinfo names them
+ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # names as in /proc/cpuinfo
 FLAGS = (*("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"), *(f"-m{name.replace('_', '')}" for name in ISA))
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # functions of kernels.cpp: result type, argument types
@@ -179,7 +179,7 @@ def batch_norm_act(
     Raises:
         NotImplementedError: on differentiating a gradient.
     """
-    state: tuple[Any, ...] = (None, None, 0.0)
+    state: tuple[Any, ...] = (None, None, 0.0)  # running mean and variance, momentum
     if norm.track_running_stats:
         batches = norm.num_batches_tracked
         assert batches is not None
@@ -201,12 +201,12 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, passed, stats)
         ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
         ctx.set_materialize_grads(False)
-        return y, y.detach()
+        return y, y.detach()  # detached, the second y is an output with a gradient of its own
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
         _refuse_double("BatchNorm")
-        if g is None:
+        if g is None:  # only the skip connection has a gradient
             g, g2 = g2, None
         if g is None:
             return (None,) * 10

@@ -203,8 +203,8 @@ def reduce_statistics(
     COLUMNS: tl.constexpr,  # each CTA has a piece of COLUMNS × ROWS; pieces are numbered row by row
     ROWS,
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -247,8 +247,8 @@ def reduce_norm_gradients(
     dgamma,
     dbeta,
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -288,8 +288,8 @@ def reduce_weight_gradient(
     partials,  # (P, N) float32
     dweight,  # (N,)
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -245,7 +245,7 @@ def _flops_of_forward(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_
 
 @register_flop_formula(torch.ops.fastres_kernels.conv_norm_backward)
 def _flops_of_backward(*given: Any, out_shape: Any = None, **_: Any) -> int:
-    """Return the operations of the input gradient and the weight gradient, as far as they are wanted."""
+    """Return the operations of the input gradient and the weight gradient, if they are wanted."""
     x, weight, want_input, want_weight = given[3], given[4], given[-2], given[-1]
     operations: int = (want_input + want_weight) * _flops(x, weight)
     return operations
