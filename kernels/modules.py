@@ -39,7 +39,8 @@ class DeferredRunningStats:
 
     The updates of all modules take two kernels under inductor and a few in eager execution; on their own, each module
     takes at least one. Each module must be called at most once inside the block; otherwise one of its updates may be
-    lost. A module with `momentum=None` updates at once, because its rate depends on its own counter.
+    lost. A module with `momentum=None` updates at once, because its rate depends on its own counter. The C++ kernels
+    also update at once, and torch's own operations defer only the counter.
 
     Blocks may nest: the outermost one applies the updates. An exception discards all pending updates. A copy, by
     copy.deepcopy or pickle, has no pending updates and is outside of any block.
