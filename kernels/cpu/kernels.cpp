@@ -26,8 +26,9 @@ struct Ahead {  // prefetches the data that is read next into the L2, a few line
 };
 
 // ---- BatchNorm (+ residual) + ReLU -----------------------------------------------------------------------------------
-// C divides 64, and 64 / C pixels are treated as one pixel of 64 channels, so a pixel is four registers for every C. Work
-// is split into chunks of 256 such pixels. The chunks do not depend on the number of threads, so the sums do not either.
+// C divides 64, and 64 / C pixels are treated as one pixel of 64 channels, so a pixel is four registers for every C.
+// Work is split into chunks of 256 such pixels. The chunks do not depend on the number of threads, so the sums do not
+// either.
 
 constexpr int64_t CHUNK = 256 * 64;
 
@@ -45,7 +46,7 @@ static void each_chunk(int64_t values, F f) {  // calls f(number of the chunk, b
 }
 
 template <class F>
-static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i) gets values i to i + 15, channels 16 u to 16 u + 15
+static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i): values i to i + 15, channels 16 u to 16 u + 15
   for (int64_t i = begin; i < end; i += 64)
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) f(u, i + u * 16);
@@ -80,9 +81,9 @@ struct Stats {  // saved for the backward: mean, 1 / sqrt(var + eps), weight / s
   Channels mean, invstd, scale;
 };
 
-// Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual and
-// y have `values` elements, a multiple of 64. passed receives ReLU's mask, one bit per element; if it is null, there is no
-// ReLU. residual and the running statistics may be null.
+// Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual
+// and y have `values` elements, a multiple of 64. passed receives ReLU's mask, one bit per element; if it is null,
+// there is no ReLU. residual and the running statistics may be null.
 extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* weight, const float* bias,
                            float* running_mean, float* running_var, bf16* y, __mmask16* passed, Stats* stats,
                            int64_t values, int64_t C, double momentum, double eps) {
@@ -124,8 +125,9 @@ extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* wei
   *stats = t;
 }
 
-// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. passed and stats come
-// from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and g2.
+// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. passed and stats
+// come from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and
+// g2.
 extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* passed, const Stats* stats,
                             bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
   const Stats t = *stats;
@@ -161,9 +163,9 @@ extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const 
 }
 
 // ---- the weight gradient of a 3x3 convolution, padding 1 -----------------------------------------------------------
-// dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], computed on pairs of pixels: vdpbf16ps multiplies the two
-// pixels of a pair, which lie side by side in 32 bits, and adds both products. Each pair of dy, one channel broadcast to
-// all lanes, is multiplied with three pairs of x, one for each column s of the window.
+// dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], computed on pairs of pixels: vdpbf16ps multiplies the
+// two pixels of a pair, which lie side by side in 32 bits, and adds both products. Each pair of dy, one channel
+// broadcast to all lanes, is multiplied with three pairs of x, one for each column s of the window.
 
 // Writes pixels first, first + step, ... of a row of W pixels to out in pairs, padded with zeros at the end of the row,
 // and one more pair of zeros after them.
@@ -242,9 +244,9 @@ struct Gradient {
   }
 };
 
-// Computes dw (K, 3, 3, C) from x (N, XH, XW, C) and dy (N, H, W, K). C is a multiple of 16 and K of 8; H and W are XH and
-// XW divided by the stride S, rounded up. Each thread sums its own images, and the threads' sums are added in order, so
-// the result is bitwise reproducible for a given number of threads.
+// Computes dw (K, 3, 3, C) from x (N, XH, XW, C) and dy (N, H, W, K). C is a multiple of 16 and K of 8; H and W are XH
+// and XW divided by the stride S, rounded up. Each thread sums its own images, and the threads' sums are added in
+// order, so the result is bitwise reproducible for a given number of threads.
 extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_t N, int64_t C, int64_t K, int64_t XH,
                                  int64_t XW, int64_t S) {
   const int64_t values = K * 9 * C, threads = omp_get_max_threads(), H = (XH + S - 1) / S, W = (XW + S - 1) / S;
@@ -282,8 +284,8 @@ static void pack(const bf16* w, int K, int C, bool turned, int block, bf16* out)
             *out++ = turned ? w[(((c + i) * 3 + 2 - r) * 3 + 2 - s) * C + k] : w[((k * 3 + r) * 3 + s) * C + c + i];
 }
 
-// Computes R rows of W pixels for 16 output channels. x points to the top left corner of the window, in an image that is
-// padded with zeros.
+// Computes R rows of W pixels for 16 output channels. x points to the top left corner of the window, in an image that
+// is padded with zeros.
 template <int R, int W, int C>
 static void tile(const bf16* x, int x_row, const bf16* w, bf16* y, int y_row, int K) {
   V sum[R][W] = {};
@@ -327,8 +329,8 @@ static Convolve convolution(int W, int C) {
   return C == 16 ? image<2, 8, 16> : C == 32 ? image<2, 8, 32> : image<2, 8, 64>;
 }
 
-// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If turned, x is the output's gradient (N, H, W, K) and
-// y receives the input's gradient (N, H, W, C). The channels of y are a multiple of 16.
+// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If turned, x is the output's gradient (N, H, W, K)
+// and y receives the input's gradient (N, H, W, C). The channels of y are a multiple of 16.
 extern "C" void convolve(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W,
                          bool turned) {
   const int64_t in = turned ? K : C, out = turned ? C : K;
