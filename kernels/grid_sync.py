@@ -1,7 +1,7 @@
 """Synchronise the CTAs of one kernel, so that one launch does the work of two.
 
 The CTAs count arrivals in an int32 scalar. All increments add up to 2³¹, so the sign flips when the last CTA arrives
-and the counter never has to be reset (as inductor's x_grid_barrier). The kernels of one stream run one after another,
+and the counter never has to be reset (inductor's x_grid_barrier does the same). The kernels of one stream run in order,
 so they share a counter. A CUDA graph uses the counter of the stream on which it was captured. Graphs captured on one
 stream must therefore not be replayed at the same time, nor next to kernels on that stream; note that two
 torch.cuda.Stream objects may be one stream, because torch hands out its 32 streams per priority in rotation. Not yet
@@ -34,18 +34,18 @@ def cta_number():
 
 @triton.jit
 def arrive(arrived):
-    """Count this CTA as arrived, once, and return the token for `wait`. CTAs that wait then see what it has stored."""
+    """Count this CTA as arrived, once, and return the token for `wait`; waiting CTAs will see this CTA's stores."""
     number, ctas = cta_number()
     tl.debug_barrier()  # all threads store before one thread releases
-    # CTA 0 adds 2³¹ minus what the others add. XOR flips the sign, because a subtraction that overflows fails in
-    # TRITON_DEBUG.
+    # CTA 0 adds 2³¹ minus the number of the other CTAs, which add 1 each. XOR flips the sign, because a subtraction
+    # that overflows fails in TRITON_DEBUG.
     rest = (1 - ctas) ^ -(2**31)
     return tl.atomic_add(arrived, tl.where(number == 0, rest, 1), sem="release")
 
 
 @triton.jit
 def wait(arrived, before):
-    """Return when every CTA of the grid has arrived. `before` is what `arrive` returned."""
+    """Return when every CTA of the grid has arrived. `before` is the token from `arrive`."""
     while (tl.atomic_add(arrived, 0, sem="acquire") ^ before) >= 0:
         pass
     tl.debug_barrier()
@@ -53,16 +53,16 @@ def wait(arrived, before):
 
 @triton.jit
 def grid_barrier(arrived):
-    """Return when every CTA of the grid has called it.
+    """Return when every CTA of the grid has called this function.
 
-    All of them have to be on the GPU at once. A cooperative launch guarantees that, or fails.
+    All CTAs have to be on the GPU at once. A cooperative launch guarantees that, or fails.
     """
     wait(arrived, arrive(arrived))
 
 
 @triton.jit
 def final_reducer(arrived, FINAL_REDUCERS: tl.constexpr):
-    """Return this CTA's index among those doing the final reduction, and their number. Every CTA calls it once.
+    """Return this CTA's index among the CTAs doing the final reduction, and their number. Every CTA calls it once.
 
     The last FINAL_REDUCERS CTAs that a GPU starts get indices from 0 and return when all CTAs have called. The others
     return a negative index at once. No cooperative launch is needed, because the CTAs that wait leave room for the
@@ -84,7 +84,7 @@ def final_reducers(parts: int, x: Tensor) -> int:
     """Return how many CTAs should do a final reduction of `parts` independent parts on x's device.
 
     This is at most half of the device's multiprocessors, so that other CTAs have room while these wait. The interpreter
-    runs CTAs one after another, so only the last one can do it without waiting.
+    runs CTAs one after another, so only the last one can reduce without waiting for ever.
     """
     if INTERPRETED:
         return 1
@@ -96,7 +96,7 @@ STREAMS = 128  # counters allocated at a time; torch has 32 streams per priority
 
 
 class CounterPool:
-    """The counters of a device, one per stream."""
+    """Arrival counters of a device, one per stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -104,6 +104,7 @@ class CounterPool:
         self.unused: list[Tensor] = []
 
     def of_stream(self, stream: int) -> Tensor:
+        """Return the stream's () int32 counter, allocating STREAMS counters if none is left."""
         if stream not in self.by_stream:
             if not self.unused:
                 self.unused = self._allocate()
@@ -116,28 +117,29 @@ class CounterPool:
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("fastres_kernels: a kernel's first call is being captured; call it once before")
         # Each counter has a cache line of its own, at an address for which Triton specialises as for any tensor's. A
-        # separate thread allocates them, because torch.compile wants back everything that its own thread allocates
-        # while warming up for CUDA graphs (mode="reduce-overhead").
+        # separate thread allocates them, because torch.compile frees everything that its own thread allocates while
+        # warming up for CUDA graphs (mode="reduce-overhead").
         with ThreadPoolExecutor(1) as thread:
             made = thread.submit(torch.zeros, (STREAMS, 32), dtype=torch.int32, device=self.device)
         counters = list(made.result()[:, 0].unbind())
-        if on_gpu:  # other streams do not wait for that thread's
+        if on_gpu:  # otherwise another stream could use a counter before it is zeroed
             torch.cuda.default_stream(self.device).synchronize()
         return counters
 
 
 @cache  # counters outlive the kernels and the graphs that use them
 def counter_pool(device: torch.device) -> CounterPool:
+    """Return the device's counters."""
     return CounterPool(device)
 
 
 def counter(x: Tensor) -> Tensor:
     """Return the () int32 in which the kernels on x's device and the current stream count arrivals.
 
-    It outlives the call, so only ops that torch.compile does not look into can use it.
+    The counter outlives the call, so only ops that torch.compile does not look into can use it.
 
     Raises:
-        RuntimeError: if the first call on a device is being captured in a CUDA graph.
+        RuntimeError: if counters have to be allocated while a CUDA graph is being captured.
     """
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return counter_pool(x.device).of_stream(stream)

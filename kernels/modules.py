@@ -1,4 +1,4 @@
-"""The modules that networks are built of: BatchNormAct2d and Conv2d, with the parameters and keys of torch's own."""
+"""Modules for networks: BatchNormAct2d and Conv2d, with the parameters and state_dict keys of torch's own modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Skip(NamedTuple):
     """An activation on a skip connection: returned by BatchNormAct2d with `fork`, accepted as its `residual`."""
 
     y: Tensor  # (N, C, H, W)
-    gradient: Tensor  # receives y's gradient in its place, so that it arrives separately: see batchnorm/ops.py
+    gradient: Tensor  # token that receives y's gradient, so that it arrives separately: see batchnorm/ops.py
 
 
 # ---- running statistics ------------------------------------------------------------------------------------
@@ -39,7 +39,8 @@ class DeferredRunningStats:
 
     The updates of all modules take two kernels under inductor and a few in eager execution; on their own, each module
     takes at least one. Each module must be called at most once inside the block; otherwise one of its updates may be
-    lost. A module with `momentum=None` updates at once, because its rate depends on its own counter.
+    lost. A module with `momentum=None` updates at once, because its rate depends on its own counter. The C++ kernels
+    also update at once, and torch's own operations defer only the counter.
 
     Blocks may nest: the outermost one applies the updates. An exception discards all pending updates. A copy, by
     copy.deepcopy or pickle, has no pending updates and is outside of any block.
@@ -52,6 +53,7 @@ class DeferredRunningStats:
 
     @property
     def active(self) -> bool:
+        """True inside a block."""
         return self.depth > 0
 
     def __enter__(self) -> DeferredRunningStats:
@@ -91,7 +93,7 @@ def defer_running_stats(model: nn.Module) -> DeferredRunningStats:
     """Return the context manager inside which the BatchNormAct2d modules of `model` defer their updates.
 
     A second call for the same modules returns the same object, so that training and evaluation can share a model. If
-    the modules have several objects, or some have none, all of them get a new one; entering an older one then has no
+    the modules have different objects, or some have none, all of them get a new one; entering an older one then has no
     effect.
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNormAct2d)]
@@ -152,16 +154,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.group_name = ""  # the process group that shares the statistics: see convert_sync_batchnorm
 
     def forward(self, x: Tensor, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
-        """Return act(BatchNorm(x) + residual), and with `fork` a Skip of it as well.
+        """Return y = act(BatchNorm(x) + residual), or (y, Skip) with `fork`.
 
         Args:
-            x, residual: (N, C, H, W), of one shape.
-            fork: return (y, Skip). The Skip is for a skip connection around the next layers: passed to another
-                BatchNormAct2d as its residual, it brings its gradient into this module's backward separately, which
-                adds the two gradients in a pass that it makes anyway.
+            x: (N, C, H, W).
+            residual: of x's shape.
+            fork: also return a Skip for a skip connection around the next layers. Another BatchNormAct2d takes the Skip
+                as its residual and returns its gradient separately to this module's backward, which adds the two
+                gradients in a pass that it makes anyway.
 
         Raises:
-            ValueError: for any other shape, and in training for one value per channel.
+            ValueError: if a shape does not fit, or if there is only one value per channel in training.
         """
         backend = self._backend(x, residual is not None)
         if backend == "cpp":
@@ -177,7 +180,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
         The op itself falls back to the reference if there is no kernel for x.
         """
-        # The C++ neither shares statistics between processes nor replaces Triton kernels that are interpreted.
+        # The C++ kernels cannot share statistics between ranks, and must not replace interpreted Triton kernels.
         wants_cpp = (self.algorithm == "measured" or not INTERPRETED) and not self.group_name
         if wants_cpp and cpu_ops.normalises(self, x):
             return "cpp"
@@ -189,10 +192,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         residual: Tensor | Skip | None,
         fork: bool,
         algorithm: str,
-        mean: Tensor | None,  # (C,), with var the statistics to normalise with; None: those of x
+        mean: Tensor | None,  # (C,), with var: given statistics; None: use the statistics of x
         var: Tensor | None,  # (C,), biased
     ) -> tuple[Tensor, Tensor]:
-        """Return y and the token for its skip connection from the op batch_norm_act; track the statistics."""
+        """Call the op batch_norm_act and update the running statistics; return y and the token for a Skip."""
         group = self.group_name if mean is None else ""
         y, used_mean, used_var, count, _, gradient = batch_norm_act(
             x,
@@ -214,9 +217,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return y, gradient
 
     def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
-        """Return y from torch's own operations, which torch.compile fuses as it can."""
+        """Compute y with torch's own operations, which torch.compile may fuse."""
         if (deferral := self._open_deferral) is not None:
-            # As nn.BatchNorm2d.forward, but the counter's launch is deferred.
+            # This is nn.BatchNorm2d.forward with the counter's increment deferred.
             self._check_input_dim(x)
             running, momentum = (self.running_mean, self.running_var), self.momentum
             assert momentum is not None  # because of _open_deferral
@@ -241,18 +244,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def _tracks(self) -> bool:
+        """True if this forward updates the running statistics."""
         return self.training and self.track_running_stats
 
     @property
     def _open_deferral(self) -> DeferredRunningStats | None:
-        """The block that takes this module's update of its running statistics, if there is one."""
+        """The open block that defers this module's update of its running statistics, or None."""
         deferral = self.deferral
         if deferral is None or not deferral.active or not self._tracks or self.momentum is None:
             return None
         return deferral
 
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Move the running statistics, if there are any, towards a batch's, now or at the end of the open block."""
+        """Move the running statistics, if there are any, towards a batch's: at the end of the open block, or now.
+
+        mean is (C,), var (C,) biased, and count the number of values per channel (1 if var is unbiased already).
+        """
         if (deferral := self._open_deferral) is not None:
             deferral.statistics.append(BatchStatistics(self, mean, var, count))
             deferral.counters.append(self.num_batches_tracked)
@@ -261,11 +268,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
             update_running_statistics(mean, var, *running, count, self.momentum)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"
+        """Return torch's description of the module with the activation."""
+        return f"{super().extra_repr()}, act={self.act!r}"  # type: ignore[no-untyped-call]
 
 
 def _added_and_skip(residual: Tensor | Skip | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the tensor to add, of x's dtype, and for a Skip the token that takes its gradient.
+    """Return the tensor to add, of x's dtype, and the token that takes its gradient if the residual is a Skip.
 
     Raises:
         ValueError: if the residual does not have x's shape.
@@ -292,8 +300,8 @@ def converted(norm: nn.BatchNorm2d, kind: type[Norm], **options: Any) -> Norm:
 def convert_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Make every BatchNorm2d of `model` share its training statistics, forward and backward, within `group`.
 
-    torch's own become torch.nn.SyncBatchNorm on a GPU. That class rejects CPUs, so there they become BatchNormAct2d
-    without activation. Parameters and keys stay.
+    A torch.nn.BatchNorm2d becomes a torch.nn.SyncBatchNorm on a GPU. That class rejects CPUs, so on a CPU it becomes a
+    BatchNormAct2d without activation. Parameters, buffers and keys are unchanged.
 
     Args:
         model: modified in place; it has to be on its device already.
@@ -317,7 +325,8 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
     """Return a module with the parameters and statistics of `norm` that can share the statistics."""
     tensor = next(norm.parameters(), norm.running_mean)
     if tensor is not None and tensor.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)
+        sync: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)  # type: ignore[no-untyped-call]
+        return sync
     return converted(norm, BatchNormAct2d, act="none")
 
 
@@ -325,11 +334,12 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d whose `algorithm` is "torch", or "cpp": in training, the C++ of cpu/ops.py if it takes x."""
+    """torch.nn.Conv2d that uses cpu/ops.py's C++ kernels in training if `algorithm` is "cpp" and they support x."""
 
-    algorithm = "torch"
+    algorithm = "torch"  # or "cpp"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.algorithm == "cpp" and cpu_ops.convolves(self, input):
             return cpu_ops.conv2d(input, weight, bias, self.stride[0])
-        return super()._conv_forward(input, weight, bias)
+        y: Tensor = super()._conv_forward(input, weight, bias)
+        return y

@@ -4,8 +4,8 @@
     python -m fastres_kernels.report --only normalise   only kernels with "normalise" in their name
 
 Every variant that analysis/ declares is compiled ahead of time for sm_80 and sm_90, as torch.compile launches it. A
-second table shows what a basic residual block moves and launches, with torch's BatchNorm and with these kernels;
-analysis/inductor_counts.py describes how that is counted.
+second table shows the bytes and launches of a basic residual block, with torch's BatchNorm and with these kernels;
+analysis/inductor_counts.py describes how they are counted.
 
 Exit status: 1 if a kernel cannot be compiled, spills registers, needs more shared memory than the GPU has, or computes
 in float64; 2 if Triton is missing or interprets.
@@ -36,12 +36,12 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # compute capability -> bytes 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCost:
-    """What a variant costs when compiled for one target."""
+    """The cost of a variant, compiled for one target."""
 
     name: str
     target: str  # "sm_80"
     registers: int  # per thread
-    spills: int  # bytes of stack per thread; these kernels use it for nothing else
+    spills: int  # bytes of stack per thread; these kernels use the stack for nothing else
     shared: int  # bytes per CTA
     bytes_per_element: float | None
     widest_load: int  # bytes of a thread's widest access to global memory; the hardware allows 16
@@ -53,7 +53,10 @@ class KernelCost:
 
 
 def compile_ahead(variant: CompiledVariant, capability: int) -> KernelCost:
-    """Compile the variant for a GPU of that compute capability, which need not be present. Triton caches the result."""
+    """Compile the variant for a GPU of that compute capability, and return its cost. No GPU needs to be present.
+
+    Triton caches the compiled kernel.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -81,7 +84,7 @@ def compile_ahead(variant: CompiledVariant, capability: int) -> KernelCost:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return the registers and the bytes of stack per thread."""
+    """Return the registers and the bytes of stack per thread of a compiled kernel."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -94,10 +97,10 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def widest_access(ptx: str, direction: str) -> int:
-    """Return the bytes of a thread's widest access to global memory, "ld" or "st"; 0 if there is none."""
+    """Return the bytes of a thread's widest load ("ld") or store ("st") of global memory; 0 if there is none."""
     accesses = re.findall(rf"\b{direction}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
     widths = [int(vector or 1) * int(bits) // 8 for vector, bits in accesses]
-    if direction == "ld":  # straight into shared memory
+    if direction == "ld":  # asynchronous copies from global into shared memory
         widths += [int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?, 0x(\w+)", ptx)]
     return max(widths, default=0)
 
@@ -106,11 +109,11 @@ def faults(kernel: KernelCost, capability: int) -> list[str]:
     """Return a line for each property of the kernel that makes the report fail."""
     found = []
     if kernel.spills:
-        found.append(f"spills {kernel.spills} bytes a thread")
+        found.append(f"spills {kernel.spills} bytes per thread")
     if kernel.shared > SHARED_MEMORY[capability]:
-        found.append(f"needs {kernel.shared} bytes of shared memory of {SHARED_MEMORY[capability]}")
+        found.append(f"needs {kernel.shared} bytes of shared memory; the GPU has {SHARED_MEMORY[capability]} per CTA")
     if kernel.float64:
-        # torch.compile hands a Python float to a kernel as float64, and what it touches becomes so.
+        # torch.compile passes a Python float to a kernel as float64, and expressions with that float become float64.
         found.append(f"has {kernel.float64} instructions in float64")
     return [f"{kernel.name}, {kernel.target}: {fault}" for fault in found]
 
@@ -119,18 +122,19 @@ def faults(kernel: KernelCost, capability: int) -> list[str]:
 
 
 def main() -> int:
+    """Compile the kernels, count the residual blocks, print both tables, and return the exit status."""
     parser, options = parse_arguments()
     if not HAS_TRITON or INTERPRETED:
-        why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
-        print(f"fastres_kernels.report compiles kernels, and {why}", file=sys.stderr)
+        why = "TRITON_INTERPRET is set; unset it" if HAS_TRITON else "Triton is not installed; pip install triton"
+        print(f"fastres_kernels.report: cannot compile kernels, because {why}", file=sys.stderr)
         return 2
     variants = [variant for variant in declared_variants() if any(text in variant.name for text in options.only)]
     if not variants:
-        parser.error(f"no kernel has {' or '.join(map(repr, options.only))} in its name")
+        parser.error(f"--only: no kernel has {' or '.join(map(repr, options.only))} in its name")
 
     with count_blocks() as counting:  # while the kernels are compiled
         kernels, wrong = compile_all(variants)
-        print("counting what torch.compile generates for a residual block", file=sys.stderr)
+        print("counting bytes and launches of a residual block under torch.compile", file=sys.stderr)
         output, errors = counting.communicate()
     blocks = {} if counting.returncode else json.loads(output)
     if counting.returncode:
@@ -150,6 +154,7 @@ def main() -> int:
 
 
 def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser, for error messages, and the parsed options."""
     parser = argparse.ArgumentParser(
         prog="python -m fastres_kernels.report", description="Report the cost of the kernels without a GPU."
     )
@@ -158,14 +163,14 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         nargs="+",
         default=[""],
         metavar="TEXT",
-        help="compile only kernels with one of these texts in their name",
+        help="compile only kernels whose name contains one of these texts",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results and versions to FILE")
     return parser, parser.parse_args()
 
 
 def compile_all(variants: list[CompiledVariant]) -> tuple[list[KernelCost], list[str]]:
-    """Compile the variants for all targets; return their costs, and a line for each fault."""
+    """Compile the variants for all targets, and return their costs and one line per fault."""
     from triton.errors import TritonError
 
     kernels, wrong = [], []
@@ -182,6 +187,7 @@ def compile_all(variants: list[CompiledVariant]) -> tuple[list[KernelCost], list
 
 
 def tool_versions() -> dict[str, str]:
+    """Return the versions of torch, Triton and ptxas."""
     import triton
 
     return {"torch": torch.__version__, "triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
@@ -202,6 +208,7 @@ def count_blocks() -> subprocess.Popen[str]:
 
 
 def kernel_table(kernels: list[KernelCost]) -> str:
+    """Format the costs of the kernels, one per row."""
     return table(
         ["kernel", "target", "registers", "spills", "shared", "bytes/element", "widest load", "widest store"],
         [
@@ -216,7 +223,7 @@ def kernel_table(kernels: list[KernelCost]) -> str:
 
 
 def block_table(blocks: dict[str, Any]) -> str:
-    """Format the result of inductor_counts.py. The number of kernels excludes the convolutions."""
+    """Format the result of inductor_counts.py. The number of kernels excludes convolutions."""
     names = {
         "torch": "torch.nn.BatchNorm2d",
         "two_pass": "BatchNormAct2d, two_pass",
@@ -229,13 +236,13 @@ def block_table(blocks: dict[str, Any]) -> str:
         kernels = sum(part["kernels"] for part in passes.values())
         rows.append([names[block], *(f"{number:g}" for number in (*moved, sum(moved), kernels))])
     return table(
-        ["a basic block in bf16, bytes/element", "forward", "backward", "convolutions", "together", "kernels"], rows
+        ["basic block in bf16, bytes/element", "forward", "backward", "convolutions", "total", "kernels"], rows
     )
 
 
 def cooperative_shapes() -> str:
-    """Return a note on the table's last row that lists the ResNet-20 tensors that cooperative kernels take."""
-    lines = ["cooperative: one kernel where the tensor fits on an H100 at once, else two_pass. Of ResNet-20, N×C×H×W:"]
+    """Return a note on the table's last row that lists the ResNet-20 tensors for which cooperative kernels exist."""
+    lines = ["cooperative: one kernel if the tensor fits on an H100 at once, else two_pass. In ResNet-20 (N×C×H×W):"]
     for name, tile in (("forward", FORWARD_TILE), ("backward", BACKWARD_TILE)):
         fitting = [
             f"{n}×{c}×{h}×{w}" + " (this block)" * ((n, c, h, w) == RESNET20[0])

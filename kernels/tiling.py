@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-TILE = 2048  # elements of a tile
+TILE = 2048  # elements per tile
 WARPS = 4
-STAGES = 4  # tiles of a loop that are fetched ahead
-# Channels of a tile. 16 channels of 2 bytes are a sector of 32 bytes, the unit of the L2. Tensors that may not be in
-# the L2 are read in whole cache lines of 128 bytes.
-SMALL, SMALL_BLOCK_C, MAX_BLOCK_C = 2**23, 16, 64  # elements of a tensor, 16 MB in bf16; channels
-MIN_CTAS = 256  # two on each of an H100's multiprocessors
+STAGES = 4  # tiles that a loop prefetches
+# Channels per tile. Tensors of at most SMALL elements (16 MB in bf16) are expected in the L2: their tiles have 16
+# channels, in bf16 a sector of 32 bytes, the unit of the L2. Larger tensors are read in whole cache lines of 128 bytes.
+SMALL, SMALL_BLOCK_C, MAX_BLOCK_C = 2**23, 16, 64
+MIN_CTAS = 256  # about two per multiprocessor of an H100
 MAX_PARTIALS = 256  # CTAs along M
-H100 = 132  # its multiprocessors
+H100 = 132  # multiprocessors of an H100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +33,23 @@ class OnChipTile:
     registers spill.
     """
 
-    elements: int  # of the tile that a CTA keeps
+    elements: int  # per tile
     ctas_per_sm: int  # resident at once
     max_registers: int  # per thread, so that these CTAs fit
 
 
 FORWARD_TILE = OnChipTile(elements=8192, ctas_per_sm=2, max_registers=128)
-BACKWARD_TILE = OnChipTile(elements=4096, ctas_per_sm=2, max_registers=128)  # of two tensors
+BACKWARD_TILE = OnChipTile(elements=4096, ctas_per_sm=2, max_registers=128)  # each CTA keeps tiles of two tensors
 ON_CHIP_WARPS = 8
 
 
 def next_power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up, for b > 0."""
     return -(-a // b)
 
 
@@ -70,6 +72,7 @@ class Tiles:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """The launch grid."""
         return self.partials, self.c_blocks
 
 
@@ -77,9 +80,9 @@ def two_pass_tiles(m: int, c: int) -> Tiles:
     """Return the tiles of the two-pass kernels for m ≥ 1 rows and c ≥ 1 channels."""
     block_c = _channels(m, c)
     c_blocks = ceil_div(c, block_c)
-    # A tile no taller than the tensor, and in whole bytes of mask bits.
+    # A tile is not taller than the tensor, and its rows fill whole bytes of the mask.
     block_m = max(8, min(TILE // block_c, next_power_of_two(m)))
-    # More than MIN_CTAS only if reading the partials stays under half of the tensor's own bytes.
+    # Use more than MIN_CTAS only if reading the partials takes less than half of the tensor's own bytes.
     wanted = max(MIN_CTAS // c_blocks, math.isqrt(m // 8), 1)
     wanted = min(wanted, MAX_PARTIALS, ceil_div(m, block_m))
     rows = ceil_div(ceil_div(m, wanted), block_m) * block_m

@@ -1,10 +1,10 @@
-"""The kernels on a device: what they give is the float64 oracle's, and the same bits at every repetition, called and
-replayed from a CUDA graph.
+"""Compare the kernels on a device with the float64 oracle, and check that repetitions are bitwise identical.
 
     python -m tests.kernels_on_device cuda 200
 
-Prints a line for each kind of work, and raises AssertionError at the first that is wrong. Started by
-test_kernels_gpu.py, because in the tests' own process Triton interprets. Not yet run on a GPU.
+Each kind of work is called and, on a GPU, replayed from a CUDA graph. The program prints a line for each kind of work,
+and raises AssertionError at the first wrong result. test_kernels_gpu.py starts it in a process of its own, because
+Triton interprets in the tests' process. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ Work = Callable[[], list[Tensor]]
 Shape = tuple[int, int, int, int]
 CL = torch.channels_last
 
-# ResNet-20's stages at batch 128, and an odd one.
+# ResNet-20's stages at batch 128, and an odd shape.
 SHAPES: list[Shape] = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (3, 5, 7, 7)]
-SMALL: list[Shape] = [(3, 5, 7, 7)]  # where programs run one after another
+SMALL: list[Shape] = [(3, 5, 7, 7)]  # for the interpreter, which runs CTAs one after another
 BLOCK: Shape = (2, 16, 6, 5)
-# Of the largest value; of whole numbers, whose sums are exact in either dtype.
+# Errors relative to the largest value. EXACT is for whole numbers, whose sums are exact in both dtypes.
 TOLERANCE, EXACT = {torch.float32: 1e-4, torch.bfloat16: 4e-2}, 1e-6
-# Elements of a norm's results. In bf16 rounding decides otherwise about a ReLU in a thousand, and so about as many
-# elements of a gradient, and in float32 about one of those here; all are fewer than a program writes.
+# Number of elements of a norm's results that may exceed the tolerance. In bf16, rounding flips one ReLU in a thousand,
+# and so as many elements of a gradient; in float32 it flips about one of all elements here. A CTA writes more elements
+# than that, so a CTA's missing result is still found.
 MAY_DIFFER = {torch.float32: lambda elements: 2, torch.bfloat16: lambda elements: elements / 400}
 
 
 def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str) -> Work:
-    """BatchNorm + ReLU whose output forks, BatchNorm + add + ReLU of the skip, and all gradients. `algorithm`: one of
-    BatchNormAct2d's, or "given", for statistics that are."""
+    """Return work on BatchNorm + ReLU with a forked output, and BatchNorm + add + ReLU of the skip, with all gradients.
+
+    `algorithm` is one of BatchNormAct2d's, or "given" for given statistics.
+    """
     given = algorithm == "given"
     first, second = (
         BatchNormAct2d(shape[1], algorithm="two_pass" if given else algorithm)
@@ -55,7 +58,7 @@ def norms(shape: Shape, device: torch.device, dtype: torch.dtype, algorithm: str
 
 
 def blocks(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
-    """A residual block without its last ReLU, its convolutions fused, the middle never in memory; and its gradients."""
+    """Return work on a residual block with fused convolutions and without its last ReLU, with all gradients."""
     channels = shape[1]
     torch.manual_seed(0)
     convs = [NormConv2d(channels, channels, 3, padding="same", bias=False) for _ in range(2)]
@@ -72,8 +75,10 @@ def blocks(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Wo
 
 
 def convolutions(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
-    """A convolution that normalises its input and measures its output, and the gradients of all that it takes. No
-    activation is so near to ReLU's corner that rounding would decide about it: in bf16 that moved gradients by 12 %."""
+    """Return work on conv_norm, with the gradients of all inputs.
+
+    No activation is so near to ReLU's corner that rounding could flip it; in bf16 that changed gradients by 12 %.
+    """
     channels, pixels = shape[1], shape[0] * shape[2] * shape[3]
     generator = torch.Generator().manual_seed(0)
     beta, mean, scale = (torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -98,8 +103,10 @@ def convolutions(shape: Shape, device: torch.device, dtype: torch.dtype, _: str)
 
 
 def integers(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> Work:
-    """The 3×3 and the 1×1 convolution and the normalisation by given statistics, of mean 0 and variance 1, on small
-    whole numbers, with the gradients of all that they take. No rounding hides a sum that lacks a part."""
+    """Return work on both convolutions and a normalisation on small whole numbers, with the gradients of all inputs.
+
+    The statistics are given, mean 0 and variance 1, so all results are exact and rounding cannot hide a missing term.
+    """
     channels = shape[1]
     generator = torch.Generator().manual_seed(0)
 
@@ -113,12 +120,14 @@ def integers(shape: Shape, device: torch.device, dtype: torch.dtype, _: str) -> 
         return values.to(device, wanted).contiguous(memory_format=layout).requires_grad_()
 
     x = placed(whole(-1, 1, *shape), dtype)
-    residual = placed(2 * whole(-1, 1, *shape), dtype)  # no sum is 0 by cancelling: 1/√1 may be rounded
+    residual = placed(
+        2 * whole(-1, 1, *shape), dtype
+    )  # even, so that no sum cancels to 0, where a rounded 1/√1 could flip ReLU
     dz = placed(whole(-1, 2, *shape), dtype).detach()
     mean, var, gamma, beta = (
         placed(torch.full((channels,), value), _parameters_of(dtype)) for value in (0.0, 1.0, 1.0, 0.0)
     )
-    weights = [  # so few that z and its input's gradient stay below 2⁸, which bf16 has exactly
+    weights = [  # so few non-zeros that z and the input gradient stay below 2⁸ and are exact in bf16
         placed(whole(-1, 1, channels, channels, r, r, share=min(1, 16 / (channels * r * r))), _parameters_of(dtype))
         for r in (1, 3)
     ]
@@ -146,13 +155,16 @@ def _parameters_of(dtype: torch.dtype) -> torch.dtype:
 
 def _random(shape: Shape, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1
-    return values.to(torch.bfloat16).to(device, dtype).contiguous(memory_format=CL)  # the same in all types
+    return (
+        values.to(torch.bfloat16).to(device, dtype).contiguous(memory_format=CL)
+    )  # rounded to bf16, so equal in all dtypes
 
 
 def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how: str, repeats: int) -> None:
+    """Compare one kind of work with the oracle, and its repetitions and graph replays with the first call."""
     work = WORK[kind](shape, device, dtype, how)
-    # Without their graphs: one that is kept keeps each leaf's accumulator, which belongs to the stream that it was made
-    # on and would draw that stream into the capture below (pytorch#180090).
+    # Detach the results, because a live autograd graph keeps each leaf's accumulator. The accumulator belongs to the
+    # stream on which it was created, and would pull that stream into the capture below (pytorch#180090).
     found = [result.detach().clone() for result in work()]
     oracle = WORK[kind](shape, torch.device("cpu"), torch.float64, how)()
     for number, (ours, right) in enumerate(zip(found, oracle, strict=True)):
@@ -160,13 +172,13 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
         assert error.isfinite().all(), f"result {number} is not finite"
         wrong = (error > (EXACT if kind == "integers" else TOLERANCE[dtype])).sum().item()
         assert wrong <= (MAY_DIFFER[dtype](error.numel()) if kind == "norms" else 0), (
-            f"of result {number} {wrong:,} of {error.numel():,} elements are wrong, by up to "
+            f"result {number}: {wrong:,} of {error.numel():,} elements are wrong, by up to "
             f"{error.max().item():.1e} of the largest value"
         )
 
     def expect_the_same(results: list[Tensor], where: str) -> None:
         for number, (one, other) in enumerate(zip(results, found, strict=True)):
-            assert torch.equal(one, other), f"result {number} has other bits {where}"
+            assert torch.equal(one, other), f"result {number} is not bitwise identical {where}"
 
     for i in range(repeats):
         expect_the_same(work(), f"at call {i + 2}")
@@ -183,14 +195,14 @@ def check(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype, how
                     result.fill_(float("nan"))
             graph.replay()
             expect_the_same(results, f"at replay {i + 1}")
-    # The increments of a kernel's CTAs add up to 2³¹, so none was lost, and none counted twice.
+    # The increments of a kernel's CTAs add up to 2³¹; a lost or repeated increment would leave another value.
     counters = grid_sync.counter_pool(found[0].device).by_stream.values()
     assert all(count.item() in (0, -(2**31)) for count in counters), "a counter is off"
 
 
 def main(device: torch.device, repeats: int) -> None:
-    # Memory that nobody has written is NaN, at every call and replay: partial sums that are read before they are there
-    # would else be those of the time before, the same bits.
+    # Fill uninitialised memory with NaN at every call and replay. Otherwise partial sums that are read too early would
+    # be the previous call's, which are bitwise identical, and the error would not be found.
     torch.use_deterministic_algorithms(True)
     on_gpu = device.type == "cuda"
     for shape in SHAPES if on_gpu else SMALL:
@@ -198,11 +210,11 @@ def main(device: torch.device, repeats: int) -> None:
             for algorithm in ("two_pass", "cooperative", "given"):
                 print(f"norms {shape} {dtype} {algorithm}", flush=True)
                 check("norms", shape, device, dtype, algorithm, repeats)
-    # Not larger, and not in bf16: what rounding decides about a ReLU reaches all gradients of the weights before it.
+    # Blocks are small and float32, because a ReLU flipped by rounding changes all gradients of the weights before it.
     print(f"blocks {BLOCK} {torch.float32}", flush=True)
     check("blocks", BLOCK, device, torch.float32, "", repeats)
     for shape in SHAPES[:3] if on_gpu else [BLOCK]:
-        # The interpreter has no dot in bf16: triton#11584.
+        # The interpreter's dot is wrong in bf16 (triton#11584).
         for dtype in TOLERANCE if on_gpu else [torch.float32]:
             for kind in ("convolutions", "integers"):
                 print(f"{kind} {shape} {dtype}", flush=True)

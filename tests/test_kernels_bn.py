@@ -1,7 +1,7 @@
-"""The fused BatchNorm + ReLU (+ add): the reference against torch, the Triton kernels against the reference in float64.
+"""Test fused BatchNorm + ReLU (+ add): the reference against torch, the Triton kernels against it in float64.
 
-The kernels run in Triton's interpreter (conftest.py switches it on). What it cannot show, and only a GPU can: the
-barrier of the cooperative kernels, and speed.
+The kernels run in Triton's interpreter, which conftest.py enables. Only a GPU can test the barrier of the cooperative
+kernels, and speed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.commands import run_module
 
 CHECKOUT = Path(__file__).parent.parent
 ALGORITHMS = ("two_pass", "cooperative")
-# Sums over thousands of values of magnitude 1 in float32; results rounded once to their own type.
+# Sums run over thousands of values of magnitude 1 in float32, and results are rounded once to their dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -48,7 +48,7 @@ def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype, what: str = "
 
 
 def module(channels: int, dtype: torch.dtype = torch.float32, **options: Any) -> BatchNormAct2d:
-    """With a weight and bias of its own for every channel. Parameters are float32, or float64 for the oracle."""
+    """Return a norm with different weights and biases per channel, in float32, or in float64 for the oracle."""
     norm = BatchNormAct2d(channels, **options)
     if norm.affine:
         generator = torch.Generator().manual_seed(1)
@@ -105,7 +105,7 @@ def test_running_statistics_are_torchs_over_ten_steps(momentum: float | None, dt
 
 
 class Norms(nn.Module):
-    """Three of a momentum each; the one that averages over all batches, and so never waits, is called twice."""
+    """Three norms with different momenta. The one with momentum None never defers, so it is called twice."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_running_statistics_that_move_together_are_those_that_move_apart(algorit
         together.train()(x[:, :5])
     together.eval()
     assert all(torch.equal(before[name], values) for name, values in together.named_buffers())
-    together.train()(x)  # outside of the block
+    together.train()(x)  # outside of a block
     assert together.one.num_batches_tracked == 4
 
 
@@ -149,7 +149,7 @@ def test_a_models_modules_share_one_reusable_deferral() -> None:
     wider = defer_running_stats(extended)
     assert wider is not deferral and model.one.deferral is extended[1].deferral is wider
     x = random((4, 6, 5, 3), torch.float32, 0)
-    with deferral:  # no module refers to it any more
+    with deferral:  # has no effect, because no module refers to this object any more
         extended(x)
         assert model.one.num_batches_tracked == 1
     plain = defer_running_stats(nn.BatchNorm2d(6))
@@ -230,7 +230,7 @@ def test_the_state_dict_is_that_of_batch_norm() -> None:
 
 
 def strided(grad: Tensor, kind: str) -> Tensor:
-    """The same shape with the strides that layers hand back: pooling makes stride 0, a slice makes gaps."""
+    """Return the gradient with strides that layers produce: "expanded" as by pooling, "sliced", or "NCHW"."""
     if kind == "expanded":
         return grad[..., :1, :1].expand(grad.shape)
     if kind == "sliced":
@@ -244,7 +244,7 @@ def run(
     dtype: torch.dtype, algorithm: str, shape: tuple[int, ...], inputs: list[Tensor], grads: list[Tensor | None], *,
     with_residual: bool, affine: bool, relu: bool, given: bool, fork: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """All results of the op in that type: y, statistics, and the gradients of what has one."""
+    """Run the op in `dtype`; return y, the statistics, and the gradients of all tensors that have one."""
     c = shape[1]
     x, residual = (channels_last(t.to(dtype)).detach().requires_grad_() for t in inputs)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -300,7 +300,7 @@ def test_values_and_gradients_are_the_float64_oracles(
         "given": given_statistics, "fork": gradients != "y",
     }  # fmt: skip
     with small_tiles(tile), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of gradients that are not channels-last
+        warnings.simplefilter("ignore")  # warnings about gradients that are not channels-last
         ours = run(dtype, algorithm, shape, inputs, wanted, **options)
         oracle = run(torch.float64, algorithm, shape, inputs, wanted, **options)
     assert ours.keys() == oracle.keys()
@@ -309,7 +309,7 @@ def test_values_and_gradients_are_the_float64_oracles(
 
 
 class small_tiles:
-    """Tiles of so many elements, so that small tensors take many programs and many tiles a program."""
+    """Use tiles of `tile` elements, so that small tensors have many CTAs and many tiles per CTA."""
 
     def __init__(self, tile: int) -> None:
         self.tile = tile
@@ -339,7 +339,7 @@ def test_any_number_of_channels(channels: int, algorithm: str) -> None:
         assert_close(ours[name], value, torch.float32, name)
 
 
-def test_the_tensors_above_went_through_the_kernels() -> None:
+def test_the_interpreter_runs_the_kernels_but_not_in_float64() -> None:
     x = random((2, 4, 3, 3), torch.float16, 0)
     assert triton_launch.INTERPRETED and triton_launch.runs_kernels(x)
     assert not triton_launch.runs_kernels(x.double())
@@ -386,7 +386,7 @@ def test_equal_inputs_give_equal_bits(algorithm: str) -> None:
 def test_every_element_of_every_result_is_written(
     shape: tuple[int, ...], algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the kernels write to is full of NaN before, so that what they leave out is seen."""
+    """Fill the results with NaN beforehand, so that elements that the kernels do not write are found."""
 
     def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def make(*args: Any, **kwargs: Any) -> Tensor:
@@ -438,8 +438,8 @@ def test_the_mask_is_one_bit_an_element() -> None:
 # ---- the module ---------------------------------------------------------------------------------------------
 
 
-def test_a_skip_connection_brings_its_gradient_apart() -> None:
-    """The backward of a chain of blocks adds no two gradients outside the op."""
+def test_a_skip_connections_gradient_is_added_inside_the_op() -> None:
+    """Check that the backward of a chain of blocks adds no gradients outside of the op."""
 
     class Additions(TorchDispatchMode):
         count = 0
@@ -486,7 +486,7 @@ def test_bad_input_is_refused(shape: tuple[int, ...], residual: tuple[int, ...] 
         module(4)(torch.ones(shape), None if residual is None else torch.ones(residual))
 
 
-def test_no_images_are_none_afterwards() -> None:
+def test_an_empty_batch_gives_an_empty_batch() -> None:
     assert module(4).eval()(torch.empty(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
 
@@ -496,7 +496,7 @@ def test_bad_options_are_refused() -> None:
             BatchNormAct2d(4, **options)
 
 
-def test_what_is_not_channels_last_is_converted_and_said_once() -> None:
+def test_other_memory_formats_are_converted_with_one_warning() -> None:
     triton_launch.warn_of_copy.cache_clear()
     norm, x = module(4), torch.randn(2, 4, 3, 3)
     with pytest.warns(UserWarning, match="the input of batch_norm_act is not channels-last"):
@@ -508,7 +508,7 @@ def test_what_is_not_channels_last_is_converted_and_said_once() -> None:
         norm(x)
 
 
-def test_measured_takes_torchs_operations_where_the_table_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_uses_torchs_operations_for_shapes_that_the_table_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random((2, 4, 3, 3), torch.float32, 0)
     used: list[str] = []
 
@@ -565,7 +565,7 @@ def test_autocast_leaves_the_statistics_in_float32() -> None:
 
 
 def worker(name: str, **env: str | None) -> str:
-    """Run tests.workers.NAME in a process of its own, in a user's environment; return its standard output."""
+    """Run tests.workers.NAME in a separate process with a user's environment; return its standard output."""
     done = run_module(f"tests.workers.{name}", cwd=CHECKOUT, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -573,8 +573,11 @@ def worker(name: str, **env: str | None) -> str:
 
 @pytest.mark.parametrize("interpret", ["1", None])
 def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_same(interpret: str | None) -> None:
-    """fullgraph=True, backward through AOTAutograd and inductor; interpreted, the op is in both graphs as it is; not
-    interpreted, on a CPU, inductor sees through it to the reference's operations."""
+    """Compile with fullgraph=True, the backward included, and count the ops in the graphs that inductor receives.
+
+    Under the interpreter both graphs contain the op itself. Without it, on a CPU, inductor receives the reference's
+    operations instead.
+    """
     expected = ["19", "19"] if interpret else ["0", "0"]
     assert worker("kernels_compile", TRITON_INTERPRET=interpret).split() == expected
 
@@ -590,7 +593,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert imported == "False" and {"BatchNormAct2d", "Conv2d", "defer_running_stats"} <= set(names)
 
 
-def test_the_wrong_import_name_is_loud() -> None:
+def test_importing_the_package_under_another_name_raises() -> None:
     done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "is imported as fastres_kernels, not kernels" in done.stderr
@@ -611,7 +614,7 @@ def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(p
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_given_statistics_have_gradients_too(residual: bool) -> None:
-    """Seven programs along the rows, and two blocks of channels to finish."""
+    """Compare with float64, for seven CTAs along the rows and a final reduction of two blocks of channels."""
     shape = (2, 20, 20, 20)
     generator = torch.Generator().manual_seed(0)
     weight, bias, mean = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -625,7 +628,7 @@ def test_given_statistics_have_gradients_too(residual: bool) -> None:
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         inputs = [laid_out(t, dtype).requires_grad_() for t in leaves]
         x, *between, weight, bias, mean, var = inputs
-        if dtype == torch.float64:  # by its definition
+        if dtype == torch.float64:  # the oracle, from the definition
             centred = (x - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
             y = torch.relu(centred * weight[:, None, None] + bias[:, None, None] + sum(between))
         else:

@@ -1,7 +1,7 @@
-"""conv_norm, the convolution that normalises its input and measures its output: against the oracle in float64.
+"""Test conv_norm, the convolution that normalises its input and measures its output, against the float64 oracle.
 
-The kernels run in Triton's interpreter (conftest.py switches it on), where dots of bfloat16 are wrong (triton#11584):
-here it is float16 and float32. What only a GPU can show is bfloat16, and speed.
+The kernels run in Triton's interpreter, which conftest.py enables. Its dots are wrong in bfloat16 (triton#11584), so
+these tests use float16 and float32. Only a GPU can test bfloat16, and speed.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ CHECKOUT = Path(__file__).parent.parent
 conv_norm = torch.ops.fastres_kernels.conv_norm
 conv_norm_backward = torch.ops.fastres_kernels.conv_norm_backward
 EPS = 1e-5
-# An activation and a result are each rounded to the dtype; in between are sums of hundreds in float32.
+# Activations and results are rounded to the dtype once each; between them are float32 sums of hundreds of products.
 TOLERANCE = {torch.float16: 4 * torch.finfo(torch.float16).eps, torch.float32: 128 * torch.finfo(torch.float32).eps}
 NORMS = ("none", "statistics", "gamma", "beta", "affine")
-# N, H, W: pieces of 64 columns and two or more rows, or of 128 pixels, are one or several, and the last one smaller.
+# N, H, W. A CTA's piece is 64 columns × two or more rows, or 128 pixels: one piece or several, the last one smaller.
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 3, 45), (1, 9, 16)]
 
 
 def inputs(
     n: int, c: int, k: int, h: int, w: int, r: int, dtype: torch.dtype, norm: str = "affine", seed: int = 0
 ) -> list[Tensor | None]:
-    """x, weight, mean, var, gamma, beta, requiring gradients. No activation is within 0.1 of ReLU's corner, where
-    float32 and float64 may differ; z and its gradient's share in x's are of magnitude 1 at most."""
+    """Return x, weight, mean, var, gamma and beta, all requiring gradients.
+
+    No activation is within 0.1 of ReLU's corner, where float32 and float64 may differ. z, and the part of x's gradient
+    that comes from z, have a magnitude of at most 1.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -77,10 +80,10 @@ def gradients_of(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def weighted_sum(results: tuple[Tensor, Tensor, Tensor], seed: int = 1) -> Tensor:
-    """A loss with a gradient of its own for every number in z, mean_z and var_z."""
+    """Return a loss with a different gradient for every number in z, mean_z and var_z."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in results]
-    # What reaches a pixel through the statistics is to be as large as what reaches it directly.
+    # Scale the weights so that a pixel's gradient through the statistics is as large as its direct gradient.
     pixels = results[0].numel() / len(results[1])
     return sum(
         (result * (weight * scale).to(result.dtype)).sum()
@@ -89,12 +92,12 @@ def weighted_sum(results: tuple[Tensor, Tensor, Tensor], seed: int = 1) -> Tenso
 
 
 def assert_close(ours: Any, oracle: Any, dtype: torch.dtype) -> None:
-    """z, mean_z and var_z; or the gradients of the six inputs."""
+    """Compare z, mean_z and var_z, or the gradients of the six inputs, with the oracle's."""
     names = ("z", "mean_z", "var_z") if len(ours) == 3 else ("x", "weight", "mean", "var", "gamma", "beta")
     for name, a, b in zip(names, ours, oracle, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
-            # All but these are sums over up to 270 pixels, which may cancel where their errors do not.
+            # The others are sums over up to 270 pixels, whose values may cancel although their errors do not.
             magnitude = 1 if name in ("z", "mean_z", "var_z", "x") else 270**0.5
             error = (a.double() - b).abs().max().item()
             assert error <= TOLERANCE[dtype] * (magnitude + b.abs().max().item()), f"{name}: {error:.1e}"
@@ -102,7 +105,7 @@ def assert_close(ours: Any, oracle: Any, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
+    """Fill uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
@@ -138,7 +141,7 @@ def test_a_chain_of_oracles_is_conv_batch_norm_relu_conv_of_torch() -> None:
 
 
 def cases(channels: dict[torch.dtype, list[int]]) -> Any:
-    """(N, H, W), (C, K), dtype, norm."""
+    """Generate cases of (N, H, W), (C, K), dtype and norm."""
 
     def of(dtype: torch.dtype) -> Any:
         c_and_k = st.tuples(*[st.sampled_from(channels[dtype])] * 2)
@@ -147,7 +150,7 @@ def cases(channels: dict[torch.dtype, list[int]]) -> Any:
     return st.one_of(*(of(dtype) for dtype in channels))
 
 
-# Tiles of float32 are small, and many channels of it take the interpreter long.
+# float32 has small tiles, so many channels would take the interpreter long.
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(cases({torch.float16: [16, 32, 64], torch.float32: [16]}))
 @example(((2, 3, 45), (32, 64), torch.float16, "affine"))
@@ -164,7 +167,10 @@ def test_1x1(case: tuple[Any, ...]) -> None:
 
 
 def in_a_thread(check: Callable[..., None], *args: Any) -> None:
-    """Three times as fast as on hypothesis's stack, where CPython 3.11 gets and frees memory at every few calls."""
+    """Run the check in a thread, which is three times as fast as on hypothesis's deep stack.
+
+    On that stack, CPython 3.11 allocates and frees memory at every few calls.
+    """
     with ThreadPoolExecutor(1) as thread:
         thread.submit(check, *args).result()
 
@@ -172,7 +178,7 @@ def in_a_thread(check: Callable[..., None], *args: Any) -> None:
 def check_against_the_oracle(
     r: int, shape: tuple[int, int, int], channels: tuple[int, int], dtype: torch.dtype, norm: str
 ) -> None:
-    """Values, layout, and the gradients of everything from gradients of everything."""
+    """Compare values, layout, and all gradients, from gradients of all results."""
     n, h, w = shape
     tensors = inputs(n, *channels, h, w, r, dtype, norm)
     wide = in_float64(tensors)
@@ -239,15 +245,15 @@ def test_what_needs_no_gradient_is_not_computed(r: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("c", "k", "r"), [(16, 32, 3), (24, 40, 1)])
-def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, poisoned: None) -> None:
-    """With more than one piece for every sum: of rows, of columns, of the weight's gradient."""
+def test_every_element_is_written_and_repetitions_are_bitwise_identical(c: int, k: int, r: int, poisoned: None) -> None:
+    """Use shapes for which every sum has several pieces: rows, columns and the weight gradient."""
     runs = []
     for _ in range(2):
         tensors = inputs(2, c, k, 3, 45, r, torch.float16)
         results = conv_norm(*tensors, EPS)
         weighted_sum(results).backward()
         runs.append([*results, *gradients_of(tensors)])
-        # Into a view that an op returned autograd lets nobody write in place.
+        # Autograd does not allow in-place writes to a view that an op returned, so no result may be a view.
         assert not any(result._is_view() for result in results)
     for first, second in zip(*runs, strict=True):
         assert first.isfinite().all() and torch.equal(first, second)
@@ -255,7 +261,7 @@ def test_everything_is_written_and_repeats_to_the_bit(c: int, k: int, r: int, po
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 45)], ids=["one program", "several"])
 def test_every_kernel_leaves_the_counter_of_its_programs_ready_for_the_next(shape: tuple[int, int, int]) -> None:
-    """All together add 2³¹, whatever their number."""
+    """Check that the increments of all CTAs add up to 2³¹, whatever their number."""
     n, h, w = shape
     x, weight, *norm = (t.detach() for t in inputs(n, 16, 16, h, w, 3, torch.float16))
     normalised = conv_common.Norm(*norm, EPS)
@@ -286,8 +292,8 @@ def finish(
     conv_common.reduce_weight_gradient(products, dweight, P, index, reducers, N, BLOCK_P, BLOCK)
 
 
-def test_however_many_programs_finish_they_write_everything_and_the_same_bits(poisoned: None) -> None:
-    """Of 40 channels eight at a time are the work of one, of three, of five and of seven, two of which have none."""
+def test_the_number_of_final_reducers_does_not_change_the_results(poisoned: None) -> None:
+    """Reduce 40 channels in blocks of eight with one, three, five and seven CTAs; two of the seven have no block."""
     generator = torch.Generator().manual_seed(0)
     p, k, n = 19, 40, 40
     partials = [torch.randn(shape, generator=generator).abs() for shape in ((p, 3, k), (p, 2, k), (p, n), (k,))]
@@ -332,7 +338,7 @@ def test_a_nan_is_seen_and_not_hidden_by_relu(r: int) -> None:
 
 
 @pytest.mark.parametrize("odd", [1, 2, 5])
-def test_what_does_not_fit_is_refused(odd: int) -> None:
+def test_mismatched_shapes_are_rejected(odd: int) -> None:
     tensors = [t.detach() for t in inputs(1, 16, 16, 2, 2, 1, torch.float32)]
     tensors[odd] = torch.ones(16, 24, 1, 1) if odd == 1 else torch.ones(15)
     with pytest.raises(ValueError, match=r"conv_norm: weight and vectors \(16, .* do not fit x \(1, 16, 2, 2\)"):
@@ -413,7 +419,7 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
 
 
 def test_opcheck_where_nothing_interprets() -> None:
-    """Check the ops on a user's CPU, where they are the reference."""
+    """Check the ops on a user's CPU, where they run the reference."""
     done = run_module("tests.workers.kernels_opcheck", cwd=CHECKOUT)
     assert done.stdout == "checked\n", done.stderr
 

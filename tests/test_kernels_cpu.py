@@ -1,6 +1,6 @@
-"""The C++ kernels of a CPU against float64 in torch's own operations, and what is not theirs to compute.
+"""Test the C++ kernels for CPUs against torch's operations in float64, and the cases that they leave to torch.
 
-In bf16 only: an input is rounded before, so that the oracle sees what the kernels see.
+The kernels take bf16 only. Inputs are rounded to bf16 first, so the oracle has the same inputs as the kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.commands import run_fastres, run_module
 CHECKOUT = Path(__file__).parent.parent
 HERE, WHY = ops.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
-# A result in bf16 is rounded once, to 8 bits; one in float32 is a sum of products of such, in another order.
+# A bf16 result is rounded once, to 8 bits. A float32 result is a sum of products of bf16 values, in another order.
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
 SHAPES = [(8, 16, 32, 32), (3, 64, 8, 8), (2, 8, 5, 4), (64, 4, 1, 1), (1, 32, 2, 1), (128, 1, 3, 1)]
 
@@ -47,7 +47,7 @@ def random(*shape: int, seed: int = 0, scale: float = 1, shift: float = 0) -> Te
 
 
 def norm_of(channels: int, act: str = "relu", **options: Any) -> BatchNormAct2d:
-    """One that takes the kernels although Triton's are interpreted here, with parameters of its own."""
+    """Return a norm with random parameters that uses the C++ kernels although Triton interprets in this process."""
     norm = BatchNormAct2d(channels, act=act, algorithm="measured", **options)
     nn.init.uniform_(norm.weight, 0.5, 2)
     nn.init.uniform_(norm.bias, -1, 1)
@@ -55,14 +55,17 @@ def norm_of(channels: int, act: str = "relu", **options: Any) -> BatchNormAct2d:
 
 
 def assert_close(ours: Tensor, oracle: Tensor, roundings: int = 1) -> None:
-    """Each element within so many roundings of the largest's place: small ones may be what is left of large ones."""
+    """Assert that errors are at most `roundings` roundings of the largest element.
+
+    The bound is not relative to each element, because a small element may be the difference of large terms.
+    """
     assert ours.shape == oracle.shape
     error = (ours.double() - oracle).abs().max().item()
     assert error <= roundings * TOLERANCE[ours.dtype] * oracle.abs().max().item() + 1e-12, f"{error:.2e}"
 
 
 def in_float64(norm: BatchNormAct2d, x: Tensor, residual: Tensor | None, grad: Tensor) -> dict[str, Tensor]:
-    """y and the gradients of x, residual, weight and bias for the gradient of y, by torch."""
+    """Compute y and the gradients of x, residual, weight and bias for the gradient of y, with torch in float64."""
     leaves = {"x": x, "weight": norm.weight, "bias": norm.bias}
     if residual is not None:
         leaves["residual"] = residual
@@ -96,7 +99,7 @@ def test_the_norms_values_and_gradients_are_float64s(
     gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
     oracle = in_float64(norm, x, residual, grad)
     if act == "relu" and with_residual:
-        # Where the sum is within a rounding of zero, the oracle may let through what is none here, and reversely.
+        # If a sum is within a rounding of zero, ReLU's mask may differ from the oracle's. No sum here is.
         doubtful = (oracle["y"] < 0.05) & ((oracle["y"] > 0) != (y > 0))
         assert not doubtful.any()
     for name, ours in {"y": y, **gradients}.items():
@@ -118,7 +121,7 @@ def test_a_skip_connections_gradient_is_added_to_the_other(act: str) -> None:
     assert_close(dz, dskip["x"])
     added = in_float64(norm, x, None, grads[0].double() + dskip["residual"])
     assert_close(dx, added["x"], roundings=3)  # the skip connection's gradient, the sum, dx
-    # One of the two alone: the skip connection's.
+    # The skip connection's gradient alone.
     y, skip = norm(x, fork=True)
     (dx,) = torch.autograd.grad(follower(z, skip), x, grads[1])
     assert_close(dx, in_float64(norm, x, None, dskip["residual"])["x"], roundings=2)
@@ -157,7 +160,7 @@ def test_without_running_statistics_none_are_kept() -> None:
 
 @needs_kernels
 def test_the_variance_holds_where_the_mean_is_a_thousand_deviations() -> None:
-    # Of bf16 only: 8 bits at 1,000 are steps of 4. Squares about zero would lose it in float32.
+    # Inputs are bf16, with steps of 16 at 4,000. Sums of squares about zero would lose the variance in float32.
     x = random(64, 16, 16, 16, scale=8, shift=4000)
     norm = norm_of(16, momentum=1.0)
     norm(x)
@@ -276,7 +279,7 @@ def test_a_convolutions_values_and_gradients_are_float64s(shape: tuple[int, ...]
 
 
 @needs_kernels
-def test_the_weight_gradient_is_the_same_again() -> None:
+def test_repetitions_of_the_weight_gradient_are_bitwise_identical() -> None:
     x, dy = random(32, 16, 16, 16), random(32, 32, 8, 8, seed=1)
     first = torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2)
     assert all(torch.equal(torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2), first) for _ in range(5))
@@ -327,7 +330,7 @@ def test_gradients_of_gradients_are_refused_by_name(kind: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("name, options", [("resnet20", {}), ("mini_resnet", {}), ("speed_resnet", {})])
 def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> None:
-    """Losses of ten steps stay about as near to those in float32 as those of torch in bf16 do."""
+    """Check that the losses of ten steps are about as near to those in float32 as torch's losses in bf16 are."""
     side = 28 if name == "mini_resnet" else 32
     images = torch.randn(32, 3, side, side).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (32,))
@@ -357,7 +360,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
 
 
 @needs_kernels
-def test_what_counts_operators_sees_them() -> None:
+def test_operator_counters_see_the_kernels() -> None:
     x, flops, calls = random(2, 16, 8, 8).requires_grad_(), {}, {}
     for algorithm in ("torch", "cpp"):
         net = nn.Sequential(conv_of(16, 16), norm_of(16), conv_of(16, 32, 2), conv_of(32, 32))
@@ -377,7 +380,7 @@ def test_what_counts_operators_sees_them() -> None:
 
 
 def backwards_of(loss: Tensor) -> set[str]:
-    """The names of the autograd nodes behind it."""
+    """Return the names of all autograd nodes that the loss depends on."""
     seen, new = set(), [loss.grad_fn]
     while new:
         node = new.pop()
@@ -391,13 +394,13 @@ def backwards_of(loss: Tensor) -> set[str]:
 
 
 def choice(**engine: Any) -> tuple[str, str, str]:
-    """norm, conv, and the reason for the latter."""
+    """Return the engine's norm and conv, and its reason for conv."""
     resolved = resolve_engine(Config(engine=EngineConfig(device="cpu", **engine)))
     return resolved.norm, resolved.conv, next(r for r in resolved.reasons if r.startswith("conv: "))
 
 
 @needs_kernels
-def test_auto_takes_them_where_they_apply_and_says_why_not_elsewhere() -> None:
+def test_auto_chooses_the_kernels_if_they_apply_and_otherwise_gives_the_reason() -> None:
     assert choice(precision="bf16") == ("measured", "cpp", f"conv: cpp ({WHY})")
     for fields, why in (
         ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
@@ -416,7 +419,7 @@ def test_auto_shares_statistics_with_the_norm_that_takes_the_memory_format(chann
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("fp32", "measured in bf16, not in fp32"), ("fp16", "not in fp16")])
-def test_auto_takes_no_table_of_another_precision(precision: str, reason: str) -> None:
+def test_auto_ignores_a_table_measured_in_another_precision(precision: str, reason: str) -> None:
     norm, why = _faster_norm(Config(), torch.device("cuda"), precision, False, "")
     assert norm == "torch" and reason in why
 
@@ -462,7 +465,7 @@ def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -
     before = kept.stat().st_mtime_ns
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_mtime_ns == before
-    kept.write_bytes(b"")  # as a crash of the machine may leave it
+    kept.write_bytes(b"")  # a crash of the machine may leave an empty file
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_size > 0
 
@@ -475,7 +478,7 @@ def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: 
 
 
 @pytest.mark.parametrize("channels", [32, 64])
-def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(channels: int) -> None:
+def test_a_wrong_number_of_channels_raises_torchs_own_error(channels: int) -> None:
     conv = conv_of(48, 16).bfloat16()
     conv.algorithm = "cpp"
     with pytest.raises(RuntimeError, match=f"48 channels, but got {channels}"):
@@ -484,5 +487,5 @@ def test_a_convolution_leaves_other_channels_than_its_own_to_torch_to_refuse(cha
 
 @needs_kernels
 def test_the_library_shares_torchs_threads() -> None:
-    """A second OpenMP in the process would be a second pool of threads, spinning beside torch's."""
+    """Check that only one OpenMP is loaded, because a second one would have a thread pool spinning beside torch's."""
     assert len(ask()[-1].split()) == 1

@@ -1,5 +1,8 @@
-"""The Triton kernels as a GPU runs them. In the interpreter, where the other tests have them, programs run one after
-another: it has no barrier to meet at, no cache to find old values in, and no race."""
+"""Run the Triton kernels on a GPU, if there is one, and the same checks in the interpreter.
+
+The other tests run the kernels in the interpreter. It runs CTAs one after another, so barriers, stale caches and races
+cannot occur there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.commands import run_module
 
-# The tests' own process has none: conftest.py.
+# conftest.py hides the GPUs from the tests' own process.
 GPUS = os.environ["FASTRES_TESTS_GPUS"]
 HAS_GPU = GPUS != "" and any(Path("/dev").glob("nvidia[0-9]*"))
 
@@ -22,12 +25,12 @@ def check_on(device: str, repeats: int, **env: str | None) -> subprocess.Complet
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_on_a_gpu_they_are_right_and_repeat_bit_for_bit_called_and_replayed() -> None:
+def test_kernels_on_a_gpu_are_right_and_bitwise_repeatable() -> None:
     done = check_on("cuda", 200, CUDA_VISIBLE_DEVICES=None if GPUS == "all" else GPUS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_is_checked_there_holds_in_the_interpreter() -> None:
+def test_the_same_checks_pass_in_the_interpreter() -> None:
     done = check_on("cpu", 1, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [line.split()[0] for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""Networks whose convolutions normalise their own input: experimental, off by default, and complete."""
+"""Test networks whose convolutions normalise their own input, which are experimental and off by default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastres_kernels.experimental.ops import kernels_for
 
 
 def train(model: nn.Module, dtype: torch.dtype, steps: int, batch: int, side: int, **compile: Any) -> list[float]:
-    """The losses of some steps of SGD, and that of inference afterwards."""
+    """Return the losses of `steps` steps of SGD, and the loss in inference mode afterwards."""
     generator = torch.Generator().manual_seed(1)
     model = model.to(dtype).to(memory_format=torch.channels_last)
     forward = torch.compile(model, fullgraph=True, dynamic=False, **compile) if compile else model
@@ -33,7 +33,7 @@ def train(model: nn.Module, dtype: torch.dtype, steps: int, batch: int, side: in
 
 
 def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """The plain network and the one with fused convolutions, of equal weights."""
+    """Return a plain network and a network with fused convolutions and the same weights."""
     plain = build_model(name, **options)
     fused = build_model(name, norm="fused", fused_convolutions=True, **options)
     fused.load_state_dict(plain.state_dict())
@@ -43,13 +43,15 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize(
     ("name", "options", "fused_layers"),
     [
-        ("resnet20", {}, 16),  # all but the stem and the two with a stride
+        ("resnet20", {}, 16),  # all convolutions but the stem and the two with a stride
         ("plain8", {}, 4),
         ("resnet8", {"shortcut": "conv1x1"}, 4),
-        ("resnet50", {"stem": "small"}, 33 + 3),  # 1x1 convolutions without a stride, and layer1's of 64 channels
+        ("resnet50", {"stem": "small"}, 33 + 3),  # 1×1 convolutions without a stride, and layer1's 3×3 of 64 channels
     ],
 )
-def test_in_float64_they_are_the_plain_networks(name: str, options: dict[str, Any], fused_layers: int) -> None:
+def test_fused_networks_equal_the_plain_networks_in_float64(
+    name: str, options: dict[str, Any], fused_layers: int
+) -> None:
     plain, fused = pair(name, **options)
     assert sum(isinstance(module, NormConv2d) for module in fused.modules()) == fused_layers
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -67,7 +69,7 @@ def test_resnet20_trains_in_the_interpreter_to_the_losses_of_the_plain_network()
     assert train(fused, torch.float32, 2, batch=2, side=8) == pytest.approx(expected, rel=1e-4)
 
 
-def test_they_compile_in_one_graph() -> None:
+def test_fused_networks_compile_in_one_graph() -> None:
     plain, fused = pair("resnet8")
     expected = train(plain, torch.float64, 2, batch=4, side=8)
     assert train(fused, torch.float64, 2, batch=4, side=8, backend="aot_eager") == pytest.approx(expected)
@@ -84,6 +86,6 @@ def test_under_autocast_activations_are_narrow_and_statistics_are_not() -> None:
     assert [t.dtype for t in seen] == [torch.bfloat16, torch.float32, torch.float32] * 4
 
 
-def test_they_need_the_fused_norm() -> None:
+def test_fused_convolutions_need_the_fused_norm() -> None:
     with pytest.raises(ValueError, match="fused_convolutions: only together with norm 'fused'"):
         build_model("resnet20", fused_convolutions=True)

@@ -1,4 +1,4 @@
-"""The kernels' report, run as a user runs it: what is compiled, what is counted, what is refused."""
+"""Test the kernels' report as a user runs it: compiled kernels, counts and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastres_kernels.report import KernelCost, faults, widest_access
 
 
 def report(*args: str | Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    """`python -m fastres_kernels.report ARGS`, whether or not this process interprets its kernels."""
+    """Run `python -m fastres_kernels.report ARGS`; the kernels are interpreted only if `interpret` is True."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "fastres_kernels.report", *map(str, args)],
@@ -28,8 +28,8 @@ def report(*args: str | Path, interpret: bool = False) -> subprocess.CompletedPr
 
 
 def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="it is what compiles")
-    # All forms of one kernel, and one at least of every other.
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # All variants of one kernel, and at least one variant of every other kernel.
     only = (
         *("normalise, bf16", "bf16, add + ReLU, C=16", "given statistics, C=16"),
         *("statistics, bf16, -, C=16", "16 -> 16", "running statistics"),
@@ -57,12 +57,12 @@ def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tm
         block: sum(part["kernel_bytes_per_element"] + part["convolution_bytes_per_element"] for part in passes.values())
         for block, passes in result["blocks"].items()
     }
-    # 36 passes of 2 bytes, as counted by hand in torch 2.11's and 2.14's code; another version may do better.
+    # 36 passes of 2 bytes, counted by hand in the code of torch 2.11 and 2.14; another version may do better.
     assert 62 < moved["torch"] <= 80
-    # 31 passes of 2 bytes, and the mask's bit, written and read.
+    # 31 passes of 2 bytes, and one bit of mask that is written and read.
     assert moved["two_pass"] <= 62.25
     assert moved["cooperative"] < moved["two_pass"]
-    # Six convolutions' passes forward and backward, in every block.
+    # Two convolutions: 2 × 2 passes of 2 bytes forward, 2 × 4 backward.
     for passes in result["blocks"].values():
         assert [passes[name]["convolution_bytes_per_element"] for name in ("forward", "backward")] == [8, 16]
 

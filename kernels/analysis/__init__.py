@@ -1,4 +1,4 @@
-"""Tools that count what the kernels and inductor's code cost; no product code imports them."""
+"""Tools that count the cost of the kernels and of inductor's code; no product code imports them."""
 
 import lazy_loader as lazy
 

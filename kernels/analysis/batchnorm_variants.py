@@ -1,4 +1,4 @@
-"""The forms in which BatchNorm's kernels are compiled, and the bytes that each moves, for the report."""
+"""Declare the compiled variants of BatchNorm's kernels, and the bytes that each moves, for the report."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..tiling import BACKWARD_TILE, FORWARD_TILE, H100, matrix_shape, one_pass_t
 from .compiled_variants import RESNET20, CompiledVariant, variant_from_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd one.
+# ResNet-20's stages at batch 128, the largest and the widest tensor of ResNet-50 at batch 256, and an odd shape.
 SHAPES = {
     "bf16": [*RESNET20, (256, 256, 56, 56), (256, 2048, 7, 7), (3, 5, 7, 7)],
     "fp16": [RESNET20[0]],
     "fp32": [RESNET20[0], (3, 5, 7, 7)],
 }
 
-# Bytes per element by a kernel's flags, s of them an element of an activation: one term a tensor read or written.
+# Bytes per element from s, the bytes of an activation's element, and the kernel's flags; one term per tensor access.
 Moved = Callable[[int, dict[str, Any]], float]
 BYTES: dict[str, Moved] = {
     "statistics": lambda s, flags: s,
@@ -37,6 +37,7 @@ BYTES: dict[str, Moved] = {
 
 
 def variants() -> list[CompiledVariant]:
+    """Return the variants of all dtypes and shapes, and the running statistics' kernels last."""
     found = [variant for dtype, shapes in SHAPES.items() for shape in shapes for variant in _of(dtype, shape)]
     p = torch.empty(64, device="meta")
     batches = torch.empty((), dtype=torch.int64, device="meta")
@@ -47,7 +48,7 @@ def variants() -> list[CompiledVariant]:
 
 
 def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[CompiledVariant]:
-    """All kernels for a tensor of that shape, (N, C, H, W)."""
+    """Return the variants of all kernels for a tensor of that dtype and shape, (N, C, H, W)."""
     meta = partial(torch.empty, device="meta")
     x = meta(shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
     m, c = matrix_shape(x)
@@ -62,10 +63,10 @@ def _of(dtype: str, shape: tuple[int, int, int, int]) -> list[CompiledVariant]:
         found.append(variant_from_launch(name, partial(launch, *arguments), moved))
 
     add("statistics", "-", forward.statistics, x, tiles)
-    # Residual, mask, and whether its output forks: then the backward has a second gradient, of the skip connection.
+    # Residual, mask, and whether the output forks: if so, the backward adds the skip connection's gradient.
     forms = {
         "ReLU": (None, None, False),
-        "ReLU, forked": (None, None, True),  # of a stem
+        "ReLU, forked": (None, None, True),  # as in a stem
         "add + ReLU": (x, bits, True),
     }
     norm, eps = (p, p), 1e-5

@@ -1,6 +1,6 @@
-"""The variants in which the kernels are compiled, taken from real launches.
+"""Describe the variants in which the kernels are compiled, taken from real launches.
 
-report.py compiles them, and inductor_counts.py looks them up.
+report.py compiles the variants, and inductor_counts.py looks them up.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..triton_launch import recording
 
-# Each has variants() -> list[CompiledVariant].
+# Each module has a function variants() -> list[CompiledVariant].
 FILES = ("batchnorm_variants", "convolution_variants")
-# (N, C, H, W) of ResNet-20's stages at batch 128; the block that inductor_counts.py counts is of the first.
+# (N, C, H, W) of ResNet-20's stages at batch 128; inductor_counts.py counts a block of the first stage.
 RESNET20 = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
 
 TYPES = {
@@ -32,19 +32,19 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledVariant:
-    """One form in which a kernel is compiled: the form that torch.compile launches."""
+    """A form in which a kernel is compiled, as torch.compile launches it."""
 
     name: str  # "normalise, bf16, add + ReLU, C=16"
     kernel: Any  # the triton.jit function
     # Argument -> "*bf16", "*fp32", "*u8", "i32", "fp32", "constexpr". As in triton.tools.compile, "i32:16" is a
-    # multiple of 16. Triton's launcher detects this by itself, and generates accesses of 16 bytes only then. Pointers
-    # count as multiples of 16, because torch's allocator aligns them.
+    # multiple of 16. Triton's launcher detects multiples of 16 itself, and only for them does Triton generate accesses
+    # of 16 bytes. Pointers count as multiples of 16, because torch's allocator aligns them.
     signature: dict[str, str]
     constants: dict[str, Any]  # the values of the "constexpr" arguments
     num_warps: int = 4
     num_stages: int = 3  # Triton's default
-    maxnreg: int | None = None  # the most registers per thread
-    bytes_per_element: float | None  # of global memory, by the mathematics; None: independent of the activation's size
+    maxnreg: int | None = None  # maximum number of registers per thread
+    bytes_per_element: float | None  # bytes of global memory that the maths needs; None: independent of the activation
 
     @property
     def types(self) -> dict[str, str]:
@@ -64,14 +64,14 @@ class CompiledVariant:
 def variant_from_launch(
     name: str, launch: Callable[[], Any], moved: Callable[[dict[str, Any]], float | None]
 ) -> CompiledVariant:
-    """Return the variant of the one kernel that `launch()` launches.
+    """Return the variant of the only kernel that `launch()` launches.
 
     The kernel does not run, so tensors may be on the meta device. `moved` maps the kernel's flags to bytes per element.
     """
     with recording() as launches:
         launch()
     ((kernel, opaque, arguments, options),) = launches
-    # As Triton's launcher passes a Python float, and as torch.compile does.
+    # Triton's launcher passes a Python float as fp32, torch.compile as fp64.
     of_float = "fp32" if opaque else "fp64"
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {option: value for option, value in options.items() if option in kernel.arg_names}
@@ -80,7 +80,7 @@ def variant_from_launch(
         if isinstance(value, Tensor):
             signature[argument] = TYPES[value.dtype]
         elif argument in options or value == 1 or value is None:
-            # Triton makes a constant of every 1 and None.
+            # Triton turns every argument that is 1 or None into a constant.
             signature[argument], constants[argument] = "constexpr", value
         else:
             signature[argument] = of_float if isinstance(value, float) else "i32" if value % 16 else "i32:16"

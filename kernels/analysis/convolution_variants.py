@@ -1,4 +1,4 @@
-"""The variants in which the fused convolutions are compiled, and the bytes that each moves, for the report."""
+"""Declare the compiled variants of the fused convolutions, and the bytes that each moves, for the report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..experimental.conv_common import Gradient, Norm, weight_gradient
 from .compiled_variants import CompiledVariant, variant_from_launch
 
 DTYPE = torch.bfloat16
-# (C, K, H = W): the stages of ResNet-20 at batch 128; of ResNet-50 at batch 256, the 1×1 convolutions that memory
-# bandwidth limits, and the widest one.
+# (C, K, H = W): ResNet-20's stages at batch 128; ResNet-50's bandwidth-bound 1×1 convolutions at batch 256, and its
+# widest one.
 RESNET20_3X3 = ((16, 16, 32), (32, 32, 16), (64, 64, 8))
 RESNET50_1X1 = ((64, 64, 56), (64, 256, 56), (256, 64, 56), (512, 2048, 7))
 
@@ -31,7 +31,7 @@ def variants() -> list[CompiledVariant]:
 def _of_layer(convolve: Callable[..., Any], n: int, c: int, k: int, size: int, r: int) -> list[CompiledVariant]:
     """Return forward, input gradient and weight gradient of an r × r convolution of n images of size × size.
 
-    Bytes are per element of x.
+    Bytes are per element of the convolution's input x.
     """
     weight = torch.empty((k, c, r, r), device="meta").to(memory_format=torch.channels_last)
     x, z = (

@@ -1,23 +1,22 @@
-"""Count what a basic residual block costs under torch.compile in the code that it generates. Needs no GPU.
+"""Count the bytes and launches of a basic residual block in the code that torch.compile generates. Needs no GPU.
 
     python -m fastres_kernels.analysis.inductor_counts    JSON: bytes, kernels and every launch, forward and backward
 
 The block is conv 3×3 - BN - ReLU - conv 3×3 - BN - add - ReLU, stride 1, in training, channels-last, bf16 with float32
-parameters: once with torch.nn.BatchNorm2d, which inductor fuses as it can, and once with BatchNormAct2d. Both are
-compiled for an H100 up to the code that would be loaded there, and counted the same way, in bytes per element of one
-activation:
+parameters: once with torch.nn.BatchNorm2d, which inductor may fuse, and once with BatchNormAct2d. Both are compiled for
+an H100 up to the code that would be loaded there, and counted in bytes per element of one activation:
 
-- a kernel of inductor's: each tl.load and tl.store in its text of an activation or a mask. What is smaller is left out:
-  vectors, and partial sums of at most 1/64 of an activation;
-- a kernel of this package: what its CompiledVariant declares;
-- an op of this package that inductor does not see through, launch by launch: each activation and mask that it takes and
-  gives, once;
-- a convolution: forward two passes (reads, writes); backward two for the gradient of its input (reads, writes) and two
-  for that of its weight (reads both).
+- A kernel that inductor generated counts each tl.load and tl.store of an activation or a mask in its source. Smaller
+  tensors are ignored: vectors, and partial sums of at most 1/64 of an activation.
+- A kernel of this package counts the bytes that its CompiledVariant declares.
+- An op of this package that inductor does not look into counts, per launch, each activation and mask among its
+  arguments and results once.
+- A convolution counts two passes forward (read, write), and backward two for its input's gradient (read, write) and two
+  for its weight's gradient (read both).
 
-One block is half of what four have more than two. So the ends cancel, and it is two blocks that are compared because
-inductor stores the sum of a skip connection's gradients at every second block, and at the others computes it wherever
-it is read.
+The cost of one block is half of the difference between four blocks and two, so that the costs at both ends cancel. The
+difference is between two blocks, because inductor stores the sum of a skip connection's gradients only at every second
+block, and recomputes this sum for each reader at the others.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ from .compiled_variants import RESNET20, CompiledVariant, declared_variants
 SHAPE = RESNET20[0]
 ELEMENTS = math.prod(SHAPE)
 CUDNN = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
-# Passes over activations, by the call in the generated code.
+# Passes over activations, for each call in the generated code.
 CONVOLUTIONS = {"extern_kernels.convolution": 2, "torch.ops.aten.convolution_backward.default": 4}
-# Kernels of ops of this package that launch several.
+# Number of kernels of each op of this package that launches several.
 KERNELS = {"torch.ops.fastres_kernels.conv_norm_backward.default": 2}
 
 
@@ -64,7 +63,7 @@ KERNELS = {"torch.ops.fastres_kernels.conv_norm_backward.default": 2}
 
 
 class Convolution(nn.Module):
-    """3×3, its weight cast as autocast would: torch switches autocast for GPUs off where there is none."""
+    """A 3×3 convolution that casts its weight as autocast does, because torch disables CUDA autocast without a GPU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,16 +71,20 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(weight.to(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x, (N, C, H, W), in x's dtype."""
         return F.conv2d(x, self.weight.to(x.dtype), padding=1)
 
 
 class TorchBlock(nn.Module):
+    """The residual block with torch.nn.BatchNorm2d."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = Convolution(channels), Convolution(channels)
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for x, (N, C, H, W)."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         y += x
@@ -89,15 +92,19 @@ class TorchBlock(nn.Module):
 
 
 class FusedBlock(nn.Module):
+    """The residual block with BatchNormAct2d; blocks pass each other the activation and its Skip."""
+
     def __init__(self, channels: int, algorithm: str) -> None:
         super().__init__()
         self.conv1, self.conv2 = Convolution(channels), Convolution(channels)
         self.bn1, self.bn2 = (BatchNormAct2d(channels, algorithm=algorithm) for _ in range(2))
 
     def forward(self, x: Tensor | tuple[Tensor, Skip]) -> tuple[Tensor, Skip]:
+        """Return the block's output and its Skip for x, (N, C, H, W), or for the previous block's result."""
         x, skip = x if isinstance(x, tuple) else (x, x)
         y = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(y), skip, fork=True)
+        out: tuple[Tensor, Skip] = self.bn2(self.conv2(y), skip, fork=True)
+        return out
 
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ class FusedBlock(nn.Module):
 
 @contextlib.contextmanager
 def an_h100() -> Iterator[None]:
-    """Lets inductor find an H100, as long as it only generates code."""
+    """Make inductor find an H100 inside the block; it can only generate code, not run it."""
     h100 = SimpleNamespace(
         major=9,
         minor=0,
@@ -125,9 +132,9 @@ def an_h100() -> Iterator[None]:
             (cuda.Worker, "get_device_properties", lambda device=None: h100),
             (torch.cuda, "get_device_properties", lambda device=None: h100),
             (triton.runtime.driver, "_active", driver),
-            # cuDNN is asked for its choice only where there is a GPU; without one, channels-last would be lost.
+            # torch asks cuDNN for its backend only if there is a GPU; otherwise channels-last would be lost.
             (torch._C, "_select_conv_backend", lambda *args, **kwargs: CUDNN),
-            # What is traced are tensors of the CPU.
+            # The traced tensors are on the CPU, for which the op would choose the reference.
             (ops, "runs_kernels", lambda x: True),
         ):
             stack.enter_context(patch.object(owner, name, value))
@@ -135,21 +142,23 @@ def an_h100() -> Iterator[None]:
 
 
 class Generated(Exception):
-    """Raised instead of running what was generated."""
+    """Raised instead of running the generated code."""
 
 
 def an_activation() -> Tensor:
-    """(128, 16, 32, 32) bf16 channels-last, which asks for its gradient."""
+    """Return a (128, 16, 32, 32) bf16 channels-last tensor that requires its gradient."""
     return torch.empty(SHAPE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
 
 
 def generate(work: Callable[..., Any], *inputs: Any) -> dict[str, tuple[GraphLowering, str]]:
-    """{"forward", "backward"} of work(*inputs) as inductor lowers them, and the code that it generates; the backward
-    only where a gradient is asked for.
+    """Return the graphs of work(*inputs) that inductor lowers, and the code that it generates.
 
-    Autograd takes no tensor that pretends to be on a GPU. So both passes are traced on the CPU, differentiated and cut
-    apart, and moved to the GPU before inductor sees them. That leaves one trace: of the CPU's BatchNorm the saved
-    statistics, (C,) each, are rounded to bf16.
+    Autograd rejects tensors that pretend to be on a GPU. Both passes are therefore traced on the CPU, differentiated
+    and partitioned, and moved to the GPU before inductor sees them. One difference remains: the CPU's BatchNorm rounds
+    the saved statistics, (C,) each, to bf16.
+
+    Returns:
+        "forward" -> (graph, code), and "backward" -> (graph, code) if a gradient is required.
     """
     generated: dict[str, tuple[GraphLowering, str]] = {}
 
@@ -164,7 +173,7 @@ def generate(work: Callable[..., Any], *inputs: Any) -> dict[str, tuple[GraphLow
         return compile_fx_inner(graph, inputs, **options)
 
     def keep(graph: GraphLowering) -> Any:
-        """In the place of GraphLowering.compile_to_module, which would load the code."""
+        """Keep the generated code; replaces GraphLowering.compile_to_module, which would load it."""
         wrapper, _ = graph.codegen()
         generated["backward" if graph.is_backward else "forward"] = (graph, wrapper.value)
         return SimpleNamespace(call=stop, __file__=None)
@@ -191,14 +200,18 @@ def generate(work: Callable[..., Any], *inputs: Any) -> dict[str, tuple[GraphLow
 
 @dataclass(frozen=True)
 class Launch:
-    """Of a kernel of inductor's, of one of ours, or of a convolution."""
+    """A launch of a kernel of inductor's, of a kernel of this package, or of a convolution."""
 
     name: str
     bytes_per_element: float  # of one activation
 
 
 def launches(graph: GraphLowering, code: str, variants: list[CompiledVariant]) -> list[Launch]:
-    """All in the generated code, in its order. KeyError for an operation that is neither ours nor a convolution."""
+    """Return all launches in the generated code, in order.
+
+    Raises:
+        KeyError: for an operation that is neither of this package nor a convolution.
+    """
     nodes = list(ast.walk(ast.parse(code)))
     results: dict[ast.expr, str] = {}  # RESULT = value
     sources: dict[str, str] = {}  # NAME = async_compile.triton("name", """source""", ...)
@@ -231,9 +244,9 @@ def launches(graph: GraphLowering, code: str, variants: list[CompiledVariant]) -
 
 
 def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variants: list[CompiledVariant]) -> float:
-    """What `call` moves, which launches the first function in `source`."""
+    """Return the bytes per element that `call` moves, which launches the first function in `source`."""
     kernel = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    if not kernel.name.startswith("triton_"):  # as inductor names its own
+    if not kernel.name.startswith("triton_"):  # inductor's prefix for the kernels that it generates
         return variant_of(kernel, variants).bytes_per_element or 0
     accesses = Counter(
         name.id
@@ -242,7 +255,7 @@ def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variant
         for name in ast.walk(node.args[0])
         if isinstance(name, ast.Name)
     )
-    # The call has no constexprs, which are the last parameters.
+    # The call does not pass constexprs, which are the last parameters.
     arguments = zip(kernel.args.args, call.args, strict=False)
     moved = sum(
         accesses[parameter.arg] * tensor_bytes(graph, argument)
@@ -253,15 +266,15 @@ def bytes_per_element(source: str, call: ast.Call, graph: GraphLowering, variant
 
 
 def tensor_bytes(graph: GraphLowering, tensor: ast.expr) -> int:
-    """Of an activation or a mask, one bit or more per element; 0 of what is smaller."""
-    # reinterpret_tensor(name, ...), or the name.
+    """Return the bytes of an activation or a mask, which has at least one bit per element; 0 for smaller tensors."""
+    # The expression is reinterpret_tensor(name, ...) or the name itself.
     name = ast.unparse(tensor.args[0] if isinstance(tensor, ast.Call) else tensor)
     numel = int(graph.get_numel(name))
     return numel * graph.get_dtype(name).itemsize if numel >= ELEMENTS // 8 else 0
 
 
 def variant_of(kernel: ast.FunctionDef, variants: list[CompiledVariant]) -> CompiledVariant:
-    """The CompiledVariant of one of our kernels in generated code. LookupError if none is declared."""
+    """Return the CompiledVariant of a kernel of this package in generated code. Raise LookupError if there is none."""
     (heuristics,) = (node for node in kernel.decorator_list if isinstance(node, ast.Call))
     (meta,) = (keyword.value for keyword in heuristics.keywords if keyword.arg == "triton_meta")
     assert isinstance(meta, ast.Dict)
@@ -270,11 +283,11 @@ def variant_of(kernel: ast.FunctionDef, variants: list[CompiledVariant]) -> Comp
     for variant in variants:
         if (variant.kernel.__name__, variant.types, variant.constants) == (kernel.name, types, constants):
             return variant
-    raise LookupError(f"torch.compile launches {kernel.name} as no variant declares: {types}, {constants}")
+    raise LookupError(f"torch.compile launches {kernel.name} in an undeclared variant: {types}, {constants}")
 
 
 def per_block(block: Callable[[int], nn.Module]) -> dict[str, dict[str, Any]]:
-    """{"forward", "backward"}: what one block launches and moves, and every launch of a stack of four."""
+    """Return for "forward" and "backward" the totals of one block, and every launch of a stack of four blocks."""
     variants = declared_variants()
 
     def stack(blocks: int) -> dict[str, list[Launch]]:
@@ -293,6 +306,7 @@ def per_block(block: Callable[[int], nn.Module]) -> dict[str, dict[str, Any]]:
 
 
 def totals(found: list[Launch]) -> dict[str, float]:
+    """Return the number of kernels and of convolutions, and the bytes per element of each."""
     convolutions = [launch.bytes_per_element for launch in found if launch.name in CONVOLUTIONS]
     kernels = [launch.bytes_per_element for launch in found if launch.name not in CONVOLUTIONS]
     return {

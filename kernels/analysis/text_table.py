@@ -1,4 +1,4 @@
-"""A table as plain text, for the report and for bench.counts."""
+"""Format plain-text tables for the report and for bench.counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Return the lines of a table with minimal column widths: the first column flush left, the others flush right."""
+    """Return a table with minimal column widths, its first column flush left and the others flush right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(

@@ -1,14 +1,14 @@
-"""The training backward in two kernels: channel sums; the gradient of x. In one where the statistics were given.
+"""Compute the training backward in two kernels, channel sums and input gradient; in one if the statistics were given.
 
-The maths is reference.channel_sums and reference.input_gradient. The tensors are matrices [M, C].
+The maths is reference.channel_sums and reference.input_gradient. Tensors are matrices [M = N·H·W, C].
 
-    channel_sums    reads dy, (dskip), x, 1 bit of mask → partial sums, dz where it is needed
+    channel_sums    reads dy, (dskip), x, 1 bit of mask → partial sums, dz if needed
     input_gradient  reads dz or dy, x                   → dx, dweight, dbias
 
-`dskip` is the gradient that arrives over the skip connection: summed here, it costs no pass of its own. dz = (dy +
-dskip) where ReLU let through is the gradient of the residual too; it is written where there is a residual or a second
-gradient. Without a residual the mask is recomputed from x. Bytes per element in bf16: BN + ReLU 4 + 6; BN + add +
-ReLU with two gradients 8⅛ + 6. Every sum has one fixed order.
+`dskip` is the gradient that arrives over the skip connection. It is added here, so it costs no pass of its own. dz is
+dy + dskip masked by ReLU, and is the gradient of the residual too. It is written if there is a residual or a dskip.
+Without a residual the mask is recomputed from x. Bytes per element in bf16: BN + ReLU 4 + 6; BN + add + ReLU with two
+gradients 8⅛ + 6. Every sum has one fixed order.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def gated_gradient(
     HAS_SKIP: tl.constexpr, GATE: tl.constexpr, STORE_DZ: tl.constexpr, AGAIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz of a tile, (BLOCK_M, BLOCK_C) float32 of rows from `start`, 0 outside; stored with STORE_DZ. `value`: x there.
+    """Return dz of the tile from row `start` on, (BLOCK_M, BLOCK_C) float32, 0 outside; with STORE_DZ, store it too.
 
-    GATE: "none", the "bits" of the mask, or recomputed from the "input". AGAIN: what a second pass does with dy,
-    "evict_last" where it reads it, else "evict_first".
+    `value` is x of the same tile. GATE is ReLU's mask: "none", the stored "bits", or recomputed from the "input". AGAIN
+    is dy's eviction policy: "evict_last" if a second pass reads dy again, else "evict_first".
     """
     base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
     dz = tl.load(dy + base + offsets, valid, other=0.0, eviction_policy=AGAIN).to(tl.float32)
@@ -54,7 +54,7 @@ def gated_gradient(
     if STORE_DZ:
         rounded = dz.to(dz_out.dtype.element_ty)
         tl.store(dz_out + base + offsets, rounded, valid)
-        dz = rounded.to(tl.float32)  # sums and dx are of the values that the residual receives
+        dz = rounded.to(tl.float32)  # sums and dx use the rounded values, which the residual receives too
     return dz
 
 
@@ -69,9 +69,9 @@ def channel_sums_kernel(
     mean,  # (C,) float32
     var,  # (C,) float32
     dz_out,  # [M, C], with STORE_DZ
-    dx,  # [M, C], with STORE_DX: where the statistics were given, it depends on no sum
+    dx,  # [M, C], with STORE_DX: if the statistics were given, dx depends on no sum
     partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each CTA's rows
-    arrived,  # () int32: see grid_sync.py; it and the next four with STORE_DX
+    arrived,  # () int32: see grid_sync.py; used with STORE_DX, as the next four
     dweight,  # (C,) float32
     dbias,  # (C,) float32
     dmean,  # (C,) float32, of the given statistics
@@ -91,8 +91,10 @@ def channel_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads the gradients and x once, sums per element of the tile, and over the tile's rows at the end. Where the
-    statistics were given, nothing comes after it: it also does the final reduction.
+    """Compute Σ dz and Σ dz·x̂ of each CTA's rows; reads the gradients and x once.
+
+    The sums run per element of the tile, and over the tile's rows at the end. If the statistics were given (STORE_DX),
+    no second kernel follows, so this one also writes dx and does the final reduction.
     """
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,7 +134,7 @@ def reduce_fixed_stats_gradients(
     partials, weight, bias, var, dweight, dbias, dmean, dvar, C, index, reducers,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of parameters and given statistics, from all partials, of every `reducers`-th block of channels."""
+    """Store the gradients of parameters and given statistics for every `reducers`-th block of channels."""
     for block in range(index, tl.num_programs(1), reducers):
         cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = cols < C
@@ -144,8 +146,9 @@ def reduce_fixed_stats_gradients(
 
 @triton.jit
 def store_norm_gradients(total, projected, scale, invstd, dmean, dvar, dweight, dbias, cols, inside):
-    """Of a normalisation by statistics that do not depend on x, y = weight·x̂ + bias and x̂ = (x - mean)/√(var + eps),
-    from the sums over g, the gradient of y:
+    """Store the gradients of y = weight·x̂ + bias, x̂ = (x - mean)/√(var + eps), for statistics independent of x.
+
+    With g, the gradient of y, `total` = Σ g and `projected` = Σ g·x̂:
 
         dbias = Σ g    dweight = Σ g·x̂    dmean = -Σ g·weight/√(var + eps)    dvar = -Σ g·x̂·weight/2(var + eps)
 
@@ -161,7 +164,7 @@ def store_norm_gradients(total, projected, scale, invstd, dmean, dvar, dweight, 
 
 @triton.jit
 def sum_partials(partials, cols, inside, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(P, 2, C) -> Σ over P of each, (BLOCK_C,) twice. Slot by slot, as merge_partials."""
+    """Sum the P partials (P, 2, C) in BLOCK_P slots, as merge_partials does; return both sums, (BLOCK_C,) each."""
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     projected = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, P, BLOCK_P):
@@ -175,17 +178,17 @@ def sum_partials(partials, cols, inside, C, P, BLOCK_C: tl.constexpr, BLOCK_P: t
 
 @triton.jit
 def input_gradient_kernel(
-    dz,  # [M, C]: gated already, or dy with RECOMPUTE_GATE
+    dz,  # [M, C]: masked already; with RECOMPUTE_GATE dy
     x,  # [M, C]
     weight,  # (C,)
     bias,  # (C,)
     mean,  # (C,) float32
     var,  # (C,) float32
-    partials,  # (P, 2, C) float32, of channel_sums_kernel
+    partials,  # (P, 2, C) float32, from channel_sums_kernel
     dx,  # [M, C]
     dweight,  # (C,) float32
     dbias,  # (C,) float32
-    count,  # how many values a channel's statistics are of
+    count,  # number of values per channel in the statistics
     M,
     C,
     ROWS,
@@ -198,7 +201,7 @@ def input_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads dz and x, writes dx. Runs against the order of channel_sums_kernel."""
+    """Read dz and x, write dx, dweight and dbias; visit rows in the reverse order of channel_sums_kernel."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -225,14 +228,14 @@ def input_gradient_kernel(
 
 
 def gate(relu: bool, mask: Tensor | None) -> str:
-    """gated_gradient's GATE."""
+    """Return the value of gated_gradient's GATE."""
     if not relu:
         return "none"
     return "input" if mask is None else "bits"
 
 
 def channel_sums(
-    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dz and dx
+    dy: Tensor,  # (N, C, H, W) channels-last, as dskip, x and dz
     dskip: Tensor | None,
     x: Tensor,
     mask: Tensor | None,  # (⌈M/8⌉, C) uint8
@@ -245,7 +248,7 @@ def channel_sums(
     store_dz: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
-    """Partial sums (P, 2, C) float32: Σ dz and Σ dz·x̂; dz, empty where not asked for."""
+    """Return partial sums (P, 2, C) float32, Σ dz and Σ dz·x̂ of each CTA's rows, and dz, empty without `store_dz`."""
     partials = empty_partials(x, tiles)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     sources = (dy, dskip, x, mask, weight, bias, mean, var)
@@ -255,7 +258,7 @@ def channel_sums(
 
 
 def with_fixed_stats(
-    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dx and dz
+    dy: Tensor,  # (N, C, H, W) channels-last, as dskip, x, dx and dz
     dskip: Tensor | None,
     x: Tensor,
     mask: Tensor | None,  # (⌈M/8⌉, C) uint8
@@ -268,8 +271,12 @@ def with_fixed_stats(
     store_dz: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx; dz, empty where not asked for; dbias, dweight, dmean and dvar, (C,) float32: all of the backward where x was
-    normalised with statistics that do not depend on it."""
+    """Compute the whole backward of a normalisation by given statistics, which do not depend on x.
+
+    Returns:
+        dx, dz: (N, C, H, W) channels-last; dz is empty without `store_dz`.
+        dbias, dweight, dmean, dvar: (C,) float32.
+    """
     dx = torch.empty_like(x)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     dweight, dbias, dmean, dvar = (torch.empty_like(mean) for _ in range(4))
@@ -280,13 +287,14 @@ def with_fixed_stats(
 
 
 def _launch(
-    kernel: Any,  # channel_sums_kernel, launchable
-    sources: tuple[Tensor | None, ...],
-    results: tuple[Tensor | None, ...],
+    kernel: Any,  # launchable(channel_sums_kernel)
+    sources: tuple[Tensor | None, ...],  # dy to var, in the order of the kernel's arguments
+    results: tuple[Tensor | None, ...],  # dz_out to dvar, in the same order
     eps: float,
     relu: bool,
     tiles: Tiles,
 ) -> None:
+    """Launch channel_sums_kernel with the flags that follow from which tensors are None."""
     _, dskip, x, mask, weight, bias, *_ = sources
     dz, dx, *_ = results
     assert x is not None
@@ -310,7 +318,7 @@ def _launch(
 
 
 def input_gradient(
-    dz: Tensor,  # (N, C, H, W) channels-last, and so are x and dx; dy with `recompute_gate`
+    dz: Tensor,  # (N, C, H, W) channels-last, as x and dx; with `recompute_gate` dy
     x: Tensor,
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
@@ -318,11 +326,11 @@ def input_gradient(
     var: Tensor,  # (C,) float32
     partials: Tensor,  # (P, 2, C) float32
     eps: float,
-    count: int,  # how many values a channel's statistics are of
+    count: int,  # number of values per channel in the statistics
     recompute_gate: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the totals of the partials: dbias and dweight, (C,) float32."""
+    """Return dx, and the partials' totals dbias and dweight, (C,) float32."""
     m, c = matrix_shape(x)
     dx = torch.empty_like(x)
     dweight, dbias = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))

@@ -4,8 +4,8 @@ Each CTA of the grid keeps one tile on chip, and a barrier separates the two pas
 memory once. Bytes per element in bf16 are 4 (BN + ReLU) and 6⅛ (BN + add + ReLU) forward, 6 and 10⅛ backward. All CTAs
 have to be on the GPU at once; a cooperative launch guarantees that, or fails. Not yet run on a GPU.
 
-The interpreter runs CTAs one after another, so a barrier would wait for ever. There each kernel is launched twice, once
-for the part before the barrier and once for the part after it.
+The interpreter runs CTAs one after another, so a barrier would wait for ever. Under the interpreter each kernel is
+therefore launched twice, once for the part before the barrier and once for the part after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .forward import (
 )
 
 WHOLE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which part of a kernel to run
-INTERPRETED_AS = 128  # multiprocessors
+INTERPRETED_AS = 128  # multiprocessors that the interpreter is taken to have
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def forward_kernel(
     weight,  # (C,)
     bias,  # (C,)
     partials,  # (P, 2, C) float32: mean about origin and M2 of each CTA's rows
-    arrived,  # () int32, grid_barrier's
+    arrived,  # () int32: see grid_sync.py
     y,  # [M, C]
     mask,  # (⌈M/8⌉, C) uint8
     mean_out,  # (C,) float32
@@ -65,7 +65,7 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """bn_forward's two kernels with the barrier between them. Reads x and residual, writes y and a bit of mask."""
+    """Read x and residual, write y and one bit of mask per element: forward.py's two kernels with a barrier between."""
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -108,7 +108,7 @@ def backward_kernel(
     mean,  # (C,) float32
     var,  # (C,) float32
     partials,  # (P, 2, C) float32: Σ dz and Σ dz·x̂ of each CTA's rows
-    arrived,  # () int32, grid_barrier's
+    arrived,  # () int32: see grid_sync.py
     dz_out,  # [M, C], with STORE_DZ
     dx,  # [M, C]
     dweight,  # (C,) float32
@@ -127,7 +127,7 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """bn_backward's two kernels with the barrier between them. Reads the gradients, x and a bit of mask, writes dx."""
+    """Read the gradients, x and the mask's bits, write dx: backward.py's two kernels with a barrier between."""
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -158,23 +158,23 @@ def backward_kernel(
 
 
 def tiles_for(x: Tensor, on_chip: OnChipTile) -> Tiles | None:
-    """Return the tiles for x, (N, C, H, W), of a kernel that keeps `on_chip`, or None if x does not fit on its GPU."""
+    """Return the tiles for x, (N, C, H, W), if every CTA keeps an `on_chip` tile; None if x does not fit on its GPU."""
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else INTERPRETED_AS
     return one_pass_tiles(*matrix_shape(x), on_chip, multiprocessors)
 
 
 def forward(
-    x: Tensor,  # (N, C, H, W) channels-last, and so are residual and y
-    residual: Tensor | None,
+    x: Tensor,  # (N, C, H, W) channels-last
+    residual: Tensor | None,  # like x
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     eps: float,
     relu: bool,
     save_mask: bool,
     fork: bool,
-    tiles: Tiles,  # of FORWARD_TILE
+    tiles: Tiles,  # from tiles_for(x, FORWARD_TILE)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As bn_forward.normalise with batch statistics."""
+    """Compute the forward with batch statistics; return y, mean, var, mask and skip as forward.outputs describes."""
     m, c = matrix_shape(x)
     y, mean, var, mask, skip = outputs(x, save_mask, fork)
     results = (y, mask if save_mask else None, mean, var, skip if fork else None)
@@ -199,7 +199,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor,  # (N, C, H, W) channels-last, and so are dskip, x, dz and dx
+    dy: Tensor,  # (N, C, H, W) channels-last, as dskip, x, dz and dx
     dskip: Tensor | None,
     x: Tensor,
     mask: Tensor | None,  # (⌈M/8⌉, C) uint8
@@ -210,9 +210,14 @@ def backward(
     eps: float,
     relu: bool,
     store_dz: bool,
-    tiles: Tiles,  # of BACKWARD_TILE
+    tiles: Tiles,  # from tiles_for(x, BACKWARD_TILE)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx; dz, empty where not asked for; dbias and dweight, (C,) float32. For batch statistics."""
+    """Compute the backward with batch statistics.
+
+    Returns:
+        dx, dz: (N, C, H, W) channels-last; dz is empty without `store_dz`.
+        dbias, dweight: (C,) float32.
+    """
     m, c = matrix_shape(x)
     dx = torch.empty_like(x)
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
@@ -238,6 +243,7 @@ def backward(
 
 
 def _launch(kernel: Any, on_chip: OnChipTile, tiles: Tiles, *args: Any, **flags: bool | str | float) -> None:
+    """Launch a kernel cooperatively; under the interpreter, launch its two parts one after the other."""
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p}
     for part in (BEFORE, AFTER) if INTERPRETED else (WHOLE,):
         options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": on_chip.max_registers}

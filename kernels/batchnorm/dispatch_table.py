@@ -1,7 +1,7 @@
-"""Which kernel measured fastest, by the device's compute capability and the tensor's shape.
+"""Table of the fastest measured kernel per compute capability and tensor shape.
 
-fastest.json holds it, and bench/bench_kernels.py writes it. A device without a table has not been measured: there the
-engine's `auto` stays with torch, and claims nothing.
+The table is stored in fastest.json, which bench/bench_kernels.py writes. A device without a table has not been
+measured, so the engine's `auto` uses torch's operations on it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from ..tiling import matrix_shape
 
 FILE = Path(__file__).with_name("fastest.json")
 
-# (N·H·W, C, whether there is a residual) -> "two_pass" or "cooperative", where it beat torch under inductor, forward
-# and backward together; "torch" where it did not. What is not named is torch's too.
+# (N·H·W, C, has a residual) -> "two_pass" or "cooperative" if that algorithm was faster than torch under inductor,
+# forward and backward together; otherwise "torch". A shape that is not in the table uses torch too.
 Table = dict[tuple[int, int, bool], str]
 
 
 def read() -> dict[tuple[int, int], Table]:
-    """By compute capability. In the file a shape is a row: N·H·W, C, residual, algorithm."""
+    """Read fastest.json and return its tables by compute capability.
+
+    A row of the file is N·H·W, C, has a residual, algorithm.
+    """
     tables = {}
     for capability, rows in json.loads(FILE.read_text(encoding="utf-8")).items():
         major, minor = map(int, capability.split("."))
@@ -31,7 +34,7 @@ def read() -> dict[tuple[int, int], Table]:
 
 
 def write(capability: tuple[int, int], measured: Table) -> None:
-    """Puts what was measured into the file; other shapes stay as they are."""
+    """Write the measured shapes to fastest.json, and leave its other shapes unchanged."""
     tables = FASTEST | {capability: FASTEST.get(capability, {}) | measured}
     rows = {
         "{}.{}".format(*device): [[*shape, algorithm] for shape, algorithm in sorted(table.items())]
@@ -44,10 +47,10 @@ FASTEST = read()
 
 
 def table_of(device: torch.device) -> Table | None:
-    """What was measured on devices like this one; None if nothing."""
+    """Return the table for the device's compute capability, or None if nothing was measured."""
     return FASTEST.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
 
 
 def fastest(x: Tensor, has_residual: bool) -> str:
-    """ "two_pass", "cooperative" or "torch" for x, (N, C, H, W), on its device."""
+    """Return "two_pass", "cooperative" or "torch" for x, (N, C, H, W), on its device."""
     return (table_of(x.device) or {}).get((*matrix_shape(x), has_residual), "torch")

@@ -1,13 +1,13 @@
-"""The training forward in two kernels: partial statistics; finalise + normalise + add + ReLU.
+"""Compute the training forward in two kernels: partial statistics, then finalise + normalise + add + ReLU.
 
-The maths is reference.batch_norm_act. The tensor is the matrix [M, C] that channels-last memory is.
+The maths is reference.batch_norm_act. A channels-last tensor is the matrix [M = N·H·W, C] in memory.
 
-    statistics   reads x                                      → partials
-    normalise    reads x (from the L2, where it fits), residual → y, 1 bit of mask, mean, var
+    statistics   reads x                                       → partials
+    normalise    reads x (from the L2, if it fits), residual   → y, 1 bit of mask, mean, var
 
-Bytes per element in bf16: 2 + 4 without a residual, 2 + 6⅛ with one. Statistics are centred: a tensor of mean 1,000 and
-standard deviation 1 has its variance to 1e-6, where sums of squares in float32 are off by 18 %. No atomics: every sum
-has one fixed order, so equal inputs give equal bits.
+Bytes per element in bf16: 2 + 4 without a residual, 2 + 6⅛ with one. Statistics are centred, so the variance of a
+tensor of mean 1,000 and standard deviation 1 is exact to 1e-6; from sums of squares in float32 it would be off by 18 %.
+There are no atomics and every sum has one fixed order, so equal inputs give bitwise identical results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STAGES = tl.constexpr(STAGES_OF_A_LOOP)
 
 @triton.jit
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """(count, mean, M2 = Σ(v - mean)²) of two sets together (Chan, Golub & LeVeque 1979, equation 2.1)."""
+    """Merge (count, mean, M2 = Σ(v - mean)²) of two sets of values (Chan, Golub & LeVeque 1979, equation 2.1)."""
     count = count_a + count_b
     share = count_b / tl.maximum(count, 1)
     delta = mean_b - mean_a
@@ -35,8 +35,10 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 @triton.jit
 def merge_rows(count, mean, m2):
-    """(R, B) of mean and M2, (R, 1) or (R, B) of count -> (B,) of each, or (1,): the sets of one column merged, about
-    their common mean."""
+    """Merge the R sets of each column about their common mean; return count, mean and M2.
+
+    mean and M2 are (R, B) and become (B,). count is (R, 1) or (R, B) and becomes (1,) or (B,).
+    """
     total = tl.sum(count, 0)
     common = tl.sum(count * mean, 0) / tl.maximum(total, 1)
     delta = mean - common[None, :]
@@ -45,9 +47,11 @@ def merge_rows(count, mean, m2):
 
 @triton.jit
 def merge_partials(partials, cols, inside, M, C, ROWS, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(count, mean about origin, M2), each (BLOCK_C,), of the P partials (P, 2, C), each of ROWS rows but the last.
+    """Merge the P partials (P, 2, C); return count (1,), mean about origin and M2, (BLOCK_C,) each.
 
-    Merged slot by slot, and over the slots at the end: a reduction costs barriers, and each CTA waits for it."""
+    Each partial covers ROWS rows, the last one may cover fewer. Partials are merged into BLOCK_P slots element by
+    element, and the slots only at the end, because a reduction costs barriers and every CTA waits for it.
+    """
     count = tl.zeros([BLOCK_P, 1], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -63,22 +67,23 @@ def merge_partials(partials, cols, inside, M, C, ROWS, P, BLOCK_C: tl.constexpr,
 
 @triton.jit
 def vector(pointer, cols, inside):
-    """A (C,) vector as float32 (BLOCK_C,), 0 beyond its end."""
+    """Load a (C,) vector as float32 (BLOCK_C,), with 0 beyond its end."""
     return tl.load(pointer + cols, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def origin(x, cols, inside):
-    """Row 0 of x as float32: what statistics are taken about. Partial means are then as small as the deviations, and
-    their rounding with them: about 0, a mean 1,000 deviations away cost the variance 1.5e-6; any point of the data
-    will do.
+    """Load row 0 of x as float32, the point about which statistics are computed.
+
+    Any point of the data will do: partial means are then as small as the deviations, and so are their rounding errors.
+    About 0, a mean 1,000 deviations away cost the variance 1.5e-6.
     """
     return vector(x, cols, inside)
 
 
 @triton.jit
 def parameter(pointer, cols, inside, PRESENT: tl.constexpr, default: tl.constexpr):
-    """A (C,) parameter as float32 (BLOCK_C,), `default` where the module has none."""
+    """Load a (C,) parameter as float32 (BLOCK_C,), or return `default` if the module has none."""
     if PRESENT:
         return vector(pointer, cols, inside)
     return tl.full(cols.shape, default, tl.float32)
@@ -86,8 +91,10 @@ def parameter(pointer, cols, inside, PRESENT: tl.constexpr, default: tl.constexp
 
 @triton.jit
 def affine_terms(var, weight, bias, cols, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr):
-    """invstd, scale, shift, (BLOCK_C,) each: x normalised is (x - mean)·invstd, and `affine` makes of it
-    (x - mean)·scale + shift. EPS is not a runtime float: torch.compile would pass a float64."""
+    """Return invstd, scale and shift, (BLOCK_C,) each, for x̂ = (x - mean)·invstd and for `affine`.
+
+    EPS is a constexpr, because torch.compile would pass a runtime float as float64.
+    """
     invstd = tl.rsqrt(var + EPS)
     scale = invstd * parameter(weight, cols, inside, HAS_WEIGHT, 1.0)
     return invstd, scale, parameter(bias, cols, inside, HAS_BIAS, 0.0)
@@ -95,7 +102,7 @@ def affine_terms(var, weight, bias, cols, inside, HAS_WEIGHT: tl.constexpr, HAS_
 
 @triton.jit
 def affine(x, mean, scale, shift):
-    """Of a tile. The mean is subtracted first: x * scale - mean * scale would cancel where the mean is large."""
+    """Return (x - mean)·scale + shift of a tile, without the cancellation of x·scale - mean·scale for large means."""
     return (x - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
@@ -121,7 +128,10 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Reads x once. Welford's update (1962) per element of the tile, merged over the tile's rows at the end."""
+    """Compute the partial statistics of each CTA's rows; reads x once.
+
+    Welford's update (1962) runs per element of the tile, and the tile's rows are merged at the end.
+    """
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -134,7 +144,7 @@ def statistics_kernel(
     for i in tl.range(0, tl.cdiv(tl.minimum(ROWS, M - first), BLOCK_M), num_stages=STAGES):
         start = first + i * BLOCK_M
         base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
-        # Kept in the L2 for the second pass.
+        # evict_last keeps x in the L2 for the second pass.
         value = tl.load(x + base + offsets, valid, other=0.0, eviction_policy="evict_last").to(tl.float32) - about
         count += tl.where(rows < M - start, 1.0, 0.0)
         delta = tl.where(valid, value - mean, 0.0)
@@ -152,7 +162,7 @@ def write_tile(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, SAVE_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Normalises the tile `value`, (BLOCK_M, BLOCK_C) float32 of rows from `start`, adds, activates, stores."""
+    """Normalise, add, activate and store a tile; `value` is x from row `start` on, (BLOCK_M, BLOCK_C) float32."""
     base, offsets, valid = tile_offsets(start, cols, inside, M, C, BLOCK_M)
     out = affine(value, mean, scale, shift)
     if HAS_RESIDUAL:
@@ -196,8 +206,10 @@ def normalise_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Reads x and residual, writes y and a bit of mask. Runs against the order of statistics_kernel, so that it starts
-    with the lines that were read last, and lets go of each."""
+    """Read x and residual, write y and one bit of mask per element.
+
+    Rows are visited in the reverse order of statistics_kernel, because the rows that it read last are still in the L2.
+    """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -228,13 +240,13 @@ def normalise_kernel(
 
 @triton.jit
 def relu_mask(out):
-    """Return True where ReLU passes `out`. NaN passes, as in torch: a bad value should be seen, not hidden."""
+    """Return ReLU's mask of `out`. NaN passes, as in torch, so that a bad value is seen and not hidden."""
     return (out <= 0) == 0
 
 
 @triton.jit
 def store_bits(mask, passes, start, cols, inside, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Packs eight rows of a tile into a byte for each channel."""
+    """Pack eight rows of a tile into one byte per channel, and store the bytes."""
     place = tl.arange(0, 8)[None, :, None]
     bits = tl.reshape(passes.to(tl.int32), [BLOCK_M // 8, 8, BLOCK_C])
     bits = tl.sum(bits << place, 1).to(tl.uint8)
@@ -245,7 +257,7 @@ def store_bits(mask, passes, start, cols, inside, M, C, BLOCK_M: tl.constexpr, B
 
 @triton.jit
 def load_bits(mask, start, cols, inside, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What store_bits stored, (BLOCK_M, BLOCK_C) of bool."""
+    """Load the bits that store_bits stored, as (BLOCK_M, BLOCK_C) bool."""
     rows = tl.arange(0, BLOCK_M // 8)
     valid = (rows < tl.cdiv(M - start, 8))[:, None] & inside[None, :]
     addresses = mask + (start // 8).to(tl.int64) * C + rows[:, None] * C + cols[None, :]
@@ -255,13 +267,19 @@ def load_bits(mask, start, cols, inside, M, C, BLOCK_M: tl.constexpr, BLOCK_C: t
 
 
 def empty_partials(x: Tensor, tiles: Tiles) -> Tensor:
-    """(P, 2, C) float32: two numbers for each channel of each CTA's rows."""
+    """Allocate (P, 2, C) float32: two numbers per channel for the rows of each of P CTAs."""
     return torch.empty((tiles.partials, 2, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 def outputs(x: Tensor, save_mask: bool, fork: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For the forward to fill: y, as x; mean, var (C,) float32; mask, (⌈M/8⌉, C) uint8, or empty; skip, (1,) if
-    `fork`, else empty."""
+    """Allocate the results of the forward.
+
+    Returns:
+        y: like x.
+        mean, var: (C,) float32.
+        mask: (⌈M/8⌉, C) uint8; empty without `save_mask`.
+        skip: (1,); empty without `fork`.
+    """
     m, c = matrix_shape(x)
     mean, var = (torch.empty(c, dtype=torch.float32, device=x.device) for _ in range(2))
     mask = torch.empty((ceil_div(m, 8), c) if save_mask else 0, dtype=torch.uint8, device=x.device)
@@ -270,8 +288,10 @@ def outputs(x: Tensor, save_mask: bool, fork: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def statistics(x: Tensor, tiles: Tiles) -> Tensor:
-    """x: (N, C, H, W) channels-last -> partials (P, 2, C) float32: mean about x's first row, and M2, of each
-    CTA's rows.
+    """Compute partial statistics of x, (N, C, H, W) channels-last.
+
+    Returns:
+        (P, 2, C) float32: mean about x's first row, and M2, of each CTA's rows.
     """
     m, c = matrix_shape(x)
     partials = empty_partials(x, tiles)
@@ -282,8 +302,8 @@ def statistics(x: Tensor, tiles: Tiles) -> Tensor:
 
 
 def normalise(
-    x: Tensor,  # (N, C, H, W) channels-last, and so are residual and y
-    residual: Tensor | None,
+    x: Tensor,  # (N, C, H, W) channels-last
+    residual: Tensor | None,  # like x
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     statistics: Tensor | tuple[Tensor, Tensor],  # partials (P, 2, C), or mean and var, each (C,)
@@ -293,7 +313,7 @@ def normalise(
     fork: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, var, mask and skip, as outputs() has them."""
+    """Normalise, add and activate; return y, mean, var, mask and skip as `outputs` describes them."""
     m, c = matrix_shape(x)
     y, mean, var, mask, skip = outputs(x, save_mask, fork)
     given = isinstance(statistics, tuple)

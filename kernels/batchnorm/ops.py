@@ -1,4 +1,4 @@
-"""batch_norm_act as a pair of functional ops of torch, in torch.ops.fastres_kernels, with fakes and autograd.
+"""Register batch_norm_act and its backward as functional ops in torch.ops.fastres_kernels, with fakes and autograd.
 
     batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
     batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight, dmean, dvar)
@@ -7,8 +7,9 @@ Neither op mutates its arguments, because register_autograd rejects ops that do;
 its own for this reason. Each op chooses the Triton kernels or the reference by the device and dtype of x.
 
 `skip` makes the gradient of a skip connection arrive separately from the gradient of the next layer, so that the
-backward adds the two in a pass that it makes anyway. It stands for y and has y's shape, but occupies one element of
-memory, which nobody reads. A consumer of y takes y, detached, and skip, and returns the gradient of y to skip.
+backward adds the two in a pass that it makes anyway. `skip` has y's shape, but occupies one element of memory, and its
+value is never read. A consumer of the skip connection takes y, detached, and `skip`; its backward returns the gradient
+of y as the gradient of `skip`.
 """
 
 from __future__ import annotations
@@ -35,24 +36,28 @@ if HAS_TRITON:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W), of x's dtype
-    skip: Tensor | None,  # receives the residual's gradient in its place, if given
+    skip: Tensor | None,  # (N, C, H, W); if given, receives the residual's gradient instead of the residual
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
-    mean: Tensor | None,  # (C,), with var the statistics to normalise with; None: those of x
+    mean: Tensor | None,  # (C,), with var: given statistics; None: use the statistics of x
     var: Tensor | None,  # (C,), biased
     eps: float,
     relu: bool,
     fork: bool,  # return a skip
-    group: str,  # name of the process group that shares the statistics; "": none
-    algorithm: str = "two_pass",  # or "cooperative", for tensors that fit
+    group: str,  # name of the process group that shares batch statistics; "": none
+    algorithm: str = "two_pass",  # or "cooperative", which falls back to two_pass if x does not fit on the GPU
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute y = act(weight·(x - mean)/√(var + eps) + bias + residual) (Ioffe & Szegedy 2015, algorithm 1).
+
+    The reference runs if there is no kernel for x. The cooperative kernel runs if it is asked for, the statistics are
+    this rank's batch statistics, and x fits on the GPU. Otherwise the two kernels of forward.py run. ReLU's mask is
+    saved only with a residual, because the backward can otherwise recompute it from x.
 
     Returns:
         y: (N, C, H, W) channels-last, of x's dtype.
         mean, var: the mean and biased variance used, (C,), float32 or wider.
-        count: () number of values per channel if processes share the statistics; otherwise empty, because it is NHW.
-        mask: (⌈NHW/8⌉, C) uint8, ReLU's mask; empty if the backward recomputes it.
+        count: () number of values per channel if ranks share the statistics; otherwise empty, because it is N·H·W.
+        mask: (⌈NHW/8⌉, C) uint8, ReLU's mask (see pack_bits); empty if the backward recomputes it.
         skip: of y's shape; empty without `fork`.
     """
     x = channels_last(x, warn="the input of batch_norm_act")
@@ -66,7 +71,7 @@ def batch_norm_act(
         if group and not given:
             count, mean, var = _shared_statistics(x, group)
         y, mean, var, mask, token = _reference_forward(x, residual, weight, bias, mean, var, *options)
-        if given:  # an op may not return its arguments
+        if given:  # copied, because an op must not return its arguments
             mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
     elif not given and not group and _cooperates(algorithm, x, FORWARD_TILE):
         y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, *options)
@@ -92,14 +97,15 @@ def _reference_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, mean, var, mask and token, as forward.normalise does, from plain PyTorch."""
+    """Compute in plain PyTorch the y, mean, var, mask and skip, (1,) or empty, that forward.normalise returns."""
     y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
+    # The mask is ~(y <= 0) and not y > 0, so that NaN passes.
     mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
     return y, mean, var, mask, x.new_zeros(1 if fork else 0)
 
 
 def _shared_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count, mean and biased variance of x over all processes of the group. Collective."""
+    """Return count (), mean and biased variance (C,) of x over all ranks of the group, from PyTorch. Collective."""
     m, _ = matrix_shape(x)
     wide = x.to(reference.wide_dtype(x))
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
@@ -112,7 +118,7 @@ def _shared_partials(
     tiles: Tiles,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count, mean and biased variance of x over all processes of the group. Collective."""
+    """Return count (), mean and biased variance (C,) of x over all ranks of the group, from partials. Collective."""
     m, _ = matrix_shape(x)
     starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
     counts = (m - starts).clamp(max=tiles.rows)
@@ -141,35 +147,39 @@ def _(
 @register("batch_norm_act_backward")
 def batch_norm_act_backward(
     dy: Tensor,  # (N, C, H, W), any strides
-    dskip: Tensor | None,  # (N, C, H, W), the gradient of skip
+    dskip: Tensor | None,  # (N, C, H, W), the gradient of skip, added to dy
     x: Tensor,  # (N, C, H, W)
-    mask: Tensor | None,  # (⌈NHW/8⌉, C) uint8; None: recomputed from x
+    mask: Tensor | None,  # (⌈NHW/8⌉, C) uint8; None: recomputed from x if `relu`
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
-    mean: Tensor,  # (C,)
-    var: Tensor,  # (C,)
+    mean: Tensor,  # (C,), used in the forward
+    var: Tensor,  # (C,), used in the forward, biased
     eps: float,
     relu: bool,
-    batch_statistics: bool,  # mean and var are x's own, so they pass gradient to x
+    batch_statistics: bool,  # mean and var were computed from x, so gradient flows through them to x
     want_residual: bool,
     group: str,
     algorithm: str = "two_pass",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of batch_norm_act (Ioffe & Szegedy 2015, section 3).
 
+    The reference runs if there is no kernel for x. Given statistics take one kernel, because their dx depends on no
+    sum. Batch statistics take the cooperative kernel under the conditions of the forward, otherwise two kernels.
+
     Returns:
-        dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty if it is not wanted.
+        dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty without `want_residual`.
         dbias, dweight: (C,), of mean's dtype.
         dmean, dvar: (C,), of mean's dtype; empty with batch statistics.
     """
     x = channels_last(x)
+    # Warn only about NCHW gradients: the user cannot avoid other strides, such as those from pooling or slicing.
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
     norm = (x, mask, weight, bias, mean, var, eps, relu)
     none = x.new_empty(0), x.new_empty(0)  # dmean and dvar
     if not runs_kernels(x):
         dx, dz, *others = _reference_backward(dy, dskip, *norm, batch_statistics, group)
-        dresidual = dz.clone() if want_residual else x.new_empty(0)
+        dresidual = dz.clone() if want_residual else x.new_empty(0)  # cloned, because dz may be the argument dy
     else:
         store_dz = want_residual or dskip is not None
         if not batch_statistics:
@@ -197,7 +207,11 @@ def _two_pass_backward(
     store_dz: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dz (empty without store_dz), dbias and dweight from backward.channel_sums and input_gradient."""
+    """Return dx, dz (empty without store_dz), dbias and dweight from the two kernels of backward.py.
+
+    dz is the gradient of y, dskip included, masked by ReLU. With a `group`, dx uses the sums over all ranks, but dbias
+    and dweight are this rank's, because DDP sums parameter gradients over the ranks.
+    """
     m, c = matrix_shape(x)
     tiles = two_pass_tiles(m, c)
     partials, dz = backward.channel_sums(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
@@ -207,9 +221,10 @@ def _two_pass_backward(
         dx, dbias, dweight = backward.input_gradient(*sources, partials, eps, m, recompute_gate, tiles)
         return dx, dz, dbias, dweight
     sums = partials.sum(0)
+    # As one partial that is already divided by the number of values, so `count` is 1.
     global_means = sync_stats.mean_sums(sums, m, group)[None]
     dx, _, _ = backward.input_gradient(*sources, global_means, eps, 1, recompute_gate, tiles)
-    return dx, dz, sums[0].clone(), sums[1].clone()  # DDP sums the parameters' gradients over the processes
+    return dx, dz, sums[0].clone(), sums[1].clone()  # cloned, because results of an op must not share memory
 
 
 def _reference_backward(
@@ -226,7 +241,7 @@ def _reference_backward(
     batch_statistics: bool,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Return dx, dz, dbias and dweight, without batch statistics dmean and dvar too, from plain PyTorch."""
+    """Compute dx, dz, dbias and dweight in plain PyTorch; without `batch_statistics` also dmean and dvar."""
     dz = dy if dskip is None else dy + dskip
     if relu:
         if mask is not None:
@@ -267,6 +282,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save for the backward what it needs of the inputs and outputs of batch_norm_act."""
     x, residual, skip, weight, bias, mean, _, ctx.eps, ctx.relu, _, ctx.group, ctx.algorithm = inputs
     _, used_mean, used_var, count, mask, _ = output
     ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
@@ -277,9 +293,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
+    """Return the gradients of batch_norm_act's twelve inputs from the gradients of y and skip; None means zero."""
     _, _, weight, bias, *_ = saved = ctx.saved_tensors
     dskip = others[-1]
-    if dy is None:
+    if dy is None:  # only the skip connection has a gradient
         dy, dskip = dskip, None
     if dy is None:
         return (None,) * 12
@@ -298,8 +315,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "fastres_kernels: batch_norm_act has no double backward; use torch.nn.BatchNorm2d (norm torch) where "
-        "gradients of gradients are needed"
+        "fastres_kernels: batch_norm_act has no double backward; use torch.nn.BatchNorm2d (norm torch) if you need "
+        "gradients of gradients"
     )
 
 
@@ -320,7 +337,10 @@ def update_running_statistics(
     count: int,  # number of values per channel; 1 if var is the unbiased estimate already
     momentum: float | None,  # None: average over all batches so far
 ) -> None:
-    """Move the running statistics towards a batch's, in place; the variance as the unbiased estimate."""
+    """Move the running statistics towards a batch's in place, using the unbiased variance.
+
+    `batches` is incremented. A Triton kernel does this for float32 statistics on a GPU, PyTorch otherwise.
+    """
     if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
         running_stats.update(mean, var, running_mean, running_var, batches, count, momentum)
         return
@@ -333,7 +353,7 @@ def update_running_statistics(
 
 # ---- ops that torch.compile does not look into -------------------------------------------------------------
 
-# Its tracing of kernels supports neither a cooperative launch nor a counter that outlives the call (grid_sync.py).
+# torch.compile can trace neither a cooperative launch nor a counter that outlives the call (grid_sync.py).
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_forward", mutates_args=())
@@ -347,7 +367,7 @@ def cooperative_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return batch_norm_act's y, mean, var and mask, and its skip as (1,), from one kernel.
+    """Return y, mean, var, mask and skip from one kernel, as forward.normalise does, for batch statistics.
 
     x has to be channels-last and to fit on the GPU: see cooperative.tiles_for.
     """
@@ -399,7 +419,10 @@ def backward_fixed_stats(
     relu: bool,
     store_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dz (empty without store_dz), dbias, dweight, dmean and dvar from one kernel, for given statistics."""
+    """Return dx, dz (empty without store_dz), dbias, dweight, dmean and dvar from one kernel, for given statistics.
+
+    The op is opaque because its kernel counts CTAs for the final reduction (grid_sync.py).
+    """
     tiles = two_pass_tiles(*matrix_shape(x))
     return backward.with_fixed_stats(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
 
@@ -415,13 +438,14 @@ def _(dy: Tensor, dskip: Tensor | None, x: Tensor, *arguments: Any) -> tuple[Ten
 
 
 def _fake_gradients(x: Tensor, arguments: tuple[Any, ...], vectors: int) -> tuple[Tensor, ...]:
-    """Return empty dx, dz and (C,) gradients; `arguments` are those that follow x."""
+    """Return empty dx, dz and `vectors` (C,) gradients; `arguments` are the op's arguments after x."""
     _, _, _, mean, *_, store_dz = arguments
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     return torch.empty_like(x), dz, *(torch.empty_like(mean) for _ in range(vectors))
 
 
 def _cooperates(algorithm: str, x: Tensor, on_chip: OnChipTile) -> bool:
+    """Return True if the cooperative kernel is asked for and x fits on the GPU."""
     return algorithm == "cooperative" and cooperative.tiles_for(x, on_chip) is not None
 
 

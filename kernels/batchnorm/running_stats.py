@@ -1,4 +1,4 @@
-"""The running statistics' update in one kernel: they are three small vectors, and a launch costs more than they do."""
+"""Update the running statistics in one kernel, because for small vectors the launches cost more than the work."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ BLOCK = 1024
 
 @triton.jit
 def update_kernel(
-    mean,  # (C,) float32, of a batch
+    mean,  # (C,) float32, the batch's
     var,  # (C,) float32, biased
     running_mean,  # (C,)
     running_var,  # (C,)
     batches,  # () int64
     C,
-    count,  # how many values the statistics are of; 1: var is the unbiased estimate already
-    MOMENTUM: tl.constexpr,  # negative: the average over all batches so far
+    count,  # number of values per channel; 1 if var is the unbiased estimate already
+    MOMENTUM: tl.constexpr,  # negative: average over all batches so far
     BLOCK: tl.constexpr,
 ):
-    """One CTA, because every channel needs the counter as it was."""
+    """Update all channels in one CTA, because each channel has to read the counter before it is incremented."""
     seen = tl.load(batches) + 1
     rate = 1.0 / seen.to(tl.float32) if MOMENTUM < 0 else MOMENTUM
     unbias = count / tl.maximum(count - 1, 1)
@@ -35,7 +35,7 @@ def update_kernel(
         new_var = for_var + rate * (tl.load(var + c, c < C, other=0.0) * unbias - for_var)
         tl.store(running_mean + c, new_mean, c < C)
         tl.store(running_var + c, new_var, c < C)
-    tl.debug_barrier()  # no thread counts on before all have read
+    tl.debug_barrier()  # all threads have read the counter before one writes it
     tl.store(batches, seen)
 
 
@@ -48,7 +48,10 @@ def update(
     count: int,
     momentum: float | None,
 ) -> None:
-    """Moves the running statistics towards the batch's, in place; the variance as the unbiased estimate."""
+    """Move the running statistics towards the batch's in place, using the unbiased variance.
+
+    `count` is the number of values per channel; `momentum` None averages over all batches so far.
+    """
     rate = -1.0 if momentum is None else momentum
     launchable(update_kernel)[(1,)](
         mean, var, running_mean, running_var, batches, mean.numel(), count, MOMENTUM=rate, BLOCK=BLOCK

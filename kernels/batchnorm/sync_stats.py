@@ -1,4 +1,4 @@
-"""Statistics shared by the processes of a group: what torch.nn.SyncBatchNorm does, on any device.
+"""Share BatchNorm statistics between the ranks of a process group, as torch.nn.SyncBatchNorm does, on any device.
 
 The collectives are torch's functional ones, so that torch.compile traces them. A group is named by its `group_name`.
 """
@@ -19,7 +19,7 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
         m2s: (P, C), sums of squared differences from each set's mean.
 
     Returns:
-        Their count (), mean (C,) and M2 (C,).
+        The count (), mean (C,) and M2 (C,) of all sets together.
     """
     weights = counts.to(means.dtype)[:, None]
     count = counts.sum()
@@ -31,12 +31,12 @@ def mean_and_var(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[T
     """Return the count (), mean (C,) and biased variance (C,) over all ranks of the group. Collective.
 
     Args:
-        count: () values of a channel on this rank; ranks may differ.
+        count: () number of values per channel on this rank; ranks may differ.
         mean: (C,) of this rank.
         m2: (C,) of this rank.
         group: the group's name.
     """
-    world_size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+    world_size = dist.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type, attr-defined]
     mine = torch.cat([mean, m2, count.to(mean.dtype)[None]])
     everyone = gather(mine, world_size, group)
     c = mean.numel()
@@ -47,7 +47,7 @@ def mean_and_var(count: Tensor, mean: Tensor, m2: Tensor, group: str) -> tuple[T
 def gather(mine: Tensor, world_size: int, group: str) -> Tensor:
     """Return every rank's vector, (world_size, n), from this rank's, (n,). Collective.
 
-    On a CPU it is an all-to-all that sends the same vector to every rank, because gloo's all-gather of functional
+    On a CPU this is an all-to-all that sends the same vector to every rank, because gloo's all-gather of functional
     collectives corrupts the heap: the two worker threads of a process group both assign the name of the operation they
     finished to one std::string without a lock (ProcessGroupGloo::runLoop, torch 2.14). "ALLGATHER_COALESCED" is longer
     than the 15 characters that fit into the string itself, so two assignments at once free its memory twice; the
@@ -58,7 +58,8 @@ def gather(mine: Tensor, world_size: int, group: str) -> Tensor:
         gathered = torch.ops._c10d_functional.all_to_all_single(mine.repeat(world_size), n, n, group)
     else:
         gathered = torch.ops._c10d_functional.all_gather_into_tensor(mine, world_size, group)
-    return torch.ops._c10d_functional.wait_tensor(gathered).view(world_size, -1)
+    vectors: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
+    return vectors.view(world_size, -1)
 
 
 def mean_sums(sums: Tensor, count: int, group: str) -> Tensor:
@@ -70,5 +71,5 @@ def mean_sums(sums: Tensor, count: int, group: str) -> Tensor:
         group: the group's name.
     """
     mine = torch.cat([sums.flatten(), sums.new_full((1,), count)])
-    everyone = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(mine, "sum", group))
+    everyone: Tensor = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(mine, "sum", group))
     return (everyone[:-1] / everyone[-1]).view_as(sums)

@@ -1,6 +1,6 @@
-// BatchNorm + ReLU (+ add) and 3x3 convolutions for training on a CPU with AVX-512 and its bf16. Activations are
-// channels-last bf16, parameters and statistics float32. Plain pointers and OpenMP: nothing here knows torch.
-// cpu.py builds this file and says what it takes.
+// BatchNorm + ReLU (+ add) and 3x3 convolutions for training on a CPU that has AVX-512 with bf16. Activations are
+// channels-last bf16, parameters and statistics float32. The code uses plain pointers and OpenMP and does not depend on
+// torch. ops.py builds this file and checks shapes and dtypes before it calls these functions.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -18,7 +18,7 @@ static V load(const bf16* p, __mmask16 m = 0xffff) {
 }
 static void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
-struct Ahead {  // what is read after this, to be brought into L2 meanwhile, a few lines of 64 bytes at a time
+struct Ahead {  // prefetches the data that is read next into the L2, a few lines of 64 bytes at a time
   const char *next = nullptr, *end = nullptr;
   void fetch(int lines) {
     for (; lines > 0 && next < end; --lines, next += 64) _mm_prefetch(next, _MM_HINT_T1);
@@ -26,41 +26,42 @@ struct Ahead {  // what is read after this, to be brought into L2 meanwhile, a f
 };
 
 // ---- BatchNorm (+ residual) + ReLU -----------------------------------------------------------------------------------
-// For C channels, a divisor of 64, 64 / C pixels count as one pixel of 64 channels: four registers, whatever C is. In
-// chunks of 256 such pixels, the same ones for any number of threads, so that sums are too.
+// C divides 64, and 64 / C pixels are treated as one pixel of 64 channels, so a pixel is four registers for every C.
+// Work is split into chunks of 256 such pixels. The chunks do not depend on the number of threads, so the sums do not
+// either.
 
 constexpr int64_t CHUNK = 256 * 64;
 
-// Values i to i + 15, whose line of 32 is fetched 2 KB ahead: a backward pass from memory takes 0.5 to 0.6 x the time of
-// one that leaves it to the hardware.
+// Loads values i to i + 15, and prefetches lines of 32 values 2 KB ahead: a backward pass from memory then takes 0.5 to
+// 0.6 x the time that it takes with the hardware's prefetching alone.
 static V read(const bf16* p, int u, int64_t i, __mmask16 m = 0xffff) {
   if (u % 2 == 0) _mm_prefetch((const char*)(p + i + 1024), _MM_HINT_T0);
   return load(p + i, m);
 }
 
 template <class F>
-static void each_chunk(int64_t values, F f) {  // f(its number, begin, end)
+static void each_chunk(int64_t values, F f) {  // calls f(number of the chunk, begin, end) in parallel
 #pragma omp parallel for schedule(static)
   for (int64_t k = 0; k < (values + CHUNK - 1) / CHUNK; ++k) f(k, k * CHUNK, std::min((k + 1) * CHUNK, values));
 }
 
 template <class F>
-static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i): values i to i + 15, of channels from 16 u on
+static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i): values i to i + 15, channels 16 u to 16 u + 15
   for (int64_t i = begin; i < end; i += 64)
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) f(u, i + u * 16);
 }
 
-struct Channels {  // a float for each of the 64
+struct Channels {  // one float per channel of the 64
   float at[64];
   V operator[](int u) const { return _mm512_loadu_ps(at + u * 16); }
 };
 
-struct Sums {  // of a and of a * b, per channel: in float32 over a chunk, in float64 over all
+struct Sums {  // per channel, the sums of a and of a * b: float32 within a chunk, float64 across chunks
   double first[64] = {}, second[64] = {};
 
   template <class F>
-  Sums(int64_t values, int64_t C, F f) {  // f(a, b, u, i)
+  Sums(int64_t values, int64_t C, F f) {  // f(a, b, u, i) sets a and b
     std::vector<Channels> chunks((values + CHUNK - 1) / CHUNK * 2);
     each_chunk(values, [&](int64_t k, int64_t begin, int64_t end) {
       V s[4] = {}, q[4] = {}, a, b;
@@ -76,23 +77,24 @@ struct Sums {  // of a and of a * b, per channel: in float32 over a chunk, in fl
   }
 };
 
-struct Stats {  // what a backward needs: mean, 1 / deviation, weight / deviation
+struct Stats {  // saved for the backward: mean, 1 / sqrt(var + eps), weight / sqrt(var + eps)
   Channels mean, invstd, scale;
 };
 
-// x, residual (or null), y: `values` in all, a multiple of 64. passed: a bit for each, whether ReLU let it through; null:
-// no ReLU. Running statistics may be null.
+// Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual
+// and y have `values` elements, a multiple of 64. passed receives ReLU's mask, one bit per element; if it is null,
+// there is no ReLU. residual and the running statistics may be null.
 extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* weight, const float* bias,
                            float* running_mean, float* running_var, bf16* y, __mmask16* passed, Stats* stats,
                            int64_t values, int64_t C, double momentum, double eps) {
   Stats t;
-  Channels origin, shift;  // the first pixel, near the mean: what squares are summed about
+  Channels origin, shift;  // origin is the first pixel. Squares are summed about it, because it is near the mean.
   for (int c = 0; c < 64; ++c) origin.at[c] = _mm_cvtss_f32(_mm512_castps512_ps128(load(x + c % C, 1)));
   const Sums sums(values, C, [&](V& a, V& b, int u, int64_t i) { a = b = _mm512_sub_ps(read(x, u, i), origin[u]); });
   const double count = values / C;
   for (int i = 0; i < 64; ++i) {
     const int c = i % C;
-    const double d = sums.first[c] / count, var = std::max(sums.second[c] / count - d * d, 0.0);  // a NaN stays one
+    const double d = sums.first[c] / count, var = std::max(sums.second[c] / count - d * d, 0.0);  // max keeps NaN
     t.mean.at[i] = origin.at[i] + d;
     t.invstd.at[i] = 1 / std::sqrt(var + eps);
     t.scale.at[i] = t.invstd.at[i] * weight[c];
@@ -123,7 +125,9 @@ extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* wei
   *stats = t;
 }
 
-// g, and g2 (or null): two gradients of y, which are added. dz: the residual's gradient; null without residual and g2.
+// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. passed and stats
+// come from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and
+// g2.
 extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* passed, const Stats* stats,
                             bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
   const Stats t = *stats;
@@ -159,10 +163,12 @@ extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const 
 }
 
 // ---- the weight gradient of a 3x3 convolution, padding 1 -----------------------------------------------------------
-// dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], as products of pairs: vdpbf16ps multiplies the two pixels
-// of a pair, side by side in 32 bits, and adds both. A pair of dy, of one channel in all lanes, meets three pairs of x.
+// dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], computed on pairs of pixels: vdpbf16ps multiplies the
+// two pixels of a pair, which lie side by side in 32 bits, and adds both products. Each pair of dy, one channel
+// broadcast to all lanes, is multiplied with three pairs of x, one for each column s of the window.
 
-// Pixels first, first + step, ... of a row of W in pairs, zeros where it ends, and a pair of zeros after them.
+// Writes pixels first, first + step, ... of a row of W pixels to out in pairs, padded with zeros at the end of the row,
+// and one more pair of zeros after them.
 static void pair_up(const bf16* row, int W, int first, int step, int pairs, int C, uint32_t* out) {
   for (int j = 0, at = first; j < pairs; ++j, at += 2 * step)
     for (int c = 0; c < C; c += 16) {
@@ -177,15 +183,15 @@ static void pair_up(const bf16* row, int W, int first, int step, int pairs, int 
 
 template <int S>
 struct Gradient {
-  int C, K, XH, XW, H, W;       // of x (XH, XW, C), and of dy (H, W, K)
-  int pairs = (W + 1) / 2;      // of a row of dy
-  uint32_t *x[2] = {}, *dy = {};  // in pairs; stride 2: x[0] of even columns, x[1] of odd ones
+  int C, K, XH, XW, H, W;       // an image of x is (XH, XW, C), one of dy (H, W, K)
+  int pairs = (W + 1) / 2;      // per row of dy
+  uint32_t *x[2] = {}, *dy = {};  // pairs of pixels; with stride 2, x[0] has the even columns and x[1] the odd ones
   Ahead ahead = {};
 
   int x_row() const { return (pairs + 1) * C; }
   int dy_row() const { return (pairs + 1) * K; }
 
-  // Row r of the window for input channels c to c + 15 and output channels k to k + 7, of n images.
+  // Adds to dw row r of the window for input channels c to c + 15 and output channels k to k + 7, summed over n images.
   void tile(int n, int k, int r, int c, float* dw) {
     V sum[8][3];
 #pragma GCC unroll 24
@@ -211,11 +217,11 @@ struct Gradient {
           left = right, own = after;
         }
       }
-#pragma GCC unroll 24  // without it the sums live in memory
+#pragma GCC unroll 24  // without unrolling, the compiler keeps the sums in memory
     for (int i = 0; i < 24; ++i) _mm512_storeu_ps(dw + (i / 3 * 9 + i % 3) * C, sum[i / 3][i % 3]);
   }
 
-  void run(const bf16* x_in, const bf16* dy_in, int N, float* dw) {  // dw (K, 3, 3, C) += that of N images
+  void run(const bf16* x_in, const bf16* dy_in, int N, float* dw) {  // adds the gradient of N images to dw (K, 3, 3, C)
     const int size = S * XH * x_row() + H * dy_row(), most = std::clamp((1 << 14) / size, 1, N);  // 64 KiB of pairs
     std::vector<uint32_t> room(most * size);
     x[0] = room.data(), x[1] = x[0] + most * XH * x_row(), dy = x[S - 1] + most * XH * x_row();
@@ -228,7 +234,7 @@ struct Gradient {
       for (int k = 0; k < K; k += 8)
         for (int r = 0; r < 3; ++r)
           for (int c = 0; c < C; c += 16) {
-            if (r + c == 0 && (k == 0 || k == K / 16 * 8)) {  // x in the first half, dy in the second
+            if (r + c == 0 && (k == 0 || k == K / 16 * 8)) {  // prefetch the next x in the first half, then the next dy
               ahead.next = (const char*)(k ? dy_in : x_in);
               ahead.end = ahead.next + left * 2 * (k ? H * W * K : XH * XW * C);
             }
@@ -238,8 +244,9 @@ struct Gradient {
   }
 };
 
-// x (N, XH, XW, C), dy (N, H, W, K), dw (K, 3, 3, C); C a multiple of 16, K of 8, H and W those of x divided by the
-// stride S and rounded up. Each thread adds up its share of the images: deterministic for a number of threads.
+// Computes dw (K, 3, 3, C) from x (N, XH, XW, C) and dy (N, H, W, K). C is a multiple of 16 and K of 8; H and W are XH
+// and XW divided by the stride S, rounded up. Each thread sums its own images, and the threads' sums are added in
+// order, so the result is bitwise reproducible for a given number of threads.
 extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_t N, int64_t C, int64_t K, int64_t XH,
                                  int64_t XW, int64_t S) {
   const int64_t values = K * 9 * C, threads = omp_get_max_threads(), H = (XH + S - 1) / S, W = (XW + S - 1) / S;
@@ -264,7 +271,8 @@ extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_
 
 // ---- 3x3 convolution, stride 1, padding 1; also its input's gradient -------------------------------------------------
 
-// w (K, 3, 3, C) -> [K / 16][3 r][C / 2][3 s][16][2]; or, turned, the weights (C, 3, 3, K) of the input's gradient.
+// Packs output block `block` of w (K, 3, 3, C) -> [K / 16][3 r][C / 2][3 s][16][2]. If turned, packs the filter of the
+// input's gradient instead: (C, 3, 3, K), rotated by 180 degrees.
 static void pack(const bf16* w, int K, int C, bool turned, int block, bf16* out) {
   const int in = turned ? K : C;
   out += block * 9 * in * 16;
@@ -276,7 +284,8 @@ static void pack(const bf16* w, int K, int C, bool turned, int block, bf16* out)
             *out++ = turned ? w[(((c + i) * 3 + 2 - r) * 3 + 2 - s) * C + k] : w[((k * 3 + r) * 3 + s) * C + c + i];
 }
 
-// R rows of W pixels, 16 output channels; x: the window's corner, in an image with a border of zeros.
+// Computes R rows of W pixels for 16 output channels. x points to the top left corner of the window, in an image that
+// is padded with zeros.
 template <int R, int W, int C>
 static void tile(const bf16* x, int x_row, const bf16* w, bf16* y, int y_row, int K) {
   V sum[R][W] = {};
@@ -298,7 +307,7 @@ static void tile(const bf16* x, int x_row, const bf16* w, bf16* y, int y_row, in
     for (int j = 0; j < W; ++j) store(y + i * y_row + j * K, sum[i][j]);
 }
 
-// One image; room: (H + 2, W + 2, C), its border zero.
+// Convolves one image. room is a buffer of (H + 2, W + 2, C) for the padded image; its border is zero.
 template <int R, int T, int C>
 static void image(const bf16* x, int H, int W, int K, const bf16* w, bf16* room, bf16* y) {
   const int row = (W + 2) * C, bytes = H * W * C * 2, tiles = K / 16 * (H / R) * (W / T);
@@ -314,14 +323,14 @@ static void image(const bf16* x, int H, int W, int K, const bf16* w, bf16* room,
 
 using Convolve = void (*)(const bf16*, int, int, int, const bf16*, bf16*, bf16*);
 
-// For images of 16, 32 or 64 channels, W a multiple of 16, or of 8 and H even.
+// Returns the kernel for images of 16, 32 or 64 channels. W is a multiple of 16, or W is a multiple of 8 and H is even.
 static Convolve convolution(int W, int C) {
   if (W % 16 == 0) return C == 16 ? image<1, 16, 16> : C == 32 ? image<1, 16, 32> : image<1, 16, 64>;
   return C == 16 ? image<2, 8, 16> : C == 32 ? image<2, 8, 32> : image<2, 8, 64>;
 }
 
-// y (N, H, W, K) of x (N, H, W, C) and w (K, 3, 3, C); turned: y (N, H, W, C), the gradient of the input, of x
-// (N, H, W, K). What is put out has a multiple of 16 channels.
+// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If turned, x is the output's gradient (N, H, W, K)
+// and y receives the input's gradient (N, H, W, C). The channels of y are a multiple of 16.
 extern "C" void convolve(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W,
                          bool turned) {
   const int64_t in = turned ? K : C, out = turned ? C : K;

@@ -1,7 +1,7 @@
-"""BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16, for training on a CPU with AVX-512 and its bf16.
+"""Train with BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16 on CPUs that have AVX-512 with bf16.
 
-kernels.cpp does not depend on torch. The machine's own g++ builds it once, in two seconds; ctypes calls it; it runs in
-the threads of torch's OpenMP. Each of its functions is an operator of torch, so that profilers and counters see it:
+kernels.cpp does not depend on torch. The machine's own g++ builds it once, in two seconds, and ctypes calls it. It runs
+in the threads of torch's OpenMP. Each of its functions is an operator of torch, so profilers and counters see it:
 
     torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, passed, stats)
     torch.ops.fastres_kernels.cpp_batch_norm_act_backward    (g, g2, x, …) -> (dx, dz, dweight, dbias)
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # as /proc/cpuinfo names them
+ISA = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2")  # names as in /proc/cpuinfo
 FLAGS = (*("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"), *(f"-m{name.replace('_', '')}" for name in ISA))
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # of kernels.cpp: result and argument types
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # functions of kernels.cpp: result type, argument types
     "bn_forward": (None, [POINTER] * 9 + [INTEGER] * 2 + [REAL] * 2),
     "bn_backward": (None, [POINTER] * 9 + [INTEGER] * 2),
     "weight_gradient": (None, [POINTER] * 3 + [INTEGER] * 6),
@@ -55,7 +55,7 @@ def available() -> tuple[bool, str]:
 
 @cache
 def _find_library() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or None, and the reason in words. Once per process, because building takes two seconds."""
+    """Return the library or None, and the reason. Cached for the process, because building takes two seconds."""
     missing = missing_instructions()
     if missing:
         return None, missing
@@ -79,7 +79,7 @@ def _library() -> ctypes.CDLL:
 
 
 def missing_instructions() -> str:
-    """Return the reason why this processor cannot run the kernels, or "" if it can."""
+    """Return the reason why this CPU or platform cannot run the kernels, or "" if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the C++ kernels are for Linux on x86-64"
     words = Path("/proc/cpuinfo").read_text().split()
@@ -99,19 +99,19 @@ def build(compiler: str) -> ctypes.CDLL:
     store: Path | None = None
     try:
         store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
-        with suppress(OSError):  # missing or damaged, so it is built
+        with suppress(OSError):  # a missing or damaged file is built below
             return load(store / file)
         store.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=store)
-    except (OSError, RuntimeError):  # no home, or one that is not writable, so every process builds its own
+    except (OSError, RuntimeError):  # without a writable home every process builds its own library
         store, folder = None, tempfile.TemporaryDirectory()
     with folder as name:
         fresh = Path(name) / file
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        library = load(fresh)  # before it is cached, so that a library that does not load is not cached
+        library = load(fresh)  # load first, so that a library that does not load is never cached
         if store:
-            fresh.replace(store / file)  # atomic, so processes may build at the same time
+            fresh.replace(store / file)  # atomic, so several processes may build at the same time
     return library
 
 
@@ -125,7 +125,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _ready(x: Tensor) -> bool:
-    """Return True if the kernels support x's device, dtype and rank, are available, and nothing is being compiled."""
+    """Return True if the kernels are available for x: bf16, 4-D, on a CPU, and not under torch.compile."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -148,7 +148,7 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     c = norm.num_features
     return (
         norm.training
-        and 64 % c == 0  # for 128 and more channels ATen's backward was faster: 0.8 x
+        and 64 % c == 0  # for 128 and more channels ATen's backward was faster (this one had 0.8 x its speed)
         and _ready(x)
         and x.shape[1] == c
         and x.numel() % 64 == 0
@@ -161,34 +161,38 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W) bf16
     residual: Tensor | None,  # (N, C, H, W)
-    skip: Tensor | None,  # (N, C, H, W); receives the residual's gradient in its place, if given
+    skip: Tensor | None,  # (N, C, H, W); if given, receives the residual's gradient instead of the residual
     norm: nn.BatchNorm2d,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute y = act(BatchNorm(x) + residual) with x's statistics, and update the running statistics as torch does.
 
-    The forward makes two passes over x, and the backward two over x and the gradient; ReLU's mask is kept as bits. With
-    a residual that is 8 bytes per element forward and 12 backward, or 14 with two gradients. Sums are float32 over
-    16,384 values and float64 beyond, in an order that does not depend on the number of threads.
+    x and norm have to satisfy `normalises`. The forward makes two passes over x, and the backward two over x and the
+    gradient. ReLU's mask is saved as bits. With a residual that is 8 bytes per element forward and 12 backward, or 14
+    with two gradients. Sums are float32 within chunks of 16,384 values and float64 across chunks, in an order that does
+    not depend on the number of threads, so results are bitwise reproducible.
 
     Returns:
-        y, channels-last, bf16; and y again, for a skip connection. The backward adds the gradients of the two in its
-        first pass.
+        y, channels-last, bf16; and y again, for a skip connection. The backward adds the gradients of both in its first
+        pass.
 
     Raises:
         NotImplementedError: on differentiating a gradient.
     """
-    state: tuple[Any, ...] = (None, None, 0.0)
+    state: tuple[Any, ...] = (None, None, 0.0)  # running mean and variance, momentum
     if norm.track_running_stats:
         batches = norm.num_batches_tracked
         assert batches is not None
         batches.add_(1)
         momentum = 1 / int(batches) if norm.momentum is None else norm.momentum
         state = (norm.running_mean, norm.running_var, momentum)
-    return _BatchNormAct.apply(x, residual, skip, norm.weight, norm.bias, *state, norm.eps, relu)
+    y: tuple[Tensor, Tensor] = _BatchNormAct.apply(x, residual, skip, norm.weight, norm.bias, *state, norm.eps, relu)
+    return y
 
 
 class _BatchNormAct(torch.autograd.Function):
+    """Autograd of batch_norm_act: returns y twice, and adds both gradients in the backward's first pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None, *rest: Any) -> Any:
         x = _dense(x)
@@ -197,12 +201,12 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, passed, stats)
         ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
         ctx.set_materialize_grads(False)
-        return y, y.detach()
+        return y, y.detach()  # detached, the second y is an output with a gradient of its own
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
         _refuse_double("BatchNorm")
-        if g is None:
+        if g is None:  # only the skip connection has a gradient
             g, g2 = g2, None
         if g is None:
             return (None,) * 10
@@ -228,7 +232,7 @@ def _forward(
     Returns:
         y: (N, C, H, W) bf16.
         passed: (NCHW/16,) int16, ReLU's mask, one bit per element; empty without ReLU.
-        stats: (3, 64) float32: mean, 1/deviation and weight/deviation, repeated if C is less than 64.
+        stats: (3, 64) float32: mean, 1/√(var + eps) and weight/√(var + eps), repeated if C is less than 64.
     """
     y = torch.empty_like(x)
     passed = torch.empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
@@ -242,13 +246,19 @@ def _forward(
 
 def _backward(
     g: Tensor,  # (N, C, H, W), the gradient of y
-    g2: Tensor | None,  # (N, C, H, W), to be added to g
+    g2: Tensor | None,  # (N, C, H, W), a second gradient of y, added to g
     x: Tensor,  # (N, C, H, W)
-    passed: Tensor,  # as _forward returned it, and stats too
-    stats: Tensor,
+    passed: Tensor,  # from _forward
+    stats: Tensor,  # from _forward
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx; the residual's gradient, empty without residual and g2; dweight and dbias, (C,) float32."""
+    """Compute the backward of batch_norm_act.
+
+    Returns:
+        dx: (N, C, H, W) bf16.
+        dz: (N, C, H, W) bf16, g + g2 masked by ReLU, which is the residual's gradient; empty without residual and g2.
+        dweight, dbias: (C,) float32.
+    """
     keeps, relu, c = has_residual or g2 is not None, len(passed) > 0, x.shape[1]
     dx, dz = torch.empty_like(x), torch.empty_like(x) if keeps else x.new_empty(0)
     dweight, dbias = torch.empty(c), torch.empty(c)
@@ -264,8 +274,8 @@ def _backward(
 def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return True if conv2d can compute conv(x) in training for x (N, C, H, W).
 
-    x or autocast has to be bf16. The convolution has to be 3×3 with padding 1, stride 1 or 2 and no groups or dilation,
-    from a multiple of 16 channels to a multiple of 8, with 64 channels at most.
+    x has to be bf16, and so has autocast's dtype or, without autocast, the weight. The convolution has to be 3×3 with
+    padding 1, stride 1 or 2 and no groups or dilation, from a multiple of 16 channels to a multiple of 8, at most 64.
     """
     if not (torch.is_grad_enabled() and conv.weight.requires_grad and _three_by_three(conv)):
         return False
@@ -273,10 +283,11 @@ def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
     else:
         fits = conv.weight.dtype == torch.bfloat16
-    return fits and _ready(x) and x.shape[1] == conv.in_channels  # otherwise torch reports the error
+    return fits and _ready(x) and x.shape[1] == conv.in_channels  # if not equal, torch raises its own error
 
 
 def _three_by_three(conv: nn.Conv2d) -> bool:
+    """Return True if conv2d supports the geometry and the channels of `conv`."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride in ((1, 1), (2, 2))
@@ -293,13 +304,15 @@ def _three_by_three(conv: nn.Conv2d) -> bool:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Compute the 3×3 convolution with padding 1 and stride S in bf16.
 
-    Products of bf16 are summed in float32. The weight's gradient is never rounded to bf16, and is bitwise reproducible
-    for a given number of threads.
+    kernels.cpp computes the weight's gradient, and the other two convolutions if it has a kernel for them (see
+    `_has_kernel`); oneDNN computes the rest. Products of bf16 are summed in float32. The weight's gradient is never
+    rounded to bf16, and is bitwise reproducible for a given number of threads.
 
     Args:
-        x: (N, C, H, W).
-        weight: (K, C, 3, 3).
+        x: (N, C, H, W), cast to bf16.
+        weight: (K, C, 3, 3), cast to bf16.
         bias: (K,).
+        stride: S, 1 or 2.
 
     Returns:
         (N, K, ⌈H/S⌉, ⌈W/S⌉) bf16, channels-last.
@@ -307,17 +320,21 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     Raises:
         NotImplementedError: on differentiating a gradient.
     """
-    return _Conv2d.apply(x, weight, bias, stride)
+    y: Tensor = _Conv2d.apply(x, weight, bias, stride)
+    return y
 
 
 class _Conv2d(torch.autograd.Function):
+    """Autograd of conv2d."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         x, w = _dense(x), _dense(weight)
         ctx.save_for_backward(x, w)
         ctx.stride, ctx.has_bias = stride, bias is not None
         if bias is None and _has_kernel(x, w.shape[0], stride):
-            return OPS.cpp_convolution(x, w, False)
+            y: Tensor = OPS.cpp_convolution(x, w, False)
+            return y
         return F.conv2d(x, w, None if bias is None else bias.to(torch.bfloat16), stride, 1)
 
     @staticmethod
@@ -336,7 +353,11 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
-    """Return True if kernels.cpp has a convolution for x, (N, C, H, W); oneDNN computes the others."""
+    """Return True if kernels.cpp has a convolution for x, (N, C, H, W), to `out_channels`; oneDNN computes the others.
+
+    The kernels are compiled for 16, 32 and 64 input channels and blocks of 16 output channels, and tile an image in
+    rows of 16 pixels or in 2 rows × 8 pixels.
+    """
     _, c, h, w = x.shape
     return stride == 1 and c in (16, 32, 64) and out_channels % 16 == 0 and (w % 16 == 0 or (w % 8 == h % 2 == 0))
 
@@ -344,7 +365,8 @@ def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
 def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
     """Convolve x, (N, C, H, W), with w, (K, C, 3, 3), at stride 1.
 
-    With `turned`, x is the gradient of such a convolution, (N, K, H, W), and the result the gradient of its input.
+    With `turned`, x is the gradient of such a convolution's output, (N, K, H, W), and the result is the gradient of its
+    input, (N, C, H, W), which is a convolution with the filter rotated by 180°. All are bf16 and channels-last.
     """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     y = torch.empty((n, c if turned else k, height, width), dtype=x.dtype, memory_format=torch.channels_last)
@@ -353,9 +375,9 @@ def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
-    """Return the weight's gradient, (K, C, 3, 3) float32, channels-last; C a multiple of 16, K of 8.
+    """Return the weight's gradient, (K, C, 3, 3) float32, channels-last.
 
-    x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 and channels-last.
+    x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 and channels-last; C is a multiple of 16, K of 8.
     """
     (n, c, h, w), k = x.shape, dy.shape[1]
     dw = torch.empty((k, c, 3, 3), memory_format=torch.channels_last)
@@ -367,25 +389,27 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Return t in bf16, channels-last; t itself if it is."""
+    """Return t in bf16 and channels-last; t itself if it already is."""
     return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    """Return the addresses of the tensors' data; a null pointer for None."""
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _refuse_double(what: str) -> None:
-    if torch.is_grad_enabled():  # in a backward, only under create_graph=True
+    """Raise NotImplementedError if this backward is itself to be differentiated."""
+    if torch.is_grad_enabled():  # a backward runs with gradients enabled only under create_graph=True
         raise NotImplementedError(
-            f"fastres_kernels: the C++ {what} has no double backward; use model.norm torch and engine.conv torch where "
-            "gradients of gradients are needed"
+            f"fastres_kernels: the C++ {what} has no double backward; use model.norm torch and engine.conv torch if "
+            "you need gradients of gradients"
         )
 
 
 # ---- as operators of torch ---------------------------------------------------------------------------------
 
-_operators = torch.library.Library("fastres_kernels", "FRAGMENT")
+_operators: Any = torch.library.Library("fastres_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema, _function in {
     "cpp_batch_norm_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)": _forward,
@@ -400,13 +424,18 @@ OPS = torch.ops.fastres_kernels
 
 
 @register_flop_formula(OPS.cpp_convolution)
-def _flops_of_convolution(x: Any, w: Any, turned: bool, *, out_shape: Any = None, **_: Any) -> int:
-    """Return the number of operations; a multiply-add counts as two."""
+def _flops_of_convolution(
+    x: tuple[int, ...], w: tuple[int, ...], turned: bool, *, out_shape: Any = None, **__: Any
+) -> int:
+    """Return the number of operations from the shapes; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
     return 2 * n * height * width * k * c * 9
 
 
 @register_flop_formula(OPS.cpp_weight_gradient)
-def _flops_of_weight_gradient(x: Any, dy: Any, stride: int, *, out_shape: Any = None, **_: Any) -> int:
+def _flops_of_weight_gradient(
+    x: tuple[int, ...], dy: tuple[int, ...], stride: int, *, out_shape: Any = None, **_: Any
+) -> int:
+    """Return the number of operations from the shapes; a multiply-add counts as two."""
     n, k, height, width = dy
     return 2 * n * height * width * k * x[1] * 9

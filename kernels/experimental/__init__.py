@@ -1,4 +1,4 @@
-"""Convolutions that normalise their input and measure their output; on no default path."""
+"""Convolutions fused with the normalisation of their input and the statistics of their output; off by default."""
 
 import lazy_loader as lazy
 

@@ -1,9 +1,9 @@
-"""The 1×1 convolution as a matrix product, with its input made in the prologue and its output summed in the epilogue.
+"""Compute 1×1 convolutions as matrix products; normalise the input in the prologue, sum the output in the epilogue.
 
     forward          z  = a · weightᵀ     [M, C] × [C, K], a = relu(norm(x))
     input gradient   da = dz · weight     [M, K] × [K, C]
 
-One kernel does both; the weight's gradient is in conv_common.py. Bytes per pixel, in bf16:
+One kernel computes both; the weight gradient is in conv_common.py. Bytes per pixel, in bf16:
 
     forward          reads x            2·C          writes z     2·K
     input gradient   reads z, dz and x  4·K + 2·C    writes dx    2·C
@@ -46,7 +46,7 @@ def conv_1x1_kernel(
     gamma,
     beta,
     eps,
-    dz,  # [M, K]; the gradient's five are None forward
+    dz,  # [M, K]; dz to mean_z are None in the forward
     dmean_z,  # (K,) float32
     dvar_z,
     z,  # [M, K]
@@ -54,12 +54,12 @@ def conv_1x1_kernel(
     weight,  # (K, C) of x's dtype
     stride_k,
     stride_c,
-    out,  # [M, K], z; backward [M, C], dx
-    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
+    out,  # forward [M, K], z; backward [M, C], dx
+    partials,  # float32; forward (P, 3, K): origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
     arrived,  # () int32: see grid_sync.py
-    mean_out,  # (K,) float32, of z, as the next one; None backward
+    mean_out,  # (K,) float32, mean of z; None in the backward, as var_out
     var_out,
-    dmean,  # (C,) float32; these four are None forward, and where their vector is
+    dmean,  # (C,) float32; dmean to dbeta are None in the forward, and if their vector is None
     dvar,
     dgamma,
     dbeta,
@@ -73,8 +73,9 @@ def conv_1x1_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """A CTA makes BLOCK pixels of BLOCK_OUT channels. CTAs of the same pixels are neighbours, so that all but
-    the first find the input in the L2.
+    """Compute BLOCK pixels × BLOCK_OUT channels per CTA; with z, the input gradient, else the forward.
+
+    CTAs of the same pixels have consecutive numbers, so that all but the first find the input in the L2.
     """
     BACKWARD: tl.constexpr = z is not None
     AFFINE: tl.constexpr = ((dmean_z is not None) or (dvar_z is not None)) if BACKWARD else mean is not None
@@ -120,7 +121,7 @@ def conv_1x1_kernel(
 
 
 def options(dtype: torch.dtype, c_in: int, c_out: int, backward: bool) -> dict[str, int]:
-    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    """Return the tile's shape, warps and stages; they compile for sm_80 and sm_90 without spilling registers."""
     block_in, block_out = (max(16, next_power_of_two(n)) for n in (c_in, c_out))
     if dtype == torch.float32:
         return {"BLOCK": 32, "BLOCK_IN": 16, "BLOCK_OUT": min(block_out, 32), "num_warps": 4, "num_stages": 1}
@@ -130,14 +131,14 @@ def options(dtype: torch.dtype, c_in: int, c_out: int, backward: bool) -> dict[s
 
 
 def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None) -> Results:
-    """z and its statistics; with a gradient dx and the gradients of the normalisation."""
+    """Compute z and its statistics; with a `gradient`, dx and the gradients of the normalisation."""
     m, c = matrix_shape(x)
     k = weight.shape[0]
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out, gradient is not None)
     pieces = ceil_div(m, tile["BLOCK"])
     found = results(x, c_out, pieces, norm, gradient)
-    # Cast here: every CTA reads it, and it can be larger than what the CTA reads of x.
+    # Cast here and not in the kernel, because every CTA reads the weight, which can be larger than its part of x.
     weight = weight.to(x.dtype)
     launchable(conv_1x1_kernel, opaque=True)[(pieces * ceil_div(c_out, tile["BLOCK_OUT"]),)](
         x,

@@ -1,7 +1,8 @@
-"""The 3×3 convolution of few channels, with its input made in the prologue and its output summed in the epilogue.
+"""Compute 3×3 convolutions of few channels; normalise the input in the prologue, sum the output in the epilogue.
 
-z = conv(relu(norm(x)), weight), stride 1, zero padding, and the statistics of z; backward, from z's gradient, that of
-x. Stride-1 convolutions differentiate to convolutions: one kernel does both, with the filter turned half around.
+The forward is z = conv(relu(norm(x)), weight), stride 1, zero padding, with the statistics of z. The backward computes
+x's gradient from z's. The gradient of a stride-1 convolution is a convolution with the filter rotated by 180°, so one
+kernel computes both.
 
 Bytes per element of one activation, in bf16, with C = K:
 
@@ -9,7 +10,7 @@ Bytes per element of one activation, in bf16, with C = K:
     input gradient   reads z, dz and x  6    writes dx    2
     weight gradient  reads x, z and dz  6
 
-As kernels of their own, statistics and normalisation add 6 to the forward's 4. None of it has been measured yet.
+In separate kernels, statistics and normalisation would add 6 to the forward's 4. None of this has been measured yet.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .conv_common import (
 
 @triton.jit
 def load_column(weight, s, i, o, strides, dtype: tl.constexpr):
-    """Column s of the filter: for its rows 0, 1, 2 the matrix from the input channels i to the output channels o."""
+    """Load column s of the filter: for each of its rows 0, 1, 2 a matrix of input channels i × output channels o."""
     stride_i, stride_o, stride_r, stride_s = strides
     addresses = weight + s * stride_s + i[:, None] * stride_i + o[None, :] * stride_o
     return (
@@ -60,7 +61,7 @@ def conv_3x3_kernel(
     gamma,
     beta,
     eps,
-    dz,  # [N, H, W, K]; the gradient's five are None forward
+    dz,  # [N, H, W, K]; dz to mean_z are None in the forward
     dmean_z,  # (K,) float32
     dvar_z,
     z,  # [N, H, W, K]
@@ -70,19 +71,19 @@ def conv_3x3_kernel(
     stride_c,
     stride_r,
     stride_s,
-    out,  # [N, H, W, K], z; backward [N, H, W, C], dx
-    partials,  # (P, 3, K) float32: origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
+    out,  # forward [N, H, W, K], z; backward [N, H, W, C], dx
+    partials,  # float32; forward (P, 3, K): origin, mean, M2; backward (P, 2, C): Σ g, Σ g·(x - mean), or None
     arrived,  # () int32: see grid_sync.py
-    mean_out,  # (K,) float32, of z, as the next one; None backward
+    mean_out,  # (K,) float32, mean of z; None in the backward, as var_out
     var_out,
-    dmean,  # (C,) float32; these four are None forward, and where their vector is
+    dmean,  # (C,) float32; dmean to dbeta are None in the forward, and if their vector is None
     dvar,
     dgamma,
     dbeta,
     N,
     H,
     W,
-    ROWS,  # of one CTA
+    ROWS,  # per CTA
     FINAL_REDUCERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -92,14 +93,16 @@ def conv_3x3_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """A CTA takes BLOCK columns, of several images where those are narrow, and walks down ROWS rows of them.
+    """Compute BLOCK columns × ROWS rows per CTA, row by row; with z, the input gradient, else the forward.
 
-    Each row of the input is loaded three times, shifted for the filter's columns, and added to the three rows of the
-    output that it touches: the one below begins, the one above is complete. Nine loads a pixel, one for each tap, would
-    apply the prologue three times as often, and that, not memory, would then be the limit.
+    The columns of a CTA may belong to several images if the images are narrow.
 
-    Nine dots a row, one for each tap. Three dots over the 3·C contiguous numbers that a row of the window is would have
-    to be padded to 4·C, a power of two: a third more matrix instructions.
+    Each input row is loaded three times, shifted for the filter's columns, and added to the three output rows that it
+    contributes to: the row below starts, the row above is complete. Nine loads per pixel, one per tap, would apply the
+    prologue three times as often, and the prologue would then be the limit, not memory.
+
+    A row takes nine dots, one per tap. The alternative is three dots over the 3·C contiguous numbers of a row of the
+    window, but they would have to be padded to 4·C, a power of two, which is a third more matrix instructions.
     """
     BACKWARD: tl.constexpr = z is not None
     AFFINE: tl.constexpr = ((dmean_z is not None) or (dvar_z is not None)) if BACKWARD else mean is not None
@@ -111,19 +114,20 @@ def conv_3x3_kernel(
     q = block * BLOCK + tl.arange(0, BLOCK)
     valid = q < N * W
     column = q % W
-    # 64 bits for the base of the block's first image only; from there 32 will do.
+    # Only the base of the block's first image needs 64 bits; 32 bits are enough for offsets from it.
     image = block * BLOCK // W
     base = image.to(tl.int64) * (H * W)
     pixel = ((q // W - image) * (H * W) + column)[:, None]
     o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
 
     if BACKWARD:
-        # The transpose of a convolution takes the filter from output to input channels, turned half around.
+        # The input gradient is a convolution from output to input channels, its filter rotated by 180°.
         strides = (stride_k, stride_c, -stride_r, -stride_s)
         weight += 2 * stride_r + 2 * stride_s
     else:
         strides = (stride_c, stride_k, stride_r, stride_s)
-    # Where a tile has all the input's channels, what depends on no row stays on chip, the filter in shared memory.
+    # If a tile has all input channels, everything that does not depend on the row stays on chip: the filter in shared
+    # memory.
     WHOLE: tl.constexpr = BLOCK_IN == IN
     if WHOLE:
         i = tl.arange(0, IN)
@@ -134,11 +138,11 @@ def conv_3x3_kernel(
             load_column(weight, 2, i, o, strides, dtype),
         )
 
-    # Rows h - 1 and h of the output, as far as they are summed.
+    # Partial sums of rows h - 1 and h of the output.
     above = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
     here = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
-    # Of every column, over the rows that are done: Σ v and Σ v², where v is z about its value in the first of them, and
-    # so small; backward, Σ g and Σ g·(x - mean).
+    # Per column, sums over the completed rows. Forward: Σ v and Σ v² of v = z - origin, which is small, because origin
+    # is z in the first row. Backward: Σ g and Σ g·(x - mean).
     origin = tl.zeros([BLOCK, BLOCK_OUT], dtype)
     first_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
     second_sum = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
@@ -160,7 +164,7 @@ def conv_3x3_kernel(
                 below = tl.dot(tile, tap[0], below, input_precision="ieee")
                 here = tl.dot(tile, tap[1], here, input_precision="ieee")
                 above = tl.dot(tile, tap[2], above, input_precision="ieee")
-        # Outside the `if`, for Triton 3.6 cannot compile a dot's result that only an `if` uses for sm_90.
+        # Outside the `if`, because Triton 3.6 cannot compile a dot for sm_90 if only an `if` uses its result.
         done = tl.where(valid[:, None], above, 0.0)
         if h > first:
             row_base = (base + (h - 1) * W) * OUT
@@ -195,22 +199,22 @@ def conv_3x3_kernel(
 
 
 def options(dtype: torch.dtype, c_in: int, c_out: int) -> dict[str, int]:
-    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    """Return the tile's shape, warps and stages; they compile for sm_80 and sm_90 without spilling registers."""
     if dtype == torch.float32:
-        # No tensor cores take part, and a dot holds its whole depth in registers.
+        # Without tensor cores, a dot keeps its whole inner dimension in registers, so tiles are small.
         return {"BLOCK": 64, "BLOCK_IN": 16, "BLOCK_OUT": 16, "num_warps": 8, "num_stages": 1}
     warps = 8 if c_in == 64 else 4
     return {"BLOCK": 64, "BLOCK_IN": c_in, "BLOCK_OUT": min(c_out, 32), "num_warps": warps, "num_stages": 3}
 
 
 def convolve(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient | None = None) -> Results:
-    """z and its statistics; with a gradient dx and the gradients of the normalisation."""
+    """Compute z and its statistics; with a `gradient`, dx and the gradients of the normalisation."""
     n, c, h, w = x.shape
     k = weight.shape[0]
     c_in, c_out = (c, k) if gradient is None else (k, c)
     tile = options(x.dtype, c_in, c_out)
     columns, outs = ceil_div(n * w, tile["BLOCK"]), c_out // tile["BLOCK_OUT"]
-    # As tall as leaves enough CTAs, but two rows at least, since the rows above and below are read too.
+    # As many rows per CTA as leave enough CTAs, but at least two, because the rows above and below are read too.
     rows = min(h, max(2, h * columns * outs // MIN_CTAS))
     down = ceil_div(h, rows)
     found = results(x, c_out, columns * down, norm, gradient)

@@ -1,15 +1,16 @@
-"""What the 1×1 and the 3×3 convolution share: prologues, epilogues, how sums are finished, the weight's gradient.
+"""Parts shared by the 1×1 and 3×3 convolutions: prologues, epilogues, final reductions and the weight gradient.
 
-A channels-last tensor is a matrix [M = N·H·W, C]. What a convolution reads is made on the way in, so that it is never
-in memory: forward the activation, backward the gradient of z, to which mean_z and var_z, functions of z, contribute,
+A channels-last tensor is a matrix [M = N·H·W, C]. A convolution computes its input in the prologue, so that this input
+is never in memory: the activation a in the forward, and the gradient dz in the backward, to which mean_z and var_z
+contribute because they are functions of z:
 
     a  = relu((x - mean)·scale + beta)                     scale = gamma / √(var + eps)
     dz = dz + dmean_z/M + (z - mean_z)·2·dvar_z/M
 
-What it writes is summed over the pixels on the way out: forward to the mean and variance of z, backward to the
-gradients of mean, var, gamma and beta. Every CTA writes its sums in float32; the last ones wait for the others
-(grid_sync.py) and put all together in one fixed order, which would else be a launch more. Atomics count CTAs and
-nothing else: equal inputs give equal bits.
+The epilogue sums the output over the pixels: in the forward to the mean and variance of z, in the backward to the
+gradients of mean, var, gamma and beta. Every CTA writes its partial sums in float32. The last CTAs wait for the others
+(grid_sync.py) and reduce all partial sums in one fixed order, which saves a launch. Atomics only count CTAs, so equal
+inputs give bitwise identical results.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from ..grid_sync import counter, final_reducer, final_reducers
 from ..tiling import MIN_CTAS, ceil_div, next_power_of_two
 from ..triton_launch import launchable
 
-# What a CTA takes at a time as it finishes: of sums 8 channels and as many partials, and of the weight's gradient
-# so many numbers. Large, because the others have gone: a round waits for memory as long with few as with many.
+# Block sizes of the final reduction: BLOCK_SUMS channels × MOST_PARTIALS partial sums, or FINAL_ELEMENTS elements of
+# the weight gradient, per iteration. They are large because the other CTAs have exited by then, and an iteration costs
+# one memory latency whatever its size.
 BLOCK_SUMS, MOST_PARTIALS, FINAL_ELEMENTS = 8, 256, 4096
 
 
 class Norm(NamedTuple):
-    """The normalisation of x, (C,) float32 each. Without mean and var there is none, and no ReLU."""
+    """The normalisation of x, (C,) float32 each. If mean and var are None, x is not normalised and has no ReLU."""
 
     mean: Tensor | None
     var: Tensor | None
@@ -43,7 +45,7 @@ class Norm(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What the gradient of z is made from; None is zero."""
+    """The terms of the gradient of z; None means zero."""
 
     dz: Tensor | None  # (N, K, H, W) channels-last
     dmean_z: Tensor | None  # (K,) float32
@@ -52,7 +54,7 @@ class Gradient(NamedTuple):
     mean_z: Tensor  # (K,) float32
 
 
-NO_GRADIENT = (None,) * 5  # in its place forward
+NO_GRADIENT = (None,) * 5  # replaces a Gradient in the forward
 
 
 # ---- prologues ---------------------------------------------------------------------------------------------
@@ -60,33 +62,34 @@ NO_GRADIENT = (None,) * 5  # in its place forward
 
 @triton.jit
 def channel(pointer, c, C, default: tl.constexpr):
-    """A (C,) vector at the channels c; `default` beyond the last, and where there is no vector."""
+    """Load a (C,) vector at the channels c; return `default` beyond the last channel, or if the vector is None."""
     return tl.full(c.shape, default, tl.float32) if pointer is None else tl.load(pointer + c, c < C, other=default)
 
 
 @triton.jit
 def inverse_std(var, eps, c, C):
+    """Return 1/√(var + eps) at the channels c."""
     return tl.rsqrt(channel(var, c, C, 1.0) + eps)
 
 
 @triton.jit
 def activation_terms(mean, var, gamma, beta, eps, c, C):
-    """mean, scale, beta at the channels c."""
+    """Return mean, scale and beta at the channels c."""
     scale = inverse_std(var, eps, c, C) * channel(gamma, c, C, 1.0)
     return channel(mean, c, C, 0.0), scale, channel(beta, c, C, 0.0)
 
 
 @triton.jit
 def load_activation(x, base, offsets, inside, terms, NORM: tl.constexpr):
-    """A tile of a, in x's dtype; zero where not inside, since padding is of a, not of x.
+    """Load a tile of the activation a, in x's dtype; zero outside of `inside`, because padding applies to a, not x.
 
-    `base` is the tile's, in 64 bits; the offsets from it need 32 at most.
+    `base` is the tile's first element in 64 bits; offsets from it need 32 bits at most.
     """
     value = tl.load(x + base + offsets, inside, other=0.0)
     if NORM:
         mean, scale, beta = terms
         a = affine(value.to(tl.float32), mean, scale, beta)
-        # NaN passes, as in torch: a bad value should be seen, not hidden.
+        # NaN passes, as in torch, so that a bad value is seen and not hidden.
         a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
         value = tl.where(inside, a, 0.0).to(value.dtype)
     return value
@@ -94,14 +97,14 @@ def load_activation(x, base, offsets, inside, terms, NORM: tl.constexpr):
 
 @triton.jit
 def gradient_terms(dmean_z, dvar_z, mean_z, M, c, C):
-    """mean_z, 2·dvar_z/M, dmean_z/M at the channels c."""
+    """Return mean_z, 2·dvar_z/M and dmean_z/M at the channels c."""
     slope = channel(dvar_z, c, C, 0.0) * (2.0 / M)
     return channel(mean_z, c, C, 0.0), slope, channel(dmean_z, c, C, 0.0) / M
 
 
 @triton.jit
 def load_gradient(dz, z, base, offsets, inside, terms, STATISTICS: tl.constexpr):
-    """A tile of the whole gradient of z, in z's dtype; zero where not inside."""
+    """Load a tile of the total gradient of z, in z's dtype; zero outside of `inside`."""
     value = tl.zeros(offsets.shape, tl.float32)
     if STATISTICS:
         mean_z, slope, shift = terms
@@ -114,7 +117,7 @@ def load_gradient(dz, z, base, offsets, inside, terms, STATISTICS: tl.constexpr)
 
 @triton.jit
 def input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN: tl.constexpr, BACKWARD: tl.constexpr):
-    """What load_input needs of the input's channels i."""
+    """Return the terms that load_input needs for the input channels i."""
     if BACKWARD:
         terms = gradient_terms(dmean_z, dvar_z, mean_z, M, i, IN)
     else:
@@ -124,7 +127,7 @@ def input_terms(mean, var, gamma, beta, eps, dmean_z, dvar_z, mean_z, M, i, IN: 
 
 @triton.jit
 def load_input(x, dz, z, base, offsets, inside, terms, AFFINE: tl.constexpr, BACKWARD: tl.constexpr):
-    """A tile of what is convolved: a, or backward the gradient of z."""
+    """Load a tile of the convolution's input: a in the forward, the gradient of z in the backward."""
     if BACKWARD:
         tile = load_gradient(dz, z, base, offsets, inside, terms, AFFINE)
     else:
@@ -137,7 +140,7 @@ def load_input(x, dz, z, base, offsets, inside, terms, AFFINE: tl.constexpr, BAC
 
 @triton.jit
 def store_output(z, sums, base, offsets, inside):
-    """Writes a tile of z; returns it as it was rounded."""
+    """Store a tile of z, and return it rounded to z's dtype."""
     rounded = sums.to(z.dtype.element_ty)
     tl.store(z + base + offsets, rounded, inside)
     return rounded
@@ -145,9 +148,9 @@ def store_output(z, sums, base, offsets, inside):
 
 @triton.jit
 def store_input_gradient(dx, da, x, base, offsets, inside, mean, var, gamma, beta, eps, c, C):
-    """Writes a tile of x's gradient; returns g = da where ReLU let through, and g·(x - mean).
+    """Store a tile of x's gradient; return g, which is da masked by ReLU, and g·(x - mean).
 
-    The gate is recomputed from x: x is needed anyway, and a mask in memory would have to be read too.
+    The mask is recomputed from x, because x is needed anyway and a stored mask would have to be read too.
     """
     if mean is None:
         gated = da
@@ -164,9 +167,9 @@ def store_input_gradient(dx, da, x, base, offsets, inside, mean, var, gamma, bet
 
 @triton.jit
 def store_statistics(partials, program, counts, origin, mean, m2, o, OUT: tl.constexpr):
-    """Of the channels o, origin, mean about it and M2 of a tile, each row of which has those of `counts` pixels.
+    """Store origin, mean about origin and M2 of a tile's channels o; a row of the tile covers `counts` pixels.
 
-    An origin near the values leaves a float32 digits for the mean that one about zero would not have.
+    With an origin near the values, float32 keeps digits of the mean that it would lose about zero.
     """
     origin = origin.to(tl.float32)
     first = tl.arange(0, origin.shape[0])[:, None] == 0
@@ -181,32 +184,35 @@ def store_statistics(partials, program, counts, origin, mean, m2, o, OUT: tl.con
 
 @triton.jit
 def store_sums(partials, program, g, projected, o, OUT: tl.constexpr):
-    """Of the channels o, the sums over a tile's rows."""
+    """Store the sums of g and projected over a tile's rows, for the channels o."""
     to = partials + program * (2 * OUT) + o
     tl.store(to, tl.sum(g, 0), o < OUT)
     tl.store(to + OUT, tl.sum(projected, 0), o < OUT)
 
 
-# ---- what finishes a kernel --------------------------------------------------------------------------------
+# ---- final reductions --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def reduce_statistics(
-    partials,  # (P, 3, K) float32, of each CTA's pixels: origin, mean about it, M2
+    partials,  # (P, 3, K) float32: origin, mean about origin and M2 of each CTA's pixels
     mean_z,  # (K,) float32
     var_z,
-    WIDTH,  # the pixels as a rectangle,
+    WIDTH,  # all pixels form a rectangle of WIDTH × HEIGHT
     HEIGHT,
-    COLUMNS: tl.constexpr,  # and a CTA's piece of it; pieces are numbered row by row
+    COLUMNS: tl.constexpr,  # each CTA has a piece of COLUMNS × ROWS; pieces are numbered row by row
     ROWS,
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """mean and M2 / count of all pixels (Chan, Golub & LeVeque 1979). Reads 12·P bytes a channel."""
+    """Merge the partials to the mean and M2 / count of all pixels (Chan, Golub & LeVeque 1979).
+
+    Reads 12·P bytes per channel.
+    """
     across = tl.cdiv(WIDTH, COLUMNS)
     for start_k in range(index * BLOCK_K, K, reducers * BLOCK_K):
         k = start_k + tl.arange(0, BLOCK_K)
@@ -217,7 +223,7 @@ def reduce_statistics(
         for start in range(0, P, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             mask = (p < P)[:, None] & (k < K)[None, :]
-            # The last piece of a row, and those of the last row, may be smaller.
+            # The last piece of a row and the pieces of the last row may be smaller.
             columns = tl.minimum(WIDTH - p % across * COLUMNS, COLUMNS)
             rows = tl.minimum(HEIGHT - p // across * ROWS, ROWS)
             counts = tl.where(p < P, columns * rows, 0).to(tl.float32)[:, None]
@@ -241,13 +247,13 @@ def reduce_norm_gradients(
     dgamma,
     dbeta,
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradients of what normalised x. Reads 8·P bytes a channel."""
+    """Reduce the partials to the gradients of x's normalisation. Reads 8·P bytes per channel."""
     for start_c in range(index * BLOCK_C, C, reducers * BLOCK_C):
         c = start_c + tl.arange(0, BLOCK_C)
         mask = c < C
@@ -263,7 +269,7 @@ def reduce_convolution_sums(
     ROWS, P, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, FINAL_REDUCERS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of z, or backward the gradients of what normalised x, from what every CTA has stored."""
+    """Do the final reduction: the statistics of z, or in the backward the gradients of x's normalisation."""
     if partials is not None:
         index, reducers = final_reducer(arrived, FINAL_REDUCERS)
         if index >= 0:
@@ -282,13 +288,13 @@ def reduce_weight_gradient(
     partials,  # (P, N) float32
     dweight,  # (N,)
     P,
-    index,  # of this CTA among those doing the final reduction
-    reducers,  # the number of those CTAs
+    index,  # of this CTA among the CTAs doing the final reduction
+    reducers,  # number of CTAs doing the final reduction
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Σ over P, slot by slot and over the slots at the end."""
+    """Sum the P partials element by element in BLOCK_P slots, and then sum the slots."""
     for start_n in range(index * BLOCK_N, N, reducers * BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -299,7 +305,7 @@ def reduce_weight_gradient(
         tl.store(dweight + n, tl.sum(total, 0).to(dweight.dtype.element_ty), n < N)
 
 
-# ---- the weight's gradient ---------------------------------------------------------------------------------
+# ---- weight gradient ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -321,7 +327,7 @@ def weight_gradient_kernel(
     H,
     W,
     M,
-    PIXELS,  # of one CTA
+    PIXELS,  # per CTA
     FINAL_REDUCERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -332,11 +338,11 @@ def weight_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight[k, c, r, s] = Σ dz[n, h - r, w, k] · a[n, h, w + s, c], with r and s counted from the filter's centre.
+    """Compute dweight[k, c, r, s] = Σ dz[n, h - r, w, k] · a[n, h, w + s, c].
 
-    Shifting a by columns and dz by rows takes R loads of each, where shifting one of them both ways would take R² + 1.
-    Reads x, z and dz, 6 bytes for every element in bf16 (the shifts come from the cache), K/BLOCK_K and C/BLOCK_C
-    times.
+    r and s are counted from the filter's centre. Shifting a by columns and dz by rows takes R loads of each; shifting
+    only one of them would take R² + 1 loads. Reads x K/BLOCK_K times, and z and dz C/BLOCK_C times, together 6 bytes
+    per element in bf16 for a factor of 1. The shifts hit the cache.
     """
     NORM: tl.constexpr = mean is not None
     STATISTICS: tl.constexpr = (dmean_z is not None) or (dvar_z is not None)
@@ -386,25 +392,25 @@ def weight_gradient_kernel(
 
 
 class Results(NamedTuple):
-    """What a convolution fills, in the order in which the kernels take it; None for what there is not."""
+    """The results and scratch tensors of a convolution, in the order of the kernels' arguments; None if not needed."""
 
-    out: Tensor  # (N, channels, H, W) channels-last: z; backward dx
-    partials: Tensor | None  # (P, 3, K) float32; backward (P, 2, C)
-    arrived: Tensor | None  # () int32
-    mean_z: Tensor | None  # (K,) float32, as the next one
+    out: Tensor  # (N, channels, H, W) channels-last: z, or dx in the backward
+    partials: Tensor | None  # float32: (P, 3, K), or (P, 2, C) in the backward
+    arrived: Tensor | None  # () int32: see grid_sync.py
+    mean_z: Tensor | None  # (K,) float32; forward only, as var_z
     var_z: Tensor | None
-    dmean: Tensor | None  # (C,), each as what it is the gradient of; these four backward only
+    dmean: Tensor | None  # (C,); dmean to dbeta are for the backward only
     dvar: Tensor | None
     dgamma: Tensor | None
     dbeta: Tensor | None
 
 
 def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradient | None) -> Results:
-    """For x, of which z or dx has so many channels, and so many CTAs each a piece."""
+    """Allocate the Results of a convolution of x to `channels` channels by `pieces` CTAs."""
     n, _, h, w = x.shape
     out = torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums = 3 if gradient is None else 2
-    # Without a normalisation there is nothing to sum backward.
+    # In the backward, only a normalisation needs sums.
     summed = gradient is None or norm.mean is not None
     partials = x.new_empty((pieces, sums, channels), dtype=torch.float32) if summed else None
     mean_z = var_z = None
@@ -415,17 +421,18 @@ def results(x: Tensor, channels: int, pieces: int, norm: Norm, gradient: Gradien
 
 
 def partials_at_once(pieces: int) -> int:
+    """Return BLOCK_P for a final reduction of `pieces` partials."""
     return min(next_power_of_two(pieces), MOST_PARTIALS)
 
 
 def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -> Tensor:
-    """The gradient of weight, (K, C, R, R), channels-last, of its dtype."""
+    """Compute the gradient of weight, (K, C, R, R), channels-last, in weight's dtype."""
     k, c, r, _ = weight.shape
     n, _, h, w = x.shape
     m = n * h * w
     options = weight_gradient_options(x.dtype, c, k, r)
     across, down = ceil_div(c, options["BLOCK_C"]), ceil_div(k, options["BLOCK_K"])
-    # As many CTAs as run at once, but each with more to sum than it writes.
+    # As many CTAs as run at once, but at least 256 pixels per CTA, so that it reads more than it writes.
     pixels = max(ceil_div(m * across * down, MIN_CTAS), 256)
     splits = ceil_div(m, pixels)
     partials = x.new_empty((splits, k, r, r, c), dtype=torch.float32)
@@ -455,7 +462,7 @@ def weight_gradient(x: Tensor, weight: Tensor, norm: Norm, gradient: Gradient) -
 
 
 def weight_gradient_options(dtype: torch.dtype, c: int, k: int, r: int) -> dict[str, int]:
-    """The tile's shape, warps and stages: what compiles for sm_80 and sm_90 without spilling registers."""
+    """Return the tile's shape, warps and stages; they compile for sm_80 and sm_90 without spilling registers."""
     if dtype == torch.float32:
         return {"BLOCK": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     if r == 3:

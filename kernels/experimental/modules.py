@@ -1,4 +1,4 @@
-"""Modules whose convolutions normalise their own input, and fuse_convolutions, which puts them into a network."""
+"""Modules for convolutions that normalise their own input, and fuse_convolutions, which puts them into a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ops import CHANNELS_3X3, conv_norm
 
 
 class WithStatistics(NamedTuple):
-    """The output of a NormConv2d and its statistics, which PrecomputedStatsNormAct2d normalises with."""
+    """The output of a NormConv2d with its statistics, for PrecomputedStatsNormAct2d."""
 
     z: Tensor  # (N, C, H, W)
     mean: Tensor  # (C,)
@@ -20,10 +20,10 @@ class WithStatistics(NamedTuple):
 
 
 class DeferredNormAct(NamedTuple):
-    """relu(BatchNorm(z)), which the convolution that reads it will compute."""
+    """A deferred relu(BatchNorm(z)): the convolution that reads it computes it."""
 
     z: Tensor  # (N, C, H, W)
-    mean: Tensor  # (C,); these four as BatchNormAct2d would use them
+    mean: Tensor  # (C,), as the next three
     var: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -31,20 +31,20 @@ class DeferredNormAct(NamedTuple):
 
 
 class PrecomputedStatsNormAct2d(BatchNormAct2d):
-    """BatchNormAct2d that also takes the output of a NormConv2d, whose statistics need not be computed again."""
+    """BatchNormAct2d that also accepts the output of a NormConv2d and does not compute its statistics again."""
 
     def forward(self, x: Tensor | WithStatistics, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
-        """Return BatchNormAct2d.forward's result. Raise ValueError if processes are to share given statistics."""
+        """Return BatchNormAct2d.forward's result. Raise ValueError if ranks have to share the given statistics."""
         if not isinstance(x, WithStatistics):
             return super().forward(x, residual, fork)
-        if self.algorithm == "measured":  # no table has been measured for it
+        if self.algorithm == "measured":  # dispatch_table.py has no measurements with given statistics
             y = gradient = self._unfused(x.z, residual)
         else:
             y, gradient = self._fused(x.z, residual, fork, self.algorithm, *self._given_statistics(x))
         return (y, Skip(y, gradient)) if fork else y
 
     def deferred(self, x: Tensor | WithStatistics) -> Any:
-        """Return forward(x) as a DeferredNormAct, for a NormConv2d that computes it as it reads.
+        """Return forward(x) as a DeferredNormAct, for a NormConv2d that computes it while reading z.
 
         Return forward(x) itself if x has no statistics or the activation is not ReLU.
         """
@@ -63,16 +63,18 @@ class PrecomputedStatsNormAct2d(BatchNormAct2d):
 
 
 class NormConv2d(nn.Conv2d):
-    """A convolution that normalises its input while reading it and measures its output while writing it.
+    """A convolution that normalises its input while reading it and computes statistics while writing its output.
 
-    Experimental: not yet run on a GPU. (N, C, H, W), or a DeferredNormAct of that shape -> (N, K, H, W) with its
-    statistics. 3×3 or 1×1, stride 1, "same" zero padding, no bias, groups or dilation. Triton kernels exist for every
-    1×1 convolution, and for 3×3 convolutions of 16, 32 and 64 channels. fuse_convolutions makes it of Conv2d modules.
+    (N, C, H, W), or a DeferredNormAct of that shape -> (N, K, H, W) with its statistics. The convolution is 3×3 or 1×1
+    with stride 1, "same" zero padding, and no bias, groups or dilation. Triton kernels exist for every 1×1 convolution,
+    and for 3×3 convolutions of 16, 32 and 64 channels. fuse_convolutions converts Conv2d modules to this class.
+    Experimental: not yet run on a GPU.
     """
 
     normalises_input = True
 
     def forward(self, x: Tensor | DeferredNormAct) -> WithStatistics:  # type: ignore[override]
+        """Return the convolution of x, normalised first if it is a DeferredNormAct, and its statistics."""
         norm: Any = (None, None, None, None, 0.0)
         if isinstance(x, DeferredNormAct):
             x, norm = x.z, x[1:]
@@ -85,8 +87,8 @@ class NormConv2d(nn.Conv2d):
 def fuse_convolutions(model: nn.Module) -> nn.Module:
     """Replace convolutions by NormConv2d and every BatchNormAct2d by PrecomputedStatsNormAct2d, in place.
 
-    A convolution is replaced if NormConv2d can compute it and it is 1×1 or has few channels. A BatchNormAct2d has to
-    follow each of them. Parameters, buffers and keys stay.
+    A convolution is replaced if NormConv2d can compute it and it is 1×1, or 3×3 with channels that have a kernel. Each
+    replaced convolution has to be followed by a BatchNormAct2d. Parameters, buffers and keys are unchanged.
 
     Returns:
         The model.
@@ -114,6 +116,7 @@ def _norm_conv(conv: nn.Conv2d) -> NormConv2d:
 
 
 def _fusable(conv: nn.Conv2d) -> bool:
+    """Return True if a Triton kernel of NormConv2d computes `conv`."""
     size = conv.kernel_size
     plain = conv.bias is None and conv.groups == 1 and conv.stride == conv.dilation == (1, 1)
     few = {conv.in_channels, conv.out_channels} <= CHANNELS_3X3

@@ -1,12 +1,12 @@
-"""conv_norm as a pair of functional ops of torch, with fakes and autograd. Experimental: nothing uses it by default.
+"""Register conv_norm and its backward as functional ops of torch, with fakes and autograd; off by default.
 
     torch.ops.fastres_kernels.conv_norm            (x, weight, mean, var, gamma, beta, eps) -> (z, mean_z, var_z)
-    torch.ops.fastres_kernels.conv_norm_backward   (dz, dmean_z, dvar_z, x, …) -> gradients of those six
+    torch.ops.fastres_kernels.conv_norm_backward   (dz, dmean_z, dvar_z, x, …) -> gradients of the six tensor inputs
 
-The maths is reference.conv_norm: a convolution that normalises its input on the way in and measures its output on the
-way out, so that a chain of them never writes an activation. Each op picks, by dtype, device and shape, the Triton
-kernels, one for each convolution, or the reference. torch.compile does not look into them: the counter that a kernel's
-CTAs meet at (grid_sync.py) stays from one call to the next.
+The maths is reference.conv_norm: a convolution that normalises its input while reading it and computes the statistics
+of its output while writing it, so a chain of these ops never writes an activation. Each op chooses, by dtype, device
+and shape, the Triton kernels, one per convolution, or the reference. torch.compile does not look into the ops, because
+the counter in which a kernel's CTAs count arrivals (grid_sync.py) outlives the call.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..triton_launch import HAS_TRITON, channels_last, runs_kernels
 if HAS_TRITON:
     from . import conv_1x1, conv_3x3, conv_common
 
-# Of x and of z, where there is a kernel: powers of two, and few enough for a filter to stay in shared memory.
+# Channels of x and z that the 3×3 kernels support: powers of two, small enough for the filter to fit in shared memory.
 CHANNELS_3X3 = {16, 32, 64}
 
 
 def kernels_for(x: Tensor, weight: Tensor) -> Any:
-    """conv_1x1 or conv_3x3; None where the reference computes."""
+    """Return the module conv_1x1 or conv_3x3, or None if only the reference supports x and weight."""
     if not runs_kernels(x):
         return None
     k, c, *size = weight.shape
@@ -43,13 +43,21 @@ def kernels_for(x: Tensor, weight: Tensor) -> Any:
 def conv_norm(
     x: Tensor,  # (N, C, H, W)
     weight: Tensor,  # (K, C, r, r), r = 1 or 3
-    mean: Tensor | None,  # (C,), with var: of x's normalisation; None: x is taken as it is, without ReLU
+    mean: Tensor | None,  # (C,), with var: statistics to normalise x with; None: convolve x itself, without ReLU
     var: Tensor | None,  # (C,), biased
     gamma: Tensor | None,  # (C,)
     beta: Tensor | None,  # (C,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, (N, K, H, W), channels-last, of x's dtype; its mean and biased variance, (K,), float32 or wider."""
+    """Compute z = conv(relu(gamma·(x - mean)/√(var + eps) + beta), weight), stride 1, "same" zero padding.
+
+    Returns:
+        z: (N, K, H, W) channels-last, of x's dtype.
+        mean_z, var_z: the mean and biased variance of z, (K,), float32 or wider.
+
+    Raises:
+        ValueError: if the channels of the weight or of a vector are not x's.
+    """
     vectors = (mean, var, gamma, beta)
     if any(shape != x.shape[1:2] for shape in (weight.shape[1:2], *(v.shape for v in vectors if v is not None))):
         shapes = ", ".join(str(tuple(t.shape)) for t in (weight, *vectors) if t is not None)
@@ -74,23 +82,29 @@ def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("fastres_kernels::conv_norm_backward", mutates_args=())
 def conv_norm_backward(
-    dz: Tensor | None,  # (N, K, H, W), any strides; None, here and in the next two, is zero
+    dz: Tensor | None,  # (N, K, H, W), any strides; None means zero, as for the next two
     dmean_z: Tensor | None,  # (K,)
     dvar_z: Tensor | None,  # (K,)
-    x: Tensor,  # (N, C, H, W); these seven as the forward had them
+    x: Tensor,  # (N, C, H, W); x to eps are the inputs of the forward
     weight: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
-    z: Tensor,  # (N, K, H, W); these two as it returned them
+    z: Tensor,  # (N, K, H, W); z and mean_z are results of the forward
     mean_z: Tensor,
-    want_input: bool,  # dx and those of the normalisation
+    want_input: bool,  # compute dx and the gradients of the normalisation
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and weight, channels-last, and of mean, var, gamma and beta, each of its tensor's dtype; empty
-    where not wanted, and where there is no such tensor."""
+    """Compute the gradients of conv_norm, each of its tensor's dtype.
+
+    A gradient is empty if it is not wanted or if its tensor is None.
+
+    Returns:
+        dx, dweight: of x's and weight's shapes, channels-last.
+        dmean, dvar, dgamma, dbeta: (C,).
+    """
     kernels = kernels_for(x, weight)
     dx = dweight = None
     dnorm: list[Tensor | None] = [None] * 4
@@ -143,8 +157,9 @@ def reference_backward(
     want_input: bool,
     want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """dx; dweight; dmean, dvar, dgamma, dbeta: what autograd makes of reference.conv_norm, which an op's body, being
-    below autograd, cannot ask it for. None where there is nothing.
+    """Return dx, dweight and [dmean, dvar, dgamma, dbeta] of reference.conv_norm; None for an absent gradient.
+
+    The gradients are written out by hand, because the body of an op runs below autograd.
     """
     wide = reference.wide_dtype(x)
     count = z.numel() // z.shape[1]
@@ -170,9 +185,11 @@ def reference_backward(
     dx = dweight = None
     dnorm: list[Tensor | None] = [None] * 4
     if want_weight:
-        dweight = channels_last(conv2d_weight(a, weight.shape, total, padding=padding).to(weight.dtype))
+        dweight = channels_last(
+            conv2d_weight(a, weight.shape, total, padding=padding).to(weight.dtype)  # type: ignore[no-untyped-call]
+        )
     if want_input:
-        g = conv2d_input(x.shape, weight.to(x.dtype).to(wide), total, padding=padding)
+        g = conv2d_input(x.shape, weight.to(x.dtype).to(wide), total, padding=padding)  # type: ignore[no-untyped-call]
         if mean is not None and var is not None:
             g = g.masked_fill(preactivation <= 0, 0)
             dbeta, dgamma = g.sum((0, 2, 3)), (g * normalised).sum((0, 2, 3))
@@ -187,6 +204,7 @@ def reference_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the inputs of conv_norm, z and mean_z for the backward."""
     *tensors, ctx.eps = inputs
     z, mean_z, _ = output
     ctx.set_materialize_grads(False)
@@ -194,18 +212,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dz: Tensor | None, dmean_z: Tensor | None, dvar_z: Tensor | None) -> Any:
+    """Return the gradients of conv_norm's seven inputs."""
     *tensors, z, mean_z = ctx.saved_tensors
     needs_x, needs_weight, *needs_norm, _ = ctx.needs_input_grad
     gradients = conv_norm_backward(
         dz, dmean_z, dvar_z, *tensors, ctx.eps, z, mean_z, needs_x or any(needs_norm), needs_weight
     )
-    # An empty gradient is none. (A tensor that is empty itself has no use for one.)
+    # An empty tensor stands for an absent gradient. An input that is itself empty needs no gradient.
     return *(gradient if gradient.numel() else None for gradient in gradients), None
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError(
-        "fastres_kernels: conv_norm has no double backward; use torch's layers where gradients of gradients are needed"
+        "fastres_kernels: conv_norm has no double backward; use torch's layers if you need gradients of gradients"
     )
 
 
@@ -213,34 +232,37 @@ conv_norm.register_autograd(_differentiate, setup_context=_save)
 conv_norm_backward.register_autograd(_no_double_backward)
 
 
-def _flops(x: Any, weight: Any) -> int:
-    """Of one convolution, from shapes: a multiply-add as two."""
+def _flops(x: tuple[int, ...], weight: tuple[int, ...]) -> int:
+    """Return the operations of one convolution from its shapes; a multiply-add counts as two."""
     (n, _, height, width), (k, c, r, s) = x, weight
     return 2 * n * height * width * k * c * r * s
 
 
 @register_flop_formula(torch.ops.fastres_kernels.conv_norm)
-def _flops_of_forward(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flops_of_forward(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return _flops(x, weight)
 
 
 @register_flop_formula(torch.ops.fastres_kernels.conv_norm_backward)
 def _flops_of_backward(*given: Any, out_shape: Any = None, **_: Any) -> int:
-    """Of the input's gradient and the weight's, where they are wanted."""
+    """Return the operations of the input gradient and the weight gradient, if they are wanted."""
     x, weight, want_input, want_weight = given[3], given[4], given[-2], given[-1]
-    return (want_input + want_weight) * _flops(x, weight)
+    operations: int = (want_input + want_weight) * _flops(x, weight)
+    return operations
 
 
 def _norm(mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Any:
+    """Return the vectors as a dense conv_common.Norm; all are None if mean or var is."""
     if mean is None or var is None:
         mean = var = gamma = beta = None
     return conv_common.Norm(_dense(mean), _dense(var), _dense(gamma), _dense(beta), eps)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
-    """Gradients of sums have stride 0."""
+    """Return the vector with stride 1; gradients of sums have stride 0."""
     return None if vector is None else vector.contiguous()
 
 
 def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """Return the gradient, or an empty tensor for None, because an op cannot return None."""
     return x.new_empty(0) if gradient is None else gradient

@@ -1,6 +1,6 @@
-"""`python -m tests.workers.import_everything MODULE...`: import the modules and print the changes as JSON.
+"""Import modules and print the changes as JSON: `python -m tests.workers.import_everything MODULE...`.
 
-The result maps each changed environment variable and each changed switch of torch to [before, after].
+The result maps each environment variable and each switch of torch that changed to [before, after].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SET_BY_OTHERS = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
 
 
 def switches() -> dict[str, object]:
-    """Return the environment and torch's switches, which imports must not change."""
+    """Return the process-wide settings that an import must not change."""
     return {
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def switches() -> dict[str, object]:
 
 
 def main(modules: list[str]) -> None:
-    """Import the modules one after another and print the changes."""
+    """Import the modules one after another and print the changed settings."""
     before = switches()
     for module in modules:
         importlib.import_module(module)

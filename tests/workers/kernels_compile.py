@@ -1,6 +1,6 @@
 """Train ResNet-20 with fused norms compiled and eager, and count the ops in the graphs that inductor receives.
 
-Prints how many batch_norm_act are in the forward graph and how many batch_norm_act_backward in the backward graph.
+It prints the number of batch_norm_act in the forward graph and of batch_norm_act_backward in the backward graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run opcheck on conv_norm and its backward where Triton does not interpret, and the ops are the reference."""
+"""Run opcheck on conv_norm and its backward without the interpreter, so that the ops run the reference."""
 
 from __future__ import annotations
 

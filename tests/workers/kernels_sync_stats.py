@@ -1,6 +1,6 @@
-"""Compare BatchNormAct2d with shared statistics in two processes with one process that has the whole batch.
+"""Compare BatchNormAct2d with shared statistics on two ranks with a single process that has the whole batch.
 
-Started by torch.distributed.run. The argument names what runs: "kernels" in Triton's interpreter, or "reference".
+torch.distributed.run starts this program. The argument is "kernels", in Triton's interpreter, or "reference".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(norm: BatchNormAct2d, tensors: list[Tensor], compiled: bool = False) -> 
 
 def compare(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    # x, residual and the weights of y's sum
+    # x, residual, and the weights in the weighted sum of y that is differentiated
     whole_batch = [torch.randn(5, 4, 3, 3, generator=generator, dtype=torch.float64) + 2 for _ in range(3)]
     part = slice(0, 3) if dist.get_rank() == 0 else slice(3, 5)  # per-rank batches of different sizes
     whole = run(make(dtype), [t.clone() for t in whole_batch])
@@ -48,7 +48,7 @@ def compare(dtype: torch.dtype, tolerance: float) -> None:
         mine = run(norm, [t[part].clone() for t in whole_batch], compiled)
         for a, b in zip(mine[0], whole[0], strict=True):
             assert (a - b[part]).abs().max() < tolerance
-        for a, b in zip(mine[1], whole[1], strict=True):  # each rank has its share of the sum, as DDP expects
+        for a, b in zip(mine[1], whole[1], strict=True):  # each rank has its part of the gradient, as DDP expects
             dist.all_reduce(a)
             assert (a - b).abs().max() < tolerance * 10
         for a, b in zip(mine[2], whole[2], strict=True):

@@ -1,4 +1,4 @@
-"""Three steps of ResNet-20 in float32, for workers that compare the losses of two norms."""
+"""Train ResNet-20 for three steps in float32, for workers that compare the losses of two norms."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`torchrun -m tests.workers.ranks FUNCTION`: the ranks' part in tests/test_distributed.py.
+"""Functions for the ranks of a process group in tests/test_distributed.py: `torchrun -m tests.workers.ranks FUNCTION`.
 
-Every rank prints its own line, so each line is written by a single call.
+Several ranks print to the same output, so each line is written in one piece.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def wait_for_data_on_rank_1() -> None:
 
 
 def find_a_bad_loss_on_rank_1() -> None:
-    """Run six steps whose loss is not finite on rank 1 from step 4 on, and print the first bad step."""
+    """Count six steps with a loss that is not finite on rank 1 from step 4 on, and print the first bad step."""
     with join_process_group(CPU):
         metrics = DeviceMetrics(CPU)
         for step in range(6):

@@ -1,9 +1,9 @@
-"""`python -m tests.workers.zygote`: import fastres.train and fork runs of it for tests/soak.py.
+"""Fork runs of fastres.train for tests/soak.py, from a process that has imported it: `python -m tests.workers.zygote`.
 
-It reads one request per line from stdin and answers each with a line of JSON:
+The process reads one request per line from stdin, and answers each with a line of JSON:
 
-    ["fork", argv, log]  starts a run whose output goes to `log`; the answer is its pid
-    ["poll", pid]        asks for the end of a run; the answer is its exit status, or null
+    ["fork", argv, log]  starts a run whose output goes to `log`, and answers with its pid
+    ["poll", pid]        answers with the exit status of a run, or null if it has not ended
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import matplotlib.ticker  # noqa: F401
 import sklearn.datasets
-import sklearn.model_selection  # noqa: F401 - a run imports it later
+import sklearn.model_selection  # noqa: F401 - a run imports it, but not at its beginning
 
 from fastres import train
 from fastres.utils.errors import run_command
@@ -25,7 +25,7 @@ from fastres.utils.errors import run_command
 
 def fork(argv: list[str], log: str) -> int:
     """Start a run in a child process and return its pid."""
-    # The child would lack the parent's threads, and the locks that they held would stay locked.
+    # A thread of the parent would not exist in the child, but a lock that it held would stay locked there.
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "the zygote has threads"
     if pid := os.fork():
         return pid
@@ -38,7 +38,7 @@ def fork(argv: list[str], log: str) -> int:
 
 
 def poll(pid: int) -> int | None:
-    """Return the exit status of a run, or None while it runs."""
+    """Return the exit status of a run, or None if it has not ended."""
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
