@@ -78,7 +78,8 @@ REGRESSIONS = {
     "the host reads the loss of every step": (
         ("fastres/training/step.py", "self.count(loss.detach()", "float(loss); self.count(loss.detach()"),
         "host",
-        "host: training step, bf16, synchronisations rose from 0 to 1 (aten._local_scalar_dense.default at fastres/s",
+        "host: training step, bf16, synchronisations rose from 0 to 1 "
+        "(aten._local_scalar_dense.default at fastres/training/step.py:",
     ),
     "the host prints it": (
         ("fastres/training/step.py", "self.count(loss.detach()", "print(loss); self.count(loss.detach()"),

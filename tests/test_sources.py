@@ -22,11 +22,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
 from fastres.config.schema import DataConfig
-from fastres.data.sources import source
+from fastres.data.sources import torchvision_sets
 from fastres.data.sources.download import extract, fetch
 from fastres.data.sources.formats import decode, read_pickle
 from fastres.data.sources.load import SOURCES, load_source
-from fastres.data.sources.source import Source, Split, hold_out, normalization
+from fastres.data.sources.source import NORMALIZATION, Source, Split, hold_out, normalization
 from tests.fixtures import (
     CIFAR10_CLASSES,
     Creates,
@@ -127,7 +127,7 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
     source = load("cifar100", tmp_path)
     assert_sound(source.train, 200, (32, 32, 3), 100)
     assert len(source.classes) == 100 and set(source.test.labels) == set(range(100))
-    assert source.mean == source.NORMALIZATION["cifar100"][0]
+    assert source.mean == NORMALIZATION["cifar100"][0]
 
 
 def test_nothing_in_a_cifar_file_is_executed(tmp_path: Path) -> None:
@@ -491,15 +491,15 @@ def test_cifar_is_downloaded_from_a_mirror_once(tmp_path: Path) -> None:
     root = tmp_path / "data"
     with serving(tmp_path) as url:
         config = DataConfig(root=str(root), mirror=url + "/")
-        first = source.read_cifar("cifar10", published, "labels", config)
-    second = source.read_cifar("cifar10", published, "labels", config)  # the server is gone
+        first = torchvision_sets.read_cifar("cifar10", published, "labels", config)
+    second = torchvision_sets.read_cifar("cifar10", published, "labels", config)  # the server is gone
     assert len(first.train) == len(second.train) == 10
     assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", archive.name]
     assert len(list((root / "cifar-10-batches-py").iterdir())) == 7
 
     (root / "cifar-10-batches-py" / "data_batch_2").unlink()  # the archive restores the lost file
     config = DataConfig(root=str(root), download=False)
-    assert len(source.read_cifar("cifar10", published, "labels", config).train) == 10
+    assert len(torchvision_sets.read_cifar("cifar10", published, "labels", config).train) == 10
 
 
 def test_mnist_comes_from_the_first_server_that_answers(tmp_path: Path, dead: str) -> None:
@@ -508,7 +508,7 @@ def test_mnist_comes_from_the_first_server_that_answers(tmp_path: Path, dead: st
     with serving(raw) as url:
         published = type("MNIST", (), {"resources": resources, "mirrors": [dead + "/", url + "/"]})
         config = DataConfig(root=str(tmp_path / "data"))
-        loaded = source.read_mnist("mnist", published, tuple("0123456789"), config)
+        loaded = torchvision_sets.read_mnist("mnist", published, tuple("0123456789"), config)
     assert len(loaded.train) == 20
     brought = {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()}
     assert brought == {path.name for path in raw.iterdir()}

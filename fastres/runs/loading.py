@@ -37,7 +37,7 @@ def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) 
     if file is not None:
         try:
             return config, _checked(checkpoint.load(file)["trainer"]["model"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise UsageError(f"{file} is not a checkpoint of fastres ({error})") from None
     final = folder / "model.safetensors"
     if not final.is_file():

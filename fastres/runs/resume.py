@@ -55,7 +55,7 @@ def restore(state: checkpoint.State | None, step: TrainStep, timer: RunTimer, st
         step.load_state_dict(state["trainer"])
         timer.load_state_dict(state["clock"])
         start, since_eval = state["step"], Metrics(**state["window"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"the checkpoint is of another model: {first_line(error)}") from None
     if start > steps:
         raise UsageError(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
