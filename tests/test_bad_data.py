@@ -251,7 +251,7 @@ def test_where_nothing_can_be_kept_bad_files_are_left_out_all_the_same(loader: s
     source = load(root, loader=loader, skip_bad=True, cache=str(tmp_path / "file"))
     assert len(source.train) == 9 and source.train.array(2).shape == (9, 8, 8, 3)
     not_kept, left_out = source.notes
-    assert "not kept" in not_kept and "File exists" in not_kept
+    assert "decoded images cannot be stored" in not_kept and "File exists" in not_kept
     assert left_out.endswith("are left out: cat/00002.png (it is empty)")  # and there is no list
 
 

@@ -99,14 +99,14 @@ def test_refuses_what_is_not_a_run_in_one_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with rejected("2 processes would each do all of it", "without torchrun"):
+    with rejected("2 processes would each evaluate everything", "run without torchrun"):
         evaluate.main([str(run)])
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--data.source mnist --data.download false", "mnist is not there"),
+        ("--data.source mnist --data.download false", "mnist is missing"),
         ("--data.source synthetic --data.image_size 8", "3 channels, the run's network 10 and 1"),
         ("--checkpoint nothing.pt", "there is no checkpoint nothing.pt"),
     ],

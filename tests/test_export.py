@@ -145,7 +145,7 @@ def test_refusals_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: export.main([str(run), "--output", str(there)]))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"fastres: error: {there} is there already: choose another --output or remove it"
+    assert line == f"fastres: error: --output {there}: already exists; choose another or remove it"
     assert there.read_text() == "mine"
     with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
         export.main([str(run), "--output", str(tmp_path / "no" / "folder.safetensors")])

@@ -438,7 +438,7 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         ("--recipe digits --model.norm fused --engine.channels_last false", "model.norm fused"),
         ("--recipe digits --model.norm apex", "model.norm apex: NVIDIA's apex is not installed; use torch or fused"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
-        ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
+        ("--recipe digits --data.validation 1437", "data.validation: 1437 must be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),
         ("--recipe digits --model.weights nowhere.safetensors", "nowhere.safetensors"),
         ("--data.root nothing --data.download false", "--recipe digits"),

@@ -55,7 +55,7 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
     """Return the generator of (seed, epoch) at this counter."""
-    # As uint64, because numpy would convert a list of mixed integers through float64, in which large seeds coincide.
+    # Use uint64, because numpy would convert a list of mixed integers through float64, in which large seeds coincide.
     return np.random.Philox(key=np.array([seed, int(epoch)], np.uint64), counter=np.array(counter, np.uint64))
 
 

@@ -14,7 +14,7 @@ from fastres.data.sources.cache import Size, kept_images, sizes_and_reasons, wri
 from fastres.data.sources.source import NORMALIZATION, Source, Split
 from fastres.utils.errors import UsageError
 
-NAMED = 3  # files that a note names; a file lists all of them
+NAMED = 3  # files that a note names; the .bad file of the cache lists all
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
@@ -23,7 +23,7 @@ ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
 def imagefolder(config: DataConfig) -> Source:
     """Return the data set of root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG.
 
-    The files are decoded here for the resident loader only.
+    The files are decoded here only for the resident loader.
 
     Raises:
         UsageError: if a folder is missing or empty, a class has no training images, or a file is bad.
@@ -84,13 +84,13 @@ def _flat(files: ClassFiles) -> tuple[Path, ...]:
 def _without_bad(
     root: Path, parts: dict[str, ClassFiles], config: DataConfig
 ) -> tuple[dict[str, ClassFiles], list[str]]:
-    """Return the files that can be used, and notes that name the others.
+    """Return the usable files, and notes that name the others.
 
-    A file can be used if it can be decoded and, if images are not resized, has the most common size of the training
+    A file is usable if it can be decoded and, unless images are resized, has the most common size of the training
     images.
 
     Raises:
-        UsageError: if a class has no image that can be used.
+        UsageError: if a class has no usable image.
     """
     size: Size | None = None
     good: dict[str, ClassFiles] = {}
