@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     difference, shape = export(config, weights, arguments.format, output)
     print(
         f"{output}: {config.model.name} in fp32 for images {('N', *shape)}".replace("'", "")
-        + f"; the logits of the reloaded network differ by at most {difference:.2g}"
+        + f"; the reloaded network's logits differ by at most {difference:.2g}"
     )
 
 

@@ -108,7 +108,7 @@ def test_a_file_of_other_logits_is_not_kept(run: Path, tmp_path: Path, monkeypat
 
     wrong = dataclasses.replace(FORMATS["safetensors"], write=write_wrong)
     monkeypatch.setitem(FORMATS, "safetensors", wrong)
-    with pytest.raises(RunError, match="logits that differ by 1, of up to"):
+    with pytest.raises(RunError, match=r"--format safetensors: the reloaded network's logits differ by 1, of up to"):
         export.main([str(run), "--output", str(tmp_path / "weights.safetensors")])
     assert list(tmp_path.iterdir()) == []
 
@@ -147,9 +147,9 @@ def test_refusals_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"fastres: error: --output {there}: already exists; choose another or remove it"
     assert there.read_text() == "mine"
-    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"--output .*: cannot be written .*; choose another"):
         export.main([str(run), "--output", str(tmp_path / "no" / "folder.safetensors")])
-    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"--output .*: cannot be written .*; choose another"):
         export.main([str(run), "--format", "torch_export", "--output", str(tmp_path / "no" / "folder.pt2")])
     with pytest.raises(UsageError, match="is not the folder of a run"):
         export.main([str(tmp_path)])

@@ -18,14 +18,14 @@ def ApexBatchNormAct2d(num_features: int) -> nn.Module:
     It maps (N, C, H, W), channels-last fp16, to the same, and has BatchNorm2d's state_dict.
 
     Raises:
-        ImportError: without apex's groupbn.
+        ImportError: if apex's groupbn is not installed.
     """
     return _module_class()(num_features, fuse_relu=True)
 
 
 @cache
 def _module_class() -> Any:
-    """Return the class, which cannot be defined before apex is imported."""
+    """Return the class, whose base class is known only once apex is imported."""
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
     class ApexBatchNormAct2d(BatchNorm2d_NHWC):
