@@ -211,8 +211,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Device, precision and execution of the step. auto falls back and logs the reason; an explicit value that is
-    unavailable is rejected."""
+    """Execution of the step. auto falls back and logs the reason; an explicit value that is unavailable is rejected."""
 
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""

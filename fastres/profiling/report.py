@@ -248,7 +248,7 @@ def show(profile: Profile, console: Console) -> None:
     console.print(_operators_table(profile))
     say(
         "FLOPs are those of convolutions and matrix products; bytes count each input and output once, which is the "
-        'least that moves; "unknown" means that the trace does not tell. "Bound by" compares each operator\'s FLOP/byte '
+        'least that moves; "unknown" means that the trace does not tell. "Bound by" compares an operator\'s FLOP/byte '
         "with the limits measured in this run. An operator far below its bound is limited by something else, such as "
         "launch latency."
     )

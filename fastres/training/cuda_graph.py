@@ -169,7 +169,7 @@ class GraphedStep:
         self.recording = recorder.record(self._work, [*step.mutated_tensors, *self._table.mutated_tensors])
 
     def train(self, first_step: int, last_step: int) -> Iterator[NoBatch]:
-        """Yield an empty batch for each step of [first_step, last_step), like a loader's train()."""
+        """Yield an empty batch for each step of [first_step, last_step), as a loader yields batches."""
         rows = self._table.rows
         blocks = [range(i, min(i + rows, last_step)) for i in range(first_step, last_step, rows)]
         columns = self._columns(blocks[0]) if blocks else {}
