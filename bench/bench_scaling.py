@@ -28,7 +28,7 @@ from fastres.utils.timing import interleaved
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
 DEPTHS = (20, 32, 44, 56, 110)
 ROUNDS = 15 if GPU else 7
-STEPS = 200 if GPU else 2  # of a round; many on a GPU, because a round's start and end take as long as some steps
+STEPS = 200 if GPU else 2  # of a round; many on a GPU, because a round's start and end take as long as a few steps
 
 
 def net(depth: int, batch: int) -> Net:
@@ -63,7 +63,7 @@ def bench_step(benchmark: Any, sweep: str) -> None:
     )
 
 
-# By name: fields of both sides, and more fields of one. DDP has no graphs, so neither side has one.
+# By name: fields of both sides, and more fields of one side. DDP runs without graphs, so both sides do.
 COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DDP on one process": ({"cuda_graph": False}, {"ddp": True}),
     "engine.deterministic": ({}, {"deterministic": True}),
@@ -99,12 +99,12 @@ def bench_cost(benchmark: Any, what: str) -> None:
 def bench_processes(benchmark: Any, tmp_path: Path) -> None:
     """Run one global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each.
 
-    One process runs without a CUDA graph too, because several cannot have one.
+    One process runs without a CUDA graph too, because several processes cannot have one.
     """
-    there = torch.cuda.device_count() if GPU else os.cpu_count() or 1
-    counts = [count for count in (1, 2, 4, 8) if count <= there]
+    available = torch.cuda.device_count() if GPU else os.cpu_count() or 1
+    counts = [count for count in (1, 2, 4, 8) if count <= available]
     if len(counts) == 1:
-        pytest.skip(f"one {'GPU' if GPU else 'CPU'}: nothing to divide")
+        pytest.skip(f"only one {'GPU' if GPU else 'CPU'}, so there is nothing to divide")
     rates: dict[str, list[float]] = {str(count): [] for count in counts}
 
     def run(count: int, turn: int) -> float:
