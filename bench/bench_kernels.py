@@ -253,7 +253,8 @@ class Gpu:
         region()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        ms: float = start.elapsed_time(end)
+        return ms / 1000
 
     def in_mode(self, mode: str, region: Region) -> Region:
         region()

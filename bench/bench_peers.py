@@ -44,12 +44,14 @@ RESNET50 = Net(name="resnet50", batch=256 if GPU else 8, side=224, classes=1_000
 def torchvision() -> torch.nn.Module:
     from torchvision.models import resnet50
 
-    return resnet50()
+    model: torch.nn.Module = resnet50()
+    return model
 
 
 def timm() -> torch.nn.Module:
-    reason = "timm is not installed: pip install -e '.[peers]'"
-    return pytest.importorskip("timm", reason=reason).create_model("resnet50")
+    reason = "timm is not installed; pip install -e '.[peers]'"
+    model: torch.nn.Module = pytest.importorskip("timm", reason=reason).create_model("resnet50")
+    return model
 
 
 # By peer: its network, and True to tune it by hand with bf16 autocast, channels-last, fused SGD, compiled on a GPU.
@@ -79,7 +81,7 @@ def bench_resnet50(benchmark: Any, request: pytest.FixtureRequest, peer: str, fe
         shared = fed_by_dali(RESNET50.batch, request.getfixturevalue("photographs"))
     theirs = loop_training(loop, shared, RESNET50)
     ours = engine_training(RESNET50, batches=shared)
-    facts = {"peer": peer, "feed": feed, "compiled": engine.compile, "precision": engine.precision}
+    facts: dict[str, Any] = {"peer": peer, "feed": feed, "compiled": engine.compile, "precision": engine.precision}
     compare(benchmark, RESNET50, lambda: theirs, ours, training=True, **facts)
 
 
@@ -96,7 +98,7 @@ def bench_airbench(
 ) -> None:
     if not GPU:
         pytest.skip("airbench needs a GPU")
-    airbench = pytest.importorskip("airbench", reason="airbench is not installed: pip install -e '.[peers]'")
+    airbench = pytest.importorskip("airbench", reason="airbench is not installed; pip install -e '.[peers]'")
     flags, seeds = SPEEDRUN + data_flags(data, request.config), request.config.option.seeds
     source = load_source(parse(flags).data)
     monkeypatch.chdir(tmp_path)  # because airbench looks for its data in cifar10/ of the current folder, at every run

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not list it in __all__
 
 from bench.lib.workloads import GPU, Net, engine_for, engine_training
 from fastres.training.step import raise_recompile_limit
@@ -74,7 +75,7 @@ COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def bench_cost(benchmark: Any, what: str) -> None:
     """Measure the cost of a setting: ResNet-20 without and with it, interleaved."""
     engine = engine_for()
-    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore())
+    dist.init_process_group("nccl" if GPU else "gloo", store=HashStore())
     try:
         both, more = COSTS[what]
         sides = {"without": both, "with": both | more}

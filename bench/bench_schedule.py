@@ -60,7 +60,8 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
 
     def ours() -> float:
         """Return the seconds of a run of seed 0, which takes the same batches as the plain loops."""
-        return run(flags, 0, next(folders), source)["train_time_s"]
+        seconds: float = run(flags, 0, next(folders), source)["train_time_s"]
+        return seconds
 
     timers = {
         name: partial(time_region, partial(plain.steps, 0, STEPS), engine.device) for name, plain in baselines.items()

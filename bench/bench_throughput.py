@@ -87,6 +87,6 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) ->
         steps = ours(measured, **fields)
     except UsageError as error:
         pytest.skip(str(error))
-    facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
+    facts: dict[str, Any] = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
     facts |= {"training": training, "precision": engine.precision}
     compare(benchmark, measured, lambda: plain(measured), steps, **facts)

@@ -135,7 +135,7 @@ class Operators(TorchDispatchMode):
     """Observe the operators that run for functions on tensors, and for autograd."""
 
     def __init__(self, observed: Observation) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.observed = observed
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -344,7 +344,8 @@ def network() -> Counts:
             self.register_buffer("labels", torch.zeros(inductor_counts.SHAPE[0], dtype=torch.int64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.forward_loss(x, self.labels)
+            loss, correct = self.forward_loss(x, self.labels)
+            return loss, correct
 
     def launches(generated: tuple[Any, str]) -> list[inductor_counts.Launch]:
         return inductor_counts.launches(*generated, [])
@@ -354,7 +355,10 @@ def network() -> Counts:
     records_nothing: Any = SimpleNamespace(record=lambda work, mutated: None)
     graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-    pieces = {"the batch": (graphed.next_batch,), "the totals": (step.count, loss, correct, BATCH)}
+    pieces: dict[str, tuple[Any, ...]] = {
+        "the batch": (graphed.next_batch,),
+        "the totals": (step.count, loss, correct, BATCH),
+    }
     counts = {
         f"{name}, launches": Count(len(launches(inductor_counts.generate(*piece)["forward"])))
         for name, piece in pieces.items()

@@ -39,11 +39,13 @@ class SuiteRun:
 
     @property
     def environment(self) -> dict[str, Any]:
-        return self.content["machine_info"]["fastres"]
+        of: dict[str, Any] = self.content["machine_info"]["fastres"]
+        return of
 
     @property
     def device(self) -> str:
-        return self.environment["device"]
+        device: str = self.environment["device"]
+        return device
 
     @property
     def on_gpu(self) -> bool:
@@ -57,7 +59,8 @@ class SuiteRun:
     def disturbances(self) -> list[str]:
         """Return the conditions that may have disturbed the run. Older results call them doubts."""
         state = self.content["state"]
-        return state["doubts"] if "doubts" in state else state["disturbances"]
+        lines: list[str] = state["doubts"] if "doubts" in state else state["disturbances"]
+        return lines
 
     @property
     def line(self) -> str:

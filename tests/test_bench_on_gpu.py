@@ -107,8 +107,8 @@ def test_every_stage_names_a_bench_that_is_there() -> None:
         (("--data", "."), "torch sees no GPU here"),
         (("--data",), "--data needs a value"),
         (("--everything",), "unknown argument --everything"),
-        (("--only", "nothing"), "there is no stage nothing"),
-        (("--essential", "--only", "doctor"), "one of the two"),
+        (("--only", "nothing"), "--only nothing: unknown stage; --list names them"),
+        (("--essential", "--only", "doctor"), "--essential: cannot be combined with --only"),
         (("--stages", "nowhere"), "cannot read"),
     ],
 )
@@ -122,7 +122,8 @@ def test_what_is_missing_is_refused_in_one_line(args: tuple[str, ...], said: str
 
 def test_a_stage_that_needs_data_is_refused_without(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "stages").write_text('reads | 1 | 1 | no | data | its data | ls "$DATA"; echo $DATA_OPTION\n')
-    for args, said in (((), "--data DIR says where"), (("--data", tmp_path), "neither cifar-10-batches-py")):
+    missing, empty = "--data: is missing; give the folder of CIFAR-10", "neither cifar-10-batches-py"
+    for args, said in (((), missing), (("--data", tmp_path), empty)):
         done = stages.run(*args)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     for part in ("train", "test"):
@@ -182,7 +183,7 @@ def test_an_interrupt_ends_the_stage_and_all_that_it_started(stages: Stages) -> 
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130 and "interrupted; the same command goes on from here" in said
+    assert running.returncode == 130 and "interrupted; the same command continues from here" in said
     assert ended(int(pid.read_text()))
     stages.write(first="true", sleeps="true", last="true")
     assert "first          done before" in stages.run().stdout

@@ -130,4 +130,5 @@ def flops_per_image(net: Net, training: bool) -> int:
             logits = model(images)
             if training:
                 logits.sum().backward()
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2

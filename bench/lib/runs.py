@@ -63,7 +63,7 @@ def run(flags: Sequence[str], seed: int, folder: Path, source: Source | None = N
     with contextlib.redirect_stdout(output):
         status = train(config, engine, ProcessGroup(), StopSignal(), source)
     assert status == 0
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     ran = {name: summary[name] for name in ("compile", "cuda_graph")}
     chosen = {name: getattr(engine, name) for name in ran}
     assert ran == chosen, f"the run fell back to {ran} from {chosen}:\n{output.getvalue()}"

@@ -300,7 +300,7 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain dicts and lists, without LOCAL_FIELDS."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in LOCAL_FIELDS:
         del plain["run"][name]
     return plain

@@ -164,7 +164,8 @@ def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Ten
 
 def _neighbours(rows: Tensor) -> Tensor:
     """Return the rows in the order 1, 0, 3, 2, and so on."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    swapped: Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped
 
 
 def _rectangle_mask(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:

@@ -150,8 +150,10 @@ class SampleOrder:
 
     def _below(self, bound: int, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
         """Return a uniform whole number below `bound` for each sample: (n,) int64."""
-        return (words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)).astype(np.int64)
+        drawn: np.ndarray = words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)
+        return drawn.astype(np.int64)
 
     def _coin(self, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
         """Return a fair coin's toss for each sample: (n,) bool."""
-        return (words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)).astype(bool)
+        drawn: np.ndarray = words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)
+        return drawn.astype(bool)

@@ -15,6 +15,7 @@ import torch._dynamo.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.distributed.watchdog import Watchdog
@@ -47,7 +48,8 @@ class ProcessGroup:
             except Exception as error:
                 box[0] = (None, error)
         dist.broadcast_object_list(box, group=self.control)
-        result, failure = box[0]
+        result: T = box[0][0]
+        failure: Any = box[0][1]
         if failure is not None:
             failure.said = ranks.rank() != 0
             raise failure
@@ -109,9 +111,9 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
     try:
         with watchdog.running(alone=False):
             later = timedelta(seconds=timeout_s + 60)  # the watchdog comes first, because it can name who hangs
-            store, _, _ = next(dist.rendezvous("env://", timeout=later))
+            store, _, _ = next(rendezvous("env://", timeout=later))
             session = _session(store, later.total_seconds())
-            store = dist.PrefixStore(session, store)
+            store = dist.PrefixStore(session, store)  # type: ignore[attr-defined]  # torch does not list it in __all__
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=ranks.rank(), world_size=ranks.world_size(), timeout=later
@@ -129,7 +131,7 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
     dist.destroy_process_group()
 
 
-def _session(store: dist.Store, wait_s: float) -> str:
+def _session(store: Any, wait_s: float) -> str:
     """Return a name that the processes of this start share and that no earlier start had.
 
     torchrun's store outlives the processes that it restarts. Without a name of their own, restarted processes read the
@@ -141,7 +143,7 @@ def _session(store: dist.Store, wait_s: float) -> str:
     me, deadline = uuid.uuid4().hex, time.monotonic() + wait_s
     if ranks.rank() > 0:
         store.set(f"fastres/hello/{ranks.rank()}", me)
-        session = store.get(f"fastres/welcome/{me}").decode()  # waits until rank 0 has set it
+        session: str = store.get(f"fastres/welcome/{me}").decode()  # waits until rank 0 has set it
         store.set(f"fastres/{session}/{ranks.rank()}", "here")
         return session
     others = {number: f"fastres/hello/{number}" for number in range(1, ranks.world_size())}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
 
 from fastres.utils.errors import complain
 
@@ -120,7 +120,7 @@ def _roll_call(rank: int, world_size: int, token: str, doing: str) -> str:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Raise if the store cannot be reached, because torch would try again and again and print a stack each time.
     socket.create_connection((address, port), ANSWER_S).close()
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
     keys = [f"fastres/{token}/does/{number}" for number in range(world_size)]
     store.set(keys[rank], doing)
     deadline = time.monotonic() + ANSWER_S

@@ -20,7 +20,8 @@ def ApexBatchNormAct2d(num_features: int) -> nn.Module:
     Raises:
         ImportError: if apex's groupbn is not installed.
     """
-    return _module_class()(num_features, fuse_relu=True)
+    module: nn.Module = _module_class()(num_features, fuse_relu=True)
+    return module
 
 
 @cache
@@ -28,13 +29,14 @@ def _module_class() -> Any:
     """Return the class, whose base class is known only once apex is imported."""
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
-    class ApexBatchNormAct2d(BatchNorm2d_NHWC):
+    class ApexBatchNormAct2d(BatchNorm2d_NHWC):  # type: ignore[misc]  # apex has no annotations
         act = "relu"
 
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
             """Take x and residual as (N, C, H, W) channels-last, which are apex's contiguous (N, H, W, C)."""
             self.fuse_relu = self.act == "relu"
             residual = None if residual is None else residual.permute(0, 2, 3, 1)
-            return super().forward(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+            y: Tensor = super().forward(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+            return y
 
     return ApexBatchNormAct2d

@@ -55,7 +55,8 @@ def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor
     A norm with the attribute `forks` may return the second in its own form, so that its gradient arrives separately.
     """
     if getattr(norm, "act", None) == "relu" and getattr(norm, "forks", False):
-        return norm(x, residual, fork=True)
+        pair: tuple[Tensor, Any] = norm(x, residual, fork=True)
+        return pair
     y = norm_act(norm, x, residual)
     return y, y
 
@@ -154,7 +155,8 @@ class Stage(nn.Sequential):
         *blocks, last = self
         for block in blocks:
             x, skip = block(x, skip, fork=True)
-        return last(x, skip)  # the next stage changes the shape, so it has no identity skip to fork for
+        y: Tensor = last(x, skip)  # not forked, because the next stage changes the shape and has no identity skip
+        return y
 
 
 class BasicBlock(nn.Module):

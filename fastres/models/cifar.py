@@ -41,7 +41,8 @@ class CifarResNet(nn.Module):
         """Return the logits."""
         x, skip = norm_act_fork(self.bn1, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x, skip)))
-        return self.fc(global_pool(x))
+        logits: Tensor = self.fc(global_pool(x))
+        return logits
 
 
 def cifar_resnet(

@@ -89,4 +89,5 @@ class ResNet(nn.Module):
         """Return the logits."""
         x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(global_pool(x))
+        logits: Tensor = self.fc(global_pool(x))
+        return logits

@@ -51,7 +51,8 @@ class MiniResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
-        return self.fc(global_pool(self.layer1(x)))
+        logits: Tensor = self.fc(global_pool(self.layer1(x)))
+        return logits
 
 
 def mini_resnet(*, num_classes: int = 10, in_channels: int = 1, norm: Norm = nn.BatchNorm2d) -> MiniResNet:

@@ -55,7 +55,8 @@ class WhiteningConv(nn.Module):
 
 def _filters_of(directions: Tensor, channels: int, k: int) -> Tensor:
     """Return the directions, the rows of (C·k², C·k²), and their negatives as filters (2·C·k², C, k, k)."""
-    return torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
+    filters: Tensor = torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
+    return filters
 
 
 class PooledConv(Conv2d):
@@ -86,7 +87,8 @@ class SpeedStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual block's output."""
         x, skip = norm_act_fork(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(x), skip)
+        y: Tensor = norm_act(self.bn2, self.conv2(x), skip)
+        return y
 
 
 class SpeedResNet(nn.Module):
@@ -130,4 +132,5 @@ class SpeedResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         x = self.stages(F.relu(self.conv1(x)))
-        return self.fc(x.permute(0, 2, 3, 1).amax((1, 2))) * LOGIT_SCALE
+        logits: Tensor = self.fc(x.permute(0, 2, 3, 1).amax((1, 2)))
+        return logits * LOGIT_SCALE

@@ -143,7 +143,8 @@ class VariantRun:
         """Return FLOPs and bytes of an eager step of the same model."""
         eager = TrainStep(self.model, replace(self.engine, compile=False), Config().optim)
         self.images.grad = None
-        with WorkCount() as count:
+        count = WorkCount()
+        with count:
             step_in_parts(eager, self.images, self.labels, lambda name: nullcontext())
         return count
 
@@ -308,7 +309,8 @@ def _named_kernels(engine: Engine) -> AbstractContextManager[Any]:
         return nullcontext()
     import torch._inductor.config
 
-    return torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+    context: AbstractContextManager[Any] = torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+    return context
 
 
 # ------------------------------------------------------------------------------------------- time

@@ -57,7 +57,7 @@ class WorkCount(TorchDispatchMode):
     """Count FLOPs and bytes of every operator that runs eagerly inside the context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.calls: Counter[Key] = Counter()
         self.work: dict[Key, tuple[int, int]] = {}  # FLOPs, bytes of one call
 
@@ -153,7 +153,8 @@ class Operator:
 def load(path: Path) -> list[Event]:
     """Return the events of a gzipped trace in Chrome's format."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return json.load(file)["traceEvents"]
+        events: list[Event] = json.load(file)["traceEvents"]
+    return events
 
 
 def operators(events: list[Event], work: dict[Key, tuple[int, int]], steps: int) -> list[Operator]:
@@ -247,7 +248,8 @@ def _nested(events: Iterable[Event]) -> Iterator[tuple[Event, list[Event]]]:
 
 
 def _within(event: Event, other: Event) -> bool:
-    return event["tid"] == other["tid"] and event["ts"] < other["ts"] + other["dur"]
+    within: bool = event["tid"] == other["tid"] and event["ts"] < other["ts"] + other["dur"]
+    return within
 
 
 def _id(event: Event) -> Any:

@@ -31,7 +31,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         history = [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
         needed = {"step", "train_time_s", "eval_split", *(column for column, _ in PANELS)}
         if not all(needed <= row.keys() and row["eval_split"] in SPLITS for row in history):
-            raise ValueError("a column is not there")
+            raise ValueError("a column is missing")
         return history
     except FileNotFoundError:
         raise UsageError(

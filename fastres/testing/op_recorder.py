@@ -110,7 +110,7 @@ class _OpWatcher(TorchDispatchMode):
     """Reject operators that a CUDA graph cannot capture, and add the others to the recording if there is one."""
 
     def __init__(self, device: torch.device, recording: _HostRecording | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.device, self.recording = device, recording
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}  # the operators' results: storage, bytes
         self.found: dict[int, tuple[Tensor, Tensor]] = {}  # tensors from outside, and their first values
@@ -146,7 +146,8 @@ class _OpWatcher(TorchDispatchMode):
 
     def kept_bytes(self) -> int:
         """Return the bytes that the work created and that are still alive."""
-        return sum(size for storage, size in self.made.values() if not storage.expired())
+        alive = [size for storage, size in self.made.values() if not storage.expired()]
+        return sum(alive)
 
     def check(self, mutated: Sequence[Tensor]) -> None:
         """Raise CannotRecord if the work wrote to a tensor from outside that is not in `mutated`."""
@@ -217,7 +218,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     """Return a number that is equal for tensors that share memory."""
-    return tensor.untyped_storage()._cdata
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def build_network(config: Config, engine: Engine, source: Source) -> nn.Module:
 
 def learning_rate(config: Config, step: int) -> float:
     """Return the learning rate of step number `step`, from 0, for the global batch."""
-    peak = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
+    peak: float = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
     return peak * lr_scale(config.schedule, step, config.train.steps)
 
 

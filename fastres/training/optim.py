@@ -68,7 +68,8 @@ def orthogonal(filters: Tensor) -> Tensor:
     for _ in range(3):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).unflatten(1, rows.shape[1:]).permute(0, 3, 1, 2)
+    y: Tensor = (x.T if tall else x).unflatten(1, rows.shape[1:])
+    return y.permute(0, 3, 1, 2)
 
 
 def muon(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
@@ -90,7 +91,10 @@ def apex_sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> t
     optimizers, reason = find_apex("optimizers")
     if optimizers is None:
         raise UsageError(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
-    return optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer: torch.optim.Optimizer = optimizers.FusedSGD(
+        groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov
+    )
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Tensor, OptimConfig], torch.optim.Optimizer]] = {

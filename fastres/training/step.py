@@ -117,7 +117,8 @@ class ForwardLoss(nn.Module):
                 logits = torch.func.functional_call(self.model, self._cast_weights(), (images,))
             else:
                 logits = self.model(images)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide
 
     def _cast_weights(self) -> dict[str, Tensor]:
         """Return the weights that autocast would cast one by one, by name, cast together."""

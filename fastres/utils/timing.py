@@ -142,7 +142,8 @@ class Stopwatch:
         return event
 
     def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+        seconds: float = end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+        return seconds
 
 
 @contextmanager

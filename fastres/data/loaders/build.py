@@ -137,8 +137,10 @@ def image_size(config: Config, source: Source) -> int:
         UsageError: if the data's images have another side and are not resized.
     """
     if config.data.augment == "resized_crop" and config.data.image_size is not None:
-        return config.data.image_size
-    height, width = source.train.image(0).shape[:2]
+        size: int = config.data.image_size
+        return size
+    shape: tuple[int, ...] = source.train.image(0).shape
+    height, width = shape[:2]
     if height != width:
         raise UsageError(
             f"{source.name} has images of {width}x{height} pixels, which are not square; use "
@@ -159,7 +161,7 @@ def classes_of(config: Config, source: Source) -> int:
         UsageError: if model.num_classes is smaller than the number of classes.
     """
     found = len(source.classes)
-    wanted = config.model.num_classes or found
+    wanted: int = config.model.num_classes or found
     if wanted < found:
         raise UsageError(f"model.num_classes: {wanted} is less than the {found} classes of {config.data.source}; "
                          "leave it out")  # fmt: skip
