@@ -4,7 +4,7 @@
     pytest bench/bench_compile.py --benchmark-only --full      on a CPU too, where compiling takes minutes
 
 A setting that gains more than its spread on all networks belongs in the engine; any other goes to docs/EXPERIMENTS.md.
-The first call compiles and tunes, which is the setting's cost. Not yet run on a GPU.
+The first call compiles and tunes, which is the setting's cost. It has not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The profiler of torch traces many steps of the engine in a row, as in training, and ResNet-20's steps make their batches
 too. The profiler slows down the host but not the kernels, so kernels plus gaps take longer than a step without the
-profiler, which is measured as well. Not yet run on a GPU.
+profiler, which is measured as well. It has not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def plot_loaders(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-# By the NAME of the file bench_NAME.py.
+# The plots by the NAME of their benchmarks' file, bench_NAME.py.
 PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling": plot_scaling, "loaders": plot_loaders}
 
 

@@ -21,7 +21,7 @@ from fastres.training.cuda_graph import capturing
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.evaluator import Evaluator
 
-# By torch's default, convolutions use TF32 if the GPU has it. A slower baseline would flatter the engine.
+# Convolutions use TF32 by torch's default if the GPU has it. A slower baseline would flatter the engine.
 TORCH_FP32 = "tf32" if GPU and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
 
 
@@ -172,7 +172,7 @@ class GraphedTwin(PlainRun):
     """The plain run with each step replayed from a CUDA graph, which saves the host's work and nothing else.
 
     SGD passes the learning rate to its kernels as a number, so each learning rate of the schedule has its own graph:
-    three in 64k steps. The first steps of the run are eager, so that momentum exists. Not yet run on a GPU.
+    three in 64k steps. The first steps of the run are eager, so that momentum exists. It has not yet run on a GPU.
     """
 
     EAGER_STEPS = 3

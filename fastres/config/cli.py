@@ -71,9 +71,9 @@ def _parser(prog: str) -> ArgumentParser:
         allow_abbrev=False,
         usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
-        epilog="Several processes: torchrun --nproc_per_node N -m %(prog)s ... Precedence: recipe < files in their "
-        "order < flags. Exit status: 0 done, 1 failed, 2 invalid input, 128 + N stopped by signal N after saving; "
-        "torchrun reports its own exit status.",
+        epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
+        "their order < flags. Exit status: 0 done, 1 failed, 2 invalid input, 128 + N stopped by signal N after "
+        "saving; torchrun reports its own exit status.",
     )
     _add_file_arguments(parser)
     parser.add_class_arguments(Config, None, skip={"recipe"})
@@ -84,7 +84,7 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} if none is given")
     parser.add_argument(
         "--config",
         metavar="FILE",

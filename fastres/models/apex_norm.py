@@ -1,7 +1,7 @@
 """NVIDIA apex's BatchNorm + ReLU (+ add) for channels-last fp16, as a norm of models/blocks.py.
 
-Not yet run on a GPU. apex is imported when it is used, because it is built from source and PyPI's package of that name
-is another project.
+It has not yet run on a GPU. apex is imported when it is used, because it is built from source and PyPI's package of
+that name is another project.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class VariantRun:
         self.logits = out.detach()
 
     def capture(self, recorder: Recorder | None = None) -> None:
-        """Capture the step if the variant is a graph. Not yet run on a GPU.
+        """Capture the step if the variant is a graph. It has not yet run on a GPU.
 
         Args:
             recorder: captures the step; None for a CUDA graph.

@@ -271,7 +271,7 @@ def capture_if_enabled(
 
 
 class CudaRecorder:
-    """Capture work as CUDA graphs. Not yet run on a GPU.
+    """Capture work as CUDA graphs. It has not yet run on a GPU.
 
     All graphs of a recorder share one memory pool, so that an evaluation needs no memory of its own. They may be
     replayed in any order, because each graph writes pooled memory before it reads it.

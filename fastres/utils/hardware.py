@@ -1,7 +1,7 @@
 """A device's data sheet, the rates measured on it, and the state of the machine.
 
 Nothing is guessed: a device that is not in PEAKS has no peaks, and a field that cannot be read is None with the reason.
-Not yet run on a GPU: measured_copy and measured_matmul there, and gpu_fields against a real NVML.
+measured_copy and measured_matmul have not yet run on a GPU, and gpu_fields has not yet met a real NVML.
 """
 
 from __future__ import annotations
