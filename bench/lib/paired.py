@@ -24,7 +24,7 @@ def benchmark_interleaved(benchmark: Any, timers: Mapping[str, Callable[[], floa
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        timers: by name, in their order; each runs a warm region once and returns its seconds.
+        timers: the timers by name; each runs a warm region once and returns its seconds.
         rounds: the number of rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}

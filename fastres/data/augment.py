@@ -81,7 +81,7 @@ def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) 
         images: (n, H, W, C) uint8, any strides.
         shift: (W·C,) float32, the mean from tile_row().
         scale: (W·C,) float32, the standard deviation from tile_row().
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
         (n, C, H, W), channels-last.
