@@ -3,10 +3,10 @@
     pytest bench/bench_accuracy.py --benchmark-only --seeds 5 --data-root DIR
 
 bench_parity compares fastres with the plain fp32 loop on the same seeds, weights, order and crops. On a GPU the plain
-loop's accuracy comes from its graphed twin (lib/plain_loop.py), after both have run side by side and every bit was
-compared. bench_model runs the other networks of He et al., section 4.2, and of the first tutorial. Accuracies are those
-of the test images after the last step; earlier evaluations choose nothing. Whole CIFAR schedules have not yet run on a
-GPU; on a CPU they take hours (--full).
+loop's accuracy comes from its graphed twin (lib/plain_loop.py), after a check that both are bitwise identical.
+bench_model runs the other networks of He et al., section 4.2, and of the first tutorial. Accuracies are those of the
+test images after the last step; earlier evaluations choose nothing. Whole CIFAR schedules have not yet run on a GPU. On
+a CPU they take hours (--full).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source
 from fastres.utils.timing import time_region
 
-# No checkpoints. Evaluations stay, because the first one at 90 % is reported.
+# Save no checkpoints. Evaluations stay, because the first one at 90 % is reported.
 KEEP_THE_END = ["--run.checkpoint_every", "100_000"]
-# By a name in runs.DATA: the flags of the run on it.
+# By a name in runs.DATA: the flags of the run on this data.
 CONTESTS: dict[str, list[str]] = {
     "digits": ["--recipe", "digits", "--train.steps", "60", "--schedule.warmup_steps", "15", *KEEP_THE_END],
     "cifar10": KEEP_THE_END,
     "jpeg_copy": KEEP_THE_END,
 }
-# The learning rate changes during the proof, as it does in 64k steps.
+# The learning rate changes during the proof, as in the 64k-step schedule.
 PROOF_STEPS, PROOF = 300, ["--schedule.milestones", "[100,200]"]
 STEPS_AT_ONCE = 1_000
 
@@ -68,7 +68,7 @@ def bench_parity(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path,
         loop = PlainRun(short, source, deterministic=True)
         info["twin"] = difference(loop, GraphedTwin(short, source), min(PROOF_STEPS, steps))
         if not is_identical(info["twin"]):
-            return  # the rest would take minutes and show nothing
+            return  # because training would take minutes and show nothing
     twin = twin_of(config, source)
 
     def train() -> None:

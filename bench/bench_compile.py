@@ -1,10 +1,10 @@
 """Compare inductor's settings: the engine's training step under each, interleaved with the step under none.
 
     pytest bench/bench_compile.py --benchmark-only             the settings one by one
-    pytest bench/bench_compile.py --benchmark-only --full      on a CPU too; compiling takes minutes there
+    pytest bench/bench_compile.py --benchmark-only --full      on a CPU too, where compiling takes minutes
 
 A setting that gains more than its spread on all networks belongs in the engine; any other goes to docs/EXPERIMENTS.md.
-The first call compiles and tunes, which is the setting's cost. Not yet run on a GPU.
+The first call compiles and tunes, which is the setting's cost. It has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NETS = {
     "resnet50": Net(name="resnet50", batch=256 if GPU else 8, side=224, classes=1_000),
 }
 ROUND_S, ROUNDS = 0.4, 15
-# By name, options of torch.compile. "nothing" against nothing shows how steady the machine is.
+# By name: options of torch.compile. "nothing" compared with itself shows how steady the machine is.
 SETTINGS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "layout optimisation off": {"layout_optimization": False},

@@ -2,9 +2,9 @@
 
     pytest bench/bench_kernel_times.py --benchmark-only
 
-torch's profiler traces many steps of the engine in a row, as in training; ResNet-20's steps make their batches too. The
-profiler slows the host down but not the kernels, so the time of a step without it is measured as well: kernels plus
-gaps can only be more. Not yet run on a GPU.
+The profiler of torch traces many steps of the engine in a row, as in training, and ResNet-20's steps make their batches
+too. The profiler slows down the host but not the kernels, so kernels plus gaps take longer than a step without the
+profiler, which is measured as well. It has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str, norm: str) -> 
 def kernel_times(events: list[trace.Event], steps: int) -> dict[str, Any]:
     """Return the kernels and gaps of a trace, each figure for one of its `steps` steps, in us.
 
-    A gap is time between the first kernel's start and the last one's end in which nothing runs on the GPU.
+    A gap is time between the first kernel's start and the last kernel's end in which nothing runs on the GPU.
     """
     kernels = [event for event in events if event.get("cat") in trace.KERNELS]
     kernels.sort(key=lambda event: event["ts"])
     by_name: dict[str, list[float]] = defaultdict(list)
-    # A trace without kernels is no error, because an error would lose the step's time.
+    # A trace without kernels raises no error, because an error would lose the step's time.
     start = kernels[0]["ts"] if kernels else 0.0
     gaps, busy_until = list[float](), start
     for kernel in kernels:

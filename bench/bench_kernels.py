@@ -4,9 +4,9 @@
 
 Every variant runs interleaved with the baseline on the same tensors. On a GPU the baseline is torch under inductor, and
 its row against itself shows how steady the machine is. CUDA events time many calls, replayed from a CUDA graph
-("graph") or launched from Python ("plain"); pytest-benchmark's own table is the host's. The tensors are random, and the
-L2 does not hold them from one turn to the next. Results are first compared with the baseline's, so that nothing wrong
-is timed.
+("graph") or launched from Python ("plain"); pytest-benchmark's own table has the host's times. The tensors are random,
+and too large for the L2 to keep them from one round to the next. Results are first compared with the baseline's, so
+that only correct kernels are timed.
 
 With --write-table the engine's table, kernels/batchnorm/fastest.json, gets the winners. On a CPU the reference runs, to
 show that the benchmark works.
@@ -51,15 +51,15 @@ DIRECTIONS = ("forward", "backward", "full")
 
 
 class Consumed(torch.autograd.Function):
-    """A second consumer of an activation: it reads nothing, and its backward returns the given gradient.
+    """Stand in for a second consumer of an activation, which reads nothing and has the given gradient.
 
-    A second output would not do, because torch.compile leaves the sum of the gradients of one tensor given twice to
-    autograd, although in a network that sum is part of the compiled backward.
+    A second output would not do. If a tensor is returned twice, torch.compile leaves the sum of its gradients to
+    autograd, although in a network the sum is part of the compiled backward.
     """
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, gradient: Tensor) -> Tensor:
-        """Return a token, (0,), whose differentiation starts the backward. Both arguments are (N, C, H, W)."""
+        """Return a token, (0,), to differentiate for the backward. Both arguments are (N, C, H, W)."""
         ctx.save_for_backward(gradient)
         return activation.new_empty(0)
 
@@ -76,7 +76,7 @@ class NormAct(nn.Module):
         self.norm = norm(channels)
 
     def forward(self, x: Tensor, residual: Tensor | None, dskip: Tensor | None) -> tuple[Tensor, ...]:
-        """Return y and, if there is a residual, a token of the gradient's second part. All are (N, C, H, W)."""
+        """Return y and, with a residual, a token of the gradient's second part. All arguments are (N, C, H, W)."""
         if residual is None:
             return (norm_act(self.norm, x),)
         y, skip = norm_act_fork(self.norm, x, residual)
@@ -92,7 +92,7 @@ class TwoBlocks(nn.Module):
         self.stage = Stage(*(block(channels, inner, norm=norm) for _ in range(2)))
 
     def forward(self, x: Tensor, residual: None, dskip: None) -> tuple[Tensor]:
-        """Return the blocks' output; it and x are (N, C, H, W)."""
+        """Return the blocks' output: (N, C, H, W) -> the same."""
         return (self.stage(x),)
 
 
@@ -114,9 +114,9 @@ VARIANTS: dict[str, tuple[Norm, bool]] = {
 }
 
 # Bytes per element of the activation, forward and backward, that a variant reads and writes by its construction, for
-# elements of 2 bytes. The fused kernels' are derived in kernels/batchnorm/{forward,backward,cooperative}.py; eager's
-# are those of torch's channels-last kernels; inductor's were counted in the code that it generates for these layers
-# (torch 2.14, for an H100). Outside a network inductor stores ReLU's mask in bytes, and so moves less than in one.
+# elements of 2 bytes. The fused kernels' bytes are derived in kernels/batchnorm/{forward,backward,cooperative}.py.
+# Eager's are those of torch's channels-last kernels. Inductor's were counted in the code that it generates for these
+# layers (torch 2.14, for an H100). Outside of a network inductor stores ReLU's mask in bytes, so it moves less.
 BYTES: dict[str, dict[str, dict[str, float]]] = {
     "two_pass": {
         "bn_relu": {"forward": 2 + 4, "backward": 4 + 6},
@@ -161,8 +161,8 @@ class Case:
 class Cpu:
     device = torch.device("cpu")
     capability: list[int] | None = None
-    multiprocessors = 0  # no tensor fits on it at once
-    cache_bytes = 0  # two sets of tensors are enough, because a CPU's times claim nothing
+    multiprocessors = 0  # so no tensor fits on the device at once
+    cache_bytes = 0  # so two sets of tensors are enough; a CPU's times claim nothing
     baseline = "eager"
     modes: tuple[tuple[str, str], ...] = tuple((direction, "plain") for direction in DIRECTIONS)
     rounds, region_s = 5, 0.0
@@ -178,11 +178,11 @@ class Cpu:
             yield Case(what, (8, 64, 8, 8), "fp32")
 
     def variants(self, case: Case) -> tuple[list[str], dict[str, str]]:
-        """Return the variants that run, and by name the reason why others do not."""
+        """Return the variants that run, and the reason by name for each other one."""
         return ["reference", "eager"], {}
 
     def stream(self) -> AbstractContextManager[Any]:
-        """Return the context that everything runs in."""
+        """Return the context in which everything runs."""
         return nullcontext()
 
     def seconds(self, region: Region) -> float:
@@ -209,15 +209,15 @@ class Gpu:
         self.capability = [properties.major, properties.minor]
         self.multiprocessors = properties.multi_processor_count
         self.cache_bytes = properties.L2_cache_size
-        # Autograd runs a backward on its forward's stream, and the default stream cannot be captured, so everything
-        # runs on this stream from the first call on.
+        # Autograd runs a backward on the stream of its forward, and the default stream cannot be captured, so
+        # everything runs on this stream from the first call on.
         self.own_stream = torch.cuda.Stream(self.device)
         self.apex, self.why_no_apex = find_apex("contrib.groupbn.batch_norm")
 
     def cases(self) -> Iterator[Case]:
         """Yield ResNet-20's layers at batch 128 and 1024, the speed-run network's and ResNet-50's at 256.
 
-        If apex is installed, all come again in fp16, to compare with apex.
+        If apex is installed, all cases are repeated in fp16, to compare with apex.
         """
         for precision in (self.precision, "fp16") if self.apex else (self.precision,):
             for n in (128, 1024):
@@ -236,11 +236,11 @@ class Gpu:
     def variants(self, case: Case) -> tuple[list[str], dict[str, str]]:
         unavailable = {}
         if not cooperates(case, "full", self.multiprocessors):
-            unavailable["cooperative"] = "where the tensor does not fit on the GPU at once"
+            unavailable["cooperative"] = "if the tensor does not fit on the GPU at once"
         if self.apex is None:
             unavailable["apex"] = self.why_no_apex
         elif case.precision != "fp16":
-            unavailable["apex"] = "where the precision is not fp16"
+            unavailable["apex"] = "if the precision is not fp16"
         names = ("two_pass", "cooperative", "eager", "inductor", "apex")
         return [name for name in names if name not in unavailable], unavailable
 
@@ -253,7 +253,8 @@ class Gpu:
         region()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        ms: float = start.elapsed_time(end)
+        return ms / 1000
 
     def in_mode(self, mode: str, region: Region) -> Region:
         region()
@@ -288,7 +289,7 @@ def cooperates(case: Case, direction: str, multiprocessors: int) -> bool:
 
 
 class Batch(NamedTuple):
-    """All (N, C, H, W) channels-last."""
+    """The inputs and the output's gradients of a case, all (N, C, H, W) channels-last."""
 
     x: Tensor
     residual: Tensor | None
@@ -297,10 +298,10 @@ class Batch(NamedTuple):
 
 
 class Contest:
-    """A case, with the tensors and the nets of all variants."""
+    """The tensors of a case, and the networks of all variants."""
 
     def __init__(self, case: Case) -> None:
-        # Dynamo keeps compiled code per forward, so the modules of former cases would reach its limit.
+        # Dynamo counts compilations per forward, so the modules of former cases would reach its limit.
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -342,7 +343,7 @@ class Contest:
             expected = forward_and_backward(self.net(machine().baseline), self.batches[0])
             for result, wanted in zip(results, expected, strict=True):
                 error = ((result - wanted).float().norm() / wanted.float().norm()).item()
-                # nan fails too. In bf16, rounding flips one ReLU in a thousand, which changed a gradient by 3 %, and
+                # A NaN fails too. In bf16, rounding flips one ReLU in a thousand, which changed a gradient by 3 %, or
                 # by 12 % through two blocks.
                 allowed = 0.3 if self.case.is_block else 0.1
                 assert error < allowed, f"{variant} differs from {machine().baseline} by {error:.1%}"
@@ -350,7 +351,7 @@ class Contest:
         return net
 
     def region(self, variant: str, direction: str) -> Region:
-        """Return a region that runs all batches once. It keeps the results, so that no two of them share memory."""
+        """Return a region that runs all batches once and keeps the results, so that no two results share memory."""
         net = self.net(variant)
         if direction == "forward":
             return lambda: [net(*batch[:3]) for batch in self.batches]
@@ -363,7 +364,7 @@ class Contest:
         ]
 
     def timer(self, variant: str, direction: str, mode: str) -> Callable[[], float]:
-        """Return a function that measures the seconds of one call, by a region of many."""
+        """Return a function that measures the seconds of one call, from a region of many calls."""
         work = machine().in_mode(mode, self.region(variant, direction))
         turns = max(1, math.ceil(machine().region_s / machine().seconds(work)))
 
@@ -386,7 +387,7 @@ def gradients(net: Any, batch: Batch, outputs: tuple[Tensor, ...], retain_graph:
     return torch.autograd.grad(outputs, [*inputs, *net.parameters()], given, retain_graph=retain_graph)
 
 
-@lru_cache(maxsize=1)  # of the case at hand
+@lru_cache(maxsize=1)  # keeps only the current case
 def contest(case: Case) -> Contest:
     return Contest(case)
 
@@ -413,7 +414,7 @@ def bytes_per_element(case: Case, variant: str, direction: str, multiprocessors:
 
 @pytest.fixture(autouse=True)
 def _leave_nothing() -> None:
-    """Replace conftest.py's fixture: the benchmarks of a case share its nets, and the next case's Contest clears up."""
+    """Replace conftest.py's fixture, because the benchmarks of a case share its networks until the next Contest."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -430,7 +431,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def bench_kernels(benchmark: Any, case: Case, direction: str, mode: str, variant: str) -> None:
     here = machine()
-    # The backward alone is timed by repeating it, which donated buffers do not allow.
+    # The backward alone is timed by repeating it, so buffers must not be donated.
     with here.stream(), torch._functorch.config.patch(donated_buffer=case.is_block):
         copy = copy_gb_per_s()
         names = {"baseline": here.baseline, "variant": variant}
@@ -477,7 +478,7 @@ def fastest(rows: list[Info]) -> tuple[tuple[int, int], Table] | None:
     For each shape it names the fused kernel with the largest ratio to inductor, forward and backward together in a CUDA
     graph, if the 20 to 80 % intervals of both do not overlap; otherwise "torch".
     """
-    # The table has one precision, which is the one that `auto` chooses.
+    # The table has one precision, which is auto's choice.
     capability, precision = rows[0]["capability"], rows[0]["dtype"]
     if capability is None:
         return None
@@ -501,7 +502,7 @@ def fastest(rows: list[Info]) -> tuple[tuple[int, int], Table] | None:
 def write_table(rows: list[Info]) -> str:
     """Write the winners to the file, and return a line about it."""
     if (found := fastest(rows)) is None:
-        return "--write-table: on a CPU there is nothing to write"
+        return "--write-table: nothing to write on a CPU"
     dispatch_table.write(*found)
     ours = sum(algorithm != "torch" for algorithm in found[1].values())
     return f"--write-table: the fused kernels are faster at {ours} of {len(found[1])} shapes: {dispatch_table.FILE}"

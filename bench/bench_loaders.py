@@ -3,10 +3,10 @@
     pytest bench/bench_loaders.py --benchmark-only
 
 The DataLoader has as many workers as there are cores. The data are arrays and JPEGs of 32 px with CIFAR's augmentation,
-and photographs with ImageNet's at 224 px: crops of scikit-learn's two photographs. Each round starts its loader and
-takes all its batches, so that no loader works ahead in another's time; the round includes the start, which takes a
-tenth of a second or, on a GPU, a few. The resident loader reads JPEGs from the cache of decoded images, as a run does
-from its second start on. A network's rate is that of its training step alone, measured in the same process.
+and crops of scikit-learn's two photographs with ImageNet's augmentation at 224 px. Each round starts its loader and
+takes all its batches, so that no loader works ahead in another's time. The round includes the start, which takes a
+tenth of a second or, on a GPU, a few tenths. The resident loader reads JPEGs from the cache of decoded images, as a run
+does from its second start on. A network's rate is that of its training step alone, measured in the same process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.lib.workloads import DEVICE, GPU, Net, engine_training
 from fastres.utils.timing import interleaved
 
 BATCH, ROUNDS = 64, 7
-LONGER = 10 if GPU else 1  # a GPU takes a CPU's batches in less time than a loader's start
+LONGER = 10 if GPU else 1  # because a GPU takes a CPU's number of batches in less time than a loader's start
 # By case: (fields of DataConfig, loaders, batches of a round, the network that takes them).
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "arrays_32px": (

@@ -4,10 +4,10 @@
     pytest bench/bench_peers.py --benchmark-only
 
 Each peer runs as its authors run it, interleaved with the engine, on the same data and device. torchvision's ResNet-50
-runs in a plain loop, and again tuned by hand; timm's runs as in its own benchmark (channels-last, autocast, compiled on
-a GPU), without that benchmark's synchronisation after every step. Both take one repeated batch, and batches from DALI.
-airbench is the package from PyPI, cut to the shortest length that averages 90 %, by its own clock; it needs a GPU and
-has not yet run.
+runs in a plain loop, and again tuned by hand. The one of timm runs as in timm's own benchmark (channels-last, autocast,
+compiled on a GPU), without that benchmark's synchronisation after every step. Engine and peer take one repeated batch,
+or batches from DALI. airbench is the package from PyPI, cut to the shortest length that averages 90 %, by its own
+clock. It needs a GPU and has not yet run.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ RESNET50 = Net(name="resnet50", batch=256 if GPU else 8, side=224, classes=1_000
 def torchvision() -> torch.nn.Module:
     from torchvision.models import resnet50
 
-    return resnet50()
+    model: torch.nn.Module = resnet50()
+    return model
 
 
 def timm() -> torch.nn.Module:
-    reason = "timm is not installed: pip install -e '.[peers]'"
-    return pytest.importorskip("timm", reason=reason).create_model("resnet50")
+    reason = "timm is not installed; pip install -e '.[peers]'"
+    model: torch.nn.Module = pytest.importorskip("timm", reason=reason).create_model("resnet50")
+    return model
 
 
 # By peer: its network, and True to tune it by hand with bf16 autocast, channels-last, fused SGD, compiled on a GPU.
@@ -58,7 +60,7 @@ PEERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
     "torchvision, tuned by hand": (torchvision, True),
     "timm": (timm, True),
 }
-# Both take one repeated batch, or batches from DALI.
+# Engine and peer take one repeated batch, or batches from DALI.
 CASES = [
     pytest.param(peer, feed, id=peer if feed == "synthetic" else f"{peer}, fed by {feed}")
     for feed in ("synthetic", "dali")
@@ -70,22 +72,22 @@ CASES = [
 @pytest.mark.parametrize(("peer", "feed"), CASES)
 def bench_resnet50(benchmark: Any, request: pytest.FixtureRequest, peer: str, feed: str) -> None:
     if feed == "dali" and not (GPU or request.config.option.full):
-        pytest.skip("on a CPU bench_loaders.py says what feeding costs: --full")
+        pytest.skip("on a CPU bench_loaders.py measures the cost of feeding; --full runs this too")
     build, tuned = PEERS[peer]
     engine = engine_for()
     loop = PlainLoop(build(), plain_engine(tuned=tuned), compiled=tuned and engine.compile)
     shared = None
-    if feed == "dali":  # one loader for both, so that neither's batches are made in the other's time
+    if feed == "dali":  # one loader for both, so that no side's batches are made in the other side's time
         shared = fed_by_dali(RESNET50.batch, request.getfixturevalue("photographs"))
     theirs = loop_training(loop, shared, RESNET50)
     ours = engine_training(RESNET50, batches=shared)
-    facts = {"peer": peer, "feed": feed, "compiled": engine.compile, "precision": engine.precision}
+    facts: dict[str, Any] = {"peer": peer, "feed": feed, "compiled": engine.compile, "precision": engine.precision}
     compare(benchmark, RESNET50, lambda: theirs, ours, training=True, **facts)
 
 
 # ---- airbench ---------------------------------------------------------------------------------------------------
 
-# 9.9 is its own, for 94 %; on a copy whose images have lost something it takes longer.
+# 9.9 is airbench's own length, for 94 %; a copy with lossy images needs more epochs.
 EPOCHS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.9, 12.0, 14.0, 16.0, 18.0, 20.0, 23.0, 26.0)
 TRIALS, CONFIRMED = 3, 10  # runs of a length: to search, and to confirm that it averages 90 %
 
@@ -96,17 +98,17 @@ def bench_airbench(
 ) -> None:
     if not GPU:
         pytest.skip("airbench needs a GPU")
-    airbench = pytest.importorskip("airbench", reason="airbench is not installed: pip install -e '.[peers]'")
+    airbench = pytest.importorskip("airbench", reason="airbench is not installed; pip install -e '.[peers]'")
     flags, seeds = SPEEDRUN + data_flags(data, request.config), request.config.option.seeds
     source = load_source(parse(flags).data)
-    monkeypatch.chdir(tmp_path)  # it looks for its data in cifar10/ here, at every run
+    monkeypatch.chdir(tmp_path)  # because airbench looks for its data in cifar10/ of the current folder, at every run
     write_for_airbench(source, tmp_path / "cifar10")
     loader = airbench.CifarLoader(
         "cifar10", train=True, batch_size=1_024, aug={"flip": True, "translate": 2}, altflip=True
     )
 
     def their_run(epochs: float) -> tuple[float, float]:
-        """Return airbench's own seconds and accuracy: whitening, training, evaluation by six views of a test image."""
+        """Return airbench's seconds and accuracy, of whitening, training and evaluation by six views of an image."""
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             airbench.train94(loader, epochs=epochs, verbose=True)
@@ -126,7 +128,7 @@ def bench_airbench(
     def one_of_ours() -> None:
         seconds, summary = our_run(len(ours))
         ours.append((seconds + whitening_s, summary["test_accuracy"]))
-        # After every round, so that an interruption keeps the finished ones.
+        # Update after every round, so that an interruption keeps the finished rounds.
         benchmark.extra_info.update(
             peer="airbench",
             data=source.name,
@@ -144,7 +146,7 @@ def bench_airbench(
 def shortest(lengths: Sequence[float], averages_90: Callable[[float, int], bool]) -> tuple[float, bool]:
     """Return the shortest of the ascending lengths whose runs average 90 %, and True; else the longest, and False.
 
-    A bisection with few runs finds a candidate; from there upwards, the first length that many runs confirm is taken.
+    A bisection with few runs finds a candidate. From there upwards, the first length that many runs confirm is taken.
     """
     first, last = 0, len(lengths) - 1
     while first < last:
@@ -157,7 +159,7 @@ def shortest(lengths: Sequence[float], averages_90: Callable[[float, int], bool]
 def write_for_airbench(source: Source, folder: Path) -> None:
     """Write the source's pixels in airbench's format, so that it downloads nothing.
 
-    They are shuffled, because a folder's order is class by class and airbench whitens by the first 5,000 images.
+    The images are shuffled, because a folder's order is class by class and airbench whitens by the first 5,000 images.
     """
     folder.mkdir()
     for name, split in (("train", source.train), ("test", source.test)):
@@ -170,7 +172,7 @@ def write_for_airbench(source: Source, folder: Path) -> None:
 
 
 def last_row(output: str) -> tuple[float, float]:
-    """Return the seconds and accuracy from airbench's output: the end of its row of epoch "eval", accuracy first."""
+    """Return seconds and accuracy from airbench's output. The row of epoch "eval" ends in accuracy and seconds."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()]
     *_, accuracy, seconds = next(row for row in rows if row[1:2] == ["eval"])
     return float(seconds), float(accuracy)

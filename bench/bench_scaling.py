@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not list it in __all__
 
 from bench.lib.workloads import GPU, Net, engine_for, engine_training
 from fastres.training.step import raise_recompile_limit
@@ -28,7 +29,7 @@ from fastres.utils.timing import interleaved
 BATCHES = (32, 64, 128, 256, 512, 1_024, 2_048, 4_096) if GPU else (16, 32, 64, 128, 256)
 DEPTHS = (20, 32, 44, 56, 110)
 ROUNDS = 15 if GPU else 7
-STEPS = 200 if GPU else 2  # of a round; many on a GPU, because a round's start and end take as long as some steps
+STEPS = 200 if GPU else 2  # of a round; many on a GPU, because a round's start and end take as long as a few steps
 
 
 def net(depth: int, batch: int) -> Net:
@@ -63,7 +64,7 @@ def bench_step(benchmark: Any, sweep: str) -> None:
     )
 
 
-# By name: fields of both sides, and more fields of one. DDP has no graphs, so neither side has one.
+# By name: fields of both sides, and more fields of one side. DDP runs without graphs, so both sides do.
 COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DDP on one process": ({"cuda_graph": False}, {"ddp": True}),
     "engine.deterministic": ({}, {"deterministic": True}),
@@ -74,7 +75,7 @@ COSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def bench_cost(benchmark: Any, what: str) -> None:
     """Measure the cost of a setting: ResNet-20 without and with it, interleaved."""
     engine = engine_for()
-    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore())
+    dist.init_process_group("nccl" if GPU else "gloo", store=HashStore())
     try:
         both, more = COSTS[what]
         sides = {"without": both, "with": both | more}
@@ -99,12 +100,12 @@ def bench_cost(benchmark: Any, what: str) -> None:
 def bench_processes(benchmark: Any, tmp_path: Path) -> None:
     """Run one global batch on 1, 2, 4 ... processes that divide the cores, or have a GPU each.
 
-    One process runs without a CUDA graph too, because several cannot have one.
+    One process runs without a CUDA graph too, because several processes cannot have one.
     """
-    there = torch.cuda.device_count() if GPU else os.cpu_count() or 1
-    counts = [count for count in (1, 2, 4, 8) if count <= there]
+    available = torch.cuda.device_count() if GPU else os.cpu_count() or 1
+    counts = [count for count in (1, 2, 4, 8) if count <= available]
     if len(counts) == 1:
-        pytest.skip(f"one {'GPU' if GPU else 'CPU'}: nothing to divide")
+        pytest.skip(f"only one {'GPU' if GPU else 'CPU'}, so there is nothing to divide")
     rates: dict[str, list[float]] = {str(count): [] for count in counts}
 
     def run(count: int, turn: int) -> float:

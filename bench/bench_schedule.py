@@ -2,11 +2,12 @@
 
     pytest bench/bench_schedule.py --benchmark-only
 
-A turn is a number of steps of the schedule: of the plain loop (eager, fp32, NCHW), of the same under torch.compile
-alone, of that in bf16 and channels-last, and of fastres.train, whose own clock excludes compiling and evaluation. All
-take the same augmented batches from the resident loader. bench_accuracy.py measures the wall time of all 64,000 steps.
+A round runs the same number of steps of four programs: the plain loop (eager, fp32, NCHW), the plain loop under
+torch.compile alone, the compiled loop in bf16 and channels-last, and fastres.train, whose own clock excludes compiling
+and evaluation. All take the same augmented batches from the resident loader. bench_accuracy.py measures the wall time
+of all 64,000 steps.
 
-A second benchmark checks that steps replayed from a CUDA graph are bitwise identical to ungraphed ones. It has not yet
+A second benchmark checks that steps replayed from a CUDA graph are bitwise identical to ungraphed steps. It has not yet
 run on a GPU.
 """
 
@@ -31,7 +32,7 @@ from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError
 from fastres.utils.timing import time_region
 
-SAMPLES, STEPS, ROUNDS = (50_000, 2_000, 5) if GPU else (2_048, 4, 3)  # of a turn
+SAMPLES, STEPS, ROUNDS = (50_000, 2_000, 5) if GPU else (2_048, 4, 3)  # of a round
 FLAGS = [
     *("--data.source", "synthetic", "--data.image_size", "32", "--data.synthetic_samples", str(SAMPLES)),
     *("--train.eval_every", "100_000", "--run.checkpoint_every", "100_000"),
@@ -49,7 +50,7 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
     flags = [*FLAGS, "--train.steps", str(STEPS)]
     config = parse(flags)
     source, engine = load_source(config.data), resolve_engine(config)
-    compiles = GPU or request.config.option.full  # on a CPU it takes minutes
+    compiles = GPU or request.config.option.full  # on a CPU, compiling takes minutes
     baselines = {
         name: PlainRun(config, source, **how) for name, how in BASELINES.items() if compiles or not how.get("compiled")
     }
@@ -58,8 +59,9 @@ def bench_schedule(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Pat
     folders = (tmp_path / f"{number}" for number in count())  # a folder holds one run
 
     def ours() -> float:
-        """Return the seconds of a run of seed 0, whose batches are those of the plain loops."""
-        return run(flags, 0, next(folders), source)["train_time_s"]
+        """Return the seconds of a run of seed 0, which takes the same batches as the plain loops."""
+        seconds: float = run(flags, 0, next(folders), source)["train_time_s"]
+        return seconds
 
     timers = {
         name: partial(time_region, partial(plain.steps, 0, STEPS), engine.device) for name, plain in baselines.items()
@@ -95,8 +97,8 @@ def bench_graphed_is_ungraphed(benchmark: Any, request: pytest.FixtureRequest, t
     flags = [*DETERMINISTIC, "--train.steps", str(GRAPHED_STEPS), "--engine.precision", precision]
     try:
         resolve_engine(parse([*flags, "--engine.cuda_graph", "true"]))
-    except UsageError as refusal:
-        pytest.skip(str(refusal))
+    except UsageError as error:
+        pytest.skip(str(error))
     skip_if_slow(request.config)
     runs = {name: tmp_path / name for name in ("true", "false")}
     summaries = {}
@@ -116,7 +118,7 @@ def bench_graphed_is_ungraphed(benchmark: Any, request: pytest.FixtureRequest, t
 
 
 def compare_folders(one: Path, other: Path) -> dict[str, Any]:
-    """Return the number of losses that two runs logged, the first step that differs, and if all weights are equal."""
+    """Return the number of losses that two runs logged, the first different step, and True if all weights are equal."""
     losses = [
         {row["step"]: row["loss"] for row in map(json.loads, lines) if row["split"] == "train"}
         for lines in ((folder / "metrics.jsonl").read_text("utf-8").splitlines() for folder in (one, other))

@@ -4,7 +4,7 @@
     pytest bench/bench_throughput.py --benchmark-only --full    everything
 
 The baseline is the code one writes first: the same network, eager, fp32, NCHW, torch.optim.SGD. It runs interleaved
-with the engine in one process, so that any disturbance of the machine affects both; only the ratio is a result.
+with the engine in one process, so that any disturbance of the machine affects both, and only the ratio is a result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def net(name: str, on_cpu: int, on_gpu: int, side: int, **fields: Any) -> Net:
     return Net(name=name, batch=on_gpu if GPU else on_cpu, side=side, **fields)
 
 
-# One of each family first; the rest with --full.
+# One network of each family first; MORE_NETS run with --full.
 NETS = {
     "resnet20": net("resnet20", 128, 128, 32),
     "resnet56": net("resnet56", 128, 128, 32),
@@ -49,7 +49,7 @@ HOWS: dict[str, dict[str, Any]] = {
 }
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 NORMS = ("torch", "fused")
-# Measured without --full: the engine's own choices for every net, and their parts for ResNet-20.
+# Without --full, the engine's own choices are measured for every network, and their parts for ResNet-20.
 PARTS = ["fp32 eager torch", "bf16 compile torch"]
 if GPU:
     PARTS += ["bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused"]
@@ -59,7 +59,7 @@ FULL = list(product((*NETS, *MORE_NETS), (True, False), VARIANTS))
 
 
 def cases() -> list[Any]:
-    """Return the quick cases first, then the rest, marked."""
+    """Return the quick cases first, then the other cases, marked as full."""
     return [
         pytest.param(
             *(name, training, variant),
@@ -85,8 +85,8 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str) ->
     try:
         engine = engine_for(**fields)
         steps = ours(measured, **fields)
-    except UsageError as refusal:
-        pytest.skip(str(refusal))
-    facts = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
+    except UsageError as error:
+        pytest.skip(str(error))
+    facts: dict[str, Any] = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
     facts |= {"training": training, "precision": engine.precision}
     compare(benchmark, measured, lambda: plain(measured), steps, **facts)

@@ -24,27 +24,29 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastres").addoption
-    option("--full", action="store_true", help="every net and variant, not what the machine has time for")
-    option("--seeds", type=int, default=5, metavar="N", help="seeds of what trains to the end (default 5)")
-    help_ = "where what trains on CIFAR-10 looks for it (default: %(default)s)"
+    option("--full", action="store_true", help="run every network and variant, not only those that take minutes")
+    option("--seeds", type=int, default=5, metavar="N", help="seeds of benchmarks that train to the end (default: 5)")
+    help_ = "folder of CIFAR-10 for benchmarks that train on it (default: %(default)s)"
     option("--data-root", default="data", metavar="DIR", help=help_)
-    help_ = "put the kernels that bench_kernels found faster into kernels/batchnorm/fastest.json"
+    help_ = "write the kernels that bench_kernels found faster to kernels/batchnorm/fastest.json"
     option("--write-table", action="store_true", help=help_)
-    help_ = "folder of CIFAR-10 as JPEGs: what trains on CIFAR-10 does so on it too"
+    help_ = "folder of CIFAR-10 as JPEGs, on which benchmarks that train on CIFAR-10 train too"
     option("--jpeg-copy", metavar="DIR", help=help_)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full")
-    # Deterministic runs need it, and torch (up to 2.11 at least) reads it once per process, at the first matrix
-    # product, which may belong to an earlier run that is not deterministic.
+    # Deterministic runs need this setting, and torch (up to 2.11 at least) reads it once per process, at the first
+    # matrix product, which may belong to an earlier run that is not deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     option = config.option
     if "benchmark_storage" not in option:
-        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
+        raise pytest.UsageError("the benchmarks need pytest-benchmark; pip install -e '.[bench]'")
     from pytest_benchmark.utils import get_tag
 
-    if option.benchmark_storage == "file://./.benchmarks":  # its default: store every run with the others
+    if (
+        option.benchmark_storage == "file://./.benchmarks"
+    ):  # unless another storage is given, store every run in RESULTS
         option.benchmark_storage = RESULTS.as_uri()
         option.benchmark_autosave = None if option.benchmark_save else get_tag()
         option.benchmark_save_data = True
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _leave_nothing() -> Iterator[None]:
-    """Free what a benchmark compiled and allocated before the next one."""
+    """Free the compiled code and the memory of a benchmark before the next one."""
     yield
     torch._dynamo.reset()
     gc.collect()
@@ -68,7 +70,7 @@ def _leave_nothing() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of photographs by name: 2,560 of 32 px, and 512 of 400 x 300; and one for the cache of decoded images."""
+    """Return folders by name: 2,560 photographs of 32 px, 512 of 400 x 300, and the cache of decoded images."""
     from bench.lib.loaders import write_photographs
 
     return write_photographs(tmp_path_factory.mktemp("photographs"))
@@ -76,7 +78,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-benchmark's, which is a wrapper too
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Drop a benchmark that was interrupted before its first round, because pytest-benchmark would store no others."""
+    """Drop benchmarks interrupted before their first round, because with them pytest-benchmark would store nothing."""
     if (made := getattr(session.config, "_benchmarksession", None)) is not None:
         made.benchmarks[:] = [one for one in made.benchmarks if one.stats.data]
     return (yield)
@@ -86,7 +88,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add the environment, which has to be equal for two runs to be compared."""
+    """Add the environment, which must be equal if two runs are compared."""
     machine_info["fastres"] = environment(resolve_engine(Config()))
     del machine_info["fastres"]["command"]
 

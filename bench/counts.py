@@ -1,29 +1,29 @@
-"""Count what a step of ResNet-20 does, as a regression gate. The counts are the same on every machine; none is a time.
+"""Count the work of a step of ResNet-20, as a regression gate. All counts are the same on every machine, and no times.
 
     python -m bench.counts                         from the checkout's root: the table; no GPU, two minutes of CPU time
     python -m bench.counts --check                 exit status 1 if a count is above bench/expected_counts.json
-    python -m bench.counts --write                 store the counts there, to accept a rise or to keep a fall
+    python -m bench.counts --write                 store the counts in that file, to accept a rise or to keep a fall
     python -m bench.counts --check --only graph    one group, or several with commas
 
 The recipe cifar10-resnet20 runs on the CPU, in the precision of a GPU. The groups are:
 
-operators   calls of torch's operators in eager execution: of a training step by its parts, of an evaluation batch, and
-            of the resident loader.
+operators   calls of torch's operators in eager execution, for a training step by its parts, an evaluation batch, and
+            the resident loader.
 host        calls that would block the host on a GPU: synchronisations, which read a device's value (.item(), bool(),
-            .tolist(), print, nonzero, a mask as index), and copies, which move something (.to(device), torch.tensor).
+            .tolist(), print, nonzero, a mask as index), and copies, which move a tensor (.to(device), torch.tensor).
             On the CPU nothing blocks, but the calls are visible.
 graph       graph breaks, graphs and recompilations of forward and loss under torch.compile, while learning rate and
             step change and evaluation alternates with training. Dynamo and AOTAutograd run as they do for inductor.
 block       kernels besides the convolutions, and their bytes, of a basic block compiled for an H100
             (kernels/analysis/inductor_counts.py).
 network     launches of a recorded step, convolutions included, counted in the same way: making the batch on the
-            device, the network's forward with the loss, its backward, and the metrics. The optimizer's are left out,
-            because torch launches them. "convolutions" has the fused ones, which launch one kernel for each of their
-            gradients; torch's backward of a convolution counts as one launch and is two kernels or more.
-            The images have 16 channels, because inductor_counts counts activations of that shape.
+            device, the network's forward with the loss, its backward, and the metrics. The optimizer's launches are
+            left out, because torch makes them. The rows "convolutions" have the fused convolutions, which launch one
+            kernel for each of their gradients; torch's backward of a convolution counts as one launch and is two
+            kernels or more. The images have 16 channels, because inductor_counts counts activations of that shape.
 
-The counts of operators, block and network depend on torch and are stored per version; a version that the file lacks is
-not compared. 2.11 and 2.14 agreed in all of them when this was written.
+The counts of operators, block and network depend on torch and are stored per version. A version that the file lacks is
+not compared. Versions 2.11 and 2.14 agreed in all counts when this was written.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from fastres_kernels.report import count_blocks
 from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
 
 CHECKOUT = Path(__file__).parent.parent
-PACKAGES = ("fastres", "kernels", "fastres_kernels")  # folders in it
+PACKAGES = ("fastres", "kernels", "fastres_kernels")  # folders of the checkout
 EXPECTED = Path(__file__).with_name("expected_counts.json")
 NAME = EXPECTED.relative_to(CHECKOUT)
 WRITE = "python -m bench.counts --only {} --write"
@@ -96,7 +96,7 @@ COPIES = (Tensor.cuda, torch.tensor, torch.as_tensor)
 
 @dataclass
 class Observation:
-    """Calls of operators by part, and the places where the host read or moved something."""
+    """Calls of operators by part, and the places in the code at which the host read or moved a tensor."""
 
     part: str = "the rest"
     operators: Counter[str] = field(default_factory=Counter)
@@ -108,7 +108,7 @@ class Observation:
 
 
 class Functions(TorchFunctionMode):
-    """Observes the functions that are called on tensors."""
+    """Observe the functions that are called on tensors."""
 
     def __init__(self, observed: Observation) -> None:
         super().__init__()
@@ -132,10 +132,10 @@ class Functions(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Observes the operators that run for them, and for autograd."""
+    """Observe the operators that run for functions on tensors, and for autograd."""
 
     def __init__(self, observed: Observation) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.observed = observed
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,7 +174,7 @@ def observing() -> Iterator[Observation]:
 
 
 def the_recipe(precision: str = "bf16") -> tuple[Config, Engine]:
-    """Return the recipe's configuration and engine: on the CPU, eager."""
+    """Return the recipe's configuration and engine, on the CPU and eager."""
     config = parse([*RECIPE.split(), "--engine.precision", precision])
     engine = resolve_engine(config)
     engine.apply_torch_settings()
@@ -216,7 +216,7 @@ def trained(precision: str) -> Observation:
 
 
 def read_metrics() -> Observation:
-    """Read the metrics, which a step that logs does in addition."""
+    """Read the metrics, as after a step that is logged."""
     step, _ = build(*the_recipe())
     with observing() as observed:
         step.metrics.read()
@@ -241,7 +241,7 @@ def a_loader(config: Config, engine: Engine) -> Any:
 
 @cache
 def loaded() -> tuple[Observation, Observation]:
-    """Run the resident loader: its first step, which makes a block, and all others of that block."""
+    """Run the resident loader for its first step, which makes a block, and for all other steps of the block."""
     config, engine = the_recipe()
     loader = a_loader(config, engine)
     steps = loader.order.n // config.train.batch_size
@@ -294,11 +294,11 @@ def graph() -> Counts:
     torch._dynamo.reset()
     counters.clear()
 
-    def break_and_go_on(function: Any, **options: Any) -> Any:
-        """Stand in for torch.compile: count breaks instead of raising, and generate no code."""
+    def compile_with_breaks(function: Any, **options: Any) -> Any:
+        """Replace torch.compile, to count breaks instead of raising, and to generate no code."""
         return compile_(function, **options | {"fullgraph": False, "backend": "aot_eager", "options": None})
 
-    with patch.object(torch, "compile", break_and_go_on):
+    with patch.object(torch, "compile", compile_with_breaks):
         step, evaluate = build(config, replace(engine, compile=True))
         batch, graphs = a_batch(engine), []
         for i, lr in enumerate((0.1, 0.01, 0.0, 0.3)):
@@ -332,7 +332,7 @@ def network() -> Counts:
     from fastres_kernels.analysis import inductor_counts
 
     class Net(nn.Module):
-        """(128, 16, 32, 32) -> (loss, correct), of which TrainStep differentiates the loss."""
+        """The network with its loss: (128, 16, 32, 32) -> (loss, correct). TrainStep differentiates the loss."""
 
         def __init__(self, **options: Any) -> None:
             super().__init__()
@@ -344,7 +344,8 @@ def network() -> Counts:
             self.register_buffer("labels", torch.zeros(inductor_counts.SHAPE[0], dtype=torch.int64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.forward_loss(x, self.labels)
+            loss, correct = self.forward_loss(x, self.labels)
+            return loss, correct
 
     def launches(generated: tuple[Any, str]) -> list[inductor_counts.Launch]:
         return inductor_counts.launches(*generated, [])
@@ -354,12 +355,15 @@ def network() -> Counts:
     records_nothing: Any = SimpleNamespace(record=lambda work, mutated: None)
     graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-    pieces = {"the batch": (graphed.next_batch,), "the totals": (step.count, loss, correct, BATCH)}
+    pieces: dict[str, tuple[Any, ...]] = {
+        "the batch": (graphed.next_batch,),
+        "the totals": (step.count, loss, correct, BATCH),
+    }
     counts = {
         f"{name}, launches": Count(len(launches(inductor_counts.generate(*piece)["forward"])))
         for name, piece in pieces.items()
     }
-    # The head's products count like convolutions, and move little; the bytes of a variant are not needed.
+    # The head's matrix products count like convolutions, and move little. The bytes of a variant are not needed.
     head = {f"extern_kernels.{name}": 0 for name in ("addmm", "mm")}
     no_bytes = patch.object(inductor_counts, "variant_of", lambda *_: SimpleNamespace(bytes_per_element=0))
     nets = {
@@ -372,7 +376,7 @@ def network() -> Counts:
             with patch.dict(inductor_counts.CONVOLUTIONS, head), no_bytes:
                 found = launches(generated)
             counts[f"{kind}, {name}, launches"] = Count(len(found))
-            # With torch's norm every kernel but the convolutions is inductor's own, so its text shows the bytes.
+            # With torch's norm every kernel but the convolutions is generated, so the code shows the bytes.
             if kind == "torch":
                 moved = inductor_counts.totals(found)["kernel_bytes_per_element"]
                 counts[f"{kind}, {name}, bytes/element"] = Count(moved)
@@ -399,7 +403,7 @@ def key_of(group: str) -> str:
 
 
 def count(groups: list[str]) -> dict[str, Counts]:
-    """Count the groups. Code for an H100 is generated in other processes, because torch remembers if there is a GPU."""
+    """Count the groups. Other processes generate code for an H100, because torch caches whether it sees a GPU."""
     with ProcessPoolExecutor(len(GENERATED), get_context("spawn")) as beside:
         later = {group: beside.submit(GROUPS[group]) for group in groups if group in GENERATED}
         return {group: later[group].result() if group in later else GROUPS[group]() for group in groups}
@@ -411,7 +415,7 @@ def judge(counted: dict[str, Counts], expected: dict[str, Any]) -> tuple[list[st
     unknown = [group for group in counted if group in OF_TORCH and TORCH not in expected]
     if unknown:
         notes.append(
-            f"not compared: {', '.join(unknown)}, for {NAME} has none of torch {TORCH}; to add them: "
+            f"not compared: {', '.join(unknown)}, because {NAME} has no counts of torch {TORCH}; to add them: "
             f"{WRITE.format(','.join(unknown))}"
         )
     for group, counts in counted.items():
@@ -455,17 +459,19 @@ def main() -> int:
         prog="python -m bench.counts", description="Counts of ResNet-20's step, the same on every machine."
     )
     act = parser.add_mutually_exclusive_group()
-    act.add_argument("--check", action="store_true", help=f"exit status 1 if one is above {NAME}")
-    act.add_argument("--write", action="store_true", help=f"write them to {NAME}")
-    parser.add_argument("--only", default=",".join(GROUPS), metavar="GROUPS", help=f"some of {','.join(GROUPS)}")
+    act.add_argument("--check", action="store_true", help=f"exit with status 1 if a count is above {NAME}")
+    act.add_argument("--write", action="store_true", help=f"write the counts to {NAME}")
+    parser.add_argument(
+        "--only", default=",".join(GROUPS), metavar="GROUPS", help="groups to count (default: %(default)s)"
+    )
     options = parser.parse_args()
     groups = [group for group in GROUPS if group in options.only.split(",")]
     if set(groups) != set(options.only.split(",")):
-        parser.error(f"--only {options.only}: the groups are {','.join(GROUPS)}")
+        parser.error(f"--only {options.only}: unknown group; the groups are {','.join(GROUPS)}")
     if set(groups) & set(GENERATED) and (INTERPRETED or not HAS_TRITON):
-        why = "TRITON_INTERPRET is set: unset it" if HAS_TRITON else "there is no Triton: pip install triton"
+        why = "unset TRITON_INTERPRET" if HAS_TRITON else "pip install triton"
         others = ",".join(group for group in GROUPS if group not in GENERATED)
-        raise UsageError(f"{' and '.join(GENERATED)} compile kernels, and {why}, or count --only {others}")
+        raise UsageError(f"{' and '.join(GENERATED)}: compiling kernels needs Triton; {why}, or count --only {others}")
 
     expected: dict[str, Any] = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     counted = count(groups)

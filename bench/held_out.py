@@ -3,11 +3,11 @@
     python -m bench.held_out --seeds 5 --recipe cifar10-speedrun --data.root data \
         + --train.steps 300 + --train.steps 300 --optim.muon_lr 0.2
 
-The flags are those of fastres.train; those before the first + hold for all settings. Settings run interleaved, so that
-an interrupted comparison has as many runs of each. A tenth of the training samples is held out unless --data.validation
-is given; the test set's accuracy is neither printed nor stored. A line has the mean ± its standard error, the mean
-accuracy of the training batches since the evaluation before (if it is far above the first mean, the network overfits;
-if not, it underfits), and the median training time, in this process.
+The flags are those of fastres.train, and flags before the first + apply to all settings. Settings run interleaved, so
+that an interrupted comparison has as many runs of each. A tenth of the training samples is held out unless
+--data.validation is given. The test set's accuracy is neither printed nor stored. A line has the mean ± its standard
+error, the mean accuracy of the training batches since the previous evaluation (far above the first mean, the network
+overfits, otherwise it underfits), and the median training time, in this process.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fastres.utils.errors import UsageError, run_command
 @dataclass
 class Setting:
     flags: list[str]
-    own: str  # its own flags, as text
+    own: str  # the flags of this setting alone, as text
     accuracies: list[float] = field(default_factory=list)  # of the held-out samples, after the last step
-    training: list[float] = field(default_factory=list)  # of the training batches since the evaluation before
+    training: list[float] = field(default_factory=list)  # of the training batches since the previous evaluation
     seconds: list[float] = field(default_factory=list)
 
     def line(self) -> str:
@@ -71,20 +71,20 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
         usage="%(prog)s [--seeds N] [--json FILE] FLAGS [+ FLAGS]...",
         description=str(__doc__).partition("\n")[0],
-        epilog="FLAGS are those of fastres.train: the first hold for all settings, those after a + for one of them.",
+        epilog="FLAGS are those of fastres.train: before the first + for all settings, after a + for one setting.",
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time there")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time to this file")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     settings = settings_of(arguments)
     data, *others = [parse(setting.flags).data for setting in settings]  # a UsageError comes before anything runs
     if any(other != data for other in others):
-        raise UsageError("settings of different data are not compared: give --data's flags before the first +")
+        raise UsageError("--data: the settings must have the same data; give --data's flags before the first +")
     source = load_source(data)
     if not data.validation:
         for setting in settings:
             setting.flags += ["--data.validation", str(len(source.train) // 10)]
-    raise_recompile_limit(4 * len(settings))  # each is trained and evaluated
+    raise_recompile_limit(4 * len(settings))  # because each setting trains and evaluates
     try:
         for seed in range(options.seeds):
             for setting in settings:

@@ -1,7 +1,7 @@
-"""Report the benchmarks' results as bench/RESULTS.md and plots, each device by itself.
+"""Report the benchmarks' results as bench/RESULTS.md and plots, separately for each device.
 
     python -m bench.report                  bench/results/ -> bench/RESULTS.md, bench/results/plots/
-    python -m bench.report A.json B.json    these only, to the terminal; they must come from one device
+    python -m bench.report A.json B.json    only these, to the terminal; they must come from one device
     python -m bench.report --targets        the GPU targets next to the measurements, to the terminal
 
 The tables show the newest run of each benchmark. Ratios are listed for all runs, because they show how far one run can
@@ -32,18 +32,20 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A run of the suite, or of a part of it."""
+    """A run of the suite, or of a part of the suite."""
 
     path: Path
     content: dict[str, Any]
 
     @property
     def environment(self) -> dict[str, Any]:
-        return self.content["machine_info"]["fastres"]
+        of: dict[str, Any] = self.content["machine_info"]["fastres"]
+        return of
 
     @property
     def device(self) -> str:
-        return self.environment["device"]
+        device: str = self.environment["device"]
+        return device
 
     @property
     def on_gpu(self) -> bool:
@@ -55,9 +57,10 @@ class SuiteRun:
 
     @property
     def disturbances(self) -> list[str]:
-        """What may have disturbed the run. Older results have another name."""
+        """Return the conditions that may have disturbed the run. Older results call them doubts."""
         state = self.content["state"]
-        return state["doubts"] if "doubts" in state else state["disturbances"]
+        lines: list[str] = state["doubts"] if "doubts" in state else state["disturbances"]
+        return lines
 
     @property
     def line(self) -> str:
@@ -73,9 +76,10 @@ def read(paths: Sequence[Path]) -> list[SuiteRun]:
     for path in paths:
         try:
             run = SuiteRun(path, json.loads(path.read_text(encoding="utf-8")))
-            assert run.device and run.line and isinstance(run.rows, list)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
-            raise UsageError(f"{path} is not a result of pytest bench/: remove it from the folder") from None
+            if not (run.device and run.line and isinstance(run.rows, list)):
+                raise ValueError("an entry is empty")
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"{path}: is not a result of pytest bench/; remove it from the folder") from None
         runs.append(run)
     return sorted(runs, key=lambda run: run.content["datetime"])
 
@@ -86,7 +90,7 @@ def newest(runs: Sequence[SuiteRun]) -> list[Row]:
 
 
 def ratios(runs: Sequence[SuiteRun]) -> dict[str, list[float]]:
-    """Return each benchmark's ratios in all runs, except those of kernels, which a CPU does not measure."""
+    """Return each benchmark's ratios in all runs, without those of kernels, which a CPU does not measure."""
     found = defaultdict(list)
     for run in runs:
         for row in run.rows:
@@ -102,7 +106,7 @@ def section(device: str, runs: Sequence[SuiteRun], plots: Sequence[Path]) -> lis
     """Return one device's part of RESULTS.md, or of the terminal if there are no plots."""
     lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
     if any(run.on_gpu for run in runs):
-        lines += ["### what is to be reached", "", "```", *targets.lines(newest(runs)), "```", ""]
+        lines += ["### targets", "", "```", *targets.lines(newest(runs)), "```", ""]
     for title, rows in tables(newest(runs)):
         lines += [f"### {title}", "", "```", *rows, "```", ""]
     several = {name: values for name, values in ratios(runs).items() if len(values) > 1}
@@ -220,7 +224,7 @@ def plot_loaders(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-# By file, bench_NAME.py.
+# The plots by the NAME of their benchmarks' file, bench_NAME.py.
 PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling": plot_scaling, "loaders": plot_loaders}
 
 
@@ -228,10 +232,10 @@ PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Results as text and plots.")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Show results as text and plots.")
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)")
-    add("--targets", action="store_true", help="what is to be reached on a GPU, beside what was")
+    add("--targets", action="store_true", help="show the GPU targets next to the measurements")
     add("--claims", action="store_true", help=argparse.SUPPRESS)  # the old name of --targets
     args = parser.parse_args(argv)
     if args.claims:
@@ -239,22 +243,17 @@ def main(argv: list[str] | None = None) -> int:
     files = args.files
     runs = read(files or sorted((HERE / "results").rglob("*.json")))
     if not runs:
-        raise UsageError(f"no results in {HERE / 'results'}: pytest bench/ --benchmark-only makes some")
+        raise UsageError(f"no results in {HERE / 'results'}; run pytest bench/ --benchmark-only")
     if args.targets or args.claims:
-        by_gpu: dict[str, list[SuiteRun]] = defaultdict(list)
-        for run in runs:
-            if run.on_gpu:
-                by_gpu[run.device].append(run)
-        for device, of_device in by_gpu.items() or [("no GPU yet", [])]:
-            print("\n".join([device, *targets.lines(newest(of_device))]))
+        print_targets(runs)
         return 0
     devices = list(dict.fromkeys(run.device for run in runs))
     if files:
         for other in runs[1:]:
             if other.device != runs[0].device:
                 raise UsageError(
-                    f"{runs[0].path} is of {runs[0].device} and {other.path} of {other.device}: "
-                    "figures of different devices do not compare; name those of one"
+                    f"{runs[0].path} is of {runs[0].device} and {other.path} of {other.device}, and figures of "
+                    "different devices do not compare; name files of one device"
                 )
         print("\n".join(section(devices[0], runs, [])))
         return 0
@@ -266,6 +265,16 @@ def main(argv: list[str] | None = None) -> int:
     (HERE / "RESULTS.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"{HERE / 'RESULTS.md'}: {len(runs)} runs of {len(devices)} device(s)")
     return 0
+
+
+def print_targets(runs: Sequence[SuiteRun]) -> None:
+    """Print the targets next to the measurements of each GPU."""
+    by_gpu: dict[str, list[SuiteRun]] = defaultdict(list)
+    for run in runs:
+        if run.on_gpu:
+            by_gpu[run.device].append(run)
+    for device, of_device in by_gpu.items() or [("no GPU yet", [])]:
+        print("\n".join([device, *targets.lines(newest(of_device))]))
 
 
 if __name__ == "__main__":

@@ -1,48 +1,48 @@
 #!/usr/bin/env bash
-# All that has to be measured on a GPU, with one command. See --help.
+# Run every measurement that needs a GPU, with one command. See --help.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: bench/run_on_gpu.sh --data DIR [--essential | --only NAME...] [--list]
 
-Measures on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200) what fastres claims, in stages: the
-essential ones first, and cheapest first once the kernels are chosen. Results go to bench/results/ as the suite's JSON;
-the end prints the targets beside what was found, and what to commit. A stage that fails does not keep the others from
-running.
+Measure the claims of fastres on one NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200), in stages: the
+essential stages first, and the cheapest first once the kernels are chosen. Results go to bench/results/ as the suite's
+JSON. At the end, the targets are printed next to the measurements, and the files to commit. If a stage fails, the other
+stages still run.
 
-  --data DIR      holds cifar-10-batches-py, or CIFAR-10 as JPEGs in train/CLASS/ and test/CLASS/
-  --essential     only the stages marked so: 25 minutes on an H100, by estimate
-  --only NAME     only this stage, even if it is not essential; may be repeated
-  --again         stages that are done too
-  --list          the stages, what each needs, and which are done; runs nothing
-  --stages FILE   stages from a file in place of the built-in ones: lines as in this script's list
-  --record DIR    where the marks of what is done are kept (default: bench/results/on_gpu)
-  --logs DIR      where the stages' output goes (default: runs/on_gpu)
+  --data DIR      folder with cifar-10-batches-py, or CIFAR-10 as JPEGs in train/CLASS/ and test/CLASS/
+  --essential     run only the essential stages: 25 minutes on an H100, by estimate
+  --only NAME     run only this stage, even if it is not essential; may be repeated
+  --again         run stages that are done again
+  --list          list the stages, their needs, and the stages that are done; run nothing
+  --stages FILE   read the stages from a file, with lines as in this script's list
+  --record DIR    folder for the marks of stages that are done (default: bench/results/on_gpu)
+  --logs DIR      folder for the stages' output (default: runs/on_gpu)
   --help
 
-A stage is done where it has succeeded with this code, torch and device; run the same command again after an interruption
-and it goes on with the next one. To set up, in the checkout:
+A stage is done if it has succeeded with this code, torch and device. After an interruption, run the same command again
+to continue with the next stage. To set up, in the checkout:
 
   python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev,peers]'
 
-Without a network: pip download -d wheels '.[dev,peers]' where there is one, with the same Python, and there
-pip install --no-index --find-links wheels -e '.[dev,peers]'.
+For a machine without a network, run pip download -d wheels '.[dev,peers]' with the same Python on a machine with one,
+copy the wheels, and run pip install --no-index --find-links wheels -e '.[dev,peers]'.
 
-Exit status: 0 all done, 1 a stage failed, 2 something that it needs is missing, 130 interrupted.
+Exit status: 0 all done, 1 a stage failed, 2 a requirement is missing, 130 interrupted.
 END
 }
 
 # name | minutes on an H100, an estimate | minutes after which it is stopped | essential | needs | what | command
-# What a stage needs: a gpu, the data, and the table of the fastest kernels, which makes it another stage where it changes:
-# so what writes the table comes before all that takes it.
+# A stage may need a gpu, the data, and the table of the fastest kernels. If the table changes, a stage that needs it is
+# no longer done, so the stages that write the table come before the stages that need it.
 # Commands see PYTHON, DATA, DATA_OPTION (--data-root or --jpeg-copy), and the functions below.
 builtin_stages() {
     cat <<'END'
-doctor       |  2 |  7 | yes | gpu            | what this machine has, and if its kernels are right | "$PYTHON" -m fastres.doctor && "$PYTHON" -m tests.kernels_on_device cuda 200
-table        |  2 | 15 | yes | gpu            | which kernels ResNet-20 takes: kernels/batchnorm/fastest.json | fused "relu-128x"
-table_256    |  4 | 15 | yes | gpu            | and which ResNet-50 and the speed-run take          | fused "relu-256x"
-graphed      |  2 | 10 | yes | gpu,table      | graphed steps are the ungraphed ones, bit for bit   | bench schedule -k graphed
+doctor       |  2 |  7 | yes | gpu            | what this machine has, and a check of its kernels   | "$PYTHON" -m fastres.doctor && "$PYTHON" -m tests.kernels_on_device cuda 200
+table        |  2 | 15 | yes | gpu            | the kernels for ResNet-20: kernels/batchnorm/fastest.json | fused "relu-128x"
+table_256    |  4 | 15 | yes | gpu            | the kernels for ResNet-50 and the speed-run         | fused "relu-256x"
+graphed      |  2 | 10 | yes | gpu,table      | graphed and ungraphed steps are bitwise identical   | bench schedule -k graphed
 schedule     |  3 | 15 | yes | gpu,table      | the schedule's steps beside plain, compiled loops'  | bench schedule -k "not graphed"
 parity_0     |  4 | 20 | yes | gpu,data,table | 64,000 steps beside the plain loop's, seed 0        | parity 0
 kernel_times |  4 | 15 | yes | gpu,table      | a step's kernels, their times and gaps              | bench kernel_times
@@ -64,23 +64,23 @@ models       | 25 | 90 | no  | gpu,data,table | the other networks of He et al.,
 END
 }
 
-# A file of the suite; what runs nothing, because all is skipped, has not succeeded.
+# Run a file of the suite. It fails if every benchmark is skipped.
 bench() {
     local file=$1 json=$LOG.json
     shift
     rm -f "$json"
     set -- "$PYTHON" -m pytest "bench/bench_$file.py" --benchmark-only --benchmark-json="$json" "$@"
-    set -- "$@" -W default::pytest.PytestUnraisableExceptionWarning # of a library's own making, and no figure's fault
+    set -- "$@" -W default::pytest.PytestUnraisableExceptionWarning # a library's own warning does not spoil a figure
     [[ -z $DATA ]] || set -- "$@" "$DATA_OPTION" "$DATA"
     echo "$*"
-    "$@" && if [[ ! -s $json ]]; then echo "nothing was measured: the reasons are above" && false; fi
+    "$@" && if [[ ! -s $json ]]; then echo "nothing was measured; the reasons are above" && false; fi
 }
-# The fused kernels of shapes, forward and backward in a graph, beside inductor's: into kernels/batchnorm/fastest.json.
+# Measure the fused kernels, forward and backward in a graph, against inductor's, and write the table of the fastest.
 fused() { bench kernels -k "$1 and full-graph and (two_pass or cooperative)" --write-table; }
 parity() { bench accuracy -k "parity and not digits and seed$1" --seeds $(($1 + 1)); }
 export -f bench fused parity
 
-refuse() {
+fail() {
     echo "run_on_gpu: error: $*" >&2
     exit 2
 }
@@ -97,7 +97,7 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$called_in/$1" ;; esac }
 while (($#)); do
     case $1 in
         --data | --only | --stages | --record | --logs)
-            (($# > 1)) || refuse "$1 needs a value; --help lists all"
+            (($# > 1)) || fail "$1 needs a value; --help lists all"
             case $1 in
                 --data) DATA=$(absolute "$2") ;;
                 --only) only+=("$2") ;;
@@ -111,11 +111,11 @@ while (($#)); do
         --again) again=1 && shift ;;
         --list) list=1 && shift ;;
         --help | -h) usage && exit 0 ;;
-        *) refuse "unknown argument $1; --help lists all" ;;
+        *) fail "unknown argument $1; --help lists all" ;;
     esac
 done
-[[ -z $essential || ${#only[@]} -eq 0 ]] || refuse "--essential and --only: one of the two"
-[[ -z $stages_file || -r $stages_file ]] || refuse "cannot read $stages_file"
+[[ -z $essential || ${#only[@]} -eq 0 ]] || fail "--essential: cannot be combined with --only; leave one of them out"
+[[ -z $stages_file || -r $stages_file ]] || fail "cannot read $stages_file"
 
 # ---- the stages -------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ while IFS='|' read -r name estimate limit is_essential need what command; do
     [[ -n $name && $name != \#* ]] || continue
     command=$(trimmed "$command") estimate=$(trimmed "$estimate") limit=$(trimmed "$limit")
     [[ -n $command && $estimate =~ ^[0-9]+$ && $limit =~ ^[0-9.]+[smh]?$ ]] ||
-        refuse "stage $name is not: name | minutes | limit | essential | needs | what | command"
+        fail "stage $name: must be name | minutes | limit | essential | needs | what | command"
     [[ $limit =~ [smh]$ ]] || limit+=m
     names+=("$name") minutes+=("$estimate") limits+=("$limit") essentials+=("$(trimmed "$is_essential")")
     needs+=("$(trimmed "$need")") whats+=("$(trimmed "$what")") commands+=("$command")
@@ -148,9 +148,9 @@ for i in "${!names[@]}"; do
     fi
 done
 for name in ${only[@]+"${only[@]}"}; do
-    [[ " ${names[*]} " == *" $name "* ]] || refuse "there is no stage $name; --list names them"
+    [[ " ${names[*]} " == *" $name "* ]] || fail "--only $name: unknown stage; --list names them"
 done
-((${#chosen[@]})) || refuse "no stages to run; --list names them"
+((${#chosen[@]})) || fail "no stages to run; --list names them"
 
 needed() {
     for i in "${chosen[@]}"; do
@@ -159,7 +159,7 @@ needed() {
     return 1
 }
 
-# ---- what they need ---------------------------------------------------------------------------------------------
+# ---- the requirements -------------------------------------------------------------------------------------------
 
 PYTHON=${PYTHON:-$(command -v python || echo python3)}
 DATA_OPTION=--data-root
@@ -184,41 +184,41 @@ fi
 if [[ -z $list ]]; then
     if needed gpu; then
         [[ $device != nothing ]] ||
-            refuse "$PYTHON has no torch: pip install -e '.[dev,peers]' in this checkout, and activate its environment"
+            fail "$PYTHON has no torch; pip install -e '.[dev,peers]' in this checkout, and activate its environment"
         [[ $device != "no GPU" ]] ||
-            refuse "torch sees no GPU here: run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
+            fail "torch sees no GPU here; run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
         ((${capability%.*} >= 8)) ||
-            refuse "$device has compute capability $capability, and 8.0 is needed: an A100, H100 or H200"
-        said=$("$PYTHON" -c "import bench.conftest, bench.report, bench.bench_kernels, bench.bench_peers" 2>&1) ||
-            refuse "$(tail -n 1 <<<"$said"): pip install -e '.[dev,peers]' in this checkout"
+            fail "$device has compute capability $capability, below 8.0; use an A100, H100 or H200"
+        output=$("$PYTHON" -c "import bench.conftest, bench.report, bench.bench_kernels, bench.bench_peers" 2>&1) ||
+            fail "$(tail -n 1 <<<"$output"); pip install -e '.[dev,peers]' in this checkout"
         for peer in timm airbench nvidia.dali; do
             "$PYTHON" -c "import $peer" 2>/dev/null ||
-                echo "run_on_gpu: $peer is not installed: what is measured with it will fail" >&2
+                echo "run_on_gpu: $peer is not installed, so its measurements will fail" >&2
         done
         free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
         ((free_kib >= 5 * 1024 * 1024)) ||
-            refuse "$((free_kib / 1024)) MiB are free in $PWD, and 5 GiB are needed"
+            fail "$((free_kib / 1024)) MiB are free in $PWD; make room for 5 GiB"
     fi
     if needed data; then
-        [[ -n $DATA ]] || refuse "--data DIR says where CIFAR-10 is; --help says in what form"
+        [[ -n $DATA ]] || fail "--data: is missing; give the folder of CIFAR-10 (--help describes its forms)"
         [[ -d $DATA/cifar-10-batches-py || (-d $DATA/train && -d $DATA/test) ]] ||
-            refuse "$DATA holds neither cifar-10-batches-py nor train/ and test/: --data DIR says where CIFAR-10 is"
+            fail "--data $DATA: holds neither cifar-10-batches-py nor train/ and test/; give the folder of CIFAR-10"
     fi
-    command -v timeout >/dev/null || refuse "there is no timeout on the PATH: install GNU coreutils"
+    command -v timeout >/dev/null || fail "no timeout on the PATH; install GNU coreutils"
 fi
 
-# ---- what is done -----------------------------------------------------------------------------------------------
+# ---- the marks of stages that are done --------------------------------------------------------------------------
 
 slug=$(tr '[:upper:]' '[:lower:]' <<<"$device" | tr -cs 'a-z0-9\n' '-')
 record=$record/${slug%-} logs=$logs/${slug%-}
-# Of the code. Results do not change it, so that committing them leaves what is done done.
+# Print a hash of the code. Results are no part of it, so stages stay done when results are committed.
 code() {
     find fastres kernels bench/*.py bench/lib tests setup.py pyproject.toml -type f \
         \( -name '*.py' -o -name '*.yaml' -o -name '*.toml' \) -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 
-mark_of() { # of a stage's number: what its mark says where it is done
+mark_of() { # print the mark of the stage with this number, which differs if the stage has to run again
     local place=""
     [[ ",${needs[$1]}," != *,data,* ]] || place=$DATA_OPTION
     [[ ",${needs[$1]}," != *,table,* ]] || place+=$(sha256sum <kernels/batchnorm/fastest.json)
@@ -248,7 +248,7 @@ fi
 mkdir -p "$record" "$logs"
 running=""
 interrupted() {
-    if [[ -n $running ]]; then # pytest needs a moment to keep what it has
+    if [[ -n $running ]]; then # pytest needs a moment to store its results
         kill -INT -- "-$running" 2>/dev/null || true
         for _ in {1..100}; do
             kill -0 -- "-$running" 2>/dev/null || break
@@ -256,7 +256,7 @@ interrupted() {
         done
         kill -KILL -- "-$running" 2>/dev/null || true
     fi
-    echo "run_on_gpu: interrupted; the same command goes on from here" >&2
+    echo "run_on_gpu: interrupted; the same command continues from here" >&2
     exit 130
 }
 trap interrupted INT TERM
@@ -274,13 +274,13 @@ for i in "${chosen[@]}"; do
     echo "== $name: ${whats[i]}; about ${minutes[i]} min, output in $log"
     rm -f "$record/$name.done"
     started=$SECONDS status=0
-    # In a process group of its own, so that an interrupt reaches all of it. What pytest has measured by then, it keeps.
+    # Run in a process group, so that an interrupt reaches all processes. pytest stores the results that it has by then.
     set -m
     timeout --signal=INT --kill-after=60 "${limits[i]}" bash -c "${commands[i]}" >"$log" 2>&1 </dev/null &
     running=$!
     set +m
     wait "$running" || status=$?
-    kill -KILL -- "-$running" 2>/dev/null || true # what the stage has left behind
+    kill -KILL -- "-$running" 2>/dev/null || true # processes that the stage has left behind
     running="" taken=$((SECONDS - started))
     case $status in
         0)

@@ -1,4 +1,4 @@
-"""`python -m fastres.doctor`: what this machine has for training, what is missing, and the remedy for each.
+"""`python -m fastres.doctor`: check what this machine has for training, and print a remedy for each missing part.
 
 Exit status 0 if the engine can train, even if optional parts are missing; 1 if something essential is broken.
 """
@@ -25,7 +25,7 @@ from fastres.training.engine import Engine, can_compile, find_apex, resolve_engi
 from fastres.utils.errors import Parser, UsageError, first_line, run_command
 from fastres.utils.precision import DTYPES
 
-# Other packages are imported by the check that needs them, because a broken package is a finding and not the end.
+# Other packages are imported by the check that needs them, so that a broken package is a finding and not the end.
 
 OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 STYLES = {OK: "green", NOTE: "dim", WARNING: "yellow", BROKEN: "bold red"}
@@ -62,14 +62,14 @@ def versions() -> Findings:
 
 
 def torchvision() -> Findings:
-    """Report whether torchvision can be imported: one that was built for another torch cannot."""
+    """Report whether torchvision can be imported, which fails if it was built for another torch."""
     try:
         yield (OK, f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}")
     except Exception as error:  # ImportError, OSError or RuntimeError, depending on what does not fit
         remedy = "pip install --force-reinstall torch torchvision"
         if torch.version.cuda is None:
-            remedy += ", or take torchvision from where the CPU-only torch came from"
-        yield BROKEN, f"torchvision does not fit torch {torch.__version__} ({first_line(error)}): {remedy}"
+            remedy += ", or install torchvision from the index that the CPU-only torch came from"
+        yield BROKEN, f"torchvision does not fit torch {torch.__version__} ({first_line(error)}); {remedy}"
 
 
 def gpu() -> Findings:
@@ -83,8 +83,8 @@ def gpu() -> Findings:
         has_driver = shutil.which("nvidia-smi") is not None
         yield (
             WARNING if has_driver else NOTE,
-            f"none that torch sees (torch {build})"
-            + (": nvidia-smi is there, compare the driver's CUDA version with torch's" if has_driver else ""),
+            f"torch sees no GPU (torch {build})"
+            + ("; nvidia-smi is installed, so compare the driver's CUDA version with torch's" if has_driver else ""),
         )
 
 
@@ -106,7 +106,7 @@ def compiler() -> Findings:
 
 
 def training_step() -> Findings:
-    """Take one real step of ResNet-20 in each precision, not compiled."""
+    """Run one real step of ResNet-20 in each precision, not compiled."""
     for precision in DTYPES if torch.cuda.is_available() else ("fp32", "bf16"):
         settings: dict[str, Any] = {"precision": precision, "compile": False}
         try:
@@ -157,7 +157,7 @@ def disk() -> Findings:
         with tempfile.TemporaryFile(dir=here):
             yield OK, f"{here} is writable"
     except OSError as error:
-        yield (WARNING, f"{here} is not writable ({error.strerror}): go elsewhere, or give --run.dir and --data.root")
+        yield (WARNING, f"{here} is not writable ({error.strerror}); change it, or give --run.dir and --data.root")
     free_gb = shutil.disk_usage(here).free / 1e9
     enough = free_gb >= LEAST_FREE_GB
     yield (OK if enough else WARNING, f"{free_gb:,.1f} GB free" + ("" if enough else ": make room for data and runs"))
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all checks and print their findings. Return the exit status."""
     parser = Parser(prog="fastres.doctor", description=__doc__.partition(": ")[2])
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), metavar="DIR",
-                        help="folder of data sets to look into (default: %(default)s)")  # fmt: skip
+                        help="folder to search for data sets (default: %(default)s)")  # fmt: skip
     root: Path = parser.parse_args(argv).root
     checks: dict[str, Callable[[], Findings]] = {
         "versions": versions,
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def survived(check: Callable[[], Findings]) -> Findings:
-    """Yield the check's findings; if it fails, the failure is one."""
+    """Yield the check's findings, and an exception that it raises as one more finding."""
     try:
         yield from check()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`python -m fastres.evaluate RUN`: the test set once through a run's weights, and whether its summary agrees."""
+"""`python -m fastres.evaluate RUN`: evaluate a run on the test set and compare the accuracy with its summary."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
     """Return loss and accuracy over the whole test set, every sample once.
 
     Args:
-        config: the run's.
-        engine: where and how to compute.
-        weights: of the run's network.
+        config: the run's configuration.
+        engine: the resolved engine.
+        weights: the state_dict of the run's network.
 
     Raises:
         UsageError: if the data has other classes or channels than the run's.
@@ -39,8 +39,8 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if len(source.classes) > classes or source.channels != channels:
         raise UsageError(
-            f"{source.name} has {len(source.classes)} classes and {source.channels} channels, the run's network "
-            f"{classes} and {channels}: point --data.root and --data.source at the run's data"
+            f"data.source: {source.name} has {len(source.classes)} classes and {source.channels} channels, the run's "
+            f"network {classes} and {channels}; point --data.root and --data.source at the run's data"
         )
     test = build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
     return Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
@@ -49,11 +49,11 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
 def agreement(totals: Metrics, path: Path) -> str:
     """Return a phrase that compares the accuracy of `totals` with the one in the summary at `path`."""
     if not path.exists():
-        return f"there is no {path} to compare with"
+        return f"not compared, because {path} does not exist"
     try:
         accuracy = float(json.loads(path.read_text(encoding="utf-8"))["test_accuracy"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is not a summary of fastres: remove it, and evaluate again") from None
+        raise UsageError(f"{path}: is not a summary of fastres; remove it, and evaluate again") from None
     if totals.accuracy == accuracy:
         return f"equals the accuracy in {path}"
     return (
@@ -66,21 +66,21 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
     parser = Parser(prog="fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones")
-    group = parser.add_argument_group("in place of the run's own (fastres.train --help describes them)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
+    group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if ranks.world_size() > 1:
-        raise UsageError(f"{ranks.world_size()} processes would each do all of it: without torchrun")
-    # Eager unless asked otherwise, because one pass does not earn back the time to compile.
+        raise UsageError(f"{ranks.world_size()} processes would each evaluate everything; run without torchrun")
+    # Run eagerly by default, because one pass does not earn back the time to compile.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}
     config, weights = load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
-    # A network trained with apex's norm computes the same with another.
+    # Without apex, use another norm, which computes the same.
     if config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = resolve_engine(config)

@@ -1,4 +1,4 @@
-"""`python -m fastres.export RUN`: a run's network as safetensors, torch.export program or ONNX, read back to check.
+"""`python -m fastres.export RUN`: export a run's network as safetensors, torch.export program or ONNX, and verify it.
 
 The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
 logits (N, classes).
@@ -21,21 +21,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: export.safetensors, "
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="take its weights, not the final ones")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="side of images (default: the run's)")
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed: pip install '.[export]'")
+        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
     flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = load_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():
-        raise UsageError(f"{output} is there already: choose another --output or remove it")
+        raise UsageError(f"--output {output}: already exists; choose another or remove it")
     difference, shape = export(config, weights, arguments.format, output)
     print(
         f"{output}: {config.model.name} in fp32 for images {('N', *shape)}".replace("'", "")
-        + f"; read back, its logits differ by at most {difference:.2g}"
+        + f"; the reloaded network's logits differ by at most {difference:.2g}"
     )
 
 

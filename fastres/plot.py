@@ -1,4 +1,4 @@
-"""`python -m fastres.plot RUN...`: the four curves of one run or of several overlaid, and the final accuracies."""
+"""`python -m fastres.plot RUN...`: plot the curves of one or several runs and print their final accuracies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastres.utils.errors import Parser, UsageError, run_command
 
 
 def table_of(runs: list[Path]) -> Table:
-    """Return a table of the final test accuracy of each run that has ended, and a row for each other one."""
+    """Return a table with a row for each run, with the final test accuracy if the run is finished."""
     table = Table(title="final test accuracy")
     for column in ("run", "model", "parameters", "steps", "seed", "test accuracy", "test loss", "train time"):
         table.add_column(column, justify="left" if column in ("run", "model") else "right", no_wrap=column == "run")
@@ -34,7 +34,7 @@ def table_of(runs: list[Path]) -> Table:
         except FileNotFoundError:
             cells = [*["–"] * 6, "not finished"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            cells = [*["–"] * 6, "no summary of fastres"]
+            cells = [*["–"] * 6, "invalid summary"]
         table.add_row(*map(escape, (run.name, *cells)))  # a name such as [/x] must not count as markup
     return table
 
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="fastres.plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
-                        "run, or comparison.png here for several)")  # fmt: skip
-    parser.add_argument("--against", choices=AGAINST, default="step", help="what the curves are over (default: step)")
+                        "run, or comparison.png in this directory for several)")  # fmt: skip
+    parser.add_argument("--against", choices=AGAINST, default="step", help="x-axis of the curves (default: step)")
     arguments = parser.parse_args(argv)
     runs: list[Path] = arguments.runs
     output = arguments.output or (runs[0] / "history.png" if len(runs) == 1 else Path("comparison.png"))
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output, arguments.against)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write {output}: {error}") from None
+        raise UsageError(f"--output {output}: cannot be written ({error}); choose another") from None
     Console(width=None if sys.stdout.isatty() else 120).print(table_of(runs))
     print(f"curves: {output}")
 

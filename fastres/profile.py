@@ -1,7 +1,7 @@
 """`python -m fastres.profile`: measure variants of one block or of a whole network side by side.
 
-profiling/ has the parts: variants.py (what is compared), measure.py (how it is measured), trace.py (what a trace says)
-and report.py (the files and tables).
+profiling/ has the parts: variants.py (workloads and variants), measure.py (timing), trace.py (reading traces) and
+report.py (files and tables).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastres.utils.errors import Parser, UsageError, run_command
 
 
 def positive(text: str) -> int:
-    """Return the whole number above 0 that the text is."""
+    """Return the text as a whole number above 0. Raise ArgumentTypeError for any other text."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -58,27 +58,30 @@ def parser() -> Parser:
     on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
         prog="fastres.profile",
-        description="Variants of one block or of a whole network, side by side.",
+        description="Measure variants of one block or of a whole network side by side.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  python -m fastres.profile --model resnet50 --batch-size 256\n"
         "  python -m fastres.profile --block basic --channels 16 --size 32 --batch-size 1024\n"
         "  python -m fastres.profile --variants eager-fp32 'compile-*channels_last-bf16'\n"
-        "\nExit status: 0 done, 1 failed, 2 refused input.",
+        "\nExit status: 0 done, 1 failed, 2 invalid input.",
     )
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="NAME", help="a network by its name (default: resnet20)")
     what.add_argument("--block", choices=list(BLOCKS), help="one residual block of stride 1, as inside a network")
     made.add_argument("--options", type=option, nargs="+", default=[], metavar="NAME=VALUE",
-                      help="of the network, such as stem=small num_classes=100")  # fmt: skip
-    made.add_argument("--channels", type=positive, metavar="C", help="of the block's input and output (default: 64)")
+                      help="options of the network, such as stem=small num_classes=100")  # fmt: skip
+    made.add_argument("--channels", type=positive, metavar="C",
+                      help="channels of the block's input and output (default: 64)")  # fmt: skip
     made.add_argument("--size", type=positive, metavar="S",
-                      help="height and width (default: of the network's data; of a block 32)")  # fmt: skip
-    made.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: %(default)s)")
+                      help="side of an image (default: that of the network's data, or 32 for a block)")  # fmt: skip
+    made.add_argument("--batch-size", type=positive, default=128, metavar="N",
+                      help="images of a step (default: %(default)s)")  # fmt: skip
     made.add_argument(
         "--variants", nargs="+", metavar="VARIANT",
         help="MODE-NORM-LAYOUT-PRECISION of " + " × ".join(f"{{{', '.join(words)}}}" for words in AXES.values())
-        + "; words left out are the first; with a * all that match; the first variant is the baseline (default: "
+        + "; an omitted word is the first of its set; a name with * stands for all that match; the first variant is "
+        "the baseline (default: "
         + ", ".join(DEFAULTS["cpu"]) + "; on a GPU also " + ", ".join(on_a_gpu) + ")",
     )  # fmt: skip
     made.add_argument(
@@ -88,9 +91,9 @@ def parser() -> Parser:
         default="auto",
         help="auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
-    made.add_argument("--rounds", type=positive, default=10, metavar="N", help="turns of each (default: %(default)s)")
+    made.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
-                      help=f"steps of a turn (default: as many as take the baseline {REGION_S} s)")  # fmt: skip
+                      help=f"steps of a round (default: as many as take the baseline {REGION_S} s)")  # fmt: skip
     made.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)")
     made.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True,
                       help="keep the traces, for ui.perfetto.dev (default: --trace)")  # fmt: skip
@@ -98,30 +101,30 @@ def parser() -> Parser:
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
-    """Return the network or block that was asked for. Raise UsageError for an option of the other kind."""
+    """Return the requested network or block. Raise UsageError for an option of the other kind."""
     if arguments.block is None:
         if arguments.channels is not None:
-            raise UsageError("--channels belongs to --block; of a network it is --options in_channels=C")
+            raise UsageError("--channels belongs to --block; for a network use --options in_channels=C")
         name = arguments.model or "resnet20"
         return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size)
     if arguments.options:
-        raise UsageError("--options belongs to --model; a block has --channels and --size")
+        raise UsageError("--options belongs to --model; for a block use --channels and --size")
     return block_workload(arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32)
 
 
 def folder_for(out: Path | None, name: str) -> Path:
     """Create and return the folder to write.
 
-    Without --out it is profiles/NAME, or NAME-2 and so on if there is a profile already.
+    Without --out, the folder is profiles/NAME, or NAME-2 and so on if it holds a profile already.
 
     Raises:
-        UsageError: if --out has a profile already, or the folder cannot be written.
+        UsageError: if --out holds a profile already, or the folder cannot be written.
     """
     folder = out or Path("profiles") / name
     count = 1
     while (folder / "profile.json").exists():
         if out is not None:
-            raise UsageError(f"--out {out} holds a profile already: choose another or remove it")
+            raise UsageError(f"--out {out}: holds a profile already; choose another or remove it")
         count += 1
         folder = Path("profiles") / f"{name}-{count}"
     try:
@@ -129,11 +132,11 @@ def folder_for(out: Path | None, name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise UsageError(f"--out {folder}: cannot write there ({error.strerror}): choose another") from None
+        raise UsageError(f"--out {folder}: cannot be written ({error.strerror}); choose another") from None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Profile what the command line asks for, and write profile.json, profile.csv and profile.png."""
+    """Profile the requested workload, and write profile.json, profile.csv and profile.png."""
     arguments = parser().parse_args(argv)
     workload = workload_of(arguments)
     on_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and torch.cuda.is_available())
@@ -161,5 +164,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log each of its stages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs each of its stages
     run_command(main)

@@ -1,4 +1,4 @@
-"""`python -m fastres.train`, or `torchrun -m fastres.train` on several GPUs: one run, from top to bottom.
+"""`python -m fastres.train`, or `torchrun -m fastres.train` for several processes: one run, from top to bottom.
 
 config -> data -> model -> step -> schedule -> log, checkpoint
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config
@@ -27,7 +28,7 @@ from fastres.utils.run_timer import RunTimer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train what the command line asks for, and return the exit status."""
+    """Train the run that the command line describes, and return the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
     engine = resolve_engine(config, ranks.local_rank())
     engine.apply_torch_settings()
@@ -44,14 +45,12 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
         stop: holds the number of a signal once one has come.
-        source: stands in for the configured source.
+        source: replaces the configured source.
     """
     is_main, steps = ranks.rank() == 0, config.train.steps
     run = RunDir(config)
     if (summary := group.broadcast_from_rank0(run.check_resumable)) is not None:
-        if is_main:
-            print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
-        return 0
+        return _report_finished(run, summary)
 
     # ------------------------------------------------------------------------ data, model, step, schedule
     parts = build_parts(config, engine, group, source)
@@ -59,7 +58,7 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
     timer = RunTimer(engine.device.type)
 
     # ------------------------------------------------------------------------ resume
-    # A named checkpoint is restored before the folder is acquired, so that one that does not fit leaves nothing behind.
+    # Restore a named checkpoint before acquiring the folder, so that a checkpoint that does not fit leaves no folder.
     named = resume.load_named(config, run, group)
     start, since_eval = resume.restore(named, step, timer, steps)
     with ExitStack() as stack:
@@ -76,7 +75,7 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
 
         # -------------------------------------------------------------------- compile, capture
         warm_up(parts, say=progress.say)
-        # With CUDA graphs a batch is empty, because the graph makes its own.
+        # With CUDA graphs the batches are empty, because the graph makes its own.
         run_step, train_batches, curve_batches = capture_if_enabled(
             step, evaluator, parts.data.train_loader, parts.data.curve_loader, lr_at, say=progress.say
         )
@@ -105,10 +104,16 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
 
         # -------------------------------------------------------------------- result
         final = log.last_eval if log.final_is_known() else None
-        if final is None:
-            final = evaluator(group.with_heartbeat(parts.data.test_loader.evaluate()))
+        final = final or evaluator(group.with_heartbeat(parts.data.test_loader.evaluate()))
         log.finish(final, captured=run_step is not step)
         return 0
+
+
+def _report_finished(run: RunDir, summary: dict[str, Any]) -> int:
+    """Print on rank 0 that the run is finished already, and return exit status 0."""
+    if ranks.rank() == 0:
+        print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
+    return 0
 
 
 if __name__ == "__main__":

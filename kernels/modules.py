@@ -325,7 +325,7 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
     """Return a module with the parameters and statistics of `norm` that can share the statistics."""
     tensor = next(norm.parameters(), norm.running_mean)
     if tensor is not None and tensor.device.type == "cuda":
-        sync: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)  # type: ignore[no-untyped-call]
+        sync: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)
         return sync
     return converted(norm, BatchNormAct2d, act="none")
 

@@ -159,51 +159,67 @@ class Undisturbed:
         """Return the newest step saved. Raise Lost if a file in the folder is damaged or not this run's."""
         import yaml
 
-        from fastres.runs import checkpoint
-        from fastres.utils.errors import UsageError
-
-        def there(name: str) -> bool:
-            return (folder / name).exists()
-
-        def same(what: str, found: Any, wanted: Any) -> None:
-            if found != wanted:
-                raise Lost(f"{what} is {str(found)[:200]}, not {str(wanted)[:200]}")
-
-        newest = 0
-        for path in checkpoint.found(folder / "checkpoints"):
-            try:
-                step = checkpoint.load(path)["step"]
-            except UsageError as error:
-                raise Lost(str(error)) from None
-            same(path.name, path.stem, f"step-{step:08d}")
-            newest = max(newest, step)
+        newest = newest_checkpoint(folder)
         try:
-            if there("config.yaml"):
-                wanted = {**self.config, "run": {**self.config["run"], "checkpoint_every": every}}
-                same("config.yaml", yaml.safe_load((folder / "config.yaml").read_text()), wanted)
-            elif newest:
-                raise Lost("config.yaml is not there, but a checkpoint")
-            if there("env.json"):
-                same("env.json", set(json.loads((folder / "env.json").read_text())), self.environment)
-            if there("summary.json"):
-                same("summary.json", set(json.loads((folder / "summary.json").read_text())), self.summary)
-            if there("history.csv"):
-                rows = history_of(folder)
-                same("history.csv", rows, self.history[: len(rows)] or "a header and rows")
-            rows, _ = metrics_of(folder)
-            for number, row in enumerate(rows):
-                same(f"row {number} of metrics.jsonl", row, self.rows[number] if number < len(self.rows) else None)
+            self._compare_descriptions(folder, every, newest)
+            logged = self._compare_rows(folder)
         except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise Lost(f"a file of {folder} cannot be read: {type(error).__name__}: {error}") from None
-        if there("history.png") and not (folder / "history.png").read_bytes().endswith(PNG_END):
+        picture, weights = folder / "history.png", folder / "model.safetensors"
+        if picture.exists() and not picture.read_bytes().endswith(PNG_END):
             raise Lost("history.png is cut short")
-        if there("model.safetensors"):
-            same("model.safetensors", sha256(folder / "model.safetensors"), self.weights)
-        logged = rows[-1]["step"] if rows else 0
+        if weights.exists():
+            same("model.safetensors", sha256(weights), self.weights)
         # A step is logged before it is saved, so the last one logged may not have been saved.
         if newest < (logged - 1) // every * every:
             raise Lost(f"step {logged} was logged, and the newest checkpoint is of step {newest}")
         return newest
+
+    def _compare_descriptions(self, folder: Path, every: int, newest: int) -> None:
+        """Compare config.yaml, env.json and summary.json, as far as they exist."""
+        import yaml
+
+        config = folder / "config.yaml"
+        if config.exists():
+            wanted = {**self.config, "run": {**self.config["run"], "checkpoint_every": every}}
+            same("config.yaml", yaml.safe_load(config.read_text()), wanted)
+        elif newest:
+            raise Lost("config.yaml is not there, but a checkpoint")
+        for name, wanted_keys in (("env.json", self.environment), ("summary.json", self.summary)):
+            if (folder / name).exists():
+                same(name, set(json.loads((folder / name).read_text())), wanted_keys)
+
+    def _compare_rows(self, folder: Path) -> int:
+        """Compare history.csv and metrics.jsonl, as far as they exist. Return the last step logged."""
+        if (folder / "history.csv").exists():
+            rows = history_of(folder)
+            same("history.csv", rows, self.history[: len(rows)] or "a header and rows")
+        rows, _ = metrics_of(folder)
+        for number, row in enumerate(rows):
+            same(f"row {number} of metrics.jsonl", row, self.rows[number] if number < len(self.rows) else None)
+        return rows[-1]["step"] if rows else 0
+
+
+def same(what: str, found: Any, wanted: Any) -> None:
+    """Raise Lost if what was found is not what was wanted."""
+    if found != wanted:
+        raise Lost(f"{what} is {str(found)[:200]}, not {str(wanted)[:200]}")
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """Return the newest step saved. Raise Lost if a checkpoint cannot be read or has another step's name."""
+    from fastres.runs import checkpoint
+    from fastres.utils.errors import UsageError
+
+    newest = 0
+    for path in checkpoint.found(folder / "checkpoints"):
+        try:
+            step = checkpoint.load(path)["step"]
+        except UsageError as error:
+            raise Lost(str(error)) from None
+        same(path.name, path.stem, f"step-{step:08d}")
+        newest = max(newest, step)
+    return newest
 
 
 # ---- a victim -----------------------------------------------------------------------------------------------

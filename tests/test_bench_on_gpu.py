@@ -107,8 +107,8 @@ def test_every_stage_names_an_existing_bench() -> None:
         (("--data", "."), "torch sees no GPU here"),
         (("--data",), "--data needs a value"),
         (("--everything",), "unknown argument --everything"),
-        (("--only", "nothing"), "there is no stage nothing"),
-        (("--essential", "--only", "doctor"), "one of the two"),
+        (("--only", "nothing"), "--only nothing: unknown stage; --list names them"),
+        (("--essential", "--only", "doctor"), "--essential: cannot be combined with --only"),
         (("--stages", "nowhere"), "cannot read"),
     ],
 )
@@ -122,7 +122,8 @@ def test_a_missing_requirement_is_rejected_in_one_line(args: tuple[str, ...], sa
 
 def test_a_stage_that_needs_data_is_rejected_without_it(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "stages").write_text('reads | 1 | 1 | no | data | its data | ls "$DATA"; echo $DATA_OPTION\n')
-    for args, said in (((), "--data DIR says where"), (("--data", tmp_path), "neither cifar-10-batches-py")):
+    missing, empty = "--data: is missing; give the folder of CIFAR-10", "neither cifar-10-batches-py"
+    for args, said in (((), missing), (("--data", tmp_path), empty)):
         done = stages.run(*args)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     for part in ("train", "test"):
@@ -182,7 +183,7 @@ def test_an_interrupt_ends_the_stage_and_all_that_it_started(stages: Stages) -> 
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130 and "interrupted; the same command goes on from here" in said
+    assert running.returncode == 130 and "interrupted; the same command continues from here" in said
     assert ended(int(pid.read_text()))
     stages.write(first="true", sleeps="true", last="true")
     assert "first          done before" in stages.run().stdout
@@ -249,7 +250,7 @@ def test_the_report_has_the_results_of_schedule_and_accuracy(tmp_path: Path) -> 
     assert parity["twin"] is None and parity["plain_is"] == "the loop"  # it needs no twin on a CPU
     report = done.stdout
     assert "images/s of the schedule" in report and "fastres " in report and "difference " in report
-    assert "what is to be reached" not in report  # only for a GPU
+    assert "### targets" not in report  # that is for a GPU
 
 
 def test_a_difference_is_found_where_there_is_one(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_wrong_tutorial_file_is_refused(changed: dict[str, Any], said: tuple[o
     ("argv", "said"),
     [
         (["--recipe", "cifar10-resnet21"], ("cifar10-resnet21", "did you mean cifar10-resnet", "digits")),
-        (["--recipe", "../recipes/digits"], ("../recipes/digits", "there are:")),
+        (["--recipe", "../recipes/digits"], ("../recipes/digits", "choose from")),
         (["--optim.lrr", "1"], ("--optim.lrr", "did you mean optim.lr?")),
         (["--nosuch.thing", "1"], ("--nosuch.thing",)),
         (["--train.step", "3"], ("--train.step", "train.steps")),  # no abbreviations: a script would rot

@@ -253,11 +253,13 @@ def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale
 def test_steps_are_taken_in_their_order_each_once() -> None:
     step, loader, _ = build()
     replayed = graphed_step(step, loader)
-    with pytest.raises(ValueError, match=r"step 0 at learning rate 0\.1 is not what was filled in: step None"):
+    with pytest.raises(
+        ValueError, match=r"step 0 at learning rate 0\.1 is not the step that train\(\) prepared: step None"
+    ):
         replayed(lr_at(0), 0)
     batches = replayed.train(0, 3)
     next(batches)
-    with pytest.raises(ValueError, match="is not what was filled in: step 0"):
+    with pytest.raises(ValueError, match=r"is not the step that train\(\) prepared: step 0"):
         replayed(lr_at(1), 1)
     next(replayed.train(5, 9))
     with pytest.raises(ValueError, match=r"step 5 at learning rate 1\.0 is not"):
@@ -365,17 +367,17 @@ def test_a_table_is_read_row_by_row_from_fixed_memory() -> None:
 
 SCALE, MASK = torch.tensor(3.0), torch.tensor([True, False, True, True])
 REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
-    "a number read": (lambda x: x * x.sum().item(), "aten._local_scalar_dense.default makes the host wait"),
-    "a truth read": (lambda x: x if x.sum() > 0 else -x, "aten._local_scalar_dense.default makes the host wait"),
-    "a comparison": (lambda x: torch.equal(x, x + 1), "aten.equal.default makes the host wait"),
-    "a list": (lambda x: x.tolist(), "Tensor.tolist makes the host wait"),
-    "an array": (lambda x: x.numpy(), "Tensor.numpy makes the host wait"),
-    "something printed": (lambda x: f"{x!r}", "Tensor.__repr__ makes the host wait"),
-    "places of non-zeros": (lambda x: x.nonzero(), "aten.nonzero.default makes the host wait"),
-    "a selection": (lambda x: x.masked_select(MASK), "aten.masked_select.default makes the host wait"),
-    "a mask": (lambda x: x[MASK], "aten.index.Tensor makes the host wait"),
-    "what is unique": (lambda x: x.unique(), "makes the host wait"),
-    "classes checked": (lambda x: F.one_hot(x.long()), "makes the host wait"),
+    "a number read": (lambda x: x * x.sum().item(), "aten._local_scalar_dense.default synchronises the host"),
+    "a truth read": (lambda x: x if x.sum() > 0 else -x, "aten._local_scalar_dense.default synchronises the host"),
+    "a comparison": (lambda x: torch.equal(x, x + 1), "aten.equal.default synchronises the host"),
+    "a list": (lambda x: x.tolist(), "Tensor.tolist synchronises the host"),
+    "an array": (lambda x: x.numpy(), "Tensor.numpy synchronises the host"),
+    "something printed": (lambda x: f"{x!r}", "Tensor.__repr__ synchronises the host"),
+    "places of non-zeros": (lambda x: x.nonzero(), "aten.nonzero.default synchronises the host"),
+    "a selection": (lambda x: x.masked_select(MASK), "aten.masked_select.default synchronises the host"),
+    "a mask": (lambda x: x[MASK], "aten.index.Tensor synchronises the host"),
+    "what is unique": (lambda x: x.unique(), "synchronises the host"),
+    "classes checked": (lambda x: F.one_hot(x.long()), "synchronises the host"),
     "numbers from the host": (lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), "made from numbers on the host"),
     "another device": (lambda x: x.to("meta"), "from or to another device than cpu"),
     "randomness": (lambda x: x + torch.rand(4), "draws random numbers"),
@@ -507,7 +509,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph_unless_graphs_were_
     step, loader, evaluate = build(recordable=False)
     step.engine = replace(step.engine, cuda_graph=True, cuda_graph_may_fall_back=not asked_for)
     before, said = checkpoint.digest(step.state_dict()), list[str]()
-    why = "aten._local_scalar_dense.default makes the host wait for the device (tests.test_cuda_graph, line "
+    why = "aten._local_scalar_dense.default synchronises the host with the device (tests.test_cuda_graph, line "
     if asked_for:
         with pytest.raises(RunError) as caught:
             capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)

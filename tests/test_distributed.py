@@ -199,7 +199,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undis
         os.kill(run.worker(rank), signal.SIGKILL)
         run.wait_for_text(f"fastres: error: rank {1 - rank}: lost the connection to another process (")
     assert run.end() == 0, run.text()
-    assert run.text().count("continued at step") == 2
+    assert run.text().count("resumed at step") == 2
     assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
@@ -228,7 +228,7 @@ def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, run.text()
         time.sleep(0.05)
-    assert "the launcher is gone; saving, and leaving" in run.text()
+    assert "the launcher is gone; saving and exiting" in run.text()
     assert "stopped by SIGTERM at step" in run.text()
 
 
@@ -302,6 +302,6 @@ def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -
 def test_a_batch_that_the_processes_cannot_share_is_refused(job: Callable[..., Job]) -> None:
     run = job("run", *LONG, "--train.batch_size", 126, "--train.accumulate", 4)
     assert run.end() != 0
-    remedy = "2 with --train.accumulate 4 cannot share it equally; use --train.batch_size 120 or another number"
-    assert all(f"train.batch_size 126 is the batch of all processes and {remedy}" in line for line in run.errors())
+    remedy = "2 processes with --train.accumulate 4; use --train.batch_size 120 or another number of processes"
+    assert all(f"train.batch_size: 126 cannot be split equally over {remedy}" in line for line in run.errors())
     assert run.errors() and not run.folder.exists()

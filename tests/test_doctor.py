@@ -73,6 +73,6 @@ def test_triton_needs_a_c_compiler_for_its_first_kernel(tmp_path: Path, monkeypa
     clang = tmp_path / "clang"
     clang.write_text("#!/bin/sh\n")
     clang.chmod(0o755)
-    assert can_compile(cuda) == (True, "Triton is there")
+    assert can_compile(cuda) == (True, "Triton is installed")
     monkeypatch.setenv("CC", "no-such-cc")
     assert not can_compile(cuda)[0]

@@ -63,7 +63,7 @@ def test_a_difference_from_the_summary_is_reported(
     (copy / "summary.json").write_text(json.dumps(summary_of(run) | {"test_accuracy": 0.5}))
     assert "differs from the accuracy in" in said(capsys, copy)
     (copy / "summary.json").unlink()
-    assert "there is no" in said(capsys, copy)
+    assert "summary.json does not exist" in said(capsys, copy)
 
 
 def test_a_checkpoint_in_place_of_the_final_weights(
@@ -96,21 +96,21 @@ def test_refuses_what_is_not_a_run_in_one_line(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: evaluate.main([str(tmp_path)]))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"fastres: error: {tmp_path} is not the folder of a run")
+    assert line.startswith(f"fastres: error: {tmp_path}: is not the folder of a run")
 
 
 def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with rejected("2 processes would each do all of it", "without torchrun"):
+    with rejected("2 processes would each evaluate everything", "run without torchrun"):
         evaluate.main([str(run)])
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--data.source mnist --data.download false", "mnist is not there"),
+        ("--data.source mnist --data.download false", "mnist is missing"),
         ("--data.source synthetic --data.image_size 8", "3 channels, the run's network 10 and 1"),
-        ("--checkpoint nothing.pt", "there is no checkpoint nothing.pt"),
+        ("--checkpoint nothing.pt", "checkpoint nothing.pt does not exist"),
     ],
 )
 def test_refuses_data_and_weights_that_do_not_fit(
@@ -133,9 +133,9 @@ def test_refuses_weights_of_another_network_or_damaged(run: Path, tmp_path: Path
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("name: resnet20", "name: resnet32"))
-    with pytest.raises(UsageError, match="the weights are not those of the run's resnet32"):
+    with pytest.raises(UsageError, match="the weights do not fit the run's resnet32"):
         evaluate.main([str(copy)])
     (copy / "config.yaml").write_text(text)
     (copy / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UsageError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UsageError, match=r"model\.safetensors: cannot be read"):
         evaluate.main([str(copy)])

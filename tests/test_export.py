@@ -96,7 +96,7 @@ def test_onnx_runs_for_any_batch(
 
     assert_same_logits(network, run, 1, 8, 8)
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
-    with pytest.raises(UsageError, match=r"onnx is not installed: pip install '.\[export\]'"):
+    with pytest.raises(UsageError, match=r"onnx is not installed; pip install '.\[export\]'"):
         export.main([str(run), "--format", "onnx"])
 
 
@@ -108,7 +108,7 @@ def test_a_file_of_other_logits_is_not_kept(run: Path, tmp_path: Path, monkeypat
 
     wrong = dataclasses.replace(FORMATS["safetensors"], write=write_wrong)
     monkeypatch.setitem(FORMATS, "safetensors", wrong)
-    with pytest.raises(RunError, match="logits that differ by 1, of up to"):
+    with pytest.raises(RunError, match=r"--format safetensors: the reloaded network's logits differ by 1, of up to"):
         export.main([str(run), "--output", str(tmp_path / "weights.safetensors")])
     assert list(tmp_path.iterdir()) == []
 
@@ -147,11 +147,11 @@ def test_an_impossible_export_is_refused_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: export.main([str(run), "--output", str(there)]))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"fastres: error: {there} is there already: choose another --output or remove it"
+    assert line == f"fastres: error: --output {there}: already exists; choose another or remove it"
     assert there.read_text() == "mine"
-    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"--output .*: cannot be written .*; choose another"):
         export.main([str(run), "--output", str(tmp_path / "no" / "folder.safetensors")])
-    with pytest.raises(UsageError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(UsageError, match=r"--output .*: cannot be written .*; choose another"):
         export.main([str(run), "--format", "torch_export", "--output", str(tmp_path / "no" / "folder.pt2")])
     with pytest.raises(UsageError, match="is not the folder of a run"):
         export.main([str(tmp_path)])

@@ -138,8 +138,8 @@ def test_the_state_of_a_gpu(nvml: SimpleNamespace) -> None:
     assert state["unknown"]["gpu.temperature_c"] == "Not Supported"
     lines = disturbances(state, state)
     assert "1 other process(es) used the GPU" in lines
-    assert "the GPU's clocks were held back: power cap, temperature (hardware)" in lines
-    assert not any("meanwhile" in line for line in lines)
+    assert "the GPU was throttled at the end: power cap, temperature (hardware)" in lines
+    assert not any("during the measurement" in line for line in lines)
 
 
 def test_clocks_throttled_between_two_snapshots_are_a_disturbance(nvml: SimpleNamespace) -> None:
@@ -148,9 +148,9 @@ def test_clocks_throttled_between_two_snapshots_are_a_disturbance(nvml: SimpleNa
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: []
     before, after = snapshot(CUDA), snapshot(CUDA)
     after["gpu"]["throttled_ns"] = {"power cap": 12 * 10**9, "temperature": 0}
-    assert disturbances(before, after)[-1] == "the GPU's clocks were held back meanwhile: power cap 7.0 s"
-    before["gpu"]["throttled_ns"] = None  # not reported
-    assert not any("meanwhile" in line for line in disturbances(before, after))
+    assert disturbances(before, after)[-1] == "the GPU was throttled during the measurement: power cap 7.0 s"
+    before["gpu"]["throttled_ns"] = None  # not told
+    assert not any("during the measurement" in line for line in disturbances(before, after))
 
 
 def test_an_nvml_that_fails_altogether_is_survived(nvml: SimpleNamespace) -> None:

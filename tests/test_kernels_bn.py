@@ -167,9 +167,14 @@ def test_nested_deferrals_update_at_the_end_of_the_outermost_and_an_exception_di
         assert model.one.num_batches_tracked == 0
         model.third(x)
     assert model.one.num_batches_tracked == model.third.num_batches_tracked == 1
-    with pytest.raises(KeyError), deferral, deferral:
-        model.one(x)
-        raise KeyError
+
+    def fail_inside() -> None:
+        with deferral, deferral:
+            model.one(x)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert not deferral.active and not deferral.statistics and not deferral.counters
     assert model.one.num_batches_tracked == 1
 

@@ -328,7 +328,7 @@ def test_gradients_of_gradients_are_refused_by_name(kind: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name, options", [("resnet20", {}), ("mini_resnet", {}), ("speed_resnet", {})])
+@pytest.mark.parametrize(("name", "options"), [("resnet20", {}), ("mini_resnet", {}), ("speed_resnet", {})])
 def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> None:
     """Check that the losses of ten steps are about as near to those in float32 as torch's losses in bf16 are."""
     side = 28 if name == "mini_resnet" else 32

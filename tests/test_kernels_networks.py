@@ -87,5 +87,5 @@ def test_under_autocast_activations_are_narrow_and_statistics_are_not() -> None:
 
 
 def test_fused_convolutions_need_the_fused_norm() -> None:
-    with pytest.raises(ValueError, match="fused_convolutions: only together with norm 'fused'"):
+    with pytest.raises(ValueError, match="fused_convolutions: need norm 'fused'"):
         build_model("resnet20", fused_convolutions=True)

@@ -214,5 +214,5 @@ def test_a_permanent_cut_ends_both_hosts_and_the_run_resumes_on_one(
         checkpoint.load(path)  # intact
     assert not (tmp_path / "b").exists()
     assert main([*FLAGS, *flags, "--run.dir", str(tmp_path / "a")]) == 0
-    assert f"continued at step {int(kept[0].stem[5:])}" in capsys.readouterr().out
+    assert f"resumed at step {int(kept[0].stem[5:])}" in capsys.readouterr().out
     assert step_of(tmp_path / "a") == STEPS

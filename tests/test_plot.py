@@ -80,5 +80,5 @@ def test_a_folder_without_a_history_and_a_picture_that_cannot_be_written_are_ref
     beside.write_text("somebody's")
     plot.main([str(runs[0]), "--output", str(tmp_path / "a.png")])
     assert beside.read_text() == "somebody's"
-    with rejected("cannot write", "nowhere"):
+    with rejected("cannot be written", "nowhere"):
         plot.main([str(runs[0]), "--output", str(tmp_path / "nowhere" / "a.png")])

@@ -77,9 +77,9 @@ def test_the_terminal_shows_every_variant_and_the_reason_for_missing_ones(
     for name in NAMES:
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"│ {name} ")]) == 3
     assert "aten::convolution_backward" in done.stdout
-    assert "measured here and now: a copy moves" in done.stdout
-    assert "not here: graph-nchw-fp32: engine.cuda_graph true: CUDA graphs are for GPUs" in done.stdout
-    assert "not here: eager-fused-nchw-fp32: model.norm fused: the kernels take channels-last" in done.stdout
+    assert "measured in this run: a copy moves" in done.stdout
+    assert "unavailable: graph-nchw-fp32: engine.cuda_graph true: CUDA graphs are for GPUs" in done.stdout
+    assert "unavailable: eager-fused-nchw-fp32: model.norm fused: the kernels take channels-last" in done.stdout
 
 
 def test_the_raw_numbers_are_consistent(raw: dict[str, Any]) -> None:
@@ -192,13 +192,13 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
         ("--variants compiled", "did you mean 'compile'"),
         ("--variants bf16-fp32", "bf16 and fp32 are both a precision; leave out one"),
         ("--variants tf33*", "no variant matches; names read like"),
-        ("--variants tf32 graph", "none of them can be had here: eager-nchw-tf32: engine.precision tf32"),
+        ("--variants tf32 graph", "all are unavailable here (eager-nchw-tf32: engine.precision tf32"),
         ("--model resnet21", "did you mean 'resnet20'"),
         ("--model resnet18 --options stem=large", "unknown stem 'large'; choose from imagenet, small"),
         ("--options stem", "'stem' is not NAME=VALUE, such as stem=small"),
         ("--model resnet20 --block basic", "not allowed with argument"),
         ("--block cubic", "invalid choice: 'cubic'"),
-        ("--block bottleneck --channels 6", "--channels 6: a bottleneck block's are a multiple of 4"),
+        ("--block bottleneck --channels 6", "--channels 6: must be a multiple of 4 for a bottleneck block"),
         ("--block basic --options stem=small", "--options belongs to --model"),
         ("--channels 16", "--channels belongs to --block"),
         ("--rounds 0", "argument --rounds: '0' is not a whole number above 0"),
@@ -230,10 +230,10 @@ def test_a_folder_that_holds_a_profile_stays_as_it_is(tmp_path: Path, monkeypatc
         folder = profile.folder_for(None, "resnet8")
         assert folder == Path("profiles") / expected
         (folder / "profile.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds a profile already: choose another or remove it"):
+    with pytest.raises(UsageError, match="holds a profile already; choose another or remove it"):
         profile.folder_for(folder, "resnet8")
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot write there"):
+    with pytest.raises(UsageError, match=r"--out .*: cannot be written"):
         profile.folder_for(tmp_path / "file" / "out", "resnet8")
 
 

@@ -282,7 +282,7 @@ def test_the_folder_test_is_preferred_to_val_and_a_note_says_so(tmp_path: Path) 
 
 def test_a_missing_part_of_an_image_folder_is_named(tmp_path: Path) -> None:
     root = tmp_path / "images"
-    with rejected(root, "--data.root"):
+    with rejected(f"data.root: no folder {root}; it must hold"):
         load("imagefolder", root)
     root.mkdir()
     with rejected("train", root):
@@ -537,7 +537,7 @@ def test_a_failed_download_is_one_line(tmp_path: Path, source: str, dead: str) -
         load(source, root, download=True, mirror=tmp_path.as_uri())
     with rejected(source, root, "--data.download is false", *remedies):
         load(source, root)
-    with rejected("ftp://example.org", "http, https or file"):
+    with rejected("ftp://example.org", "it must begin with http:, https: or file:"):
         load(source, root, download=True, mirror="ftp://example.org")
     assert not root.exists()
 
@@ -597,7 +597,7 @@ def test_image_paths_are_held_out_likewise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [100, 101])
 def test_holding_out_everything_is_refused(n: int) -> None:
-    with rejected(f"--data.validation {n}", "100"):
+    with rejected(f"data.validation: {n} must be below the 100 images"):
         hold_out(numbered(100), n)
 
 

@@ -312,7 +312,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(
     newest = checkpoint.found(tmp_path / "run/checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert train(*flags) == 0
-    assert "going back to the one before it" in capsys.readouterr().out
+    assert "trying the previous checkpoint" in capsys.readouterr().out
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
 
 
@@ -339,7 +339,7 @@ DISK = [*SHORT, "--model.name", "resnet8", "--train.log_every", "1"]
     [
         # metrics.jsonl grows by some 200 bytes a step, a checkpoint has 0.6 MB, model.safetensors half of that.
         (2_000, "--run.checkpoint_every 1000", "cannot write to run.dir {run}: File too large; there is no checkpoint"),
-        (100_000, "", "cannot write checkpoint {run}/checkpoints/step-00000008.pt: File too large; the ones before"),
+        (100_000, "", "cannot write checkpoint {run}/checkpoints/step-00000008.pt: File too large; earlier check"),
         (30_000, "--train.steps 0 --schedule.warmup_steps 0", "cannot write to run.dir {run}: File too large; there"),
     ],
 )  # fmt: skip
@@ -365,7 +365,7 @@ def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(train: Train
         flags = [*DISK, "--run.keep_checkpoints", "9"]
         process = start(*flags, "--run.dir", disk / "run")
         out = process.communicate()[0]
-        assert process.returncode == 1 and "No space left on device; the ones before it are intact" in out, out
+        assert process.returncode == 1 and "No space left on device; earlier checkpoints are intact" in out, out
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -438,12 +438,12 @@ def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
         ("--recipe digits --model.norm fused --engine.channels_last false", "model.norm fused"),
         ("--recipe digits --model.norm apex", "model.norm apex: NVIDIA's apex is not installed; use torch or fused"),
         ("--recipe digits --model.num_classes 3", "10 classes"),
-        ("--recipe digits --data.validation 1437", "has to be below the 1,437 images"),
+        ("--recipe digits --data.validation 1437", "data.validation: 1437 must be below the 1,437 images"),
         ("--recipe digits --data.image_size 32", "8x8"),
         ("--recipe digits --model.weights nowhere.safetensors", "nowhere.safetensors"),
         ("--data.root nothing --data.download false", "--recipe digits"),
         ("--data.source imagefolder --data.root nothing", "nothing"),
-        ("--recipe digits --run.resume nowhere.pt", "there is no checkpoint nowhere.pt"),
+        ("--recipe digits --run.resume nowhere.pt", "checkpoint nowhere.pt does not exist"),
         ("--recipe digits --engine.device cuda:300", "is not auto, cpu, cuda or cuda:N"),
         (f"--recipe digits --run.dir {'x' * 300}", "File name too long"),
         ("--data.root ~nosuchuser/data", "--data.root ~nosuchuser/data: "),
@@ -532,7 +532,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 ) -> None:
     state = checkpoint.found(undisturbed / "checkpoints")[0]
     assert train(*SHORT, "--model.name", "resnet32", "--run.resume", state, "--run.dir", tmp_path / "run") == 2
-    assert "of another model" in refusal(capsys)
+    assert "the checkpoint belongs to another model" in refusal(capsys)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(state.read_bytes()[:5000])
     assert train(*SHORT, "--run.resume", broken, "--run.dir", tmp_path / "run") == 2

@@ -143,10 +143,10 @@ def assert_refused(model: nn.Module, path: Path, *words: str) -> None:
 
 def test_refuses_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path) -> None:
     model = build_model("resnet8")
-    assert_refused(model, tmp_path / "nowhere.pth", "not there")
+    assert_refused(model, tmp_path / "nowhere.pth", "does not exist")
     assert_refused(model, tmp_path / "model.onnx", "'.onnx'", ".safetensors")
     (tmp_path / "folder.pt").mkdir()
-    assert_refused(model, tmp_path / "folder.pt", "not there")
+    assert_refused(model, tmp_path / "folder.pt", "does not exist")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])

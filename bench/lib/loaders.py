@@ -20,7 +20,7 @@ PHOTOGRAPHS = {"jpeg_32px": (32, 32, 1_280), "jpeg_224px": (400, 300, 256)}
 
 
 def write_photographs(folder: Path) -> dict[str, Path]:
-    """Write crops of scikit-learn's two photographs as JPEGs; return their folders by name, and one for the cache."""
+    """Write crops of scikit-learn's two photographs as JPEGs, and return the folders by name, and one for the cache."""
     from sklearn.datasets import load_sample_images
 
     rng, roots = np.random.default_rng(0), {"cache": folder / "cache"}
@@ -38,7 +38,7 @@ def write_photographs(folder: Path) -> dict[str, Path]:
 
 
 def folder_fields(name: str, folders: dict[str, Path]) -> dict[str, str]:
-    """Return the fields of DataConfig that name the folders of a name in PHOTOGRAPHS; none for another name."""
+    """Return the fields of DataConfig for the folders of a name in PHOTOGRAPHS, or no fields for another name."""
     return {"root": str(folders[name]), "cache": str(folders["cache"])} if name in PHOTOGRAPHS else {}
 
 

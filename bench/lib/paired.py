@@ -20,11 +20,11 @@ ROUNDS = (5, 15)  # at least, at most
 
 
 def benchmark_interleaved(benchmark: Any, timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Call the timers interleaved, `rounds` times each. pytest-benchmark's own figures are those of the last one.
+    """Call the timers interleaved, `rounds` times each. pytest-benchmark's own figures are the last timer's.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        timers: by name, in their order; each runs a warm region once and returns its seconds.
+        timers: the timers by name; each runs a warm region once and returns its seconds.
         rounds: the number of rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -58,7 +58,7 @@ def paired_benchmark(benchmark: Any, baseline: Region, region: Region, images: i
         images_per_s_20_80=quantiles,
         baseline_images_per_s=images / theirs.median_s,
         baseline_s=list(theirs.seconds),
-        # of the medians, and of each pair of neighbours: the second shows how steady the first is
+        # The ratio of the medians, and of each pair of neighbours, which show how steady the first is.
         ratio=ratio.of_medians,
         ratios=list(ratio.of_pairs),
         n=ours.n,
@@ -75,7 +75,7 @@ def compare(
     precision: str,
     **facts: Any,
 ) -> None:
-    """Time both interleaved, for as many rounds as the budget allows, and write the tables' figures to extra_info."""
+    """Time both interleaved, for as many rounds as fit in BUDGET_S, and write the tables' figures to extra_info."""
     ours(2)
     memory = peak_memory(ours)  # before the baseline occupies memory too
     baseline = build_baseline()
@@ -106,8 +106,8 @@ def compare(
 def peak_memory(steps: Steps) -> int | None:
     """Return the most bytes that a step allocates on a GPU.
 
-    The result is None on a CPU, where torch does not count, and for a replay, which allocates nothing because its
-    memory belongs to the graph.
+    The result is None on a CPU, because torch does not count its memory, and for a replay, which allocates nothing
+    because its memory belongs to the graph.
     """
     if DEVICE.type != "cuda":
         return None
@@ -121,7 +121,7 @@ def peak_memory(steps: Steps) -> int | None:
 
 @cache
 def flops_per_image(net: Net, training: bool) -> int:
-    """Count the FLOP of convolutions and matrix products on meta tensors; a multiply-add counts as two."""
+    """Count the FLOP of convolutions and matrix products on meta tensors. A multiply-add counts as two."""
     with torch.device("meta"):
         model = net.build().train(training)
         images = torch.empty(2, net.channels, net.side, net.side)
@@ -130,4 +130,5 @@ def flops_per_image(net: Net, training: bool) -> int:
             logits = model(images)
             if training:
                 logits.sum().backward()
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2

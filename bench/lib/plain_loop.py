@@ -1,4 +1,4 @@
-"""The loops that the engine is compared with: plain PyTorch as one writes it first, and the same tuned by hand.
+"""The loops that the engine is compared with: plain PyTorch as one writes it first, and the same loop tuned by hand.
 
 The plain loop takes too long for the 64k-step schedule with several seeds, so its accuracy comes from a twin whose
 steps are replayed from CUDA graphs. `difference` shows that loop and twin are bitwise identical. The capture has not
@@ -21,7 +21,7 @@ from fastres.training.cuda_graph import capturing
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.evaluator import Evaluator
 
-# torch's default: convolutions use TF32 if the GPU has it. A slower baseline would flatter the engine.
+# Convolutions use TF32 by torch's default if the GPU has it. A slower baseline would flatter the engine.
 TORCH_FP32 = "tf32" if GPU and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
 
 
@@ -58,7 +58,8 @@ class PlainLoop:
         optim: OptimConfig = HE,
         label_smoothing: float = 0.0,
     ) -> None:
-        assert optim.norm_bias_lr_scale == 1 and optim.decay_norm_and_bias, "one group of parameters"
+        assert optim.norm_bias_lr_scale == 1, "one group of parameters"
+        assert optim.decay_norm_and_bias, "one group of parameters"
         self.engine, self.tuned, self.label_smoothing = engine, engine.precision == "bf16", label_smoothing
         self.model = engine.place(model)
         self.forward: Any = torch.compile(self.model) if compiled else self.model
@@ -124,11 +125,11 @@ def plain_inference(net: Net) -> Steps:
 
 
 class PlainRun:
-    """A configured run in a plain loop: weights, batches and schedule are those of the engine's run of `config`.
+    """A configured run in a plain loop, with the weights, batches and schedule of the engine's run of `config`.
 
     Args:
         config: the run's configuration.
-        source: its data.
+        source: the run's data.
         compiled: run the network under torch.compile.
         how: arguments of plain_engine().
     """
@@ -171,7 +172,7 @@ class GraphedTwin(PlainRun):
     """The plain run with each step replayed from a CUDA graph, which saves the host's work and nothing else.
 
     SGD passes the learning rate to its kernels as a number, so each learning rate of the schedule has its own graph:
-    three in 64k steps. The first steps run eagerly, so that momentum exists; they count. Not yet run on a GPU.
+    three in 64k steps. The first steps of the run are eager, so that momentum exists. It has not yet run on a GPU.
     """
 
     EAGER_STEPS = 3
@@ -185,7 +186,8 @@ class GraphedTwin(PlainRun):
         self.steps_run = 0
 
     def steps(self, first: int, last: int) -> Tensor:
-        # One stream for all steps, the eager ones too, because autograd uses the stream that a forward ran on.
+        """Run the steps as PlainRun does, on the stream of the captures."""
+        # All steps run on one stream, the eager ones too, because autograd uses the stream that a forward ran on.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             losses = super().steps(first, last)
@@ -193,6 +195,7 @@ class GraphedTwin(PlainRun):
         return losses
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """Replay one step, and capture it before if the learning rate is new. Return its loss, ()."""
         self.steps_run += 1
         if self.steps_run <= self.EAGER_STEPS:
             return super().step(images, labels, lr)
@@ -200,7 +203,8 @@ class GraphedTwin(PlainRun):
             self.capture(images, labels, lr)
         self.images.copy_(images)
         self.labels.copy_(labels)
-        assert self.graph is not None and self.loss is not None
+        assert self.graph is not None
+        assert self.loss is not None
         self.graph.replay()
         return self.loss.clone()
 
@@ -217,7 +221,7 @@ class GraphedTwin(PlainRun):
 
 
 def difference(one: PlainRun, other: PlainRun, steps: int) -> dict[str, Any]:
-    """Run the first steps of both, and return whether every loss and the final state are bitwise identical."""
+    """Run the first steps of both, and compare every loss and the final state bitwise."""
     losses = [run.steps(0, steps).cpu() for run in (one, other)]
     different = (losses[0] != losses[1]).nonzero().flatten().tolist()
     states = [run.loop.model.state_dict().values() for run in (one, other)]

@@ -22,13 +22,13 @@ from fastres.train import train
 from fastres.training.engine import resolve_engine
 from fastres.training.signals import StopSignal
 
-# By name: the flags that choose the data set, without its folder. "digits" is the data set of its recipe.
+# By name: the flags that choose the data set, without its folder. The recipe digits chooses its own data set.
 DATA: dict[str, list[str]] = {
     "digits": [],
     "cifar10": ["--data.source", "cifar10"],
     "jpeg_copy": ["--data.source", "imagefolder"],
 }
-# 3,520 steps were kept over fewer by seed 0's accuracy on the copy's test images (docs/EXPERIMENTS.md).
+# 3,520 steps were preferred to fewer by seed 0's accuracy on the copy's test images (docs/EXPERIMENTS.md).
 SPEEDRUN = ["--recipe", "cifar10-speedrun"]
 
 
@@ -36,13 +36,13 @@ def data_flags(data: str, config: pytest.Config) -> list[str]:
     """Return the flags of a name in DATA. Skip the benchmark if it cannot run here, or is too slow without --full."""
     place: list[str] = []
     if data == "cifar10":
-        root = Path(config.option.data_root).resolve()  # a benchmark may change the folder
+        root = Path(config.option.data_root).resolve()  # because a benchmark may change the current folder
         if not (root / "cifar-10-batches-py").is_dir():
-            pytest.skip(f"no cifar-10-batches-py in {root}: --data-root says where it is")
+            pytest.skip(f"no cifar-10-batches-py in {root}; give its folder with --data-root")
         place = ["--data.root", str(root)]
     if data == "jpeg_copy":
         if config.option.jpeg_copy is None:
-            pytest.skip("--jpeg-copy says where CIFAR-10 is as a folder of JPEGs")
+            pytest.skip("no folder of CIFAR-10 as JPEGs; give one with --jpeg-copy")
         place = ["--data.root", str(Path(config.option.jpeg_copy).resolve())]
     if data != "digits":
         skip_if_slow(config)
@@ -52,21 +52,21 @@ def data_flags(data: str, config: pytest.Config) -> list[str]:
 def skip_if_slow(config: pytest.Config) -> None:
     """Skip the benchmark on a CPU unless --full is given."""
     if not GPU and not config.option.full:
-        pytest.skip("on a CPU a run takes 16 minutes and more: --full")
+        pytest.skip("on a CPU a run takes 16 minutes and more; run it with --full")
 
 
 def run(flags: Sequence[str], seed: int, folder: Path, source: Source | None = None) -> dict[str, Any]:
-    """Run fastres.train in this process and return its summary. `source` stands in for the configured source."""
+    """Run fastres.train in this process and return its summary. `source` replaces the configured source."""
     config = parse([*flags, "--run.seed", str(seed), "--run.dir", str(folder)])
     engine, output = resolve_engine(config), io.StringIO()
     engine.apply_torch_settings()
     with contextlib.redirect_stdout(output):
         status = train(config, engine, ProcessGroup(), StopSignal(), source)
     assert status == 0
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     ran = {name: summary[name] for name in ("compile", "cuda_graph")}
     chosen = {name: getattr(engine, name) for name in ran}
-    assert ran == chosen, f"it fell back, and would be measured as something else:\n{output.getvalue()}"
+    assert ran == chosen, f"the run fell back to {ran} from {chosen}:\n{output.getvalue()}"
     return summary
 
 
@@ -77,7 +77,7 @@ def with_random_labels(source: Source) -> Source:
 
 
 def warm_runs(flags: list[str], folder: Path) -> Callable[[int], tuple[float, dict[str, Any]]]:
-    """Run once on random labels, and return a function from a seed to the seconds and the summary of its run."""
+    """Run once on random labels, and return a function from a seed to the seconds and the summary of the seed's run."""
     source = load_source(parse(flags).data)
     run(flags, 10_000, folder / "10000", with_random_labels(source))
 

@@ -14,7 +14,7 @@ Info = dict[str, Any]  # a benchmark's extra_info
 
 # ---- accuracies over seeds --------------------------------------------------------------------------------------
 
-SAME_RUN = ("what", "case", "model", "data", "steps", "precision")  # rows that agree in these differ in the seed only
+SAME_RUN = ("what", "case", "model", "data", "steps", "precision")  # rows equal in these differ only in the seed
 
 
 def merge_seeds(infos: Sequence[Info]) -> list[Info]:
@@ -62,7 +62,7 @@ def compared(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
 
 
 def not_lower(info: Info) -> bool | None:
-    """Return True unless ours is lower by more than two standard errors; None if there is no standard error."""
+    """Return True unless ours is lower by more than two standard errors, or None without a standard error."""
     return None if info["standard_error"] is None else info["difference"] >= -2 * info["standard_error"]
 
 
@@ -77,7 +77,7 @@ GOAL, LEVEL = 0.9, 0.01
 
 
 def run_statistics(runs: Sequence[tuple[float, float]]) -> Info:
-    """Return what is stored of runs, each given by its seconds and its test accuracy."""
+    """Return the statistics to store of runs, each given by its seconds and its test accuracy."""
     times, accuracies = ([run[i] for run in runs] for i in range(2))
     return {
         "n": len(runs),

@@ -1,4 +1,4 @@
-"""Benchmarks as lines of text: the tables on the terminal after a run, and those of RESULTS.md."""
+"""Benchmarks as lines of text: the tables on the terminal after a run, and the tables of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Row:
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the title and the lines of each table that has any."""
+    """Yield the title and the lines of each table that has lines."""
     for file, (title, lines) in TABLES.items():
         if of_file := [row for row in rows if row.file == file and row.info]:
             yield title, lines(of_file)
@@ -87,7 +87,7 @@ def _schedule(row: Row) -> list[str]:
         lines.append(
             f"{name:<36} {images_per_s:>9,.0f} images/s ({low:,.0f} to {high:,.0f})"
             + (f"; fastres {ratio:.2f} x" if ratio else f", {info['model']} in {info['precision']}")
-            + f", n={info['n']} turns of {info['steps']:,} steps"
+            + f", n={info['n']} rounds of {info['steps']:,} steps"
         )
     return lines
 
@@ -191,7 +191,7 @@ def kernel_lines(rows: Sequence[Row]) -> list[str]:
     first = infos[0]
     lines = [f"{first['device']}: a copy moves {first['copy_gb_per_s']:,.0f} GB/s"]
     if first["capability"] is None:
-        lines = [f"{first['device']}: the reference is timed and not the kernels, which claims nothing"]
+        lines = [f"{first['device']}: the reference is timed instead of the kernels, so no time is a claim"]
     for case, of_case in groupby(infos, lambda info: (info["what"], tuple(info["shape"]), info["dtype"])):
         what, shape, dtype = case
         lines.append(f"{what}, {' × '.join(map(str, shape))} in {dtype}")

@@ -1,7 +1,8 @@
 """GPU performance targets next to the measurements so far, as printed by `python -m bench.report --targets`.
 
-A target without a measurement is reported as such, and one with too little evidence names what is missing. All figures
-come from one device, and each ratio from variants that ran interleaved; accuracies are merged over the seeds' runs.
+A target without a measurement is reported as not measured, and a target with too little evidence with the missing
+evidence. All figures come from one device, and each ratio from variants that ran interleaved. Accuracies are merged
+over the runs of all seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Finding:
-    """A measurement and its verdict: YES, NO, or the reason why it shows neither."""
+    """A measurement and its verdict, which is YES, NO, or the reason why the measurement shows neither."""
 
     text: str
     verdict: str
@@ -38,7 +39,7 @@ def at_least(needed: float) -> Callable[[float], str]:
 
 
 def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
-    """Return the file's rows that have these values, those of CIFAR-10 itself before those of a copy."""
+    """Return the file's rows that have these values, with rows of CIFAR-10 itself before rows of a copy."""
     found = [
         row.info
         for row in rows
@@ -48,7 +49,7 @@ def infos(rows: Sequence[Row], file: str, **wanted: Any) -> list[Info]:
 
 
 def parity(rows: Sequence[Row]) -> Info | None:
-    """Return the whole schedule's comparison with the plain loop, its seeds merged."""
+    """Return the whole schedule's comparison with the plain loop, with merged seeds."""
     whole = {"what": "parity", "model": "resnet20", "steps": SCHEDULE_STEPS}
     return next(iter(merge_seeds(infos(rows, "bench_accuracy.py", **whole))), None)
 
@@ -104,8 +105,8 @@ def time_to_90(rows: Sequence[Row]) -> Finding | None:
         if info["n"] < LEAST_RUNS_TO_90:
             return Finding(text, f"not shown: n below {LEAST_RUNS_TO_90}")
         if not reaches_goal(info["fastres"]["p_value"]):
-            return Finding(text, "not shown: 90 % is not")
-        # A peer below 90 % had too few epochs, which is in its favour.
+            return Finding(text, "not shown: 90 % is not shown")
+        # A peer below 90 % had too few epochs, which is in the peer's favour.
         if ours >= theirs and not info["peer_averages_90"]:
             return Finding(text, f"not shown: airbench does not average 90 % in {info['epochs']} epochs")
         return Finding(text, YES if ours < theirs else NO)
@@ -139,7 +140,7 @@ def kernels(rows: Sequence[Row]) -> Finding | None:
 
 
 def graphed(rows: Sequence[Row]) -> Finding | None:
-    """Find out if graphed steps are bitwise identical to ungraphed ones."""
+    """Report whether graphed steps are bitwise identical to ungraphed steps."""
     found = infos(rows, "bench_schedule.py", what="graphed")
     if not found:
         return None
@@ -147,7 +148,7 @@ def graphed(rows: Sequence[Row]) -> Finding | None:
     return Finding(each, YES if all(map(is_identical, found)) else NO)
 
 
-# The measurement, the target, and how it is found.
+# The description of the measurement, the target, and the function that finds the measurement.
 TARGETS: list[tuple[str, str, Measured]] = [
     ("ResNet-20, batch 128, 64,000 steps: training", "at most 30 s; stretch 20 s", whole_schedule),
     ("  against a plain eager fp32 loop", f"{TIMES_PLAIN:g} x", against_plain),

@@ -21,7 +21,7 @@ from fastres.training.engine import Engine, resolve_engine
 from fastres.training.evaluator import Evaluator
 from fastres.training.step import TrainStep
 
-# Runs that many steps. It applies its engine's torch settings first, because they belong to the whole process.
+# Runs the given number of steps, and applies the engine's torch settings before, because they are process-wide.
 Steps = Callable[[int], None]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -72,7 +72,7 @@ def engine_for(**fields: Any) -> Engine:
         UsageError: if a field's value is unavailable here.
     """
     norm = fields.pop("norm", "auto")
-    if norm == "torch":  # the word names whose operations run, and that includes the convolutions
+    if norm == "torch":  # in a benchmark, norm torch means that all operations are torch's, convolutions too
         fields.setdefault("conv", "torch")
     return resolve_engine(Config(model=ModelConfig(norm=norm), engine=EngineConfig(**fields)))
 
@@ -93,14 +93,14 @@ def engine_training(
         batches: the steps' batches.
         inductor: options of torch.compile that replace the engine's.
         with_data: take the batches of the resident loader, as fastres.train does.
-        fields: of EngineConfig, and `norm`.
+        fields: fields of EngineConfig, and `norm`.
     """
     engine = engine_for(**fields)
     engine.apply_torch_settings()
     step = TrainStep(engine.place(net.build(engine.norm)), engine, HE)
     if inductor is not None:
-        # Options and not a patch of inductor's configuration, because dynamo reuses what it compiled for another step
-        # of the same network unless the backend differs.
+        # Pass options instead of patching inductor's configuration, because dynamo reuses the code that it compiled for
+        # another step of the same network unless the backend differs.
         step.forward_loss.compile(fullgraph=True, dynamic=False, options=inductor)
     if ddp:
         step.forward_loss = data_parallel(step.forward_loss, engine.device)

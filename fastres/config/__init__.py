@@ -1,4 +1,4 @@
-"""Run configuration: its fields, its checks, and how it is read."""
+"""Run configuration: its fields, their validation, and the command line and files that set them."""
 
 import lazy_loader as lazy
 

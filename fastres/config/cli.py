@@ -26,7 +26,7 @@ from fastres.utils.suggest import did_you_mean
 
 
 def parse(argv: list[str], prog: str = "fastres.train") -> Config:
-    """Return the configuration that a command line asks for.
+    """Return the configuration that a command line describes.
 
     Args:
         argv: the flags.
@@ -45,7 +45,7 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     for name, layer in layers:
         _reject_errors(partial(parser.parse_object, layer), where=f"{name}: ", given=layer)
         if layer.keys() >= set(SECTIONS):  # a whole run, as dump() writes it
-            merged = {}  # a field that it does not have, of a later version, was not the recipe's of today
+            merged = {}  # a field newer than the dump takes its default, not the value in today's recipe
         merged = _merge(merged, layer)
     merged["recipe"] = recipe
     base = parser.parse_object(merged)
@@ -69,29 +69,30 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
-        usage="torchrun -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
-        description="Trains a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
-        epilog="Precedence: recipe < files in their order < flags. Exit status: 0 done, 1 failed, 2 refused input, "
-        "128 + N stopped by signal N and saved; torchrun reports its own.",
+        usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
+        description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
+        epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
+        "their order < flags. Exit status: 0 done, 1 failed, 2 invalid input, 128 + N stopped by signal N after "
+        "saving; torchrun reports its own exit status.",
     )
     _add_file_arguments(parser)
     parser.add_class_arguments(Config, None, skip={"recipe"})
     for action in parser._actions:
-        if action.dest in SECTIONS:  # jsonargparse's --SECTION FILE, a second way to say --config FILE
+        if action.dest in SECTIONS:  # jsonargparse's --SECTION FILE, a second way to give --config FILE
             action.help = argparse.SUPPRESS
     return parser
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} where none is named")
+    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} if none is given")
     parser.add_argument(
         "--config",
         metavar="FILE",
         action="append",
         default=[],
-        help="configuration file, YAML or JSON, the tutorial's config.json too; may be repeated",
+        help="configuration file (YAML, JSON, or the tutorial's config.json); may be repeated",
     )
-    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
 
 
 def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -111,7 +112,7 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
 
 
 def _rename_flag_values(flags: list[str]) -> list[str]:
-    """Return the flags with the present names of values that were renamed, and print a note for each."""
+    """Return the flags with renamed values under their present names, and print a note for each."""
     renamed = list(flags)
     for i, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
@@ -125,7 +126,7 @@ def _rename_flag_values(flags: list[str]) -> list[str]:
 
 
 def _note(where: str, name: str, old: str, new: str) -> None:
-    """Print that a value has another name now."""
+    """Print that a value was renamed."""
     print(f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version", file=sys.stderr)
 
 
@@ -138,7 +139,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reject_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> Any:
-    """Run `read`, and turn jsonargparse's errors of several lines into one line that names field and remedy."""
+    """Run `read`, and turn a multi-line error of jsonargparse into a UsageError of one line with field and remedy."""
     try:
         return read()
     except (ArgumentError, TypeError, ValueError, ArithmeticError, RecursionError) as error:

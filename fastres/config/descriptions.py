@@ -1,4 +1,4 @@
-"""What a field takes, in the words of an error message."""
+"""Describe the values that a field accepts, in the words of an error message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastres.config.schema import Config
 
 
 def describe(key: str) -> str:
-    """Return what the field `section.name` takes, in words, from its type."""
+    """Return the values that the field `section.name` accepts, in words, from its type."""
     section, _, name = key.partition(".")
     kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name.split(".")[0]]
     return " or ".join(_describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,)))

@@ -15,8 +15,8 @@ from fastres.config.tutorial import TUTORIAL_KEYS, translate_tutorial
 from fastres.utils.errors import UsageError
 from fastres.utils.suggest import did_you_mean
 
-MOST_VALUES = 10_000  # values in a configuration file: nine lines of YAML anchors can expand to billions
-# Values that have another name since version 0.2; the old ones are accepted for one version.
+MOST_VALUES = 10_000  # in a configuration file, because nine lines of YAML anchors can expand to billions
+# Values renamed in version 0.2; the old names are accepted for one version.
 RENAMED_VALUES: dict[str, dict[str, str]] = {"engine.conv": {"own": "cpp"}}
 
 
@@ -56,18 +56,18 @@ def load_recipe(name: str) -> dict[str, Any]:
     """Return a packaged recipe as a nested dict. Raise UsageError if there is none of that name."""
     if name not in recipe_names():
         raise UsageError(
-            f"unknown recipe {name!r}{did_you_mean(name, recipe_names())}; there are: {', '.join(recipe_names())}"
+            f"unknown recipe {name!r}{did_you_mean(name, recipe_names())}; choose from {', '.join(recipe_names())}"
         )
     with resources.as_file(resources.files("fastres.config.recipes") / f"{name}.yaml") as path:
         return load_file(path)
 
 
 def rename_values(content: dict[str, Any], note: Callable[[str, str, str], None] = lambda *_: None) -> dict[str, Any]:
-    """Return a nested configuration with the present names of values that were renamed.
+    """Return a nested configuration with renamed values under their present names.
 
     Args:
         content: the configuration.
-        note: is called for each such value with its field, old name and present name.
+        note: is called for each renamed value with its field, old name and present name.
     """
     for key, names in RENAMED_VALUES.items():
         section, _, name = key.partition(".")
@@ -79,7 +79,7 @@ def rename_values(content: dict[str, Any], note: Callable[[str, str, str], None]
 
 
 def _check_fields(content: dict[str, Any], path: Path) -> None:
-    """Raise UsageError for what jsonargparse accepts in a file: command-line flags, unknown sections, null anywhere."""
+    """Raise UsageError for fields that jsonargparse would accept: command-line flags, unknown sections, any null."""
     for section, fields in content.items():
         if section == "recipe":
             if not isinstance(fields, str):
@@ -87,7 +87,7 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
             continue
         if section not in SECTIONS:
             near = did_you_mean(str(section), SECTIONS)
-            raise UsageError(f"{path}: unknown section {section!r}{near}; there are: {', '.join(SECTIONS)}")
+            raise UsageError(f"{path}: unknown section {section!r}{near}; choose from {', '.join(SECTIONS)}")
         if not isinstance(fields, dict):
             raise UsageError(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
         for name, value in fields.items():
@@ -99,15 +99,15 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
 
 
 def _count(value: Any, known: dict[int, int] | None = None) -> int:
-    """Return the number of values in a value, repeated ones each time. Raise ValueError if one contains itself."""
+    """Return the number of values inside `value`, counting every alias. Raise ValueError if a value contains itself."""
     known = {} if known is None else known
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = 0  # until it is known
+        known[id(value)] = 0  # marks a value that is being counted
         known[id(value)] = 1 + sum(
             _count(item, known) for item in (value.values() if isinstance(value, dict) else value)
         )
     if known[id(value)] == 0:
-        raise ValueError("a value holds itself")
+        raise ValueError("a value contains itself")
     return known[id(value)]

@@ -1,6 +1,6 @@
 """Run configuration: frozen dataclasses whose fields define the command line.
 
-The defaults are He et al.'s CIFAR-10 schedule (2015, section 4.2), so a recipe states only what differs from it.
+The defaults are He et al.'s CIFAR-10 schedule (2015, section 4.2), so a recipe states only its differences.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DataConfig:
 
     flip: bool | Literal["alternating"] = True
     """Flip horizontally with probability one half; alternating flips a random half of the images in the
-    first epoch, the other half in the second, and so on by turns."""
+    first epoch, the other half in the second, and so on."""
 
     cutout: NonNegativeInt = 0
     """Side in pixels of the square to blank around a random pixel (0: none; the paper uses 16 for CIFAR-10)."""
@@ -104,7 +104,8 @@ class DataConfig:
     uses 1). If mixup is on too, a coin toss decides for each image."""
 
     image_size: PositiveInt | None = None
-    """Side in pixels of the network's input (null: that of the data, 32 for synthetic; required for resized_crop)."""
+    """Side in pixels of the network's input (null: the side of the data's images, 32 for synthetic; required for
+    resized_crop)."""
 
     synthetic_samples: PositiveInt = 2048
     """Training samples of the synthetic source (a quarter as many for test)."""
@@ -172,10 +173,11 @@ class OptimConfig:
     factor, so the decay per step is unchanged."""
 
     muon_lr: PositiveFloat = 0.24
-    """Peak learning rate of the weights that muon updates; it is the length of a step, whatever the gradient."""
+    """Peak learning rate of the weights that muon updates. It is the length of a step, whatever the gradient."""
 
     muon_momentum: NonNegativeFloat = 0.6
-    """Nesterov momentum of those weights, in [0, 1). They have no weight decay, because their norm is fixed."""
+    """Nesterov momentum of the weights that muon updates, in [0, 1). They have no weight decay, because their norm is
+    fixed."""
 
     scale_lr: bool = False
     """Multiply lr by the number of processes (if batch_size was multiplied too)."""
@@ -209,7 +211,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the step runs. auto falls back and logs the reason; an explicit value that is unavailable is rejected."""
+    """Execution of the step. auto falls back and logs the reason; an explicit value that is unavailable is rejected."""
 
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -221,18 +223,18 @@ class EngineConfig:
     """Keep activations and weights in channels-last order; a check at the start covers forward and backward."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Compile forward and loss with torch.compile, without graph breaks; auto does so on a GPU with Triton."""
+    """Compile forward and loss with torch.compile, without graph breaks; auto compiles on a GPU with Triton."""
 
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Replay the whole step, including its batch, as one CUDA graph; auto does so on a GPU with data.loader resident,
-    one process and optim.name sgd or muon."""
+    """Replay the whole step, including its batch, as one CUDA graph; auto enables it on a GPU with data.loader
+    resident, one process and optim.name sgd or muon."""
 
     deterministic: bool = False
     """Make runs on the same device bitwise identical (on a CPU they always are)."""
 
     conv: Literal["auto", "torch", "cpp"] = "auto"
     """3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, for a CPU with avx512_bf16
-    in bf16; auto takes them if they were measured faster."""
+    in bf16; auto chooses them if they were measured faster."""
 
     compress_gradients: bool = False
     """All-reduce gradients in bf16, which halves the bytes; rejected if the backend cannot add bf16."""
@@ -240,7 +242,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run is stored and how it resumes."""
+    """Folder, seed, checkpoints and logging of the run."""
 
     dir: str | None = None
     """Folder of the run (null: runs/RECIPE)."""
@@ -249,7 +251,8 @@ class RunConfig:
     """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto continues a run with the same configuration; never rejects a folder with a run; or a checkpoint's path."""
+    """auto resumes the folder's run if it has the same configuration; never rejects a folder that holds a run; any
+    other value is the path of a checkpoint to start from."""
 
     checkpoint_every: PositiveInt = 2_000
     """Steps between checkpoints; the last step is always saved."""
@@ -264,12 +267,13 @@ class RunConfig:
     """Log to Weights & Biases too (extra: wandb)."""
 
     timeout_s: PositiveFloat = 600.0
-    """Seconds without a step after which a run of several processes ends and names the process that hangs."""
+    """Seconds without a step after which a run of several processes ends with an error that names the process that
+    hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. `recipe` names the recipe that it started from."""
+    """Configuration of a whole run. `recipe` names the recipe that it started from."""
 
     recipe: str = DEFAULT_RECIPE
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -282,7 +286,7 @@ class Config:
 
 
 SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name != "recipe"]
-FIELDS = [  # `section.field`, each
+FIELDS = [  # `section.field` for every field
     f"{section}.{field.name}"
     for section in SECTIONS
     for field in dataclasses.fields(typing.get_type_hints(Config)[section])
@@ -295,8 +299,8 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain dicts and lists, without the fields that say where the run is kept."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    """Return the configuration as plain dicts and lists, without LOCAL_FIELDS."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in LOCAL_FIELDS:
         del plain["run"][name]
     return plain
@@ -308,9 +312,9 @@ def dump(config: Config) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the differences between two to_dict() as `section.field: old -> new`; the recipe's name does not count.
+    """Return the differences between two to_dict() as `section.field: old -> new`; the recipe's name is not compared.
 
-    A field that an earlier version did not write had what is now the default.
+    A field that an earlier version did not write counts as having its present default.
     """
     lines, defaults = [], to_dict(Config())
     for section in SECTIONS:

@@ -1,4 +1,4 @@
-"""Rejection of values that each have the right type and are incompatible. Nothing is loaded or written."""
+"""Reject values that have the right type but are out of range or incompatible. Nothing is loaded or written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(config: Config) -> None:
     for extra in ("tensorboard", "wandb"):
         _reject_if(
             getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
-            f"run.{extra}: {extra} is not installed: pip install '.[{extra}]'",
+            f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
         )
     _check_model(config.model)
 
@@ -56,7 +56,7 @@ def _check_training(config: Config) -> None:
     _reject_if(optim.nesterov and optim.momentum == 0, "optim.nesterov: needs optim.momentum above 0")
     _reject_if(
         optim.name == "muon" and config.engine.precision == "fp16",
-        "optim.name muon: does not know of fp16's loss scale; use engine.precision bf16 or fp32",
+        "optim.name muon: does not support fp16's loss scale; use engine.precision bf16 or fp32",
     )
 
 
@@ -71,27 +71,28 @@ def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
     )
     for name in ("warmup_scale", "final_scale"):
         share = getattr(schedule, name)
-        _reject_if(share > 1, f"schedule.{name}: {share} is more than 1; it is a share of optim.lr")
+        _reject_if(share > 1, f"schedule.{name}: {share} is more than 1; give a fraction of optim.lr")
 
 
 def _check_data(data: DataConfig) -> None:
     resizes = data.augment == "resized_crop"
     _reject_if(
         resizes and data.image_size is None,
-        "data.augment resized_crop needs data.image_size, such as --data.image_size 224",
+        "data.augment resized_crop: needs data.image_size; for example --data.image_size 224",
     )
     _reject_if(
         resizes and data.loader == "resident",
-        "data.augment resized_crop works from files as they are: use --data.loader dali or dataloader",
+        "data.augment resized_crop: the resident loader has only images of one size; use --data.loader dali or "
+        "dataloader",
     )
     for name in ("cutout", "mixup", "cutmix"):
         _reject_if(
             data.augment == "none" and getattr(data, name) > 0,
-            f"data.{name}: data.augment none leaves images as they are; leave one of them out",
+            f"data.{name}: cannot be combined with data.augment none; leave one of them out",
         )
     _reject_if(
         data.skip_bad and data.source != "imagefolder",
-        "data.skip_bad leaves out files of images: it needs --data.source imagefolder",
+        "data.skip_bad: skips image files only; use --data.source imagefolder, or leave it out",
     )
     _reject_if(
         data.image_size is not None and (resizes or data.source == "synthetic") and data.image_size < 8,
@@ -100,7 +101,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Build the network on the meta device, so that a wrong option is rejected in the model's own words."""
+    """Build the network on the meta device, so that the model itself rejects a wrong option."""
     import torch
 
     from fastres.models.registry import build_model

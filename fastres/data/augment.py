@@ -20,10 +20,10 @@ Draws = dict[str, Tensor]  # by the name of a field of Samples, its values for n
 
 
 class BatchTransform:
-    """Turn cropped pixels into the network's input: normalise, cut out and mix. Every loader's last step.
+    """Turn cropped pixels into the network's input: normalise, cut out and mix. It is every loader's last step.
 
     Args:
-        spec: of the batches.
+        spec: the description of the batches.
     """
 
     def __init__(self, spec: BatchSpec) -> None:
@@ -43,7 +43,7 @@ class BatchTransform:
         Args:
             pixels: (n, S, S, C) uint8, on the device.
             labels: (n,) int64, on the device.
-            draws: of a training batch, on the device; None for an evaluation batch.
+            draws: from draws() for a training batch, on the device; None for an evaluation batch.
 
         Returns:
             Images (n, C, S, S) in the spec's dtype and memory format, and labels, (n, classes) float32 if mixed.
@@ -56,9 +56,9 @@ class BatchTransform:
             classes = torch.arange(self.spec.classes, device=labels.device)
             shares = (labels[:, None] == classes).to(torch.float32)
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
-        images = images.contiguous(memory_format=self.spec.memory_format)  # masking may have changed it
+        images = images.contiguous(memory_format=self.spec.memory_format)  # masking may have changed the strides
         if self.spec.memory_format == torch.contiguous_format:
-            # A single channel may have any strides, so set them.
+            # With one channel both memory formats count as contiguous, so set NCHW strides explicitly.
             images = images.flatten(1).view(images.shape)
         return images, labels
 
@@ -69,7 +69,7 @@ def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -
 
 
 def to_device_async(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return the values on the device; the host waits for no copy, as it would if the memory were not pinned."""
+    """Return the values on the device. The host does not wait for the copy, because its memory is pinned."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -81,13 +81,13 @@ def normalize(images: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) 
         images: (n, H, W, C) uint8, any strides.
         shift: (W·C,) float32, the mean from tile_row().
         scale: (W·C,) float32, the standard deviation from tile_row().
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
         (n, C, H, W), channels-last.
     """
     n, h, w, c = images.shape
-    # In rows of W·C, because broadcasting over an inner dimension of 3 keeps the CPU from vectorising (7 x slower).
+    # Compute in rows of W·C, because broadcasting over an inner dimension of 3 is not vectorised on a CPU (7 x slower).
     rows = images.reshape(n * h, w * c).to(torch.float32).sub_(shift).div_(scale)
     return rows.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -112,14 +112,14 @@ def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
 def crop_and_flip(windows: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
     """Return one crop of each indexed image, mirrored if flip is true: (n, size, size, C) uint8.
 
-    It is one gather and one select without a host-device synchronisation: with normalize(), 120k CIFAR images/s on two
-    CPU cores.
+    It is one gather and one select without a host-device synchronisation. With normalize() it makes 120k CIFAR images/s
+    on two CPU cores.
 
     Args:
         windows: from crop_windows().
-        index: (n,) int64, of the images.
-        dy: (n,) int64, the crop's first row.
-        dx: (n,) int64, its first column.
+        index: (n,) int64, the images.
+        dy: (n,) int64, the first row of each crop.
+        dx: (n,) int64, the first column of each crop.
         flip: (n,) bool.
     """
     crops = windows[index, dy, dx].permute(0, 2, 3, 1)
@@ -131,8 +131,8 @@ def cutout(images: Tensor, centre: Tensor, side: int) -> Tensor:
 
     Args:
         images: (n, C, H, W).
-        centre: (n, 2) int64, row and column of the square's centre. Its part outside the image is cut off.
-        side: of the square, in pixels.
+        centre: (n, 2) int64, row and column of each square's centre. A part outside the image is cut off.
+        side: the square's side in pixels.
     """
     first = centre - side // 2
     return images.masked_fill(_rectangle_mask(first, first + side, images.shape[2:]), 0)
@@ -164,7 +164,8 @@ def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Ten
 
 def _neighbours(rows: Tensor) -> Tensor:
     """Return the rows in the order 1, 0, 3, 2, and so on."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    swapped: Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped
 
 
 def _rectangle_mask(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
@@ -187,7 +188,8 @@ def crop_and_flip_one(
 def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
     """Return top, left, height and width of a crop of random area (8 to 100 %) and aspect ratio (3/4 to 4/3).
 
-    After ten tries that do not fit, it is the largest central crop with an allowed aspect ratio (Szegedy et al. 2014).
+    After ten tries that do not fit, the crop is the largest central one with an allowed aspect ratio (Szegedy et al.
+    2014).
     """
     for _ in range(10):
         area = height * width * generator.uniform(0.08, 1.0)

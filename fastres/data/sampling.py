@@ -55,7 +55,7 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
     """Return the generator of (seed, epoch) at this counter."""
-    # As uint64, because numpy would convert a list of mixed integers through float64, in which large seeds coincide.
+    # Use uint64, because numpy would convert a list of mixed integers through float64, in which large seeds coincide.
     return np.random.Philox(key=np.array([seed, int(epoch)], np.uint64), counter=np.array(counter, np.uint64))
 
 
@@ -150,8 +150,10 @@ class SampleOrder:
 
     def _below(self, bound: int, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
         """Return a uniform whole number below `bound` for each sample: (n,) int64."""
-        return (words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)).astype(np.int64)
+        drawn: np.ndarray = words(self.seed, epoch, stream, self.n)[index] % np.uint64(bound)
+        return drawn.astype(np.int64)
 
     def _coin(self, epoch: int, stream: int, index: np.ndarray) -> np.ndarray:
         """Return a fair coin's toss for each sample: (n,) bool."""
-        return (words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)).astype(bool)
+        drawn: np.ndarray = words(self.seed, epoch, stream, self.n)[index] >> np.uint64(63)
+        return drawn.astype(bool)

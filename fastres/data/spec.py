@@ -18,7 +18,7 @@ class BatchSpec:
     """Sizes, normalisation, augmentation, device and dtype of the batches of a split."""
 
     batch_size: int  # the global batch size of a training step
-    eval_batch_size: int  # that of an evaluation, rounded up to a multiple of the number of processes
+    eval_batch_size: int  # the global batch size of an evaluation; rounded up to a multiple of world_size
     seed: int
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
@@ -65,14 +65,14 @@ class BatchSpec:
         return bool(self.mixup or self.cutmix)
 
     def eval_batches(self, n: int) -> list[tuple[np.ndarray, int]]:
-        """Return this process's samples of each evaluation batch, and how many of them count.
+        """Return this process's samples of each evaluation batch, and the number of samples that count.
 
         Args:
             n: samples in the split.
 
         Returns:
-            For each batch, the samples (eval_rank_batch,) int64, and the number of them that count. The last batches
-            are padded with samples that do not.
+            For each batch, the samples (eval_rank_batch,) int64, and the number of samples that count. The last
+            batches are padded with samples that do not count.
         """
         per_rank, in_all = self.eval_rank_batch, self.eval_rank_batch * self.world_size
         starts = range(self.rank * per_rank, -(-n // in_all) * in_all, in_all)

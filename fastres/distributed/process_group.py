@@ -1,4 +1,4 @@
-"""Ranks and the collectives between them. Without torchrun there is one process, and all of this is a no-op."""
+"""Ranks and the collectives between them. Without torchrun there is one process, and every function is a no-op."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch._dynamo.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.distributed.watchdog import Watchdog
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class ProcessGroup:
-    """The processes of a run: what the hosts tell each other, and the watchdog that looks after them.
+    """The processes of a run: their control messages, and the watchdog that ends them if one hangs.
 
     Control messages use gloo even on GPUs: they never synchronise the device, and they have a long timeout, because the
     other ranks may have to wait while rank 0 decodes a data set.
@@ -47,7 +48,8 @@ class ProcessGroup:
             except Exception as error:
                 box[0] = (None, error)
         dist.broadcast_object_list(box, group=self.control)
-        result, failure = box[0]
+        result: T = box[0][0]
+        failure: Any = box[0][1]
         if failure is not None:
             failure.said = ranks.rank() != 0
             raise failure
@@ -56,7 +58,7 @@ class ProcessGroup:
     def rank0_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on one rank of each other host, then on the rest, and return its result.
 
-        Rank 0 may download and write; another host may have a disk of its own; the rest find the work done.
+        Rank 0 may download and write, another host may have a disk of its own, and the rest find the work done.
         """
         done: list[T] = []
         self.broadcast_from_rank0(lambda: done.append(work()))
@@ -77,7 +79,7 @@ class ProcessGroup:
     def with_heartbeat(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches, with a heartbeat around the wait for each.
 
-        Data that turns out bad once training has begun fails the run (RunError) instead of rejecting its input.
+        A UsageError of the data becomes a RunError, because the run has started by then.
         """
         try:
             with closing(batches):  # type: ignore[type-var]
@@ -94,12 +96,12 @@ class ProcessGroup:
 
 @contextmanager
 def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterator[ProcessGroup]:
-    """Initialise the process group (NCCL on GPUs, gloo on CPUs; nothing to do for one process).
+    """Initialise the process group (NCCL on GPUs, gloo on CPUs, nothing for one process).
 
     A watchdog ends the run if a rank makes no progress for `timeout_s` seconds or if the launcher dies.
 
     Raises:
-        RunError: if another process is gone.
+        RunError: if another process has died.
     """
     watchdog = Watchdog()
     if ranks.world_size() == 1:
@@ -109,9 +111,9 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
     try:
         with watchdog.running(alone=False):
             later = timedelta(seconds=timeout_s + 60)  # the watchdog comes first, because it can name who hangs
-            store, _, _ = next(dist.rendezvous("env://", timeout=later))
+            store, _, _ = next(rendezvous("env://", timeout=later))
             session = _session(store, later.total_seconds())
-            store = dist.PrefixStore(session, store)
+            store = dist.PrefixStore(session, store)  # type: ignore[attr-defined]  # torch does not list it in __all__
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=ranks.rank(), world_size=ranks.world_size(), timeout=later
@@ -122,34 +124,34 @@ def join_process_group(device: torch.device, timeout_s: float = 600.0) -> Iterat
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        why = str(error).rpartition("] ")[2].partition(". ")[0]  # gloo's begin with a place in its source
+        why = str(error).rpartition("] ")[2].partition(". ")[0]  # a message of gloo's begins with a place in its source
         raise RunError(
-            f"lost the connection to another process ({why}); its own line, if any, says what happened to it"
+            f"lost the connection to another process ({why}); see the error of that process, if it printed one"
         ) from None
     dist.destroy_process_group()
 
 
-def _session(store: dist.Store, wait_s: float) -> str:
+def _session(store: Any, wait_s: float) -> str:
     """Return a name that the processes of this start share and that no earlier start had.
 
     torchrun's store outlives the processes that it restarts. Without a name of their own, restarted processes read the
-    addresses of those before them and wait for the dead (pytorch#135712; seen with torch 2.14).
+    addresses of their predecessors and wait for dead processes (pytorch#135712; seen with torch 2.14).
 
     Raises:
-        RunError: on rank 0, if another rank has not come within `wait_s` seconds.
+        RunError: on rank 0, if another rank has not joined within `wait_s` seconds.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + wait_s
     if ranks.rank() > 0:
         store.set(f"fastres/hello/{ranks.rank()}", me)
-        session = store.get(f"fastres/welcome/{me}").decode()  # waits for it
+        session: str = store.get(f"fastres/welcome/{me}").decode()  # waits until rank 0 has set it
         store.set(f"fastres/{session}/{ranks.rank()}", "here")
         return session
     others = {number: f"fastres/hello/{number}" for number in range(1, ranks.world_size())}
     while missing := [number for number in others if not store.check([f"fastres/{me}/{number}"])]:
         if time.monotonic() > deadline:
-            raise RunError(f"rank {missing[0]} of {ranks.world_size()} processes has not come within {wait_s:g} s")
+            raise RunError(f"rank {missing[0]} of {ranks.world_size()} processes has not joined within {wait_s:g} s")
         for number in missing:
-            if store.check([others[number]]):  # possibly of the previous start: nobody waits for that answer
+            if store.check([others[number]]):  # if it is the previous start's, nobody waits for the answer
                 store.set(f"fastres/welcome/{store.get(others[number]).decode()}", me)
         time.sleep(0.01)
     return me
@@ -159,11 +161,11 @@ def check_batch(batch_size: int, accumulate: int) -> None:
     """Raise UsageError if the global batch cannot be split evenly over the ranks and their micro-batches."""
     parts = ranks.world_size() * accumulate
     if batch_size % parts:
-        sharers = f"{ranks.world_size()} cannot share it equally"
+        sharers = f"{ranks.world_size()} processes"
         if accumulate > 1:
-            sharers = f"{ranks.world_size()} with --train.accumulate {accumulate} cannot share it equally"
+            sharers += f" with --train.accumulate {accumulate}"
         raise UsageError(
-            f"train.batch_size {batch_size} is the batch of all processes and {sharers}; "
+            f"train.batch_size: {batch_size} cannot be split equally over {sharers}; "
             f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes"
         )
 
@@ -177,15 +179,16 @@ def data_parallel(module: nn.Module, device: torch.device, compress_gradients: b
     """Return the module in DDP; each rank keeps its own BatchNorm running statistics. Collective.
 
     Args:
-        module: on the device, compiled or not.
-        device: its device.
+        module: is on the device, compiled or not.
+        device: the module's device.
         compress_gradients: all-reduce the gradients in bf16.
 
     Raises:
         UsageError: if the backend cannot add bf16 and compress_gradients is set.
     """
-    # Dynamo would split the module's graph at DDP's buckets, and several processes would run another program than one.
-    # Little is lost: in bf16 all gradients except BatchNorm's come out of one cast at the end (step.BatchedCast).
+    # Otherwise dynamo splits the module's graph at DDP's buckets, and several processes run another program than one.
+    # Little overlap is lost, because in bf16 all gradients except BatchNorm's come out of one cast at the end
+    # (step.BatchedCast).
     torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
         # torch 2.14 prefers forward_sync_buffers, which torch 2.11 does not have.
@@ -235,7 +238,7 @@ def all_max(tensor: Tensor) -> None:
 def assert_replicas_equal(model: nn.Module) -> None:
     """Raise RunError if the ranks' weights differ. Collective.
 
-    A step that did not all-reduce its gradients would show nowhere else.
+    No other check would notice a step that did not all-reduce its gradients.
     """
     if ranks.world_size() == 1:
         return
@@ -246,7 +249,7 @@ def assert_replicas_equal(model: nn.Module) -> None:
     all_max(largest)
     all_max(smallest)
     if not torch.equal(largest, -smallest):
-        raise RunError("the processes' weights differ, which no step should cause: please report it")
+        raise RunError("the processes' weights differ, which is a bug of fastres; please report it")
 
 
 def broadcast_buffers(model: nn.Module) -> None:

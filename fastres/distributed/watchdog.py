@@ -1,7 +1,7 @@
 """A thread that ends a process which would otherwise wait for ever.
 
-There are two such cases: the launcher is gone, so nobody would end this process or start another; and a rank hangs, so
-no step completes on any rank. A rank that *died* needs no watchdog, because the connections to it break.
+A process would wait for ever in two cases: if the launcher is gone, nobody ends this process or starts another, and if
+a rank hangs, no step completes on any rank. A rank that *died* needs no watchdog, because its connections break.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
 
 from fastres.utils.errors import complain
 
 COMPUTES = "computes"
 LOOK_EVERY_S = 0.5
-ANSWER_S = 5.0  # time for every rank to say what it does; ranks notice a stall within LOOK_EVERY_S of each other
-LEAVE_S = 10.0  # after the launcher is gone: time to reach the step that all ranks save
+ANSWER_S = 5.0  # time for every rank to report its activity; ranks notice a stall within LOOK_EVERY_S of each other
+LEAVE_S = 10.0  # time after the launcher is gone, to reach the step that all ranks save
 
 Check = Callable[[], None]
 
@@ -66,8 +66,8 @@ class Watchdog:
     def stall_check(self, rank: int, world_size: int, timeout_s: float, token: str) -> Check:
         """Return a check that ends the process if no heartbeat came for `timeout_s` seconds.
 
-        Before they leave, the ranks tell each other through the launcher's store what they are doing, so that the error
-        names the rank that hangs.
+        Before they exit, the ranks exchange their activities through the launcher's store, so that the error names the
+        rank that hangs.
 
         Args:
             rank: this process's rank.
@@ -85,7 +85,7 @@ class Watchdog:
             ]
 
             def ask() -> None:
-                with suppress(OSError, RuntimeError):  # no connection: the verdict stands
+                with suppress(OSError, RuntimeError):  # without a connection, the first verdict stays
                     verdict.insert(0, _roll_call(rank, world_size, token, last[1]))
 
             call = threading.Thread(target=ask, daemon=True)
@@ -107,7 +107,7 @@ def _launcher_check() -> Check:
             return
         if not since:
             since = time.monotonic()
-            complain("the launcher is gone; saving, and leaving")
+            complain("the launcher is gone; saving and exiting")
             os.kill(os.getpid(), signal.SIGTERM)
         elif time.monotonic() - since > LEAVE_S:
             os._exit(128 + signal.SIGTERM)
@@ -116,11 +116,11 @@ def _launcher_check() -> Check:
 
 
 def _roll_call(rank: int, world_size: int, token: str, doing: str) -> str:
-    """Tell the other ranks what this one does, and return which rank hangs. Raise OSError if the store is gone."""
+    """Exchange activities with the other ranks, and name the rank that hangs. Raise OSError if the store is gone."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Raises if nobody can be reached: torch would try again and again, and print a stack each time.
+    # Raise if the store cannot be reached, because torch would try again and again and print a stack each time.
     socket.create_connection((address, port), ANSWER_S).close()
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
     keys = [f"fastres/{token}/does/{number}" for number in range(world_size)]
     store.set(keys[rank], doing)
     deadline = time.monotonic() + ANSWER_S

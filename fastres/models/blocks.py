@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastres.models.apex_norm import ApexBatchNormAct2d
 from fastres_kernels import BatchNormAct2d, Conv2d
 
-Norm = Callable[[int], nn.Module]  # returns the module that normalises this number of channels
+Norm = Callable[[int], nn.Module]  # returns a module that normalises this number of channels
 
 NORMS: dict[str, Norm] = {
     "torch": nn.BatchNorm2d,
@@ -33,9 +33,9 @@ def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | No
     """Return relu(norm(x) + residual), (N, C, H, W).
 
     Args:
-        norm: a norm, or, if its attribute `act` is "relu", a module that computes all of it as norm(x, residual).
+        norm: a norm, or, if its attribute `act` is "relu", a module that computes the result as norm(x, residual).
         x: (N, C, H, W).
-        residual: (N, C, H, W), or what norm_act_fork() returned for it; None for no addition.
+        residual: (N, C, H, W), or the second result of norm_act_fork(); None for no addition.
         into: the convolution that alone reads the result. If it has the attribute `normalises_input`, it is given
             norm.deferred(x) instead of the result.
     """
@@ -45,17 +45,18 @@ def norm_act(norm: nn.Module, x: Any, residual: Any = None, into: nn.Module | No
         return norm(x, residual)
     y = norm(x)
     if residual is not None:
-        y += residual  # in place: normalisation's backward reads its input, never its output
+        y += residual  # in place, because normalisation's backward reads its input and not its output
     return F.relu(y, inplace=True)
 
 
 def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor, Any]:
-    """Return norm_act's result twice, the second for a skip connection: the `residual` of another norm_act.
+    """Return norm_act's result twice. The second is for a skip connection, as the `residual` of another norm_act.
 
     A norm with the attribute `forks` may return the second in its own form, so that its gradient arrives separately.
     """
     if getattr(norm, "act", None) == "relu" and getattr(norm, "forks", False):
-        return norm(x, residual, fork=True)
+        pair: tuple[Tensor, Any] = norm(x, residual, fork=True)
+        return pair
     y = norm_act(norm, x, residual)
     return y, y
 
@@ -69,7 +70,7 @@ def norm_only(norm: nn.Module) -> nn.Module:
 
 def global_pool(x: Tensor) -> Tensor:
     """Return the mean over H and W: (N, C, H, W) -> (N, C)."""
-    # Reduced as NHWC, so that its gradient is channels-last; that of mean((2, 3)) is NCHW.
+    # Reduce as NHWC, so that the gradient is channels-last; the gradient of mean((2, 3)) is NCHW.
     return x.permute(0, 2, 3, 1).mean((1, 2))
 
 
@@ -84,9 +85,11 @@ class ZeroChannels(nn.Module):
         self.extra = extra
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x with the zero channels."""
         return F.pad(x, (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
+        """Return the number of zero channels."""
         return str(self.extra)
 
 
@@ -98,7 +101,7 @@ def pad(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Modu
 
 def maxpool_pad(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
     """Return the tutorial's shortcut: append zero channels, then 2×2 max-pool. No parameters."""
-    # In the other order, because the maximum of zeros is zero: the same values for half the bytes.
+    # Pool first, because the maximum of zeros is zero, so the values are the same for half the bytes.
     return nn.Sequential(nn.MaxPool2d(stride, ceil_mode=True), ZeroChannels(out_channels - in_channels))
 
 
@@ -120,7 +123,7 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
     Args:
         downsample: the block's shortcut; None for a plain net, which adds nothing.
         x: the block's input.
-        skip: x from norm_act_fork, which an identity shortcut prefers; or None.
+        skip: the second result of norm_act_fork for x, which an identity shortcut prefers; or None.
     """
     if downsample is None:
         return None
@@ -130,7 +133,7 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor, skip: Any) -> Any:
 
 
 def make_shortcut(kind: str | None, in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module | None:
-    """Return a block's `downsample`: identity if the shape stays, else SHORTCUTS[kind]; None for a plain net."""
+    """Return a block's `downsample`: identity if the shape stays, else of SHORTCUTS[kind]; None for a plain net."""
     if kind is None:
         return None
     if stride == 1 and in_channels == out_channels:
@@ -142,16 +145,18 @@ def make_shortcut(kind: str | None, in_channels: int, out_channels: int, stride:
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row. Each gives its output to the next twice: for the convolutions, and for the skip connection.
+    """Blocks in a row. Each passes its output to the next twice, for the convolutions and for the skip connection.
 
     (N, C, H, W), and optionally the same from norm_act_fork -> (N, C', H', W').
     """
 
     def forward(self, x: Tensor, skip: Any = None) -> Tensor:
+        """Return the last block's output."""
         *blocks, last = self
         for block in blocks:
             x, skip = block(x, skip, fork=True)
-        return last(x, skip)  # the next stage changes the shape, so it has no identity skip to fork for
+        y: Tensor = last(x, skip)  # not forked, because the next stage changes the shape and has no identity skip
+        return y
 
 
 class BasicBlock(nn.Module):
@@ -195,6 +200,7 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, channels, stride, norm)
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
+        """Return the block's output, or with `fork` a pair as from norm_act_fork."""
         residual = shortcut_of(self.downsample, x, skip)
         y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
         return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), residual)
@@ -235,6 +241,7 @@ class Bottleneck(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
+        """Return the block's output, or with `fork` a pair as from norm_act_fork."""
         residual = shortcut_of(self.downsample, x, skip)
         y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
         y = norm_act(self.bn2, self.conv2(y), into=self.conv3)

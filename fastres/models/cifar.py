@@ -10,7 +10,7 @@ from fastres.models.blocks import SHORTCUTS, BasicBlock, Norm, Stage, global_poo
 from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 
-MOST_BLOCKS = 10_000  # per stage, for a depth of 60,002; a typing error should not fill the memory
+MOST_BLOCKS = 10_000  # per stage, for a depth of 60,002, so that a typing error cannot fill the memory
 
 
 class CifarResNet(nn.Module):
@@ -38,9 +38,11 @@ class CifarResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x, skip = norm_act_fork(self.bn1, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x, skip)))
-        return self.fc(global_pool(x))
+        logits: Tensor = self.fc(global_pool(x))
+        return logits
 
 
 def cifar_resnet(
@@ -57,10 +59,10 @@ def cifar_resnet(
     Args:
         blocks_per_stage: n, at least 1.
         num_classes: outputs of the head.
-        in_channels: of the images.
-        norm: after every convolution.
+        in_channels: channels of the images.
+        norm: returns the module that follows a convolution.
         shortcut: a name in SHORTCUTS; None for the paper's, pad.
-        plain: no shortcut in any block, for the degradation experiment (section 4.2, figure 6).
+        plain: leave out all shortcuts, for the degradation experiment (section 4.2, figure 6).
 
     Raises:
         ValueError: if the arguments contradict each other or are unknown.

@@ -20,8 +20,8 @@ STEMS = ("imagenet", "small")
 class ResNet(nn.Module):
     """Stem, four stages of 64, 128, 256 and 512 channels times the block's expansion, linear head.
 
-    (N, in_channels, H, W) -> (N, num_classes) logits. The options are torchvision's, and two more. `stem` is
-    "imagenet", 7×7/2 and 3×3/2 max-pool, or "small", 3×3/1 without a pool, for 32×32 images. `v1` puts the stride of a
+    (N, in_channels, H, W) -> (N, num_classes) logits. The options are torchvision's and two more: `stem` is "imagenet"
+    (7×7/2 and 3×3/2 max-pool) or "small" (3×3/1 without a pool, for 32×32 images), and `v1` puts the stride of a
     Bottleneck on its first 1×1, as in the paper, and not on its 3×3.
     """
 
@@ -86,6 +86,8 @@ class ResNet(nn.Module):
         init_weights(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(global_pool(x))
+        logits: Tensor = self.fc(global_pool(x))
+        return logits

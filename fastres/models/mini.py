@@ -16,7 +16,7 @@ from fastres_kernels import Conv2d
 class IdentityBlock(nn.Module):
     """conv – BN – ReLU – conv – BN – add input – ReLU, "same" padding: (N, filters, H, W) -> the same.
 
-    `skip` and `fork` as in BasicBlock.
+    `skip` and `fork` are as in BasicBlock.
     """
 
     def __init__(self, filters: int, kernel_size: int, norm: Norm = nn.BatchNorm2d) -> None:
@@ -28,6 +28,7 @@ class IdentityBlock(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
+        """Return the block's output, or with `fork` a pair as from norm_act_fork."""
         y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
         return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), x if skip is None else skip)
 
@@ -48,8 +49,10 @@ class MiniResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
-        return self.fc(global_pool(self.layer1(x)))
+        logits: Tensor = self.fc(global_pool(self.layer1(x)))
+        return logits
 
 
 def mini_resnet(*, num_classes: int = 10, in_channels: int = 1, norm: Norm = nn.BatchNorm2d) -> MiniResNet:

@@ -1,4 +1,4 @@
-"""The networks by name. To add one: a function with keyword-only options, and a line in MODELS."""
+"""The networks by name. To add one, write a function with keyword-only options and add a line to MODELS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastres.models.speedrun import SpeedResNet
 from fastres.utils.errors import UsageError, first_line
 from fastres.utils.suggest import unknown
 
-# Each takes num_classes, in_channels and norm. Its options are its other parameters that are not fixed here.
+# Each builder takes num_classes, in_channels and norm. Its options are its other parameters that are not fixed here.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": cifar_resnet,  # by its depth, 6n+2: resnetN and plainN
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
@@ -51,25 +51,25 @@ def build_model(
     Args:
         name: one of MODELS, or `resnetN` or `plainN` with N = 6n+2 (CIFAR family).
         num_classes: outputs of the head.
-        in_channels: of the images.
+        in_channels: channels of the images.
         norm: one of NORMS. The option `norm_layer`, a callable as torchvision's, overrides it.
         fused_convolutions: experimental and only with norm "fused"; convolutions normalise their own input, see
             fastres_kernels.experimental.
-        **options: the network's own.
+        **options: the network's own options.
 
     Raises:
-        ValueError: in one line, if an argument is unknown or impossible.
+        ValueError: if an argument is unknown or impossible; the message is one line.
     """
     build = _find(name)
     norm_layer = options.pop("norm_layer", None) or NORMS.get(norm)
     if norm_layer is None:
         raise unknown("norm", norm, NORMS)
     if not callable(norm_layer):
-        raise ValueError(f"norm_layer should be a callable, channels -> nn.Module, not {norm_layer!r}")
+        raise ValueError(f"norm_layer must be a callable, channels -> nn.Module, not {norm_layer!r}")
     arguments = {"num_classes": num_classes, "in_channels": in_channels, **options}
     _check(name, build, arguments)
     if fused_convolutions and norm_layer is not NORMS["fused"]:
-        raise ValueError("fused_convolutions: only together with norm 'fused'")
+        raise ValueError("fused_convolutions: need norm 'fused'")
     model = build(norm=norm_layer, **arguments)
     if fused_convolutions:
         from fastres_kernels.experimental import fuse_convolutions
@@ -79,7 +79,7 @@ def build_model(
 
 
 def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
-    """Check that a network takes images of this shape, (N, C, H, W), without computing anything.
+    """Check on the meta device that a network takes images of this shape, (N, C, H, W).
 
     Raises:
         UsageError: if the images are too small for the network or, in training, too few for BatchNorm.
@@ -93,7 +93,7 @@ def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **opti
         except (RuntimeError, ValueError) as error:
             raise UsageError(
                 f"{name} cannot take {n} image{'s' * (n > 1)} of {height}x{width} pixels at once "
-                f"({first_line(error)}): take larger images, more of them at once, or another network"
+                f"({first_line(error)}); use larger images, more of them at once, or another network"
             ) from None
 
 
@@ -126,9 +126,9 @@ def _check(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any]
             raise unknown(f"option of {name}:", key, sorted(options))
         kind = parameters[key].annotation
         if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"{name}: {key} should be true or false, not {value!r}")
+            raise ValueError(f"{name}: {key} must be true or false, not {value!r}")
         if kind is int and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}: {key} should be a whole number of at least 1, not {value!r}")
+            raise ValueError(f"{name}: {key} must be a whole number of at least 1, not {value!r}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise ValueError(f"{name} needs the option {key}")

@@ -1,8 +1,8 @@
 """The speed-run's network: a frozen whitening stem, then stages of one convolution that pools and one residual block.
 
-Its ideas are from others. The stages and the scaled logits are those of David Page's ResNet-9 for DAWNBench ("How to
-Train Your ResNet", github.com/davidcpage/cifar10-fast). The frozen stem that whitens patches, with filters in pairs of
-opposite sign, is from tysam-code/hlb-CIFAR10 after Page. Its size of 2×2, the pool before the normalisation, and
+Its ideas come from other projects. The stages and the scaled logits are from David Page's ResNet-9 for DAWNBench ("How
+to Train Your ResNet", github.com/davidcpage/cifar10-fast). The frozen stem that whitens patches, with filters in pairs
+of opposite sign, is from tysam-code/hlb-CIFAR10 after Page. Its size of 2×2, the pool before the normalisation, and
 convolutions that start as the identity are from KellerJordan/cifar10-airbench (Jordan 2024, "94% on CIFAR-10 in 3.29
 Seconds on a Single GPU").
 """
@@ -19,7 +19,7 @@ from fastres.models.blocks import Norm, norm_act, norm_act_fork
 from fastres_kernels import Conv2d
 
 LOGIT_SCALE = 1 / 8  # Page's
-EPSILON = 0.02  # added to variances, 1 per pixel, so that directions with hardly any, as a JPEG's colours, stay small
+EPSILON = 0.02  # added to variances, 1 per pixel, so that directions with hardly any (a JPEG's colours) stay small
 
 
 class WhiteningConv(nn.Module):
@@ -31,7 +31,7 @@ class WhiteningConv(nn.Module):
     (N, C, H, W) -> (N, 2·C·k², H-k+1, W-k+1).
     """
 
-    weight: Tensor  # (2·C·k², C, k, k), the state_dict's as of any convolution
+    weight: Tensor  # (2·C·k², C, k, k), with the same key in the state_dict as any convolution's
 
     def __init__(self, in_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -40,11 +40,12 @@ class WhiteningConv(nn.Module):
         self.register_buffer("weight", _filters_of(directions, in_channels, kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x."""
         return F.conv2d(x, self.weight)
 
     @torch.no_grad()
     def fit(self, images: Tensor, epsilon: float = EPSILON) -> None:
-        """Fit the filters to images (N, C, H, W), normalised as in training, in float64. It is deterministic."""
+        """Fit the filters to images (N, C, H, W), normalised as in training. The fit is deterministic, in float64."""
         _, channels, k, _ = self.weight.shape
         patches = F.unfold(images.double(), k).transpose(1, 2).flatten(0, 1)  # (patches, C·k²)
         variances, directions = torch.linalg.eigh(patches.T.cov())
@@ -54,7 +55,8 @@ class WhiteningConv(nn.Module):
 
 def _filters_of(directions: Tensor, channels: int, k: int) -> Tensor:
     """Return the directions, the rows of (C·k², C·k²), and their negatives as filters (2·C·k², C, k, k)."""
-    return torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
+    filters: Tensor = torch.cat([directions, -directions]).unflatten(1, (channels, k, k))
+    return filters
 
 
 class PooledConv(Conv2d):
@@ -65,6 +67,7 @@ class PooledConv(Conv2d):
         self.ceil_mode = ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled convolution of x."""
         return F.max_pool2d(super().forward(x), 2, ceil_mode=self.ceil_mode)
 
 
@@ -82,8 +85,10 @@ class SpeedStage(nn.Module):
         self.bn2 = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the residual block's output."""
         x, skip = norm_act_fork(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(x), skip)
+        y: Tensor = norm_act(self.bn2, self.conv2(x), skip)
+        return y
 
 
 class SpeedResNet(nn.Module):
@@ -125,5 +130,7 @@ class SpeedResNet(nn.Module):
         self.conv1.fit(images)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.stages(F.relu(self.conv1(x)))
-        return self.fc(x.permute(0, 2, 3, 1).amax((1, 2))) * LOGIT_SCALE
+        logits: Tensor = self.fc(x.permute(0, 2, 3, 1).amax((1, 2)))
+        return logits * LOGIT_SCALE

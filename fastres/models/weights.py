@@ -19,7 +19,7 @@ SHOWN = 3  # keys named in a message
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
-    """Copy the file's tensors into the model, except a head for another number of classes.
+    """Copy the file's tensors into the model, but not a head for another number of classes.
 
     Args:
         model: changed in place.
@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if suffix != ".safetensors" and suffix not in PICKLED:
         raise UsageError(f"weights file {path}: unknown kind {path.suffix!r}; give .safetensors, .pth or .pt")
     if not path.is_file():
-        raise UsageError(f"weights file {path} is not there; give the path of a .safetensors, .pth or .pt file")
+        raise UsageError(f"weights file {path}: does not exist; give the path of a .safetensors, .pth or .pt file")
     state: Any
     try:
         if suffix == ".safetensors":
@@ -74,14 +74,14 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise anything, and torch's own message misleads
         raise UsageError(
-            f"weights file {path} cannot be read ({type(error).__name__}): it is damaged, or holds something "
-            "other than tensors; fetch it again, or save model.state_dict() into it"
+            f"weights file {path}: cannot be read ({type(error).__name__}; it is damaged, or holds something "
+            "other than tensors); download it again, or save model.state_dict() into it"
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(_is_dense(*item) for item in state.items()):
-        raise UsageError(f"weights file {path} holds no state_dict; save model.state_dict() into it")
+        raise UsageError(f"weights file {path}: holds no state_dict; save model.state_dict() into it")
     return dict(state)
 
 

@@ -1,15 +1,16 @@
 """Measure variants of one workload: prepare them, time them interleaved, then trace them one by one.
 
-Each variant is the engine's own TrainStep. What is measured:
+Each variant is the engine's own TrainStep. The measurements are:
 
 - step: TrainStep.__call__, many in a row. forward, backward, optimizer: the same calls in a region of their own, with
   marks between them that do not synchronise with the device.
 - difference: logits and gradients against eager fp32 NCHW from the same weights and batch, before any update.
 - FLOPs and bytes: see fastres/profiling/trace.py. The device's own limits are measured in the same run.
 
-A variant of mode graph is compiled and replayed as a whole, so it is timed as a whole: a replay has no parts.
+A variant of mode graph is compiled and replayed as a whole, so only whole steps are timed.
 
-Not yet run on a GPU: the lines that name CUDA (NVTX ranges, memory history, peak memory, TF32's switches), and graphs.
+The lines that name CUDA (NVTX ranges, memory history, peak memory, TF32's switches) and graphs have not yet run on a
+GPU.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from fastres.utils import hardware
 from fastres.utils.errors import RunError, first_line
 from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, wait_for
 
-LR = 0.0  # the weights stay: every step computes the same numbers, and random labels cannot make it diverge
+LR = 0.0  # keeps the weights, so that every step computes the same numbers and random labels cannot make it diverge
 WARM_UP, TRACED_STEPS = 1, 3  # rounds before the measured ones; steps of a trace
 REGION_S = 0.5  # a round of the baseline takes this long if --steps is not given
-MOST_STEPS = 200  # of such a round
+MOST_STEPS = 200  # of a round whose length is chosen by REGION_S
 
 Part = Callable[[str], AbstractContextManager[Any]]
 Say = Callable[[str], None]
@@ -74,7 +75,7 @@ class VariantRun:
 
     Args:
         workload: builds the model and gives the batch its shape.
-        engine: the variant's; its torch settings must be applied already.
+        engine: the variant's engine, whose torch settings must be applied already.
     """
 
     def __init__(self, workload: Workload, engine: Engine) -> None:
@@ -82,7 +83,7 @@ class VariantRun:
         self.workload, self.engine = workload, engine
         self.model = engine.place(workload.build(engine.norm))
         self.model.train()
-        torch.manual_seed(0)  # again, so that the batch does not depend on what building has drawn
+        torch.manual_seed(0)  # again, so that the batch does not depend on the numbers that building has drawn
         images, labels = torch.randn(workload.shape), torch.randint(workload.classes, workload.shape[:1])
         images = images.to(engine.device, engine.dtype, memory_format=engine.memory_format)
         self.images = images.requires_grad_(workload.is_block)
@@ -97,17 +98,17 @@ class VariantRun:
         self.logits = out.detach()
 
     def capture(self, recorder: Recorder | None = None) -> None:
-        """Capture the step if the variant is a graph. Not yet run on a GPU.
+        """Capture the step if the variant is a graph. It has not yet run on a GPU.
 
         Args:
-            recorder: captures; by default as a CUDA graph.
+            recorder: captures the step; None for a CUDA graph.
         """
         if self.engine.cuda_graph:
             batch = FixedBatch(self.images, self.labels)
             self.graph = GraphedStep(self.step, batch, lambda i: LR, recorder or CudaRecorder(self.engine.device))
 
     def whole_steps(self, steps: int) -> None:
-        """Run steps as training runs them, or replay them if they are captured."""
+        """Run steps as in training, or replay them if they are captured."""
         if self.graph:
             for i, batch in enumerate(self.graph.train(0, steps)):
                 self.graph(*batch, LR, i)
@@ -123,7 +124,7 @@ class VariantRun:
             step_in_parts(self.step, self.images, self.labels, part)
 
     def outcome(self) -> Outcome:
-        """Return logits and gradients of one pass. It compiles the model if the engine does; the weights stay."""
+        """Return logits and gradients of one pass, compiled if the engine compiles. The weights stay as they are."""
         for _ in range(32):  # fp16's loss scale starts too large on purpose, and halves until it fits
             self.images.grad = None
             loss, _ = self.step.forward_loss(self.images, self.labels)
@@ -142,7 +143,8 @@ class VariantRun:
         """Return FLOPs and bytes of an eager step of the same model."""
         eager = TrainStep(self.model, replace(self.engine, compile=False), Config().optim)
         self.images.grad = None
-        with WorkCount() as count:
+        count = WorkCount()
+        with count:
             step_in_parts(eager, self.images, self.labels, lambda name: nullcontext())
         return count
 
@@ -184,6 +186,7 @@ class Prepared:
 
     @property
     def engine(self) -> Engine:
+        """Return the variant's engine."""
         return self.run.engine
 
 
@@ -202,22 +205,22 @@ def measure(
     """Prepare all variants, time them interleaved, and trace them one by one.
 
     Args:
-        workload: what every variant computes.
-        engines: by variant; the first is the baseline.
-        unavailable: the reason by name for each variant that was asked for and cannot run; those that fail are added.
+        workload: the network or block that every variant runs.
+        engines: the engine of each variant; the first variant is the baseline.
+        unavailable: the reason by name for each requested variant that cannot run; variants that fail are added.
         rounds: measured rounds of each variant.
-        steps: of a round; None for as many as take the baseline REGION_S seconds.
-        folder: where traces and memory histories are kept.
-        keep_traces: keep them.
-        say: gets a line for each stage.
-        recorder: captures steps of mode graph; by default as CUDA graphs.
+        steps: steps of a round; None for as many as take the baseline REGION_S seconds.
+        folder: the folder for traces and memory histories.
+        keep_traces: write traces and memory histories to `folder`.
+        say: is called with a line for each stage.
+        recorder: captures steps of mode graph; None for CUDA graphs.
     """
     device = next(iter(engines.values())).device
     before = hardware.snapshot(device)
     ready = prepare(workload, engines, unavailable, say, recorder)
     baseline = next(iter(ready.values()))
     steps = steps or _steps_of_a_round(baseline, device)
-    say(f"{rounds} rounds of {steps} step(s) of each, in turns, and as many in parts")
+    say(f"{rounds} rounds of {steps} step(s) of each, interleaved, and as many in parts")
     timings, parts = _time(ready, rounds, steps, device)
     matmul_flops = _matmul_flops(ready, device)
     copy_bytes_per_s = hardware.measured_copy(device)
@@ -244,7 +247,7 @@ def measure(
 
 
 def _result(prepared: Prepared, step: Timing, parts: dict[str, Timing], traced: Traced) -> Result:
-    """Return all that was measured of a variant."""
+    """Return the measurements of a variant."""
     return Result(
         variant=prepared.variant,
         prepare_s=prepared.prepare_s,
@@ -269,10 +272,10 @@ def prepare(
     say: Say,
     recorder: Recorder | None = None,
 ) -> dict[str, Prepared]:
-    """Build and compile all variants. The reason of each that fails is added to `unavailable`.
+    """Build and compile all variants. The reason is added to `unavailable` for each variant that fails.
 
     Raises:
-        RunError: if all of them fail.
+        RunError: if all variants fail.
     """
     raise_recompile_limit(4 * len(engines))
     device = str(next(iter(engines.values())).device)
@@ -290,7 +293,7 @@ def prepare(
                 run.capture(recorder)
             prepare_s = time.perf_counter() - start
             work = run.work()
-        except Exception as error:  # of the compiler or the memory: the others can still be measured
+        except Exception as error:  # such as the compiler's or exhausted memory; other variants can still be measured
             unavailable[variant.name] = f"failed: {type(error).__name__}: {first_line(error)}"
             continue
         say(f"{variant.name}: ready after {prepare_s:.1f} s")
@@ -301,19 +304,20 @@ def prepare(
 
 
 def _named_kernels(engine: Engine) -> AbstractContextManager[Any]:
-    """Return a context in which inductor compiles its C++ kernels such that a trace shows them."""
+    """Return a context in which inductor compiles its C++ kernels so that a trace shows them."""
     if not engine.compile or engine.device.type != "cpu":
         return nullcontext()
     import torch._inductor.config
 
-    return torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+    context: AbstractContextManager[Any] = torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+    return context
 
 
 # ------------------------------------------------------------------------------------------- time
 
 
 def _steps_of_a_round(baseline: Prepared, device: torch.device) -> int:
-    """Return how many of the baseline's steps take REGION_S seconds, 1 to MOST_STEPS."""
+    """Return the number of the baseline's steps that take REGION_S seconds, from 1 to MOST_STEPS."""
     baseline.engine.apply_torch_settings()
     warm = interleaved({"step": partial(baseline.run.whole_steps, 1)}, 3, device)["step"]
     return max(1, min(MOST_STEPS, math.ceil(REGION_S / warm.median_s)))
@@ -375,11 +379,11 @@ def _trace(name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], fold
     """Record a trace of the variant and read it.
 
     Args:
-        name: the variant's.
+        name: the variant's name.
         prepared: the variant.
         work: FLOPs and bytes of one call of every operator, from WorkCount.
-        folder: where the trace and, on a GPU, the memory history are kept; None: nowhere.
-        say: gets a line if the trace has no kernels although the device is a GPU.
+        folder: the folder for the trace and, on a GPU, the memory history; None keeps neither.
+        say: is called with a line if the trace has no kernels although the device is a GPU.
     """
     run, device = prepared.run, prepared.engine.device
     prepared.engine.apply_torch_settings()
@@ -389,15 +393,15 @@ def _trace(name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], fold
         events = trace.load(path)
     files, peak_bytes = [path.name], trace.peak_bytes(events)
     if run.graph:
-        peak_bytes = None  # its memory was reserved at the capture
+        peak_bytes = None  # a graph's memory was reserved at the capture
     elif device.type == "cuda":
         history = f"memory-{name}.pickle"
         peak_bytes = peak_on_gpu(run, folder / history if folder else None)
         files.append(history)
     kernel_s = trace.kernel_seconds(events, TRACED_STEPS)
     if device.type == "cuda" and kernel_s is None:
-        say(f"{name}: the tracer saw no kernels, so there are no operators: is another profiler attached?")
-        operators = []  # their times would be the host's
+        say(f"{name}: no operators, because the tracer saw no kernels; detach any other profiler")
+        operators = []  # without kernels, the operators' times would be the host's
     else:
         operators = trace.operators(events, work, TRACED_STEPS)
     launches = trace.launches(events, operators, TRACED_STEPS)
@@ -405,7 +409,7 @@ def _trace(name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], fold
 
 
 def record(run: VariantRun, path: Path) -> None:
-    """Write a trace of TRACED_STEPS steps in Chrome's format; nsys sees the same ranges as NVTX."""
+    """Write a trace of TRACED_STEPS steps in Chrome's format. The same ranges are marked with NVTX for nsys."""
     device = run.engine.device
     cuda = device.type == "cuda"
 
@@ -417,12 +421,12 @@ def record(run: VariantRun, path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
     with gc_paused():
-        # Take a step before the trace: it starts the tracer, and CUPTI up to 13.1 loses the first kernels of every
-        # session of a process but the first (pytorch#192021).
+        # Run a step before the trace, because this starts the tracer, and CUPTI up to 13.1 loses the first kernels of
+        # every session of a process but the first (pytorch#192021).
         profiler.prepare_trace()
         run.whole_steps(1)
         wait_for(device)
-        # Free what that step left, because the profiler warns on stderr about memory whose allocation it did not see.
+        # Drop tensors allocated before the trace, because the profiler warns about frees it never saw allocated.
         run.images.grad = None
         run.logits = None
         profiler.start_trace()
@@ -442,7 +446,7 @@ def peak_on_gpu(run: VariantRun, history: Path | None) -> int:
 
     Args:
         run: the variant.
-        history: file for the step's allocations, for pytorch.org/memory_viz; None: not written.
+        history: file for the step's allocations, for pytorch.org/memory_viz; None writes no file.
     """
     device = run.engine.device
     run.images.grad = None

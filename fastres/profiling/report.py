@@ -23,9 +23,9 @@ from fastres.utils.timing import Timing
 Row = dict[str, Any]
 
 MOST_EXPENSIVE = 3  # operators in the terminal; profile.json has all
-MEMORY = {  # by device: the source of the figure, and where its course over time can be seen
-    "cpu": "peak: held, and what torch's profiler saw allocated on the CPU; the course is in the traces, [memory]",
-    "cuda": "peak: held, and torch.cuda.max_memory_allocated; memory-*.pickle is for pytorch.org/memory_viz",
+MEMORY = {  # by device: the source of the peak, and the file with the memory's course over time
+    "cpu": "peak: bytes in use, and allocations seen by torch's profiler on the CPU; the traces show them as [memory]",
+    "cuda": "peak: bytes in use, and torch.cuda.max_memory_allocated; open memory-*.pickle at pytorch.org/memory_viz",
 }
 COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a", "replay": "#8c8c8c"}
 
@@ -59,7 +59,7 @@ class Profile:
     steps: int  # of a round
     traced_steps: int
     results: list[Result]
-    unavailable: dict[str, str]  # the reason by name for each variant that was asked for and was not measured
+    unavailable: dict[str, str]  # the reason by name for each requested variant that was not measured
     copy_bytes_per_s: float
     matmul_flops: dict[str, float]  # per second, by precision
     before: dict[str, Any]
@@ -165,7 +165,7 @@ def raw(profile: Profile) -> dict[str, Any]:
 
 
 def bounds_of(profile: Profile, result: Result) -> list[tuple[str, float | None]]:
-    """Return trace.bound() of each operator, against the rates measured in this run."""
+    """Return trace.bound() of each operator, compared with the rates measured in this run."""
     flops_per_s = profile.matmul_flops[result.variant.precision]
     return [trace.bound(operator, flops_per_s, profile.copy_bytes_per_s) for operator in result.operators]
 
@@ -199,7 +199,7 @@ def plot(profile: Profile, path: Path) -> None:
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    # A replay has no parts, so its whole step is one bar.
+    # A replay has no parts, so the whole step is one bar.
     left = [0.0 if row["steps_in_parts"] else row["step_ms"] for row in rows]
     axes.barh(range(len(rows)), left, 0.62, color=COLORS["replay"], label="replay" if any(left) else None)
     for part in PARTS:
@@ -223,21 +223,19 @@ def plot(profile: Profile, path: Path) -> None:
 
 
 def show(profile: Profile, console: Console) -> None:
-    """Print the tables, each with a line on how to read it, and then what was unavailable or disturbed."""
+    """Print the tables, each with a line on how to read it, then the unavailable variants and the disturbances."""
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False)
 
     rows = rows_of(profile)
     say(f"\n{title_of(profile)}")
-    say(
-        f"median (20 to 80 %) of {profile.rounds} rounds of {profile.steps} step(s) in turns; of parts, of single steps"
-    )
+    say(f"median (20 to 80 %) of {profile.rounds} interleaved rounds of {profile.steps} step(s), or of single parts")
     console.print(_times_table(rows))
 
     reached = ", ".join(f"{flops / 1e9:,.0f} in {p}" for p, flops in profile.matmul_flops.items())
     say(
-        f"measured here and now: a copy moves {profile.copy_bytes_per_s / 1e9:,.1f} GB/s, a matrix product does "
+        f"measured in this run: a copy moves {profile.copy_bytes_per_s / 1e9:,.1f} GB/s, a matrix product computes "
         f"{reached} GFLOP/s"
     )
     console.print(_work_table(rows, on_gpu=profile.engine.device.type == "cuda"))
@@ -249,18 +247,19 @@ def show(profile: Profile, console: Console) -> None:
 
     console.print(_operators_table(profile))
     say(
-        "FLOPs of convolutions and matrix products; bytes of inputs and outputs once, the least that moves; unknown: "
-        "a trace does not tell. Bound by: FLOP/byte against what was measured here. What reaches little of it waits "
-        "for something else."
+        "FLOPs are those of convolutions and matrix products; bytes count each input and output once, which is the "
+        'least that moves; "unknown" means that the trace does not tell. "Bound by" compares an operator\'s FLOP/byte '
+        "with the limits measured in this run. An operator far below its bound is limited by something else, such as "
+        "launch latency."
     )
     for name, reason in profile.unavailable.items():
-        say(f"not here: {name}: {reason}")
+        say(f"unavailable: {name}: {reason}")
     for line in hardware.disturbances(profile.before, profile.after):
         say(f"doubtful: {line}", style="yellow")
 
 
 def _times_table(rows: list[Row]) -> Table:
-    """Return images/s and the time of each part, by variant."""
+    """Return a table of images/s and the time of each part, by variant."""
     table = _table("images/s", "× first", *(f"{part} ms" for part in PARTS))
     for row in rows:
         table.add_row(
@@ -273,7 +272,7 @@ def _times_table(rows: list[Row]) -> Table:
 
 
 def _work_table(rows: list[Row], *, on_gpu: bool) -> Table:
-    """Return launches, memory, the rates of computing and moving, and differences to the reference, by variant."""
+    """Return a table of launches, memory, FLOP/s, bytes/s, and differences to the reference, by variant."""
     table = _table(*(("kernels", "GPU busy") if on_gpu else ("operators",)), "peak MB", "GFLOP/s", "of matmul",
                    "of data sheet", "GB/s", "of copy", "Δ logits", "Δ gradients")  # fmt: skip
     for row in rows:
@@ -294,7 +293,7 @@ def _work_table(rows: list[Row], *, on_gpu: bool) -> Table:
 
 
 def _operators_table(profile: Profile) -> Table:
-    """Return the most expensive operators of each variant."""
+    """Return a table of the most expensive operators of each variant."""
     table = _table("calls", "share", "FLOP/byte", "bound by", "reaches", second="most expensive")
     for result in profile.results:
         most = list(zip(result.operators, bounds_of(profile, result), strict=True))[:MOST_EXPENSIVE]
@@ -324,12 +323,12 @@ def _table(*columns: str, second: str | None = None) -> Table:
 
 
 def _short(name: str, most: int = 44) -> str:
-    """Return both ends of a long name, because inductor's names begin alike and end in a number."""
+    """Return both ends of a long name, because inductor's names begin alike and differ in a number at the end."""
     return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"
 
 
 def _spread(median: float | None, low: float | None, high: float | None) -> str:
-    """Return the median with its spread; without a median the step was replayed as a whole."""
+    """Return the median with its spread, or "in one replay" without a median."""
     if median is None:
         return "in one replay"
     return f"{_three_digits(median)} ({_three_digits(low)} to {_three_digits(high)})"

@@ -1,10 +1,10 @@
 """Read a step's operators, kernels and memory from a trace of torch's profiler, and count their FLOPs and bytes.
 
 An operator is a call as PyTorch dispatches it below autograd and autocast, or one kernel that torch.compile generated.
-Views and bare allocations do nothing and do not count. An operator's FLOPs are those of torch.utils.flop_counter, for
+Views and bare allocations do no work and do not count. An operator's FLOPs are those of torch.utils.flop_counter, for
 convolutions and matrix products. Its bytes are its inputs and outputs, each once, which is the least that it can move.
 
-Not yet run on a GPU: the reading of a trace with kernels, for which the test has a trace written by hand.
+Reading a trace with kernels has not yet run on a GPU; the test has a trace written by hand.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.utils.flop_counter import flop_registry
 
 PARTS = ("forward", "backward", "optimizer")  # of a step, and the names of its ranges in a trace
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of work on a GPU
-GENERATED = re.compile(r"(graph_\d+_)?cpp_fused|triton_")  # how inductor names its kernels
+GENERATED = re.compile(r"(graph_\d+_)?cpp_fused|triton_")  # the beginnings of the names of inductor's kernels
 NOTHING_DONE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view",
                 "aten::new_empty_strided", "aten::_local_scalar_dense")  # fmt: skip
 WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read the tensor that they write to
 # The arguments, by position, that an operator without a result writes to. Its schema marks the gradients as well.
 WRITTEN = {"aten::_fused_sgd_": (0, 2)}  # parameters, momentum
-# The names of dtypes in a trace. A list of tensors has the name TensorList, whatever its dtypes.
+# The names of dtypes in a trace. A list of tensors is named TensorList, whatever its dtypes.
 TYPE_NAMES = {
     torch.float32: "float",
     torch.float64: "double",
@@ -57,7 +57,7 @@ class WorkCount(TorchDispatchMode):
     """Count FLOPs and bytes of every operator that runs eagerly inside the context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.calls: Counter[Key] = Counter()
         self.work: dict[Key, tuple[int, int]] = {}  # FLOPs, bytes of one call
 
@@ -114,7 +114,7 @@ def _key_of_values(values: list[Any]) -> Iterator[Any]:
 
 
 def _key_of_event(event: Event) -> Key:
-    """Return the Key of an operator's event, equal to the one that WorkCount has for such a call."""
+    """Return the Key of an operator's event, which equals WorkCount's Key for such a call."""
     arguments = event.get("args", {})
     key: list[Any] = [event["name"]]
     for dims, kind in zip(arguments.get("Input Dims", ()), arguments.get("Input type", ()), strict=True):
@@ -153,16 +153,17 @@ class Operator:
 def load(path: Path) -> list[Event]:
     """Return the events of a gzipped trace in Chrome's format."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return json.load(file)["traceEvents"]
+        events: list[Event] = json.load(file)["traceEvents"]
+    return events
 
 
 def operators(events: list[Event], work: dict[Key, tuple[int, int]], steps: int) -> list[Operator]:
     """Return the operators of a trace per step, the most expensive first.
 
     Args:
-        events: the trace's.
-        work: FLOPs and bytes of one call, of every operator that may be called, from WorkCount.
-        steps: how many steps were traced.
+        events: the trace's events.
+        work: FLOPs and bytes of one call of every operator that may be called, from WorkCount.
+        steps: the number of traced steps.
     """
     names = {key[0] for key in work}
     owners: dict[Any, Event] = {}  # the operator by the id of each event inside it
@@ -226,7 +227,7 @@ def kernel_seconds(events: list[Event], steps: int) -> float | None:
 
 
 def peak_bytes(events: list[Event]) -> int | None:
-    """Return the most bytes allocated on the CPU at any time beyond those at the start; None if not recorded."""
+    """Return the most bytes allocated on the CPU at any time beyond those at the start, or None if not recorded."""
     changes = [e["args"] for e in events if e["name"] == "[memory]"]
     allocated = peak = 0
     for change in changes:
@@ -247,7 +248,8 @@ def _nested(events: Iterable[Event]) -> Iterator[tuple[Event, list[Event]]]:
 
 
 def _within(event: Event, other: Event) -> bool:
-    return event["tid"] == other["tid"] and event["ts"] < other["ts"] + other["dur"]
+    within: bool = event["tid"] == other["tid"] and event["ts"] < other["ts"] + other["dur"]
+    return within
 
 
 def _id(event: Event) -> Any:
@@ -280,9 +282,9 @@ def bound(operator: Operator, flops_per_s: float, bytes_per_s: float) -> tuple[s
     """Return the side of the roofline that an operator is on, and the share of it that the operator reaches.
 
     Args:
-        operator: with its FLOPs and bytes.
-        flops_per_s: the device's.
-        bytes_per_s: the device's.
+        operator: the operator, with FLOPs and bytes.
+        flops_per_s: the device's rate of computing.
+        bytes_per_s: the device's rate of moving.
 
     Returns:
         "compute" or "memory", and the share, which is above 1 if the tensors came from a cache; "unknown" and None if

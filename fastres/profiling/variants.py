@@ -25,7 +25,7 @@ from fastres.utils.suggest import unknown
 
 # ------------------------------------------------------------------------------------------- variants
 
-AXES: dict[str, tuple[str, ...]] = {  # the first of each is the plain one, which a short name leaves out
+AXES: dict[str, tuple[str, ...]] = {  # the first word of each is the plain choice, which a short name leaves out
     "mode": ("eager", "compile", "graph"),
     "norm": ("torch", "fused", "apex"),
     "layout": ("nchw", "channels_last"),
@@ -59,7 +59,7 @@ class Variant:
         return "-".join(word for word in self.words if word != "torch")
 
     def config(self, model: ModelConfig, device: str) -> Config:
-        """Return the configuration of a run that trains like this."""
+        """Return the configuration of a run that trains in this variant."""
         return Config(
             model=replace(model, norm=self.norm),  # type: ignore[arg-type]
             engine=EngineConfig(
@@ -83,18 +83,18 @@ def resolved(
     """Resolve each variant's engine.
 
     Args:
-        workload: what they compute.
-        variants: those asked for.
+        workload: the network or block that the variants run.
+        variants: the requested variants.
         device: as in engine.device.
 
     Returns:
-        The engines of the variants that are available here, and the reason by name for each other one.
+        The engines of the variants that are available here, and the reason by name for each other variant.
 
     Raises:
         UsageError: if the device or all variants are unavailable.
     """
     check(Config(engine=EngineConfig(device=device)))
-    # A device that is not here is rejected once, and not for each variant.
+    # Resolve the reference first, so that an unavailable device is rejected once and not for each variant.
     resolve_engine(REFERENCE.config(workload.model, device))
     engines: dict[Variant, Engine] = {}
     unavailable: dict[str, str] = {}
@@ -105,18 +105,18 @@ def resolved(
             unavailable[variant.name] = str(error)
     if not engines:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
-        raise UsageError(f"--variants: none of them can be had here: {reasons}")
+        raise UsageError(f"--variants: all are unavailable here ({reasons}); choose others")
     return engines, unavailable
 
 
 def variants_named(names: Sequence[str]) -> list[Variant]:
-    """Return the variants of these names, each once.
+    """Return the variants with these names, each once.
 
     A name has its words in any order and may leave out the first word of an axis. A pattern with * matches over all
     full names.
 
     Raises:
-        UsageError: if a name has an unknown word or two of one axis, or a pattern matches nothing.
+        UsageError: if a name has an unknown word or two words of one axis, or a pattern matches nothing.
     """
     found: list[Variant] = []
     for name in names:
@@ -152,6 +152,7 @@ class BlockNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the channels' means."""
         return global_pool(self.block(x))
 
 
@@ -163,7 +164,7 @@ class Workload:
     build: Callable[[str], nn.Module]  # takes the name of a norm
     shape: tuple[int, int, int, int]  # (N, C, S, S) of the batch
     classes: int
-    is_block: bool  # its input has a gradient, as inside a network
+    is_block: bool  # the input of a block has a gradient, as inside a network
     model: ModelConfig
 
 
@@ -180,16 +181,16 @@ def model_workload(name: str, options: dict[str, Any], batch_size: int, size: in
     """Return a network's workload.
 
     Args:
-        name: the network's, as in model.name.
+        name: the network's name, as in model.name.
         options: as in model.options, and num_classes and in_channels.
         batch_size: images of a step.
-        size: height and width of an image; None: that of the data of the network's family.
+        size: height and width of an image; None for those of the data of the network's family.
 
     Raises:
-        UsageError: if the network does not take these.
+        UsageError: if the network does not take the options, the size or the batch size.
     """
-    fuses = options.get("fused_convolutions", False)  # for norm fused only: the others compare without
-    of_data = ("num_classes", "in_channels")  # which training takes from the data
+    fuses = options.get("fused_convolutions", False)  # only variants of norm fused have fused convolutions
+    of_data = ("num_classes", "in_channels")  # training takes these options from the data
     model = ModelConfig(
         name=name,
         options={key: value for key, value in options.items() if key not in of_data},
@@ -223,9 +224,9 @@ def block_workload(kind: str, channels: int, batch_size: int, size: int) -> Work
 
     Args:
         kind: one of BLOCKS.
-        channels: of the block's input and output.
+        channels: channels of the block's input and output.
         batch_size: images of a step.
-        size: height and width of its input.
+        size: height and width of the block's input.
 
     Raises:
         UsageError: if the block cannot have that many channels.
@@ -233,7 +234,7 @@ def block_workload(kind: str, channels: int, batch_size: int, size: int) -> Work
     block = BLOCKS[kind]
     inner, rest = divmod(channels, block.expansion)
     if rest:
-        raise UsageError(f"--channels {channels}: a {kind} block's are a multiple of {block.expansion}")
+        raise UsageError(f"--channels {channels}: must be a multiple of {block.expansion} for a {kind} block")
 
     def build(norm: str) -> nn.Module:
         return BlockNet(block(channels, inner, norm=NORMS[norm]))

@@ -1,4 +1,4 @@
-"""A run's folder: checkpoints, log, curves, environment."""
+"""The folder of a run: checkpoints, log, curves, environment."""
 
 import lazy_loader as lazy
 

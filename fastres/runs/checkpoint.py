@@ -24,7 +24,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """Write the state after `step` steps, remove all but the newest `keep` checkpoints, and return the new path.
 
     Raises:
-        RunError: if it cannot be written; earlier checkpoints are intact.
+        RunError: if the checkpoint cannot be written; earlier checkpoints are intact.
     """
     path = folder / f"step-{step:08d}.pt"
     # Serialise to memory first, because torch's writer answers a full disk with an assertion about positions.
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
         with atomic_write(path) as file:
             file.write(content.getbuffer())
     except OSError as error:
-        raise RunError(f"cannot write checkpoint {path}: {error.strerror}; the ones before it are intact") from None
+        raise RunError(f"cannot write checkpoint {path}: {error.strerror}; earlier checkpoints are intact") from None
     for old in found(folder)[keep:]:
         old.unlink()
     return path
@@ -55,13 +55,13 @@ def load(path: Path) -> State:
     except UsageError:
         raise
     except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
+        raise UsageError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # foreign bytes can make the unpickler raise anything
-        # Only the type of the error, because torch's own message advises to execute what is in the file.
+        # Report only the type of the error, because torch's own message advises to execute the file's content.
         kind = type(error).__name__
         raise UsageError(f"checkpoint {path} cannot be read ({kind}): it is truncated or not a checkpoint") from None
     if found != content["sha256"]:
-        raise UsageError(f"checkpoint {path} is corrupt: its content does not have the checksum it was written with")
+        raise UsageError(f"checkpoint {path} is corrupt: its content does not match its checksum")
     if not isinstance(state, dict) or type(step := state.get("step", 0)) is not int or step < 0:
         raise UsageError(f"{path} is not a checkpoint of fastres")
     return state
@@ -76,7 +76,7 @@ def latest(folder: Path) -> State | None:
     """Return the newest checkpoint that can be read, or None if there are none.
 
     Raises:
-        UsageError: if there are checkpoints and none can be read.
+        UsageError: if the folder has checkpoints and none can be read.
     """
     broken = []
     for path in found(folder):
@@ -84,14 +84,14 @@ def latest(folder: Path) -> State | None:
             return load(path)
         except UsageError as error:
             broken.append(str(error))
-            print(f"fastres: {error}; going back to the one before it", flush=True)
+            print(f"fastres: {error}; trying the previous checkpoint", flush=True)
     if broken:
-        raise UsageError(f"no checkpoint in {folder} can be read: remove the folder to start anew")
+        raise UsageError(f"no checkpoint in {folder} can be read; remove the folder to start again")
     return None
 
 
 def digest(state: State) -> str:
-    """Return the SHA-256 over structure, names, numbers and tensors. It does not depend on device or strides."""
+    """Return the SHA-256 of structure, names, numbers and tensors, which does not depend on device or strides."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from fastres.training.engine import Engine
 from fastres.utils import ranks
 
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # either is enough
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of the packages is enough
 
 
 def environment(engine: Engine) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Export a run's network in the formats of FORMATS, read back to check.
+"""Export a run's network in one of FORMATS, and verify the file by reloading it.
 
 The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
 logits (N, classes).
@@ -24,8 +24,8 @@ from fastres.utils.errors import RunError, UsageError
 
 Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
 
-TOLERANCE = 1e-4  # largest difference of two logits, as a share of the largest logit
-BATCHES = (2, 5, 1)  # batch sizes that are compared; the first is traced, and 1 tends to be special
+TOLERANCE = 1e-4  # largest difference of two logits, as a fraction of the largest logit
+BATCHES = (2, 5, 1)  # batch sizes that are compared; the first is traced, and exporters tend to special-case 1
 SIDES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "synthetic": 32}
 
 
@@ -88,8 +88,8 @@ def export(config: Config, weights: dict[str, Tensor], name: str, output: Path) 
     """Write the network to `output`, which appears only after its logits agree with the original's.
 
     Args:
-        config: the run's.
-        weights: the run's.
+        config: the run's configuration.
+        weights: the run's state_dict.
         name: a format of FORMATS.
         output: the file.
 
@@ -115,14 +115,14 @@ def export(config: Config, weights: dict[str, Tensor], name: str, output: Path) 
         largest = wanted.abs().max().item()
         if not difference <= TOLERANCE * largest:  # also true if it is NaN
             raise RunError(
-                f"what was written as {name} gives logits that differ by {difference:.2g}, of up to {largest:.2g}: "
-                f"{output} is not kept; try another --format"
+                f"--format {name}: the reloaded network's logits differ by {difference:.2g}, of up to {largest:.2g} "
+                f"({output} is not written); try another --format"
             )
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(output)
     except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror or error}; choose another --output") from None
+        raise UsageError(f"--output {output}: cannot be written ({error.strerror or error}); choose another") from None
     finally:
         temporary.unlink(missing_ok=True)
     return difference, shape
@@ -132,11 +132,12 @@ def side_of(config: Config, format_: Format) -> int:
     """Return the side in pixels of the images that the run's network sees, without reading the data.
 
     Raises:
-        UsageError: if the configuration does not tell and the format needs it.
+        UsageError: if the configuration does not determine the side and the format needs it.
     """
     side = config.data.image_size or SIDES.get(config.data.source)
     if side is None and format_.fixes_side:
         raise UsageError(
-            f"the run does not say how large the images of its {config.data.source} are: give --data.image_size"
+            f"data.image_size: the run does not record the size of its {config.data.source} images; give "
+            "--data.image_size"
         )
     return side or 32

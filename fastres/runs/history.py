@@ -20,7 +20,7 @@ PANELS = (  # (column, title): rows loss and accuracy, columns train and validat
     ("eval_accuracy", "{} accuracy"),
 )
 SPLITS = ("test", "validation")
-AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time, s")}  # (column, what it says)
+AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time, s")}  # (column, label of the axis)
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
@@ -31,11 +31,11 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         history = [{k: v if k == "eval_split" else float(v) for k, v in row.items()} for row in rows]
         needed = {"step", "train_time_s", "eval_split", *(column for column, _ in PANELS)}
         if not all(needed <= row.keys() and row["eval_split"] in SPLITS for row in history):
-            raise ValueError("a column is not there")
+            raise ValueError("a column is missing")
         return history
     except FileNotFoundError:
         raise UsageError(
-            f"{run} holds no history.csv: give folders of runs that have evaluated at least once"
+            f"{run}: holds no history.csv; give folders of runs that have evaluated at least once"
         ) from None
     except OSError as error:
         raise UsageError(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
@@ -48,7 +48,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str 
 
     Args:
         runs: histories by the name that the legend shows.
-        path: of the picture; its suffix is the format.
+        path: the picture's file, whose suffix is the format.
         against: one of AGAINST.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -84,7 +84,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl that are rows, without a line that a kill has cut short."""
+    """Return the rows of a metrics.jsonl, without a line that a kill has cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, RecursionError):
@@ -94,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Return True if the row has all that a history needs."""
+    """Return True if the row has every value that a history needs."""
     if not isinstance(row, dict) or row.get("split") not in ("train", "test", "validation"):
         return False
     numbers = ["loss", "accuracy", "lr", "train_time_s"]
@@ -107,7 +107,7 @@ def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
 
     Args:
         evaluations: the rows of metrics.jsonl that are evaluations.
-        folder: the run's.
+        folder: the run's folder.
 
     Raises:
         OSError: if the folder cannot be written.

@@ -20,19 +20,19 @@ def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) 
     """Return a run's configuration and weights.
 
     Args:
-        folder: the run's.
-        file: a checkpoint whose weights to load; None: the final ones.
-        flags: like train's, applied over the run's configuration.
+        folder: the run's folder.
+        file: a checkpoint, to load its weights; None loads the final weights.
+        flags: flags of fastres.train, applied over the run's configuration.
 
     Raises:
-        UsageError: if the folder or file is not a run's, or the run is not finished.
+        UsageError: if the folder holds no run, the file is no checkpoint, or the run is not finished.
     """
     written = folder / "config.yaml"
     if not written.is_file():
         raise UsageError(
-            f"{folder} is not the folder of a run, it holds no config.yaml: give one that fastres.train has written"
+            f"{folder}: is not the folder of a run (it holds no config.yaml); give one that fastres.train has written"
         )
-    # Trackers off, because reading a run does not need their packages.
+    # Trackers are off, because reading a run does not need their packages.
     config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
     if file is not None:
         try:
@@ -43,39 +43,39 @@ def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) 
     if not final.is_file():
         newest = next(iter(checkpoint.found(folder / "checkpoints")), "FILE")
         raise UsageError(
-            f"{folder} is a run that is not finished, it holds no model.safetensors: finish it with fastres.train, "
+            f"{folder}: the run is not finished (it holds no model.safetensors); finish it with fastres.train, "
             f"or give --checkpoint {newest}"
         )
     try:
         return config, _checked(safetensors.torch.load_file(final))
     except Exception as error:  # a damaged file may raise anything
-        raise UsageError(f"{final} cannot be read ({error}): give --checkpoint FILE") from None
+        raise UsageError(f"{final}: cannot be read ({error}); give --checkpoint FILE") from None
 
 
 def _checked(weights: Any) -> dict[str, Tensor]:
-    """Return the weights if they have the two tensors whose shapes tell channels and classes.
+    """Return the weights if they have conv1.weight and fc.weight, whose shapes give channels and classes.
 
     Raises:
-        KeyError: if one is missing.
-        TypeError: if the weights are not tensors or the two have another number of dimensions.
+        KeyError: if one of the two is missing.
+        TypeError: if the weights are not tensors or one of the two has another number of dimensions.
     """
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise TypeError("its weights are not all tensors")
     if weights["conv1.weight"].ndim != 4 or weights["fc.weight"].ndim != 2:
-        raise TypeError("a tensor is of another shape")
+        raise TypeError("a tensor has another shape")
     return weights
 
 
 def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
-    """Return the run's network with these weights, whose shapes tell its channels and classes.
+    """Return the run's network with these weights, whose shapes give its channels and classes.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         weights: a state_dict.
         norm: one of models.blocks.NORMS.
 
     Raises:
-        UsageError: if the weights are another network's.
+        UsageError: if the weights belong to another network.
     """
     options = model_options(config.model)
     if norm != "fused":
@@ -92,6 +92,6 @@ def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> 
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"the weights are not those of the run's {config.model.name} ({reason}): give files of one run"
+            f"the weights do not fit the run's {config.model.name} ({reason}); give files of one run"
         ) from None
     return model

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: saving it, and continuing from it."""
+"""Save the state of a run in a checkpoint, and resume from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastres.utils.run_timer import RunTimer
 def load_named(config: Config, run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
     """Return the state of the checkpoint that run.resume names, or None if it names none. Collective.
 
-    A run that torchrun restarted continues from its own checkpoints instead, if it has any by then.
+    A run that torchrun restarted resumes from its own checkpoints instead, if it has any by then.
     """
     if config.run.resume in ("auto", "never"):
         return None
@@ -38,16 +38,16 @@ def restore(state: checkpoint.State | None, step: TrainStep, timer: RunTimer, st
     """Copy a checkpoint's state into the step and the timer.
 
     Args:
-        state: of a checkpoint; None starts from the beginning.
+        state: a checkpoint's state; None starts from the beginning.
         step: the step.
         timer: the run's timer.
         steps: the length of the run.
 
     Returns:
-        The number of steps that are done, and what they summed to since the last evaluation.
+        The number of steps that are done, and their metrics since the last evaluation.
 
     Raises:
-        UsageError: if the checkpoint is of another model, or beyond the run's last step.
+        UsageError: if the checkpoint belongs to another model, or is beyond the run's last step.
     """
     if state is None:
         return 0, Metrics()
@@ -56,9 +56,9 @@ def restore(state: checkpoint.State | None, step: TrainStep, timer: RunTimer, st
         timer.load_state_dict(state["clock"])
         start, since_eval = state["step"], Metrics(**state["window"])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"the checkpoint is of another model: {first_line(error)}") from None
+        raise UsageError(f"run.resume: the checkpoint belongs to another model ({first_line(error)})") from None
     if start > steps:
-        raise UsageError(f"the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
+        raise UsageError(f"run.resume: the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
     return start, since_eval
 
 
@@ -66,7 +66,7 @@ def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: Ru
     """Write a checkpoint of `done` steps. Collective.
 
     Raises:
-        RunError: if the ranks' weights differ, or the disk is full.
+        RunError: if the ranks' weights differ, or the checkpoint cannot be written.
     """
     process_group.assert_replicas_equal(step.model)
     trainer = step.state_dict()

@@ -34,9 +34,7 @@ class RunDir:
         self._trackers: list[Tracker] = []
 
     def check_resumable(self) -> dict[str, Any] | None:
-        """Return the summary if the folder holds this run, finished, and None if there is something to do.
-
-        Nothing is written.
+        """Return the summary if the folder holds this run and the run is finished, otherwise None. Nothing is written.
 
         Raises:
             UsageError: if the folder holds another run or cannot be used.
@@ -62,13 +60,13 @@ class RunDir:
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
             raise UsageError(
-                f"run.dir {self.folder} holds a run that differs in {'; '.join(changed[:5])}: "
-                "choose another --run.dir, or give the values it was started with"
+                f"run.dir {self.folder}: holds a run that differs in {', '.join(changed[:5])}; "
+                "choose another --run.dir, or give the values that the run was started with"
             )
         return self._finished_summary()
 
     def _finished_summary(self) -> dict[str, Any] | None:
-        """Return the content of summary.json, or None if there is none. Raise UsageError if it is no summary."""
+        """Return the content of summary.json, or None if it does not exist. Raise UsageError if it is no summary."""
         summary = self.folder / "summary.json"
         if not summary.exists():
             return None
@@ -76,14 +74,14 @@ class RunDir:
             content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
             float(content["test_accuracy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(f"{summary} is not a summary of fastres: remove it to finish the run again") from None
+            raise UsageError(f"{summary}: is not a summary of fastres; remove it to finish the run again") from None
         return content
 
     def acquire(self) -> None:
-        """Take the folder: no other process may write to it until this one ends or releases it.
+        """Lock the folder, so that no other process writes to it until this one ends or releases it.
 
         Raises:
-            UsageError: if another process has it, or it cannot be written.
+            UsageError: if another process holds the lock, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ class RunDir:
         self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Write what is known before the first step, and drop the metrics of steps that will run again."""
+        """Write configuration and environment, and drop the metrics of steps after `step`, which will run again."""
         with self.writing():
             if not (self.folder / "config.yaml").exists():
                 write_text(self.folder / "config.yaml", dump(self.config))
@@ -107,7 +105,7 @@ class RunDir:
                 self._trackers.append(start_tracker(name, self.config, self.folder))
 
     def checkpoint_hint(self) -> str:
-        """Return in words where the newest checkpoint is."""
+        """Return a phrase that names the newest checkpoint."""
         newest = checkpoint.found(self.checkpoints)
         return f"the state is in {newest[0]}" if newest else "there is no checkpoint yet"
 

@@ -11,17 +11,17 @@ from fastres.utils.errors import UsageError, first_line
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker."""
+    """The calls that a run makes to a tracker."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Pass on a row of metrics.jsonl."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send all rows that are still buffered."""
 
 
 class TensorBoardTracker:
-    """Writes scalars for TensorBoard into the run's folder."""
+    """Write scalars for TensorBoard into the run's folder."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -34,12 +34,12 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all rows that are still buffered."""
         self.writer.close()
 
 
 class WandbTracker:
-    """Sends scalars to Weights & Biases."""
+    """Send scalars to Weights & Biases."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         import wandb
@@ -51,11 +51,11 @@ class WandbTracker:
         self.run.log(dict(_scalars(row)), step=row["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send all rows that are still buffered."""
         self.run.finish()
 
 
-# By their fields in RunConfig.
+# By their field in RunConfig.
 TRACKERS: dict[str, Callable[[Config, Path], Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
 
 
@@ -64,7 +64,7 @@ def start_tracker(name: str, config: Config, folder: Path) -> Tracker:
     try:
         return TRACKERS[name](config, folder)
     except Exception as error:  # whatever a service or its client raises
-        raise UsageError(f"run.{name}: {first_line(error)}; see to it, or leave it out") from None
+        raise UsageError(f"run.{name}: {first_line(error)}; fix the cause, or leave it out") from None
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:

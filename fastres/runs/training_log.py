@@ -20,16 +20,16 @@ from fastres.utils.run_timer import RunTimer
 
 
 class TrainingLog:
-    """Logs a run on rank 0, and keeps the sums since the last log line and the last evaluation on every rank.
+    """Log a run on rank 0, and keep the metrics since the last log line and the last evaluation on every rank.
 
     Args:
         config: the run's configuration.
-        run: its folder.
-        parts: its parts.
-        timer: its timer.
+        run: the run's folder.
+        parts: the run's parts.
+        timer: the run's timer.
         progress: the line in the terminal.
         start: steps that were done before.
-        since_eval: what these summed to since the last evaluation.
+        since_eval: metrics of these steps since the last evaluation.
         is_main: True on rank 0, which writes.
     """
 
@@ -54,7 +54,7 @@ class TrainingLog:
     # -------------------------------------------------------------------------------- when something is due
 
     def evaluation_due(self, done: int) -> bool:
-        """Return True if the curve has a point after `done` steps."""
+        """Return True if the curve gets a point after `done` steps."""
         return self._due(done, self.config.train.eval_every)
 
     def checkpoint_due(self, done: int) -> bool:
@@ -71,7 +71,7 @@ class TrainingLog:
     # -------------------------------------------------------------------------------- lines and rows
 
     def begin(self, start: int) -> None:
-        """Print what the run is."""
+        """Print the notes, and a line with the run's network, data, length, device and folder."""
         for note in self.parts.notes:
             self.progress.say(note)
         config, data = self.config, self.parts.data
@@ -80,7 +80,7 @@ class TrainingLog:
             f"{config.model.name}, {self.parts.parameters:,} parameters, {data.source.name}: "
             f"{len(data.training):,} training images, {config.train.steps:,} steps of {config.train.batch_size} "
             f"on {device_name(engine.device)} in {engine.precision}, {self.run.folder}"
-            + (f", continued at step {start:,}" if start else "")
+            + (f", resumed at step {start:,}" if start else "")
         )
 
     def read_metrics(self) -> Metrics:
@@ -144,7 +144,7 @@ class TrainingLog:
         """Write the weights, the curves and the summary, and print the result.
 
         Args:
-            final: of the test set after the last step.
+            final: metrics of the test set after the last step.
             captured: True if the steps were replayed from a CUDA graph.
         """
         if not self.is_main:

@@ -1,1 +1,1 @@
-"""Test doubles with the rules of the real thing. Product code does not import them."""
+"""Test doubles that enforce the rules of what they replace. Product code does not import them."""

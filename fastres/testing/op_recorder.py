@@ -1,6 +1,6 @@
-"""A recorder with the rules of a CUDA graph that runs on a CPU: it checks that a step could be captured.
+"""A recorder for a CPU with the rules of a CUDA graph, which checks that a step could be captured.
 
-It is a recorder, not a mock: it replays the operators that it saw.
+It is not a mock, because it replays the operators that it saw.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.__rep
 
 
 class OpRecorder:
-    """Records operators with the tensors that they read and wrote, as autograd and the optimizer called them.
+    """Record operators with the tensors that they read and wrote, as autograd and the optimizer called them.
 
-    Intermediate results stay in memory, so this is for small networks. It does not see inside code that inductor
-    compiled. It enforces the rules of a CUDA graph and raises CannotRecord for work that breaks one.
+    Intermediate results stay in memory, so the recorder is for small networks. It does not see inside code that
+    inductor compiled. It enforces the rules of a CUDA graph and raises CannotRecord for work that breaks one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def record(self, work: Work, mutated: Sequence[Tensor]) -> Recording:
+        """Record `work` as Recorder.record does. Raise CannotRecord if it breaks a rule of a CUDA graph."""
         leaves = [tensor for tensor in mutated if tensor.requires_grad]
         if any(map(_in_a_graph, leaves)):
             gc.collect()  # as capturing() in training/cuda_graph.py does
@@ -71,12 +72,12 @@ class OpRecorder:
 
 @dataclass
 class _Call:
-    """One call of an operator. made: the tensors that it creates, by their place among its results."""
+    """One call of an operator."""
 
     operator: Any
     args: Any
     kwargs: Any
-    made: dict[int, Tensor]
+    made: dict[int, Tensor]  # the tensors that the call creates, by their place among its results
 
     def again(self) -> None:
         """Call the operator again and copy its results into the same memory."""
@@ -106,10 +107,10 @@ class _HostRecording:
 
 
 class _OpWatcher(TorchDispatchMode):
-    """Rejects the operators that a CUDA graph cannot capture, and adds the others to the recording, if any."""
+    """Reject operators that a CUDA graph cannot capture, and add the others to the recording if there is one."""
 
     def __init__(self, device: torch.device, recording: _HostRecording | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations here
         self.device, self.recording = device, recording
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}  # the operators' results: storage, bytes
         self.found: dict[int, tuple[Tensor, Tensor]] = {}  # tensors from outside, and their first values
@@ -138,14 +139,15 @@ class _OpWatcher(TorchDispatchMode):
             self.made[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()
         writes = made or operator._schema.is_mutable  # otherwise it is a view
         if self.recording is not None and writes and operator.overloadpacket.__name__ not in UNWRITTEN:
-            # Detached aliases: a recording keeps memory alive, but no autograd graph.
+            # Keep detached aliases, so that the recording keeps memory alive but no autograd graph.
             kept = tree_map_only(Tensor, Tensor.detach, (args, kwargs, made))
             self.recording.calls.append(_Call(operator, *kept))
         return out
 
     def kept_bytes(self) -> int:
         """Return the bytes that the work created and that are still alive."""
-        return sum(size for storage, size in self.made.values() if not storage.expired())
+        alive = [size for storage, size in self.made.values() if not storage.expired()]
+        return sum(alive)
 
     def check(self, mutated: Sequence[Tensor]) -> None:
         """Raise CannotRecord if the work wrote to a tensor from outside that is not in `mutated`."""
@@ -158,26 +160,26 @@ class _OpWatcher(TorchDispatchMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Rejects functions that read a tensor's values without an operator."""
+    """Reject functions that read a tensor's values without an operator."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in READS:
-            raise CannotRecord(_at(f"Tensor.{function.__name__} makes the host wait for the device"))
+            raise CannotRecord(_at(f"Tensor.{function.__name__} synchronises the host with the device"))
         return function(*args, **(kwargs or {}))
 
 
 def forces_sync(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Return True if the host must wait for a value from the device."""
+    """Return True if the operator needs a host-device synchronisation, because the host needs a value."""
     if operator in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        return masked and (len(args) < 3 or args[2].numel() > 1)  # a single value is a masked fill, which does not wait
+        return masked and (len(args) < 3 or args[2].numel() > 1)  # a single value is a masked fill, without a wait
     return not SYNC_TAGS.isdisjoint(operator.tags)
 
 
 def _why_not(operator: Any, args: tuple[Any, ...]) -> str | None:
     """Return the reason why a CUDA graph cannot capture the operator, or None."""
     if forces_sync(operator, args):
-        return "makes the host wait for the device"
+        return "synchronises the host with the device"
     if operator is torch.ops.aten.lift_fresh.default:
         return "takes a tensor made from numbers on the host, which would have to be copied at each replay"
     if torch.Tag.nondeterministic_seeded in operator.tags:
@@ -199,11 +201,11 @@ def _at(what: str) -> str:
 def _in_a_graph(leaf: Tensor) -> bool:
     """Return True if an autograd graph of the leaf is alive.
 
-    As long as one is, the node that accumulates its gradient stays the same, with the stream that it was created on
-    (pytorch#180090).
+    As long as a graph is alive, the node that accumulates the leaf's gradient stays the same, with the stream that it
+    was created on (pytorch#180090).
     """
 
-    def metadata() -> Any:  # of that node
+    def metadata() -> Any:  # of the node
         return get_gradient_edge(leaf).node.metadata
 
     metadata()["seen"] = True
@@ -216,7 +218,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     """Return a number that is equal for tensors that share memory."""
-    return tensor.untyped_storage()._cdata
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The engine, the step and all that drives it."""
+"""The engine, the training step, and the modules that drive the step."""
 
 import lazy_loader as lazy
 

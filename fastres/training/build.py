@@ -41,7 +41,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """All that a training loop needs."""
+    """The parts of a training loop."""
 
     data: Data
     model: nn.Module
@@ -53,7 +53,7 @@ class Parts:
 
     @property
     def parameters(self) -> int:
-        """The number of trained and untrained parameters."""
+        """Return the number of trained and untrained parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
@@ -64,10 +64,10 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
         config: the run's configuration.
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
-        source: stands in for the configured source.
+        source: replaces the configured source.
 
     Raises:
-        UsageError: if the data is bad or does not fit the network, or the weights do not.
+        UsageError: if the data is bad, or the data or the weights do not fit the network.
     """
     data = build_data(config, engine, group, source)
     model = build_network(config, engine, data.source)
@@ -83,7 +83,7 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
     if engine.channels_last:
         try:
             check_channels_last(model, engine, dummy)
-        except AssertionError as error:  # slower, but not wrong: reported, not fatal
+        except AssertionError as error:  # reported and not fatal, because the run is slower but not wrong
             notes.append(f"channels_last is lost: {error}")
     if replaced:
         notes.append(f"weights: head replaced ({', '.join(replaced)})")
@@ -146,7 +146,7 @@ def build_network(config: Config, engine: Engine, source: Source) -> nn.Module:
 
 def learning_rate(config: Config, step: int) -> float:
     """Return the learning rate of step number `step`, from 0, for the global batch."""
-    peak = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
+    peak: float = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
     return peak * lr_scale(config.schedule, step, config.train.steps)
 
 
@@ -162,7 +162,7 @@ def dummy_batch(config: Config, source: Source, engine: Engine) -> Batch:
 
 
 def _check_batch_shape(config: Config, batch: Batch) -> None:
-    """Raise UsageError if the network cannot take one micro-batch, or BatchNorm has too few values of it."""
+    """Raise UsageError if the network cannot take one micro-batch, or BatchNorm gets too few values from it."""
     n, *image = batch[0].shape
     at_once = n // config.train.accumulate * (ranks.world_size() if config.model.sync_norm else 1)
     options = model_options(config.model)
@@ -177,15 +177,16 @@ def fit_whitening(config: Config, engine: Engine, parts: Parts) -> None:
 
 
 def warm_up(parts: Parts, say: Callable[[str], None]) -> None:
-    """Compile training and evaluation before the timer starts; the model's state stays as it is.
+    """Compile training and evaluation before the timer starts. The model's state stays as it is.
 
-    If compiling was auto's choice and the compiler is broken, everything runs eagerly, and `say` gets the reason.
+    If compiling was auto's choice and the compiler is broken, everything runs eagerly, and `say` is called with the
+    reason.
     """
     step, evaluator = parts.step, parts.evaluator
     try:
         step.warm_up(*parts.dummy_batch)
         evaluator(itertools.islice(parts.data.curve_loader.evaluate(), 1))
-    except UsageError:  # the data's fault, not the compiler's
+    except UsageError:  # raised for bad data, not by the compiler
         raise
     except Exception as error:
         if out_of_memory(error) or not (step.engine.compile and step.engine.compile_may_fall_back):

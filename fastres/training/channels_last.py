@@ -1,4 +1,4 @@
-"""The check that activations and gradients keep the channels-last order."""
+"""Check that activations and gradients keep the channels-last order."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastres.training.step import Batch, ForwardLoss, preserving
 
 
 def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
-    """Run one eager forward and backward in the engine's precision; the model's state stays as it is.
+    """Check one eager forward and backward in the engine's precision. The model's state stays as it is.
 
     Raises:
-        AssertionError: names the first convolution or norm whose activations or gradients are not channels-last.
+        AssertionError: if an activation or gradient is not channels-last; it names the first such convolution or norm.
     """
     wrong: list[str] = []
 
@@ -27,7 +27,7 @@ def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
 
     def checks(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-            # The input too: a convolution with channels-last weights returns channels-last whatever its input is.
+            # Check the input too, because a convolution with channels-last weights returns channels-last for any input.
             for what, tensor in (("input", inputs[0]), ("output", out)):
                 # Norms that fork and convolutions that normalise return tuples with the tensor first.
                 tensor = tensor[0] if isinstance(tensor, tuple) else tensor
@@ -45,7 +45,7 @@ def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
             forward_loss = ForwardLoss(model, engine, "mean")
             forward_loss.run_eagerly()
             loss, _ = forward_loss(batch[0][:2], batch[1][:2])
-            # Not backward(): DDP's hooks would count it as the first step, and never average a gradient after that.
+            # Not backward(), because DDP's hooks would count it as the first step and never average a gradient again.
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""A whole step as one CUDA graph that is replayed: gather, augment, forward, loss, backward, update, metrics.
+"""Capture a whole step as one CUDA graph: gather, augment, forward, loss, backward, update, metrics.
 
     recorder = CudaRecorder(device)
     step = GraphedStep(train_step, resident_loader, lr_at, recorder)
@@ -6,13 +6,13 @@
         step(*batch, lr_at(i), i)
 
 With a CUDA graph, a step costs the host one launch. On a CPU, testing/op_recorder.py has a recorder that replays a list
-of operators. It gains nothing and enforces a graph's rules, so that code that relies on them is tested anywhere: the
-same work on the same memory at every replay, Python's numbers as they were, no wait for a value, nothing kept between
-replays, no autograd graph from before.
+of operators. That recorder gains no time, but it enforces a graph's rules, so that code that relies on them is tested
+anywhere: every replay does the same work on the same memory, with the Python numbers of the recording, without a
+host-device synchronisation, without keeping memory between replays, and without an autograd graph from before.
 
-Values that differ from step to step reach the graph through memory: the draws, learning rates and numbers of a block of
-steps are copied to the device before the first of them. Each replay reads the row that a counter on the device points
-to, and increments the counter. A block may therefore end anywhere, for example at a run's last step.
+Values that differ from step to step reach the graph through memory. The draws, learning rates and numbers of a block of
+steps are copied to the device before the block's first step. Each replay reads the row that a counter on the device
+points to, and increments the counter, so a block may end anywhere, for example at a run's last step.
 
 CudaRecorder has not yet run on a GPU.
 """
@@ -37,25 +37,29 @@ BLOCK_STEPS = 256  # steps whose draws are copied together: 0.8 MB at 128 images
 WARM_UP = 3  # runs before the capture, in which cuDNN chooses its algorithms and Triton its configurations
 
 Work = Callable[[], object]
-NoBatch = tuple[()]  # the graph makes its own
+NoBatch = tuple[()]  # stands for a batch that the graph makes itself
 
 
 class CannotRecord(RuntimeError):
-    """Raised for work that would not do the same when it is replayed."""
+    """Work that would not do the same when it is replayed."""
 
 
 class Recording(Protocol):
+    """Recorded work, such as a torch.cuda.CUDAGraph."""
+
     def replay(self) -> None:
         """Run the work again, on the same memory."""
 
 
 class Recorder(Protocol):
+    """A way to record work on a device."""
+
     def record(self, work: Work, mutated: Sequence[Tensor]) -> Recording:
-        """Record what `work` does on the device, and leave all memory as it was.
+        """Record the device's work in `work`, and leave all memory as it was.
 
         Args:
-            work: runs the same operators at each call. A replay recreates the tensors it makes in the same place.
-            mutated: all tensors from outside that it writes to.
+            work: runs the same operators at each call. A replay recreates the tensors that it makes in the same place.
+            mutated: all tensors from outside that `work` writes to.
         """
 
 
@@ -67,17 +71,21 @@ class Batches(Protocol):
 
     compiles: bool  # batch() is bitwise identical when inductor compiles it
 
-    def draws(self, first_step: int, last_step: int) -> Draws: ...
+    def draws(self, first_step: int, last_step: int) -> Draws:
+        """Return the draws of the steps [first_step, last_step): (steps, ...) each, on the host."""
 
-    def batch(self, draws: Draws) -> Batch: ...
+    def batch(self, draws: Draws) -> Batch:
+        """Return the batch of one step's draws, on the device."""
 
 
 class Evaluations(Protocol):
     """The batches of a captured evaluation: see ResidentLoader."""
 
-    def eval_draws(self) -> Draws: ...
+    def eval_draws(self) -> Draws:
+        """Return the draws of all batches: index (batches, b) int64, count (batches,) int64, on the host."""
 
-    def eval_batch(self, index: Tensor, count: int | Tensor) -> Batch: ...
+    def eval_batch(self, index: Tensor, count: int | Tensor) -> Batch:
+        """Return one batch, on the device."""
 
 
 class FixedBatch:
@@ -89,9 +97,11 @@ class FixedBatch:
         self.images, self.labels = images, labels
 
     def draws(self, first_step: int, last_step: int) -> Draws:
+        """Return no draws, because the batch is always the same."""
         return {}
 
     def batch(self, draws: Draws) -> Batch:
+        """Return the batch."""
         return self.images, self.labels
 
 
@@ -99,9 +109,9 @@ class DeviceTable:
     """A table on the device that captured work reads row by row. Its memory never moves.
 
     Args:
-        columns: tensors (n, ...) by name, whose shapes and dtypes the table takes.
+        columns: tensors (n, ...) by name, which define the shapes and dtypes of the table.
         rows: the number of rows.
-        device: where the table is.
+        device: the table's device.
     """
 
     def __init__(self, columns: Draws, rows: int, device: torch.device) -> None:
@@ -114,7 +124,7 @@ class DeviceTable:
 
     @property
     def mutated_tensors(self) -> list[Tensor]:
-        """The tensors that next_row() changes."""
+        """Return the tensors that reading a row changes."""
         return [self._next]
 
     def fill(self, columns: Draws) -> None:
@@ -139,13 +149,13 @@ class DeviceTable:
 
 
 class GraphedStep:
-    """A TrainStep and its batches captured together; called like a TrainStep.
+    """A TrainStep and its batches captured together. It is called like a TrainStep.
 
     Args:
         step: the step, warmed up.
-        batches: make its batches from draws.
-        lr_at: the learning rate of every step, before it is scaled for a parameter group.
-        recorder: captures.
+        batches: make the step's batches from draws.
+        lr_at: returns the learning rate of a step, before it is scaled for a parameter group.
+        recorder: captures the step.
     """
 
     def __init__(self, step: TrainStep, batches: Batches, lr_at: Callable[[int], float], recorder: Recorder) -> None:
@@ -159,7 +169,7 @@ class GraphedStep:
         self.recording = recorder.record(self._work, [*step.mutated_tensors, *self._table.mutated_tensors])
 
     def train(self, first_step: int, last_step: int) -> Iterator[NoBatch]:
-        """Yield an empty batch for each step of [first_step, last_step), like a loader's train()."""
+        """Yield an empty batch for each step of [first_step, last_step), as a loader yields batches."""
         rows = self._table.rows
         blocks = [range(i, min(i + rows, last_step)) for i in range(first_step, last_step, rows)]
         columns = self._columns(blocks[0]) if blocks else {}
@@ -168,14 +178,14 @@ class GraphedStep:
             self._due = iter(block)
             for i in block:
                 yield ()
-                if following and i == block[len(block) // 2]:  # while the device has steps to take
+                if following and i == block[len(block) // 2]:  # while the device still has steps to run
                     columns = self._columns(following)
 
     def __call__(self, lr: float, step: int) -> None:
         """Run step `step`, which must be the next one of train(), at the learning rate lr_at(step)."""
         due = next(self._due, None)
         if step != due or lr != self.lr_at(step):
-            raise ValueError(f"step {step} at learning rate {lr} is not what was filled in: step {due}")
+            raise ValueError(f"step {step} at learning rate {lr} is not the step that train() prepared: step {due}")
         self.recording.replay()
 
     def _columns(self, steps: range) -> Draws:
@@ -198,16 +208,16 @@ class GraphedStep:
 
     def _work(self) -> None:
         images, labels = self._next_batch()
-        # If the images require a gradient, it must be freed with the step.
+        # If the images require a gradient, the gradient must be freed with the step.
         self.step.run_on_device(images.detach().requires_grad_(images.requires_grad), labels)
 
 
 class GraphedEvaluation:
-    """A loader's evaluation with one replay per batch; its evaluate() is passed to the same Evaluator's call."""
+    """A loader's evaluation with one replay per batch. The same Evaluator must be called with its evaluate()."""
 
     def __init__(self, evaluate: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
         self.evaluator, self.batches = evaluate, batches
-        columns = batches.eval_draws()  # the same at every evaluation
+        columns = batches.eval_draws()  # they are the same at every evaluation
         self._table = DeviceTable(columns, len(columns["index"]), evaluate.metrics.loss.device)
         self._table.fill(columns)
         self.recording = recorder.record(self._work, [*evaluate.metrics.tensors, *self._table.mutated_tensors])
@@ -234,9 +244,9 @@ def capture_if_enabled(
     lr_at: Callable[[int], float],
     say: Callable[[str], None],
 ) -> tuple[Callable[..., None], Any, Any]:
-    """Return the step, the training batches and the curve's evaluation batches: captured if the engine has CUDA graphs.
+    """Return the step, the training batches and the curve's evaluation batches, captured if the engine has CUDA graphs.
 
-    If capturing was auto's choice and fails, `say` gets the reason and the arguments are returned unchanged.
+    If capturing was auto's choice and fails, `say` is called with the reason and the arguments are returned unchanged.
 
     Raises:
         RunError: if engine.cuda_graph is true and the capture fails.
@@ -252,8 +262,8 @@ def capture_if_enabled(
         step.abort_step()
         why = first_line(error)
         if not engine.cuda_graph_may_fall_back:
-            raise RunError(f"engine.cuda_graph true: the step has no graph ({why}); leave it at auto") from error
-        say(f"cuda_graph: false (the step has no graph: {why})")
+            raise RunError(f"engine.cuda_graph true: the step cannot be captured ({why}); leave it at auto") from error
+        say(f"cuda_graph: false (the step cannot be captured: {why})")
         return step, training, evaluation
 
 
@@ -261,10 +271,10 @@ def capture_if_enabled(
 
 
 class CudaRecorder:
-    """Captures work as CUDA graphs. Not yet run on a GPU.
+    """Capture work as CUDA graphs. It has not yet run on a GPU.
 
-    All graphs of a recorder share one memory pool: each writes what it reads before it reads it, so they may be
-    replayed in any order, and an evaluation needs no memory of its own.
+    All graphs of a recorder share one memory pool, so that an evaluation needs no memory of its own. They may be
+    replayed in any order, because each graph writes pooled memory before it reads it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -272,17 +282,18 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work, mutated: Sequence[Tensor]) -> Recording:
+        """Record `work` as Recorder.record does."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        # Warm up on the stream of the capture, so that what torch keeps per stream (cuBLAS's workspace) exists already.
+        # Warm up on the stream of the capture, so that memory that torch keeps per stream (cuBLAS's workspace) exists.
         try:
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UP):
                     with preserving(mutated):
                         work()
                 graph = torch.cuda.CUDAGraph()
-                # Capturing runs nothing, so there is nothing to restore. Its error mode stays "global", the strictest:
-                # no other thread uses the device meanwhile, except autograd's, which is part of the capture.
+                # Capturing runs nothing, so no memory has to be restored. Its error mode stays "global", the strictest,
+                # because no other thread uses the device meanwhile, except autograd's, which is part of the capture.
                 with capturing(graph, pool=self.pool, stream=self.stream):
                     work()
         finally:  # if the work fails, the step continues without a graph from the restored state

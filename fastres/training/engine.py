@@ -29,7 +29,7 @@ APEX_NORM = "contrib.groupbn.batch_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How the step runs on this device. `reasons` has a line for each choice that `auto` made."""
+    """The resolved settings of the step on this device. `reasons` has a line for each choice that `auto` made."""
 
     device: torch.device
     precision: str  # a name in DTYPES
@@ -46,12 +46,12 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations and batches."""
+        """Return the dtype of activations and batches."""
         return DTYPES[self.precision]
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory format of activations, weights and batches."""
+        """Return the memory format of activations, weights and batches."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def apply_torch_settings(self) -> None:
@@ -62,16 +62,16 @@ class Engine:
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.deterministic:
-            # Read once, at a process's first matrix product: bench/conftest.py sets it for all benchmarks.
+            # torch reads it once, at a process's first matrix product, so bench/conftest.py sets it for all benchmarks.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
-        # It fills memory that is about to be written: a tool to find reads before writes, not needed for equal runs.
+        # Filling memory that is about to be written only helps to find reads before writes; equal runs do not need it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move the model to the device, in the engine's memory format, and choose its convolutions' algorithm.
 
-        Weights become fp32, or fp64 if activations are.
+        Weights become fp32, or fp64 if activations are fp64.
         """
         for module in model.modules():
             if isinstance(module, Conv2d):
@@ -81,13 +81,13 @@ class Engine:
 
 
 class _Choices:
-    """The values that `auto` takes, with a line for each."""
+    """The choices that `auto` makes, with a line for each."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
     def choose(self, field: str, value: Any, choice: Any, reason: str) -> Any:
-        """Return `value`, or for auto `choice`, whose reason is kept."""
+        """Return `value`, or `choice` if the value is auto, and keep the reason."""
         if value != "auto":
             return value
         self.reasons.append(f"{field}: {str(choice).lower()} ({reason})")
@@ -99,10 +99,10 @@ def resolve_engine(config: Config, local_rank: int = 0) -> Engine:
 
     Args:
         config: the run's configuration.
-        local_rank: this process's number on its host, which is its GPU's.
+        local_rank: this process's rank on its host, which is also the number of its GPU.
 
     Raises:
-        UsageError: if a value that was asked for is unavailable here.
+        UsageError: if a requested value is unavailable here.
     """
     wanted, choices = config.engine, _Choices()
     device = _resolve_device(wanted.device, local_rank, choices)
@@ -169,16 +169,16 @@ def _resolve_precision(wanted: str, device: torch.device, choices: _Choices) -> 
     bf16, why = computes_in_bf16(device)
     precision: str = choices.choose("precision", wanted, "bf16" if bf16 else "fp32", why)
     if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UsageError(f"engine.precision tf32: {device} has none (an A100 or newer has); use fp32")
+        raise UsageError(f"engine.precision tf32: {device} lacks it (an A100 or newer has it); use fp32")
     if precision == "bf16" and device.type == "cuda" and not bf16:
         raise UsageError(f"engine.precision bf16: {why}; use fp16 or fp32")
     return precision
 
 
 def _check_norm(norm: str, config: Config, device: torch.device, precision: str) -> None:
-    """Raise UsageError if a norm that was asked for cannot run here."""
+    """Raise UsageError if a requested norm cannot run here."""
     if norm == "fused" and device.type == "cuda" and not HAS_TRITON:
-        raise UsageError("model.norm fused: the kernels need Triton: pip install triton; or use torch")
+        raise UsageError("model.norm fused: the kernels need Triton; pip install triton, or use torch")
     if norm == "apex":
         apex, why = find_apex(APEX_NORM)
         if apex is None:
@@ -192,32 +192,32 @@ def _check_norm(norm: str, config: Config, device: torch.device, precision: str)
 
 
 def can_compile(device: torch.device) -> tuple[bool, str]:
-    """Return True if torch.compile has what it needs here, and the reason, with the remedy, in words."""
+    """Return True if torch.compile can run here, and the reason in words, with the remedy if it cannot."""
     if device.type == "cuda":
         if not HAS_TRITON:
             return False, "Triton is not installed: pip install triton"
-        # Triton builds its launcher at the first launch; on Windows it brings its own compiler.
+        # Triton builds its launcher at the first launch. On Windows it comes with a compiler.
         compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
         if sys.platform != "win32" and shutil.which(compiler) is None:
             return False, "no C compiler for Triton on the PATH: apt-get install gcc"
         missing = "" if sys.platform == "win32" else _missing_headers()
-        return not missing, missing or "Triton is there"
+        return not missing, missing or "Triton is installed"
     if sys.platform == "win32":
         found = shutil.which("cl") is not None
-        return (found, "the C++ compiler is there" if found else "no C++ compiler: run from a Visual Studio prompt")
+        return (found, "the C++ compiler is installed" if found else "no C++ compiler: run from a Visual Studio prompt")
     # The compiler that inductor looks for.
     compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "clang++")
     if shutil.which(compiler) is None:
         remedy = "apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
         return False, f"no C++ compiler {compiler} on the PATH: {remedy}"
     missing = _missing_headers()
-    return not missing, missing or f"the C++ compiler {compiler} is there"
+    return not missing, missing or f"the C++ compiler {compiler} is installed"
 
 
 def _missing_headers() -> str:
-    """Return which of Python's headers are missing, with the remedy, or an empty text."""
-    there = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
-    return "" if there else "no Python headers: apt-get install python3-dev"
+    """Return the error that Python's headers are missing, with the remedy, or an empty text if they are installed."""
+    installed = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    return "" if installed else "no Python headers: apt-get install python3-dev"
 
 
 def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str, str]:
@@ -226,7 +226,7 @@ def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str,
         return False, "CUDA graphs are for GPUs", "leave it at auto"
     if ranks.world_size() > 1:
         why = f"{ranks.world_size()} processes exchange gradients in every step, which is not captured"
-        return False, why, "use one, or leave it at auto"
+        return False, why, "use one process, or leave it at auto"
     if config.data.loader != "resident":
         why = f"the batches of data.loader {config.data.loader} are made outside of the step"
         return False, why, "use --data.loader resident, or leave it at auto"
@@ -237,7 +237,7 @@ def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str,
 
 
 def _runs_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
-    """Return True if the C++ kernels serve this run, and the reason in words. They are built if all else fits."""
+    """Return True if the C++ kernels can run here, and the reason in words. It builds them if all else fits."""
     if device.type != "cpu":
         return False, "the C++ kernels are for CPUs"
     if precision != "bf16":
@@ -271,9 +271,9 @@ def _faster_norm(config: Config, device: torch.device, precision: str, in_cpp: b
 
 
 def find_apex(part: str) -> tuple[ModuleType | None, str]:
-    """Return that part of NVIDIA's apex, or None, and the reason. PyPI's package of that name is another project."""
+    """Return the module apex.PART of NVIDIA's apex, or None, and the reason. PyPI's apex is another project."""
     try:
-        return importlib.import_module(f"apex.{part}"), "apex is there"
+        return importlib.import_module(f"apex.{part}"), "apex is installed"
     except ImportError as error:
         if importlib.util.find_spec("apex") is None:
             return None, "NVIDIA's apex is not installed"

@@ -1,4 +1,4 @@
-"""Loss and accuracy over a whole split."""
+"""Measure loss and accuracy over a whole split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastres.training.step import Batch, ForwardLoss
 
 
 class Evaluator:
-    """Loss and accuracy over all samples of a loader, on all ranks.
+    """Measure loss and accuracy over all samples of a loader, on all ranks.
 
     Args:
         model: the network.
@@ -37,12 +37,12 @@ class Evaluator:
         """Return the sums over all batches of all ranks. Collective."""
         start = time.perf_counter()
         self.model.eval()
-        process_group.broadcast_buffers(self.model)  # until here each rank has its own statistics
+        process_group.broadcast_buffers(self.model)  # because each rank has its own running statistics
         self.metrics.reset()
         for batch in batches:
             if batch:  # an empty batch stands for a replay, which has added its own samples
                 self.add(*batch)
-        metrics, _ = self.metrics.read()  # waits for the device
+        metrics, _ = self.metrics.read()  # synchronises with the device
         self.time_s = time.perf_counter() - start
         return metrics
 

@@ -24,17 +24,17 @@ class Metrics:
 
     @property
     def mean_loss(self) -> float:
-        """Loss per sample."""
+        """Return the loss per sample."""
         return self.loss / max(1, self.samples)
 
     @property
     def accuracy(self) -> float:
-        """Fraction of correct predictions."""
+        """Return the fraction of correct predictions."""
         return self.correct / max(1, self.samples)
 
 
 class DeviceMetrics:
-    """Metrics that grow on the device; reading them is the only host-device synchronisation."""
+    """Metrics that grow on the device. Only reading them synchronises the host with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -59,7 +59,7 @@ class DeviceMetrics:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that change."""
+        """Return all tensors that change."""
         return self.loss, self.correct, self.samples, self.step, self.bad_step
 
     def reset(self) -> None:
@@ -75,7 +75,7 @@ class DeviceMetrics:
         return {"loss": loss, "counts": counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Give the sums to rank 0 and zeros to the others, so that together they are what was saved."""
+        """Give the sums to rank 0 and zeros to the other ranks, so that all ranks together have the saved sums."""
         self.reset()
         if ranks.rank() == 0:
             self.loss.copy_(state["loss"])

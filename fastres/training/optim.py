@@ -33,7 +33,7 @@ def _from_zero_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
 
 
 class Muon(torch.optim.SGD):
-    """torch's fused SGD that replaces the gradient by the orthogonalised momentum in groups with `muon_momentum`.
+    """The fused SGD of torch, with the orthogonalised momentum as gradient in groups with `muon_momentum`.
 
     It keeps each weight's norm at the square root of its number of filters (Jordan et al. 2024, "Muon: An optimizer for
     hidden layers in neural networks", as in cifar10-airbench), so the learning rate alone sets the length of a step.
@@ -56,8 +56,9 @@ class Muon(torch.optim.SGD):
 def orthogonal(filters: Tensor) -> Tensor:
     """Return (K, C, kh, kw) filters, seen as a matrix of K rows, with singular values near 1.
 
-    Values of at least 2 % of the matrix's norm become 0.68 to 1.21. It runs three steps of the Newton-Schulz iteration
-    with the coefficients of Jordan et al. (2024), in bf16, which is precise enough, or in float64 for float64 weights.
+    Values of at least 2 % of the matrix's norm become 0.68 to 1.21. The method is three steps of the Newton-Schulz
+    iteration with the coefficients of Jordan et al. (2024), in bf16, which is precise enough, or in float64 for float64
+    weights.
     """
     rows = filters.permute(0, 2, 3, 1)  # a view of channels-last memory; the order of the columns does not matter
     matrix = rows.flatten(1)
@@ -67,7 +68,8 @@ def orthogonal(filters: Tensor) -> Tensor:
     for _ in range(3):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).unflatten(1, rows.shape[1:]).permute(0, 3, 1, 2)
+    y: Tensor = (x.T if tall else x).unflatten(1, rows.shape[1:])
+    return y.permute(0, 3, 1, 2)
 
 
 def muon(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
@@ -89,7 +91,10 @@ def apex_sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> t
     optimizers, reason = find_apex("optimizers")
     if optimizers is None:
         raise UsageError(f"optim.name apex_sgd: {reason}; use --optim.name sgd")
-    return optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer: torch.optim.Optimizer = optimizers.FusedSGD(
+        groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov
+    )
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Tensor, OptimConfig], torch.optim.Optimizer]] = {
@@ -103,7 +108,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
     """Return the configured optimizer over the model's parameters.
 
     Args:
-        model: on its device.
+        model: the network, on its device.
         config: the optimizer's fields.
         lr: () float32 on the model's device; filling it in place changes the learning rate without recompiling.
 
@@ -121,7 +126,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
         ]
     if scaled:
         scale = config.norm_bias_lr_scale
-        # The decay per step is then the same as that of other parameters.
+        # Dividing the decay keeps the decay per step the same as for other parameters.
         decay = config.weight_decay / scale if config.decay_norm_and_bias else 0.0
         groups.append({"params": scaled, "weight_decay": decay, "lr": lr.clone(), "lr_scale": scale})
     return OPTIMIZERS[config.name](groups, lr, config)

@@ -10,17 +10,20 @@ from fastres.config.schema import ScheduleConfig
 
 def multistep(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return factor to the power of the milestones passed (He et al. 2015, section 4.2)."""
-    return config.factor ** sum(step >= milestone for milestone in config.milestones)
+    scale: float = config.factor ** sum(step >= milestone for milestone in config.milestones)
+    return scale
 
 
 def cosine(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return a cosine from 1 at the end of the warm-up to final_scale at the last step (Loshchilov and Hutter 2016)."""
-    return config.final_scale + (1 - config.final_scale) * (1 + math.cos(math.pi * _done(config, step, steps))) / 2
+    final: float = config.final_scale
+    return final + (1 - final) * (1 + math.cos(math.pi * _done(config, step, steps))) / 2
 
 
 def triangular(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return a line from 1 at the end of the warm-up to final_scale at the last step (Smith 2017)."""
-    return 1 + (config.final_scale - 1) * _done(config, step, steps)
+    final: float = config.final_scale
+    return 1 + (final - 1) * _done(config, step, steps)
 
 
 def constant(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -39,12 +42,15 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, int, int], float]] = {
 def lr_scale(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return the fraction of optim.lr for step `step` of `steps` (counted from 0), warm-up included."""
     if step < config.warmup_steps:
+        first: float = config.warmup_scale
         if config.warmup == "constant":
-            return config.warmup_scale
-        return config.warmup_scale + (1 - config.warmup_scale) * step / config.warmup_steps
+            return first
+        scale: float = first + (1 - first) * step / config.warmup_steps
+        return scale
     return SCHEDULES[config.name](config, step, steps)
 
 
 def _done(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return the fraction of the way from the end of the warm-up to the last step."""
-    return (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    done: float = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    return done

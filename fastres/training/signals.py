@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the run finishes its step and saves before it leaves."""
+"""Handle SIGTERM and SIGINT: the run finishes its step and saves before it exits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import FrameType
 from fastres.utils import ranks
 
 SIGNAL_EVERY = 10  # steps between comparisons of the ranks' signals
-GRACE_S = 10.0  # after a signal: time to finish the step and save
+GRACE_S = 10.0  # time after a signal to finish the step and save
 
 
 class StopSignal:
-    """The number of the signal that asks the run to stop; 0 until one has come."""
+    """The number of the signal that asks the run to stop, or 0 if none has come."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -24,7 +24,7 @@ class StopSignal:
     def handle(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal. A second one within GRACE_S changes nothing; a later one ends the process.
 
-        On Ctrl-C, both the terminal and torchrun send one.
+        On Ctrl-C, both the terminal and torchrun send a signal.
         """
         if not self.number:
             self.number, self.since_s = number, time.monotonic()
@@ -34,7 +34,7 @@ class StopSignal:
 
 
 def polls_signals(done: int) -> bool:
-    """Return True if the ranks compare their signals after `done` steps; one process always looks at its own."""
+    """Return True if the ranks compare their signals after `done` steps. One process does so after every step."""
     return ranks.world_size() == 1 or done % SIGNAL_EVERY == 0
 
 

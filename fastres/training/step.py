@@ -1,7 +1,7 @@
-"""One training step. The only autocast and the only torch.compile are here.
+"""One training step, with the only autocast and the only torch.compile of fastres.
 
-Forward and loss are one graph, compiled without breaks; the backward pass comes from AOTAutograd; the optimizer
-is one fused kernel. Nothing here waits for the device: metrics stay on it until somebody reads them.
+Forward and loss are one graph, compiled without breaks. The backward pass comes from AOTAutograd, and the optimizer is
+one fused kernel. A step never synchronises with the device, because metrics stay on it until they are read.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ def raise_recompile_limit(count: int) -> None:
 
 
 class BatchedCast(torch.autograd.Function):
-    """(dtype, *weights) -> the weights in dtype, any shapes and strides.
+    """Cast all weights together: (dtype, *weights) -> the weights in dtype, of any shapes and strides.
 
-    Under inductor it takes two kernels, and one for the gradients; casting the weights one by one takes a launch each,
-    and another for each gradient (docs/EXPERIMENTS.md, "The fused kernels, without a GPU").
+    Under inductor this takes two kernels, and one for the gradients. Casting the weights one by one takes a launch for
+    each, and another for each gradient (docs/EXPERIMENTS.md, "The fused kernels, without a GPU").
     """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Return the weights in `dtype`, each with its shape and strides."""
         ctx.dtype = weights[0].dtype
         # Flatten in memory order; restore each weight's strides afterwards.
         orders = [sorted(range(w.ndim), key=w.stride, reverse=True) for w in weights]
@@ -62,18 +63,20 @@ class BatchedCast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Inductor makes one kernel of multiplying a list, not of casting it; times one in the wider dtype is exact.
+        """Return the gradients in the weights' dtype."""
+        # Multiply by one in the wider dtype, which is exact: inductor makes one kernel of multiplying a list, and
+        # several of casting it.
         one = torch.ones((), dtype=ctx.dtype, device=grads[0].device)
         return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 
 
 class ForwardLoss(nn.Module):
-    """(images, labels) -> (loss, number of correct predictions), both () and on the device.
+    """Forward and loss: (images, labels) -> (loss, number of correct predictions), both () and on the device.
 
     Args:
         model: the network.
         engine: the resolved engine.
-        reduction: of the loss over the samples, "mean" or "sum".
+        reduction: how the loss is reduced over the samples, "mean" or "sum".
         label_smoothing: in [0, 1).
         mirrored: average the logits of each image and of its mirror image.
     """
@@ -90,6 +93,7 @@ class ForwardLoss(nn.Module):
         self.running_stats = defer_running_stats(model)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the number of correct predictions of a batch."""
         with self.running_stats:
             logits = self._logits(images)
         if self.mirrored:
@@ -101,7 +105,7 @@ class ForwardLoss(nn.Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
-        # The correct class of a mixture is that of its larger part.
+        # The correct class of a mixture is the class of its larger part.
         right = labels.argmax(1) if labels.is_floating_point() else labels
         return loss, (logits.argmax(1) == right).sum()
 
@@ -113,7 +117,8 @@ class ForwardLoss(nn.Module):
                 logits = torch.func.functional_call(self.model, self._cast_weights(), (images,))
             else:
                 logits = self.model(images)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide
 
     def _cast_weights(self) -> dict[str, Tensor]:
         """Return the weights that autocast would cast one by one, by name, cast together."""
@@ -124,7 +129,8 @@ class ForwardLoss(nn.Module):
             for kind, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad
         }
-        # Multiples of eight first, so that each of those begins at a multiple of 16 bytes, as tensor cores need it.
+        # Sort weights with a multiple of eight elements to the front, so that each of them begins at a multiple of 16
+        # bytes, as tensor cores need it.
         names = sorted(found, key=lambda name: found[name].numel() % 8 != 0)
         if not names:
             return {}
@@ -143,13 +149,13 @@ class ForwardLoss(nn.Module):
 
 
 class TrainStep:
-    """One optimizer step: forward, loss, backward, update. `metrics` sums what the steps did.
+    """One optimizer step: forward, loss, backward, update. `metrics` has the sums over the steps.
 
     Args:
         model: the network, already on the engine's device.
         engine: the resolved engine.
-        optim: the optimizer's fields; its learning rate is the one of the global batch.
-        label_smoothing: of the training loss, in [0, 1).
+        optim: the optimizer's fields; the learning rate is for the global batch.
+        label_smoothing: label smoothing of the training loss, in [0, 1).
         accumulate: micro-batches that the per-rank batch is split into, so that only one has to fit in memory.
     """
 
@@ -160,7 +166,7 @@ class TrainStep:
         self.model = model
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
-        # The gradient that a backward starts from; without it, autograd fills a new one at each step.
+        # The gradient that a backward starts from, because otherwise autograd fills a new tensor at each step.
         self.one = torch.ones((), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32))
         self.optimizer = build_optimizer(model, optim, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
@@ -170,7 +176,7 @@ class TrainStep:
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
         self.count = compiled(self._count) if engine.compile else self._count
-        # DDP wraps the compiled module: inside, its hooks would break the graph.
+        # DDP wraps the compiled module, because DDP's hooks inside of it would break the graph.
         self.forward_loss = process_group.wrap(self.inner, engine.device, engine.compress_gradients)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
@@ -179,8 +185,8 @@ class TrainStep:
         Args:
             images: (b, C, S, S) in the engine's dtype and memory format, on its device.
             labels: (b,) int64, or (b, classes) float32 shares.
-            lr: the learning rate of the schedule; groups with a multiple of it take that.
-            step: its number, for the report of a non-finite loss.
+            lr: the learning rate of the schedule, which is multiplied by the scale of each parameter group.
+            step: the step's number, for the report of a non-finite loss.
         """
         for tensor, scale in self.learning_rates.items():
             tensor.fill_(lr * scale)
@@ -213,21 +219,21 @@ class TrainStep:
         self.optimizer.zero_grad()
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile everything by running forward and backward; the model's state stays as it is."""
+        """Compile everything by running forward and backward. The model's state stays as it is."""
         with preserving([*self.model.buffers(), *self.metrics.tensors]):
             self.model.train()
             self._accumulate_gradients(self._micro_batches(images, labels)[0])
         self.model.zero_grad()
 
     def abort_step(self) -> None:
-        """Forget an unfinished step: its gradients, and what the loss scaler knows of them."""
+        """Discard an unfinished step: its gradients, and the loss scaler's record of them."""
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
         self.scaler = torch.amp.GradScaler(self.engine.device.type, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state)
 
     def run_eagerly(self) -> None:
-        """Run from now on as if the engine did not compile."""
+        """Run eagerly from now on, as if the engine did not compile."""
         self.inner.run_eagerly()
         self.count = self._count
 
@@ -247,10 +253,10 @@ class TrainStep:
 
     @property
     def mutated_tensors(self) -> list[Tensor]:
-        """All tensors that a step changes in place."""
+        """Return all tensors that a step changes in place."""
         scaler: list[Any] = []
         if self.scaler.is_enabled():
-            self.scaler.scale(self.lr)  # it makes its tensors when it is first used
+            self.scaler.scale(self.lr)  # the scaler makes its tensors when it is first used
             scaler = [self.scaler._scale, self.scaler._growth_tracker]
         state = [value for _, _, value in self._optimizer_tensors()]
         model = [*self.model.parameters(), *self.model.buffers()]
@@ -265,7 +271,7 @@ class TrainStep:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on. Collective."""
+        """Return the state that the next step depends on. Collective."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -274,14 +280,14 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy the state into the tensors that are there, so that a captured step continues from it."""
+        """Copy the state into the existing tensors, so that a captured step continues from it."""
         self.model.load_state_dict(state["model"])
         tensors = self._optimizer_tensors()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr  # load_state_dict put a copy there that nobody fills
-        for parameter, key, tensor in tensors:  # and replaced these, whose addresses a CUDA graph has
+            group["lr"] = lr  # because load_state_dict has replaced it by a copy that nobody fills
+        for parameter, key, tensor in tensors:  # it has replaced these too, and a CUDA graph has their addresses
             self.optimizer.state[parameter][key] = tensor.copy_(self.optimizer.state[parameter][key])
         self.scaler.load_state_dict(state["scaler"])
         self.metrics.load_state_dict(state["totals"])

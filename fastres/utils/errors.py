@@ -19,14 +19,14 @@ from fastres.utils import ranks
 
 
 class UsageError(Exception):
-    """Invalid input: one line that names the thing and the remedy. Exit status 2."""
+    """Invalid input: one line that names the setting and the remedy. Exit status 2."""
 
     status = 2
     said = False  # True if another rank has printed it
 
 
 class RunError(Exception):
-    """A run that has started and cannot continue: one line that says what is left of it. Exit status 1."""
+    """A run that has started and cannot continue: one line with the cause and the state that is left. Exit status 1."""
 
     status = 1
     said = False
@@ -39,6 +39,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> Any:
+        """Raise UsageError instead of printing the usage and exiting."""
         raise UsageError(f"{message}; --help lists all")
 
 
@@ -49,7 +50,7 @@ def first_line(error: BaseException) -> str:
 
 OUT_OF_MEMORY = (
     "can't allocate memory",  # torch, on a CPU
-    "cuda error: out of memory",  # of a context, or pinned
+    "cuda error: out of memory",  # for a context or for pinned memory
     "cublas_status_alloc_failed",
     "'out of memory'",  # NCCL
 )
@@ -67,19 +68,19 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def complain(what: str, said: bool = False) -> None:
-    """Print one line on stderr, with the rank if there are several processes, and leave it for torchrun's report.
+    """Print one line on stderr, with the rank if there are several processes, and store it for torchrun's report.
 
     Args:
         what: the message.
         said: True if another rank has printed it.
     """
-    # It may quote a file: nothing in it may move the terminal's cursor or fail to be encoded.
+    # The message may quote a file, so characters that move the terminal's cursor or cannot be encoded are escaped.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
     if not said:
         who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):  # a launcher that is gone has removed its folder
+        with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
             Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
 
 
@@ -92,8 +93,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = error.status
     except Exception as error:
         if out_of_memory(error):
-            remedy = "take a smaller batch, or in training --train.accumulate 2 for the same batch in parts"
-            line, status = f"out of memory ({first_line(error)}): {remedy}", RunError.status
+            remedy = "use a smaller batch, or in training --train.accumulate 2 for micro-batches of the same batch"
+            line, status = f"out of memory ({first_line(error)}); {remedy}", RunError.status
         elif isinstance(error, OSError) and error.filename is not None:
             line = f"{error.filename}: {error.strerror}; give a path that can be used"
             status = UsageError.status
@@ -101,9 +102,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         complain(line, getattr(error, "said", False))
     if ranks.world_size() > 1:
-        # When the interpreter ends, any reference to the process group leaves threads that nobody joins: 9 of 26 runs
-        # of a script that kept a network with shared statistics ended with SIGABRT after all was done (torch 2.14,
-        # gloo). After a failure, destroying the group would wait for processes that are gone.
+        # Skip the interpreter's shutdown, because any reference to the process group leaves threads that nobody joins:
+        # 9 of 26 runs of a script that kept a network with shared statistics ended with SIGABRT after their work was
+        # done (torch 2.14, gloo). After a failure, destroying the group would wait for processes that have ended.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,7 +1,7 @@
 """A device's data sheet, the rates measured on it, and the state of the machine.
 
 Nothing is guessed: a device that is not in PEAKS has no peaks, and a field that cannot be read is None with the reason.
-Not yet run on a GPU: measured_copy and measured_matmul there, and gpu_fields against a real NVML.
+measured_copy and measured_matmul have not yet run on a GPU, and gpu_fields has not yet met a real NVML.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastres.utils.timing import interleaved, time_region
 class Peaks:
     """A data sheet's peak rates."""
 
-    flops: Mapping[str, float]  # dense FLOP/s by precision, without those that the device lacks
+    flops: Mapping[str, float]  # dense FLOP/s by precision, for the precisions that the device has
     bytes_per_s: float
 
 
@@ -39,8 +39,8 @@ def _peaks(fp32: float, tf32: float | None, bf16: float | None, fp16: float, gb_
     return Peaks({name: 1e12 * value for name, value in tflops.items() if value}, 1e9 * gb_per_s)
 
 
-# By the name that torch.cuda.get_device_name returns. Figures are dense: half of those that a sheet gives with sparsity
-# only. For GeForce cards, bf16 and fp16 are those with accumulation in fp32, which torch asks for.
+# Keys are the names that torch.cuda.get_device_name returns. Figures are dense, so if a sheet gives a figure only with
+# sparsity, the table has half of it. For GeForce cards, bf16 and fp16 accumulate in fp32, which torch requests.
 PEAKS: dict[str, Peaks] = {
     # "NVIDIA A100 Tensor Core GPU", data sheet 2021; the 40 GB parts: "NVIDIA A100 ... Architecture", table 4
     "NVIDIA A100-SXM4-40GB": _peaks(19.5, 156, 312, 312, 1555),
@@ -131,7 +131,7 @@ THROTTLE_REASONS = {
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:
-    """Return the state of the machine at this moment. Never raises.
+    """Return the state of the machine at this moment. It never raises.
 
     A field that cannot be read is None, and `unknown` has the reason under the field's name.
     """
@@ -148,7 +148,7 @@ def snapshot(device: torch.device) -> dict[str, Any]:
 
 
 def disturbances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return a line for each thing that may have disturbed a measurement between two snapshots."""
+    """Return a line for each condition that may have disturbed a measurement between two snapshots."""
     lines = []
     host = before["host"]
     if others := host["other_runnable"]:
@@ -159,16 +159,16 @@ def disturbances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         throttled_ns = _grown((before["gpu"] or {}).get("throttled_ns") or {}, gpu.get("throttled_ns") or {})
         if throttled_ns:
             by = ", ".join(f"{reason} {ns / 1e9:.1f} s" for reason, ns in throttled_ns.items())
-            lines.append(f"the GPU's clocks were held back meanwhile: {by}")
+            lines.append(f"the GPU was throttled during the measurement: {by}")
         if others := gpu["other_processes"]:
             lines.append(f"{len(others)} other process(es) used the GPU")
         if reasons := [reason for reason in gpu["throttled"] or () if reason != "idle"]:
-            lines.append(f"the GPU's clocks were held back: {', '.join(reasons)}")
+            lines.append(f"the GPU was throttled at the end: {', '.join(reasons)}")
     return lines
 
 
 def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """Return by how much each counter has grown, of those that are in both and have grown."""
+    """Return the increase of each counter that is in both and has grown."""
     return {name: n - before[name] for name, n in after.items() if n > before.get(name, n)}
 
 
@@ -182,7 +182,7 @@ def _other_runnable() -> int:
 
 
 def _mhz() -> list[float]:
-    """Return the frequency of each CPU. Raise LookupError if the system does not tell."""
+    """Return the frequency of each CPU. Raise LookupError if the system does not report any."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     if not found:
@@ -220,7 +220,7 @@ def gpu_fields(device: torch.device) -> dict[str, Callable[[], Any]]:
         return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
 
     def throttled_ns() -> dict[str, int]:
-        """Return the time since the driver was loaded. throttled() sees one moment, in which the GPU is mostly idle."""
+        """Return the throttled time since the driver was loaded; throttled() sees one moment, mostly an idle GPU."""
         policies = {"power cap": nvml.NVML_PERF_POLICY_POWER, "temperature": nvml.NVML_PERF_POLICY_THERMAL}
         return {
             reason: nvml.nvmlDeviceGetViolationStatus(gpu, policy).violationTime for reason, policy in policies.items()

@@ -1,4 +1,4 @@
-"""The precisions by name, and which of them a device computes in."""
+"""The precisions by name, and the test whether a device computes in bf16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def computes_in_bf16(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"compute capability {major}.{minor}"
-        return (True, name) if major >= 8 else (False, f"{name} has no bf16, 8.0 has")
+        return (True, name) if major >= 8 else (False, f"{name} is below 8.0, the first with bf16")
     if torch.cpu._is_amx_tile_supported():
         return True, "the CPU has AMX"
     if torch.cpu._is_avx512_bf16_supported():

@@ -1,4 +1,4 @@
-"""This process among the others, as torchrun's environment variables tell it. Without torchrun there is one process."""
+"""Ranks and world size, from torchrun's environment variables. Without torchrun there is one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time of the process from its start, and of training without everything else."""
+"""Measure the wall time of a run, and the time that it spends on training alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ STARTED = time.perf_counter()  # fastres imports this first, before torch is imp
 
 
 class RunTimer:
-    """Seconds of training and of the whole run, over restarts. Stopping synchronises the device."""
+    """Seconds of training and of the whole run, added up over restarts. Stopping synchronises the device."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
-        self._train = self._wall = 0.0  # of earlier processes of the run, and what this one has trained
+        self._train = self._wall = 0.0  # of earlier processes of the run; _train also has the intervals of this one
         self._since: float | None = None
 
     def start(self) -> None:
@@ -28,14 +28,14 @@ class RunTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the block: evaluation, checkpoints."""
+        """Exclude the block, such as an evaluation or a checkpoint, from the training time."""
         self.stop()
         yield
         self.start()
 
     @property
     def train_time_s(self) -> float:
-        """Seconds of training so far."""
+        """Return the seconds of training so far."""
         if self._since is None:
             return self._train
         self._wait()
@@ -43,7 +43,7 @@ class RunTimer:
 
     @property
     def wall_time_s(self) -> float:
-        """Seconds since the run began, interruptions left out."""
+        """Return the seconds since the run began, without interruptions."""
         return self._wall + time.perf_counter() - STARTED
 
     def state_dict(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The nearest of several names, for errors about a name that is none of them."""
+"""Suggest the nearest valid name in errors about an unknown one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def unknown(what: str, value: object, choices: Iterable[str], near: str | None = None) -> ValueError:
-    """Return the error for a value that is none of the choices: one line with the nearest and all of them."""
+    """Return the error for an unknown value, in one line with the nearest choice and all choices."""
     choices = list(choices)
     near = near or nearest(str(value).lower(), choices)
     hint = f"did you mean {near!r}? " if near else ""

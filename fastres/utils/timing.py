@@ -26,7 +26,7 @@ class Ratio:
     """The speed relative to a baseline: above 1 is faster."""
 
     of_medians: float
-    of_pairs: tuple[float, ...]  # of the two in each round; their spread shows how steady of_medians is
+    of_pairs: tuple[float, ...]  # the ratio in each round; the spread shows how steady of_medians is
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Timing:
 
 
 def wait_for(device: torch.device) -> None:
-    """Synchronise with the device. Nothing to do on a CPU, whose work is synchronous."""
+    """Synchronise with the device. A CPU needs no synchronisation."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -97,12 +97,12 @@ def interleaved(
     """Run the regions interleaved in their order, and time them.
 
     Args:
-        regions: by name.
-        rounds: measured runs of each.
-        device: synchronised at both ends of each run.
-        warm_up: runs of each before the measured ones.
-        before: called with a region's name before each of its runs and outside of its time, for switches that belong
-            to the whole process.
+        regions: the regions by name.
+        rounds: measured runs of each region.
+        device: is synchronised at both ends of each run.
+        warm_up: runs of each region before the measured ones.
+        before: is called with a region's name before each of its runs and outside of its time, for switches that
+            belong to the whole process.
     """
     seconds: dict[str, list[float]] = {name: [] for name in regions}
     for turn in range(-warm_up, rounds):
@@ -142,12 +142,13 @@ class Stopwatch:
         return event
 
     def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+        seconds: float = end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+        return seconds
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Collect garbage before the block and not inside, where freeing it would count as work of the block."""
+    """Collect garbage before the block and pause the collector inside, so that no collection is timed."""
     collects = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -409,7 +409,7 @@ def _refuse_double(what: str) -> None:
 
 # ---- as operators of torch ---------------------------------------------------------------------------------
 
-_operators: Any = torch.library.Library("fastres_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_operators: Any = torch.library.Library("fastres_kernels", "FRAGMENT")
 for _schema, _function in {
     "cpp_batch_norm_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)": _forward,

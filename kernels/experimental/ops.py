@@ -185,11 +185,9 @@ def reference_backward(
     dx = dweight = None
     dnorm: list[Tensor | None] = [None] * 4
     if want_weight:
-        dweight = channels_last(
-            conv2d_weight(a, weight.shape, total, padding=padding).to(weight.dtype)  # type: ignore[no-untyped-call]
-        )
+        dweight = channels_last(conv2d_weight(a, weight.shape, total, padding=padding).to(weight.dtype))
     if want_input:
-        g = conv2d_input(x.shape, weight.to(x.dtype).to(wide), total, padding=padding)  # type: ignore[no-untyped-call]
+        g = conv2d_input(x.shape, weight.to(x.dtype).to(wide), total, padding=padding)
         if mean is not None and var is not None:
             g = g.masked_fill(preactivation <= 0, 0)
             dbeta, dgamma = g.sum((0, 2, 3)), (g * normalised).sum((0, 2, 3))

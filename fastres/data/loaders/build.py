@@ -1,6 +1,6 @@
-"""Build a loader, which makes batches on the device from a split. All loaders keep one contract: see Loader.
+"""Build a loader, which makes batches on the device from a split. Loader is the contract of all loaders.
 
-To add a loader: a class with `train` and `evaluate`, and a line in LOADERS.
+To add a loader, write a class with `train` and `evaluate` and add a line to LOADERS.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def build_loader(
     Args:
         config: the run's configuration.
         source: the data set.
-        split: the part of it to load.
-        device: where batches are made.
-        dtype: of the images.
-        rank: this process's number.
+        split: the part of the data set to load.
+        device: makes and holds the batches.
+        dtype: the images' dtype.
+        rank: this process's rank.
         world_size: the number of processes.
 
     Raises:
@@ -108,19 +108,19 @@ def _check_augmentation(config: Config, size: int, world_size: int) -> None:
     data, rank_batch = config.data, config.train.batch_size // world_size
     if (data.mixup or data.cutmix) and rank_batch % 2:
         raise UsageError(
-            f"data.mixup and data.cutmix mix pairs, and {rank_batch} samples on each process are an odd number; change "
-            "train.batch_size"
+            f"train.batch_size: {rank_batch} samples on each process are an odd number (data.mixup and data.cutmix mix "
+            "pairs); change it"
         )
     # With more padding, too few pixels are left to reflect, and a crop could be all zeros.
     if data.augment == "crop" and data.pad >= size:
-        raise UsageError(f"data.pad {data.pad} is too much for images of {size}x{size} pixels; make it smaller")
+        raise UsageError(f"data.pad: {data.pad} is too large for images of {size}x{size} pixels; make it smaller")
 
 
 def sample_images(config: Config, source: Source, split: Split, n: int = 5_000) -> Tensor:
     """Return n images of the split, evenly spaced, as an evaluation sees them: (n, C, S, S) float32 on the host.
 
-    They are the same on every process and for every loader. Images larger than CIFAR's are fewer, so that the number
-    of pixels stays.
+    They are the same on every process and for every loader. If the images are larger than CIFAR's, fewer are returned,
+    so that the number of pixels stays the same.
     """
     size = image_size(config, source)
     n = min(n, len(split), max(1, n * 32**2 // size**2))
@@ -134,20 +134,22 @@ def image_size(config: Config, source: Source) -> int:
     """Return the side of the network's images in pixels.
 
     Raises:
-        UsageError: if the data's images have another and are not resized.
+        UsageError: if the data's images have another side and are not resized.
     """
     if config.data.augment == "resized_crop" and config.data.image_size is not None:
-        return config.data.image_size
-    height, width = source.train.image(0).shape[:2]
+        size: int = config.data.image_size
+        return size
+    shape: tuple[int, ...] = source.train.image(0).shape
+    height, width = shape[:2]
     if height != width:
         raise UsageError(
-            f"{source.name} has images of {width}x{height} pixels; for others than square ones use "
+            f"{source.name} has images of {width}x{height} pixels, which are not square; use "
             "--data.loader dali --data.augment resized_crop --data.image_size 224"
         )
     if config.data.image_size not in (None, height):
         raise UsageError(
-            f"data.image_size is {config.data.image_size}, but {source.name} has images of {width}x{height} pixels; "
-            "leave it out, or let --data.augment resized_crop resize them"
+            f"data.image_size: {config.data.image_size} is given, but {source.name} has images of {width}x{height} "
+            "pixels; leave it out, or let --data.augment resized_crop resize them"
         )
     return height
 
@@ -159,7 +161,8 @@ def classes_of(config: Config, source: Source) -> int:
         UsageError: if model.num_classes is smaller than the number of classes.
     """
     found = len(source.classes)
-    wanted = config.model.num_classes or found
+    wanted: int = config.model.num_classes or found
     if wanted < found:
-        raise UsageError(f"model.num_classes is {wanted}, but {config.data.source} has {found} classes; leave it out")
+        raise UsageError(f"model.num_classes: {wanted} is less than the {found} classes of {config.data.source}; "
+                         "leave it out")  # fmt: skip
     return wanted

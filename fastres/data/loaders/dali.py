@@ -1,7 +1,7 @@
 """The DALI loader: decode, resize, crop and flip in C++ threads, on a GPU if there is one.
 
-The pipeline gets the crop and flip of every sample as inputs, so order and augmentation are those of every other
-loader. A pipeline is built for the steps that are asked for, so a run resumes at any step without a state of DALI's.
+The pipeline gets the crop and flip of every sample as inputs, so order and augmentation are the same as in every other
+loader. A pipeline is built for the requested steps, so a run resumes at any step without any state of DALI's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class DaliLoader:
-    """See Loader."""
+    """Make batches with DALI; see Loader for the contract."""
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         try:
@@ -49,12 +49,14 @@ class DaliLoader:
         self.reflected = spec.margin if spec.pad_mode == "reflect" else 0
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one augmented batch for each step of [first_step, last_step)."""
         order = self.spec.order(len(self.split))
         steps = (order.samples(step, step + 1) for step in range(first_step, last_step))
         for samples, pixels in self._batches(steps, self._feed_train, lambda samples: samples.index):
             yield self.transform(pixels, self._labels(samples.index), self.transform.draws(samples))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every sample once over all processes, not augmented."""
         batches = self.spec.eval_batches(len(self.split))
         fed = self._batches((index for index, _ in batches), self._feed_evaluation, lambda index: index)
         for (_, count), (index, pixels) in zip(batches, fed, strict=True):
@@ -115,8 +117,8 @@ class DaliLoader:
     def _file(self, index: int) -> np.ndarray:
         """Return the bytes of a file, (n,) uint8.
 
-        Its header is read the first time, and again if the file has changed. That takes 40 us, and 9 us without the
-        header, for a file in the system's page cache.
+        The header is read the first time, and again if the file has changed. For a file in the system's page cache this
+        takes 40 us, and 9 us without the header.
         """
         path, stamp = self.split.paths[index], (0, 0)
         with suppress(OSError), path.open("rb", buffering=0) as file:  # encoded() reports the reason
@@ -162,7 +164,7 @@ class DaliLoader:
                     for batch in fed:  # the bad file is in one of these; DALI does not tell which
                         for index in batch:
                             decode(self.split.paths[index])
-                    raise UsageError(self._refusal(str(error), fed)) from error
+                    raise UsageError(self._error_line(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
                 # On torch's stream, as in DALI's own iterator: work that is queued there may still use the memory.
@@ -171,15 +173,15 @@ class DaliLoader:
                 feed_ndarray(batch, pixels, cuda_stream=stream)
                 yield ahead.popleft(), pixels
         finally:
-            # End its threads here, because a pipeline is part of reference cycles. One that was left to the garbage
-            # collector was collected in a forked process, which has no such threads, and waited for them for ever.
+            # End the pipeline's threads here, because it is part of reference cycles. A pipeline that was left to the
+            # garbage collector was collected in a forked process, which lacks these threads, and waited for ever.
             pipeline._shutdown()
 
-    def _refusal(self, error: str, fed: list[np.ndarray]) -> str:
-        """Return one line of DALI's error with the files that it may mean, from the samples of each batch in work."""
+    def _error_line(self, error: str, fed: list[np.ndarray]) -> str:
+        """Return DALI's error in one line, with the files that it may mean, given the samples of each batch in work."""
         if (number := re.search(r"sample #(\d+)", error)) and fed:
             names = dict.fromkeys(str(self.split.paths[batch[int(number[1])]]) for batch in fed)
-            return f"DALI cannot decode {' or '.join(names)}: replace it, or use --data.loader dataloader"
+            return f"DALI cannot decode {' or '.join(names)}; replace it, or use --data.loader dataloader"
         return f"DALI: {(error.rpartition('encountered:')[2].strip() or error).splitlines()[0]}"
 
     def _inputs(self) -> list[str]:
@@ -238,12 +240,12 @@ class DaliLoader:
 
 
 def _dense(values: Any) -> Any:
-    """Return the values contiguous, because DALI takes no strides."""
+    """Return the values in contiguous memory, because DALI takes no strides."""
     return np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values
 
 
 def _reflect(images: Any, pad: int) -> Any:
-    """Return the images padded by reflection around the outermost pixels; DALI itself pads with one value only."""
+    """Return the images padded by reflection at the border, because DALI itself pads with one value only."""
     from nvidia.dali import fn
 
     above, below = images[1 : pad + 1], images[-pad - 1 : -1]

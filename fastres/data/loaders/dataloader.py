@@ -1,4 +1,4 @@
-"""torch's DataLoader, the baseline: worker processes decode and augment one sample at a time on the host."""
+"""The DataLoader of torch, as the baseline. Worker processes decode and augment one sample at a time on the host."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ REMEDY = "if memory or /dev/shm ran out, use fewer --data.workers or another --d
 
 
 class HostLoader:
-    """See Loader."""
+    """Make batches with torch's DataLoader; see Loader for the contract."""
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.split, self.spec = split, spec
         self.transform = BatchTransform(spec)
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one augmented batch for each step of [first_step, last_step)."""
         order = self.spec.order(len(self.split))
         samples = _TrainSamples(self.split, self.spec, order, first_step, last_step)
         batches = self._batches(samples, order.rank_batch)
@@ -40,6 +41,7 @@ class HostLoader:
             yield self.transform(pixels, labels, self.transform.draws(order.samples(step, step + 1)))
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every sample once over all processes, not augmented."""
         for pixels, labels in self._batches(_EvalSamples(self.split, self.spec), self.spec.eval_rank_batch):
             yield self.transform(pixels, labels)
 
@@ -93,7 +95,7 @@ def _no_signal_on_death() -> Iterator[None]:
 
 
 def _fate_of_any(workers: list[BaseProcess]) -> str | None:
-    """Return how one of the processes ended, or None if all are running."""
+    """Return a phrase about the end of one of the processes, or None if all are running."""
     ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S)
     for worker in workers:
         if worker.sentinel in ended:  # it closes a moment before the system knows the exit status

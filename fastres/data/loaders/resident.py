@@ -21,7 +21,7 @@ CHUNK = 8192  # images augmented at once, an even number: bounds the temporaries
 
 
 class ResidentLoader:
-    """See Loader. A split of image files is decoded once, at construction."""
+    """Make batches from a split on the device; see Loader for the contract. Image files are decoded at construction."""
 
     def __init__(self, split: Split, spec: BatchSpec) -> None:
         self.spec = spec
@@ -35,6 +35,7 @@ class ResidentLoader:
         self.compiles = not spec.mixes  # a compiler may give mix() one rounding or two
 
     def train(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one augmented batch for each step of [first_step, last_step)."""
         b = self.order.rank_batch
         item = torch.empty((), dtype=self.spec.dtype).element_size()
         step_bytes = b * self.channels * self.spec.image_size**2 * item
@@ -52,6 +53,7 @@ class ResidentLoader:
             yield from zip(images.split(b), torch.cat(labels).split(b), strict=True)
 
     def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every sample once over all processes, not augmented."""
         for index, count in self.spec.eval_batches(self.order.n):
             yield self.eval_batch(to_device_async(index, self.spec.device), count)
 
@@ -64,7 +66,7 @@ class ResidentLoader:
         return {name: values.reshape(steps, self.order.rank_batch, *values.shape[1:]) for name, values in drawn.items()}
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return n augmented images and their labels. It never synchronises with the device, where the draws are."""
+        """Return n augmented images and their labels, for draws on the device and without synchronising with it."""
         index = draws["index"]
         crops = crop_and_flip(self.windows, index, draws["dy"], draws["dx"], draws["flip"])
         return self.transform(crops, self.labels[index], draws)
@@ -78,8 +80,8 @@ class ResidentLoader:
         """Return an evaluation batch.
 
         Args:
-            index: (b,) int64, of the samples.
-            count: how many of them count; the label of the others is IGNORED.
+            index: (b,) int64, the samples.
+            count: the number of samples that count; the label of the others is IGNORED.
         """
         centre = torch.full_like(index, self.order.pad)  # the crop without padding
         crops = crop_and_flip(self.windows, index, centre, centre, torch.zeros_like(index, dtype=torch.bool))
@@ -88,7 +90,7 @@ class ResidentLoader:
         return images, labels.masked_fill(padding, IGNORED)
 
     def _empty(self, n: int) -> Tensor:
-        """Return memory for n images with the batches' strides, also of a single channel."""
+        """Return memory for n images with the batches' strides, even if they have a single channel."""
         shape = (n, self.channels, self.spec.image_size, self.spec.image_size)
         spec = self.spec
         return torch.empty(shape, dtype=spec.dtype, device=spec.device, memory_format=spec.memory_format)

@@ -29,7 +29,7 @@ def synthetic(config: DataConfig) -> Source:
     size, train = config.image_size or 32, config.synthetic_samples
     total = train + max(train // 4, 1)
     rng = np.random.default_rng(SYNTHETIC_SEED)
-    # 4x4 patches survive a crop and a flip. Two summands below 128 fit into a byte.
+    # Patches of a 4x4 grid survive a crop and a flip. Two summands below 128 fit into a byte.
     patches = rng.integers(0, 128, (SYNTHETIC_CLASSES, 4, 4, 3), np.uint8)
     place = np.arange(size) * 4 // size
     labels = np.arange(total) % SYNTHETIC_CLASSES

@@ -8,7 +8,7 @@ For each part of a folder (train, test) the cache has up to four files and a loc
     train-a3c5f20e91b07d44.bad     the files that were left out last, with the reasons (data.skip_bad)
 
 Each is written atomically, by one process at a time, and used only if the files it was made from have not changed. If
-the cache cannot be written, everything works without it, and a note says so.
+the cache cannot be written, everything works without it, and a note reports it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastres.utils import ranks
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.progress import ProgressLine
 
-VERSION = 1  # of the cache; to be raised when decode() returns other pixels
+VERSION = 1  # of the cache; raise it when decode() returns other pixels
 BLOCK = 256  # images per task of the thread pool, because one task per image would spend a second on futures
 
 Size = tuple[int, int]  # height and width
@@ -52,7 +52,7 @@ def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tupl
         The images (N, H, W, 3) uint8, or None if the cache cannot be written; and the notes.
 
     Raises:
-        UsageError: if a file cannot be decoded or has not the first one's size.
+        UsageError: if a file cannot be decoded or has another size than the first.
     """
     wanted = _fingerprint(folder, paths)
     notes = []
@@ -61,7 +61,7 @@ def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tupl
 
         def make() -> None:
             _write_images(entry, folder, paths, wanted, config.workers)
-            notes.append(f"images are decoded once, into {entry.parent}: later runs find them there")
+            notes.append(f"images are decoded once, into {entry.parent}, and later runs read them from there")
 
         return _once(entry, folder, lambda: _read_images(entry, wanted, len(paths)), make), notes
     except OSError as error:
@@ -123,7 +123,7 @@ def decode_all(paths: Sequence[Path], workers: int) -> np.ndarray:
 
 
 def _entry(folder: Path, config: DataConfig) -> Path:
-    """Return the path of the cache's files for `folder` without suffix. Raise OSError if the cache is no folder."""
+    """Return the path, without suffix, of the cache files for `folder`. Raise OSError if the cache cannot be made."""
     try:
         store = Path(_place(config)).expanduser()
     except RuntimeError as error:  # a user without a home, as in some containers
@@ -162,18 +162,18 @@ def _once(entry: Path, folder: Path, read: Callable[[], T | None], make: Callabl
     found = read()
     if found is None:
         with _alone(entry.with_suffix(".lock"), folder):
-            found = read()  # again: another process may have made it since
+            found = read()  # again, because another process may have run make() meanwhile
             if found is None:
                 make()
                 found = read()
     if found is None:
-        raise OSError("what was written cannot be read back")
+        raise OSError("the written file cannot be read back")
     return found
 
 
 @contextlib.contextmanager
 def _alone(path: Path, folder: Path) -> Iterator[None]:
-    """Keep other processes out, and tell the user if it has to wait. A killed process loses its lock."""
+    """Keep other processes out of the block, and print a line before waiting. A killed process loses its lock."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -207,15 +207,15 @@ def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
 
 
 def _is_size(one: Any) -> bool:
-    """Return True if it is an entry of .sizes: height and width, or a reason."""
+    """Return True for an entry of .sizes: height and width, or a reason."""
     return isinstance(one, str) or (
         isinstance(one, list) and len(one) == 2 and all(type(side) is int and side > 0 for side in one)
     )
 
 
 def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint: str, workers: int) -> None:
-    """Write the array and then its description, without which the array does not count."""
-    for suffix in (".json", ".npy"):  # those of the previous files, whose space may be needed
+    """Write the array and then its description, because an array without a description does not count."""
+    for suffix in (".json", ".npy"):  # the previous version, because its space may be needed
         entry.with_suffix(suffix).unlink(missing_ok=True)
     shape, blocks = _decoded(paths, workers)
     header, digest = io.BytesIO(), hashlib.sha256()
@@ -223,7 +223,7 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
     pieces: Iterable[bytes | memoryview] = itertools.chain(
         [header.getvalue()], (np.stack(block).data for block in blocks)
     )
-    # Written and not mapped, because on a full disk a write raises, and a mapped page kills the process.
+    # Write the file instead of mapping it, because on a full disk a write raises but a mapped page kills the process.
     with atomic_write(entry.with_suffix(".npy")) as file:
         for piece in pieces:
             file.write(piece)
@@ -236,9 +236,8 @@ def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
     """Return the array, mapped, or None if it is missing, of other files, or fails its checksum."""
     description = _read_json(entry.with_suffix(".json"), wanted)
     try:
-        with entry.with_suffix(".npy").open(
-            "rb"
-        ) as file:  # opened once, because another process may replace it meanwhile
+        # Open the file once, because another process may replace it meanwhile.
+        with entry.with_suffix(".npy").open("rb") as file:
             if description and hashlib.file_digest(file, "sha256").hexdigest() == description["sha256"]:
                 shape = tuple(description["shape"])
                 if len(shape) != 4 or shape[0] != count:
@@ -254,8 +253,8 @@ def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
 def _not_kept(error: OSError, config: DataConfig) -> str:
     """Return the note that the cache cannot be written."""
     return (
-        f"decoded images are not kept for later runs in {_place(config)} ({error.strerror or error}): "
-        "name a folder that can be written with --data.cache"
+        f"data.cache: decoded images cannot be stored in {_place(config)} ({error.strerror or error}); "
+        "give a writable folder with --data.cache"
     )
 
 

@@ -29,7 +29,7 @@ REMEDIES = (
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """Download `url` to `path` atomically, after its checksum has been compared.
+    """Download `url` to `path` atomically, after comparing its checksum.
 
     Raises:
         UsageError: if the checksum differs.
@@ -62,7 +62,7 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
     """Download `path` from the first of `urls` that answers, or only from the mirror, under the same name.
 
     Args:
-        what: the first words of the error, which say what is missing.
+        what: the first words of the error, which name what is missing.
         path: the file.
         urls: tried in their order.
         md5: the file's checksum.
@@ -75,7 +75,7 @@ def obtain(what: str, path: Path, urls: Iterable[str], md5: str, config: DataCon
         raise UsageError(f"{what}, and --data.download is false. {REMEDIES}")
     if config.mirror is not None:
         if not re.match(r"(https?|file):", config.mirror):
-            raise UsageError(f"--data.mirror {config.mirror} is not a URL that begins with http, https or file")
+            raise UsageError(f"data.mirror: {config.mirror} is not a URL; it must begin with http:, https: or file:")
         urls = [f"{config.mirror.rstrip('/')}/{path.name}"]
     failures = []
     for url in urls:
@@ -99,14 +99,14 @@ def extract(archive: Path, md5: str, folder: Path, names: Sequence[str]) -> None
         if found != md5:
             raise UsageError(f"{archive} has md5 {found}, expected {md5}; delete it to download it again")
         folder.mkdir(parents=True, exist_ok=True)
-        # On the same file system, where moves are atomic.
+        # Unpack on the same file system, so that the moves are atomic.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with tarfile.open(archive) as tar:
-                for name in names:  # only these, so that no path comes from the archive
+                for name in names:  # only the expected members, so that no path comes from the archive
                     member = tar.getmember(f"{folder.name}/{name}")
                     content = tar.extractfile(member) if member.isreg() else None
                     if content is None or member.size > MOST_BYTES:
-                        raise OSError(f"{member.name} is no file, or one of more than {MOST_BYTES:,} bytes")
+                        raise OSError(f"{member.name} is not a file, or has more than {MOST_BYTES:,} bytes")
                     with Path(scratch, name).open("xb") as file:
                         shutil.copyfileobj(content, file, CHUNK_BYTES)
             for name in names:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastres.utils.errors import UsageError
 
-# The formats that files named .jpg and .png turn out to have. PIL knows more, such as EPS, which it interprets.
+# The formats found in files named .jpg and .png. PIL reads more formats, such as EPS, which it interprets.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 JPEG_END = b"\xff\xd9"
 PNG_BITS = 24  # the offset of the bits per channel in a PNG
@@ -54,8 +54,8 @@ def decode(path: Path) -> np.ndarray:
         raise UsageError(f"cannot read the image {path}: {_reason(path, error)}; replace or delete it") from error
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Return why an image file cannot be read, without its name."""
+def _reason(path: Path, error: BaseException) -> str:
+    """Return the reason why an image file cannot be read, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     with contextlib.suppress(OSError):
@@ -69,16 +69,15 @@ def size_or_reason(path: Path) -> tuple[int, int] | str:
     try:
         height, width, _ = decode(path).shape
         return height, width
-    except UsageError as refusal:
-        assert isinstance(refusal.__cause__, Exception)
-        return _reason(path, refusal.__cause__)
+    except UsageError as error:
+        return _reason(path, error.__cause__ or error)
 
 
 def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """Raise UsageError if an image's height and width are not those of the others."""
+    """Raise UsageError if an image's height and width differ from those of the other images."""
     if size != wanted:
         raise UsageError(
-            f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}: images of unequal size need "
+            f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}; for images of unequal size use "
             "--data.loader dali --data.augment resized_crop --data.image_size 224"
         )
 
@@ -107,7 +106,7 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
                 plain = plain and image.format == "JPEG" and JPEG_END in data[-64:].tobytes()
         if plain:
             return data, size, True
-    except Exception:  # as above; decode() reports the reason, if there is any
+    except Exception:  # PIL raises many types; decode() below reports the reason
         pass
     pixels, png = decode(path), io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", compress_level=1)
@@ -156,7 +155,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads containers, text, numbers and arrays of them. It imports nothing, so no code of a file can run."""
+    """Unpickle containers, text, numbers and arrays of whole numbers. It imports nothing, so no code of a file runs."""
 
     KNOWN = MappingProxyType(
         {
@@ -179,7 +178,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:
-    """Return a pickled dict of plain values and arrays of whole numbers. Raise UsageError if the file is none."""
+    """Return a pickled dict of plain values and arrays of whole numbers. Raise UsageError for any other file."""
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -194,7 +193,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Return an IDX file of bytes, gzipped if named .gz, as (N, *shape) uint8.
 
     Raises:
-        UsageError: if its header has another shape or announces more or fewer bytes than follow.
+        UsageError: if the header has another shape, or announces more or fewer bytes than follow.
     """
     try:
         packed = path.read_bytes()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastres.data.sources.cache import Size, kept_images, sizes_and_reasons, wri
 from fastres.data.sources.source import NORMALIZATION, Source, Split
 from fastres.utils.errors import UsageError
 
-NAMED = 3  # files that a note names; a file lists all of them
+NAMED = 3  # files that a note names; the .bad file of the cache lists all
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
@@ -23,25 +24,25 @@ ClassFiles = dict[str, list[Path]]  # the files of train/ or test/, by class
 def imagefolder(config: DataConfig) -> Source:
     """Return the data set of root/train/CLASS/* and root/test/CLASS/* (or val), JPEG and PNG.
 
-    The files are decoded here for the resident loader only.
+    The files are decoded here only for the resident loader.
 
     Raises:
         UsageError: if a folder is missing or empty, a class has no training images, or a file is bad.
     """
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise UsageError(f"no folder {root}: --data.root has to hold train/CLASS/* and test/CLASS/* of images")
+        raise UsageError(f"data.root: no folder {root}; it must hold images in train/CLASS/* and test/CLASS/*")
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
         missing = "test (or val)" if (root / "train").is_dir() else "train"
-        raise UsageError(f"no folder {missing} in {root}: --data.root has to hold train/CLASS/* and test/CLASS/*")
+        raise UsageError(f"data.root: no folder {missing} in {root}; it must hold train/CLASS/* and test/CLASS/*")
 
     outside: list[Path] = []
     parts = {part: _class_files(root, part, config.skip_bad, outside) for part in ("train", tests[0])}
     classes = tuple(parts["train"])
     unknown = [name for name in parts[tests[0]] if name not in classes]
     if unknown:
-        raise UsageError(f"{root / tests[0] / unknown[0]} is a class that {root / 'train'} lacks: add or remove it")
+        raise UsageError(f"{root / tests[0] / unknown[0]} is a class that {root / 'train'} lacks; add or remove it")
     notes = [f"{root} has both test and val: test is used"] if len(tests) == 2 else []
     if outside:
         notes.append(_one_line(
@@ -84,13 +85,13 @@ def _flat(files: ClassFiles) -> tuple[Path, ...]:
 def _without_bad(
     root: Path, parts: dict[str, ClassFiles], config: DataConfig
 ) -> tuple[dict[str, ClassFiles], list[str]]:
-    """Return the files that can be used, and notes that name the others.
+    """Return the usable files, and notes that name the others.
 
-    A file can be used if it can be decoded and, if images are not resized, has the most common size of the training
+    A file is usable if it can be decoded and, unless images are resized, has the most common size of the training
     images.
 
     Raises:
-        UsageError: if a class has no image that can be used.
+        UsageError: if a class has no usable image.
     """
     size: Size | None = None
     good: dict[str, ClassFiles] = {}
@@ -112,8 +113,8 @@ def _without_bad(
         for name, left in good[part].items():
             if not left:
                 raise UsageError(
-                    f"no image in {root / part / name} can be used, such as {files[name][0].name} "
-                    f"({bad[files[name][0]]}): replace them or remove that class"
+                    f"no usable image in {root / part / name} (for example {files[name][0].name}: "
+                    f"{bad[files[name][0]]}); replace the images or remove that class"
                 )
         if bad:
             notes.append(_bad_note(root / part, bad, len(paths), config))
@@ -144,8 +145,8 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
     Args:
         root: the data set's folder.
         part: train, test or val.
-        broken: include files that are links to nothing, and do not raise for them.
-        outside: links that lead out of root are added to it.
+        broken: include image files that are links to nothing, instead of raising.
+        outside: receives the links that lead out of root.
 
     Raises:
         UsageError: if there is no class, a class has no image, or there is a link to nothing.
@@ -153,33 +154,42 @@ def _class_files(root: Path, part: str, broken: bool, outside: list[Path]) -> Cl
     folder = root / part
     inside = Path(os.path.realpath(root))
 
-    def visible(parent: Path) -> list[os.DirEntry[str]]:
-        with os.scandir(parent) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
-
     def checked(path: Path, broken: bool = False) -> Path:
-        if path.is_symlink() and not path.exists() and not broken:
-            raise UsageError(f"{path} is a link to nothing, or to itself: bring back what it points to, or remove it")
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-            outside.append(path)
-        return path
-
-    def images(of_class: Path) -> Iterator[Path]:
-        for entry in visible(of_class):
-            if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                continue
-            if not entry.is_symlink():  # the listing has its type, which saves a call for each file
-                if entry.is_file():
-                    yield Path(entry.path)
-            elif (path := checked(Path(entry.path), broken)).is_file() or not path.exists():
-                yield path
+        return _checked_link(path, inside, outside, broken) if path.is_symlink() else path
 
     checked(folder)
-    classes = {entry.name: path for entry in visible(folder) if (path := checked(Path(entry.path))).is_dir()}
-    files = {name: list(images(of_class)) for name, of_class in classes.items()}
+    classes = {entry.name: path for entry in _visible(folder) if (path := checked(Path(entry.path))).is_dir()}
+    files = {name: list(_images(of_class, partial(checked, broken=broken))) for name, of_class in classes.items()}
     if not files:
-        raise UsageError(f"no class folders in {folder}: images belong into {folder}/CLASS/")
+        raise UsageError(f"no class folders in {folder}; images belong into {folder}/CLASS/")
     for name, paths in files.items():
         if not paths:
-            raise UsageError(f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}: fill or remove that class")
+            raise UsageError(f"no {', '.join(IMAGE_SUFFIXES)} files in {folder / name}; fill or remove that class")
     return files
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder whose names do not begin with a dot, in the order of their names."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _checked_link(link: Path, inside: Path, outside: list[Path], broken: bool) -> Path:
+    """Return the link, and add it to `outside` if it leads out of `inside`. Raise UsageError for a link to nothing."""
+    if not link.exists() and not broken:
+        raise UsageError(f"{link} is a link to nothing, or to itself; restore its target, or remove it")
+    if not Path(os.path.realpath(link)).is_relative_to(inside):
+        outside.append(link)
+    return link
+
+
+def _images(of_class: Path, checked: Callable[[Path], Path]) -> Iterator[Path]:
+    """Yield the image files of a class folder. Links go through `checked`, which may reject links to nothing."""
+    for entry in _visible(of_class):
+        if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            continue
+        if not entry.is_symlink():  # the listing has its type, which saves a call for each file
+            if entry.is_file():
+                yield Path(entry.path)
+        elif (path := checked(Path(entry.path))).is_file() or not path.exists():
+            yield path

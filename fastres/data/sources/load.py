@@ -1,4 +1,4 @@
-"""The data sets by name. To add one: a function from DataConfig to Source, and a line in SOURCES."""
+"""The data sets by name. To add one, write a function from DataConfig to Source and add a line to SOURCES."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_source(config: DataConfig) -> Source:
     """Return the data set that `config` names, checked.
 
     Raises:
-        UsageError: if it is damaged or unavailable.
+        UsageError: if the data set is damaged or unavailable.
     """
     try:
         return SOURCES[config.source](config)

@@ -52,7 +52,7 @@ class Split:
         return image
 
     def check_size(self, index: int, height: int, width: int, wanted_height: int, wanted_width: int) -> None:
-        """Raise UsageError if sample `index`, of height x width, has not the size that is wanted."""
+        """Raise UsageError if sample `index`, of height x width, does not have the wanted size."""
         what = self.paths[index] if self.paths else f"image {index}"
         check_size(what, (height, width), (wanted_height, wanted_width))
 
@@ -60,7 +60,7 @@ class Split:
         """Return all samples as (N, H, W, C) uint8, decoded by `workers` threads.
 
         Raises:
-            UsageError: if a file cannot be decoded or has not the first one's size.
+            UsageError: if a file cannot be decoded or has another size than the first.
         """
         return decode_all(self.paths, workers) if self.images is None else self.images
 
@@ -95,10 +95,10 @@ def hold_out(split: Split, n: int) -> tuple[Split, Split]:
     """Divide `split` into a training part and `n` held-out samples, the same ones in every run.
 
     Raises:
-        UsageError: if nothing would be left to train on.
+        UsageError: if no sample would be left for training.
     """
     if n >= len(split):
-        raise UsageError(f"--data.validation {n} has to be below the {len(split):,} images of the training set")
+        raise UsageError(f"data.validation: {n} must be below the {len(split):,} images of the training set")
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(split))
     return split.subset(np.sort(order[n:])), split.subset(np.sort(order[:n]))
 

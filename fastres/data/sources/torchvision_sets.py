@@ -41,7 +41,7 @@ def read_cifar(name: str, published: Any, label_key: str, config: DataConfig) ->
     if missing:
         archive = root / published.filename
         if not archive.exists():
-            what = f"{name} is not there: no {missing[0]}"
+            what = f"{name} is missing: no {missing[0]}"
             obtain(what, archive, [published.url], published.tgz_md5, config)
         extract(archive, published.tgz_md5, folder, [path.name for path in missing])
 
@@ -93,7 +93,7 @@ def read_mnist(name: str, published: Any, classes: tuple[str, ...], config: Data
         plain = packed.with_suffix("")
         path = plain if plain.exists() else packed
         if not path.exists():
-            what = f"{name} is not there: no {plain} nor {packed.name}"
+            what = f"{name} is missing: neither {plain} nor {packed.name}"
             obtain(what, packed, [base + file for base in published.mirrors], md5, config)
         arrays.append(read_idx(path, shape=(28, 28) if "idx3" in file else ()))
         paths.append(path)
@@ -105,7 +105,7 @@ def read_mnist(name: str, published: Any, classes: tuple[str, ...], config: Data
     return _published(name, root, train, test, classes, (60_000, 10_000))
 
 
-# What published sets share ------------------------------------------------------------------------
+# Shared by the published sets ---------------------------------------------------------------------
 
 
 def _labels(path: Path, raw: Any, images: int, classes: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def _labels(path: Path, raw: Any, images: int, classes: int) -> np.ndarray:
 def _published(
     name: str, root: Path, train: Split, test: Split, classes: tuple[str, ...], published: tuple[int, int]
 ) -> Source:
-    """Return a Source with the tabulated normalisation, and a note if a split has not the published size."""
+    """Return a Source with the tabulated normalisation, and a note if a split does not have the published size."""
     mean, std = NORMALIZATION[name]
     notes = tuple(
         f"{name} under {root} has {len(split):,} {kind} images; the published set has {count:,}"
