@@ -64,7 +64,7 @@ def agreement(totals: Metrics, path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
-    parser = Parser(prog="fastres.evaluate", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="python -m fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")

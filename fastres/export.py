@@ -16,7 +16,7 @@ from fastres.utils.errors import Parser, UsageError, run_command
 
 def main(argv: list[str] | None = None) -> None:
     """Export the run that the command line names."""
-    parser = Parser(prog="fastres.export", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: export.safetensors, "

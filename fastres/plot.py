@@ -41,7 +41,7 @@ def table_of(runs: list[Path]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     """Plot the runs that the command line names."""
-    parser = Parser(prog="fastres.plot", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
                         "run, or comparison.png in this directory for several)")  # fmt: skip

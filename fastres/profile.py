@@ -57,7 +57,7 @@ def parser() -> Parser:
     """Return the command line's parser."""
     on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
-        prog="fastres.profile",
+        prog="python -m fastres.profile",
         description="Measure variants of one block or of a whole network side by side.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"

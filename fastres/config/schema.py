@@ -32,8 +32,8 @@ class ModelConfig:
 
     norm: Literal["auto", "torch", "fused", "apex"] = "auto"
     """BatchNorm implementation; all have the same state_dict keys. fused computes ReLU and the addition too, in Triton
-    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto chooses it if it was measured faster, and with
-    sync_norm."""
+    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto chooses it if it was measured faster, and
+    always with sync_norm."""
 
     sync_norm: bool = False
     """Compute BatchNorm statistics over the global batch of all processes (SyncBatchNorm)."""
@@ -46,7 +46,8 @@ class ModelConfig:
 
     # Plain values, not Any: for Any, jsonargparse would import and call a class named by {class_path: ...}.
     options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)
-    """Further options of build_model, such as {stem: small, zero_init_residual: true}."""
+    """Further options of build_model, such as {stem: small, zero_init_residual: true}; or one by one, such as
+    --model.options.stem small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class TrainConfig:
     """The length of the run, in optimizer steps."""
 
     steps: NonNegativeInt = 64_000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. schedule.milestones do not change with it."""
 
     batch_size: PositiveInt = 128
     """Global batch size: samples of one step over all processes."""
@@ -173,14 +174,14 @@ class OptimConfig:
     factor, so the decay per step is unchanged."""
 
     muon_lr: PositiveFloat = 0.24
-    """Peak learning rate of the weights that muon updates. It is the length of a step, whatever the gradient."""
+    """Peak learning rate of the weights that muon updates. It alone sets the length of a step."""
 
     muon_momentum: NonNegativeFloat = 0.6
     """Nesterov momentum of the weights that muon updates, in [0, 1). They have no weight decay, because their norm is
     fixed."""
 
     scale_lr: bool = False
-    """Multiply lr by the number of processes (if batch_size was multiplied too)."""
+    """Multiply lr by the number of processes. Use it only if you multiplied train.batch_size by it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,7 @@ class ScheduleConfig:
     """multistep multiplies lr by factor at each milestone; cosine and triangular reach final_scale at the last step."""
 
     milestones: tuple[int, ...] = (32_000, 48_000)
-    """Steps at which multistep multiplies the learning rate by factor."""
+    """Steps at which multistep multiplies the learning rate by factor, such as [3900,5850]."""
 
     factor: PositiveFloat = 0.1
     """Factor of multistep."""
@@ -233,8 +234,8 @@ class EngineConfig:
     """Make runs on the same device bitwise identical (on a CPU they always are)."""
 
     conv: Literal["auto", "torch", "cpp"] = "auto"
-    """3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, for a CPU with avx512_bf16
-    in bf16; auto chooses them if they were measured faster."""
+    """Implementation of 3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, in bf16 on
+    a CPU with avx512_bf16 and no AMX; auto chooses them if they were measured faster."""
 
     compress_gradients: bool = False
     """All-reduce gradients in bf16, which halves the bytes; rejected if the backend cannot add bf16."""
@@ -251,8 +252,8 @@ class RunConfig:
     """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto resumes the folder's run if it has the same configuration; never rejects a folder that holds a run; any
-    other value is the path of a checkpoint to start from."""
+    """auto: continue the run in run.dir if it has the same configuration; never: fail if run.dir contains a run; or the
+    path of a checkpoint to continue from, with its step and optimizer, in a new run.dir."""
 
     checkpoint_every: PositiveInt = 2_000
     """Steps between checkpoints; the last step is always saved."""
