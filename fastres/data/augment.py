@@ -1,6 +1,6 @@
-"""Augment and normalise a batch on the device, or crop and flip one image on the host.
+"""Augment and normalise a batch on the device, or crop, resize and flip one image on the host.
 
-Zero padding is black, before normalisation, as in the usual torchvision recipe.
+Images are padded before they are normalised, so zero padding is black, as in the usual torchvision recipe.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 from fastres.data.sampling import Samples
 from fastres.data.spec import BatchSpec
 
-Draws = dict[str, Tensor]  # by the name of a field of Samples, its values for n samples: (n, ...) each
+# Values for n samples or steps by name, (n, ...) each; most names are fields of Samples.
+Draws = dict[str, Tensor]
 
 
 class BatchTransform:
-    """Turn cropped pixels into the network's input: normalise, cut out and mix. It is every loader's last step.
+    """Turn cropped pixels into the network's input: normalise, cut out and mix. Every loader calls it last.
 
     Args:
         spec: the description of the batches.
@@ -31,10 +32,11 @@ class BatchTransform:
         self.shift, self.scale = (
             tile_row(torch.tensor(of, device=spec.device), spec.image_size) for of in (spec.mean, spec.std)
         )
+        # The fields of Samples that __call__ reads.
         self.fields = (*("cutout",) * bool(spec.cutout), *("blend", "box") * spec.mixes)
 
     def draws(self, samples: Samples) -> Draws:
-        """Return the fields of the samples that a training batch needs, on the device."""
+        """Return the draws that __call__ needs for a training batch of these samples, on the device."""
         return on_device(samples, self.fields, self.spec.device)
 
     def __call__(self, pixels: Tensor, labels: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
@@ -46,17 +48,18 @@ class BatchTransform:
             draws: from draws() for a training batch, on the device; None for an evaluation batch.
 
         Returns:
-            Images (n, C, S, S) in the spec's dtype and memory format, and labels, (n, classes) float32 if mixed.
+            Images (n, C, S, S) in the spec's dtype and memory format, and labels, (n,) int64, or (n, classes)
+            float32 if images are mixed.
         """
         images = normalize(pixels, self.shift, self.scale, self.spec.dtype)
         if draws is not None and self.spec.cutout:
             images = cutout(images, draws["cutout"], self.spec.cutout)
         if draws is not None and self.spec.mixes:
-            # Not F.one_hot, because on a CPU it reads the labels on the host to check them.
+            # Not F.one_hot, because on a CPU it checks the labels' values on the host, a synchronisation.
             classes = torch.arange(self.spec.classes, device=labels.device)
             shares = (labels[:, None] == classes).to(torch.float32)
             images, labels = mix(images, shares, draws["blend"].float(), draws["box"])
-        images = images.contiguous(memory_format=self.spec.memory_format)  # masking may have changed the strides
+        images = images.contiguous(memory_format=self.spec.memory_format)  # cutout or mix may have changed strides
         if self.spec.memory_format == torch.contiguous_format:
             # With one channel both memory formats count as contiguous, so set NCHW strides explicitly.
             images = images.flatten(1).view(images.shape)
@@ -69,7 +72,7 @@ def on_device(samples: Samples, fields: tuple[str, ...], device: torch.device) -
 
 
 def to_device_async(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return the values on the device. The host does not wait for the copy, because its memory is pinned."""
+    """Return the values on the device. The host does not wait for a copy to a GPU: it reads pinned memory."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -98,7 +101,10 @@ def tile_row(values: Tensor, width: int) -> Tensor:
 
 
 def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
-    """Return every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size)."""
+    """Return every crop of every padded image as a view: images (n, H, W, C) uint8 -> (n, Y, X, C, size, size).
+
+    Y = H + 2·pad - size + 1 and X = W + 2·pad - size + 1. The padding is zero unless pad_mode is "reflect".
+    """
     if pad_mode == "reflect":  # torch cannot reflect uint8, so index rows and columns
         rows, columns = (
             torch.from_numpy(np.pad(np.arange(side), pad, "reflect")).to(images.device) for side in images.shape[1:3]
@@ -112,14 +118,14 @@ def crop_windows(images: Tensor, size: int, pad: int, pad_mode: str) -> Tensor:
 def crop_and_flip(windows: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
     """Return one crop of each indexed image, mirrored if flip is true: (n, size, size, C) uint8.
 
-    It is one gather and one select without a host-device synchronisation. With normalize() it makes 120k CIFAR images/s
-    on two CPU cores.
+    This takes one gather and one select, and no host-device synchronisation. With normalize() it makes 120k CIFAR
+    images/s on two CPU cores.
 
     Args:
         windows: from crop_windows().
         index: (n,) int64, the images.
-        dy: (n,) int64, the first row of each crop.
-        dx: (n,) int64, the first column of each crop.
+        dy: (n,) int64, the first row of each crop in the padded image.
+        dx: (n,) int64, the first column of each crop in the padded image.
         flip: (n,) bool.
     """
     crops = windows[index, dy, dx].permute(0, 2, 3, 1)
@@ -127,10 +133,10 @@ def crop_and_flip(windows: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: 
 
 
 def cutout(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Return the images with a square of zeros, the mean colour, in each (DeVries and Taylor 2017, section 3.2).
+    """Return the images with a square of zeros in each (DeVries and Taylor 2017, section 3.2).
 
     Args:
-        images: (n, C, H, W).
+        images: (n, C, H, W), normalised, so that zero is the mean colour.
         centre: (n, 2) int64, row and column of each square's centre. A part outside the image is cut off.
         side: the square's side in pixels.
     """
@@ -141,17 +147,18 @@ def cutout(images: Tensor, centre: Tensor, side: int) -> Tensor:
 def mix(images: Tensor, shares: Tensor, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
     """Mix each image with its neighbour: mixup (Zhang et al. 2017, section 2) and CutMix (Yun et al. 2019, section 3).
 
-    Rows 0 and 1 are neighbours, 2 and 3, and so on. The order of the samples is random, so this pairing is as good as
-    any, and it does not depend on the number of processes.
+    Images 0 and 1 are neighbours, 2 and 3 are, and so on. The order of the samples is random, so this pairing is as
+    good as any, and it does not depend on the number of processes.
 
     Args:
         images: (n, C, H, W), n even.
         shares: (n, classes) float32, the labels' shares, summing to 1.
-        blend: (n,) float32, the image's own share of each pixel.
-        box: (n, 4) int64, top, bottom, left and right of the rectangle that the neighbour covers.
+        blend: (n,) float32, the image's own share of each pixel outside the box.
+        box: (n, 4) int64, top, bottom, left and right of the rectangle that the neighbour covers; bottom and right are
+            excluded.
 
     Returns:
-        Images and shares, mixed alike: an image's share of the label is its share of the pixels.
+        The mixed images and the mixed shares: an image's share of the label is its mean share of the pixels.
     """
     height, width = images.shape[2:]
     own = blend[:, None, None, None]
@@ -179,17 +186,20 @@ def _rectangle_mask(first: Tensor, last: Tensor, sides: torch.Size) -> Tensor:
 def crop_and_flip_one(
     image: np.ndarray, size: int, pad: int, pad_mode: str, dy: int, dx: int, flip: bool
 ) -> np.ndarray:
-    """Crop and flip one image on the host as crop_and_flip() does: (H, W, C) uint8 -> (size, size, C) uint8."""
+    """Pad, crop and flip one image on the host as crop_windows() and crop_and_flip() do on the device.
+
+    The image is (H, W, C) uint8, and the result (size, size, C) uint8.
+    """
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), "reflect" if pad_mode == "reflect" else "constant")
     crop = padded[dy : dy + size, dx : dx + size]
     return np.ascontiguousarray(crop[:, ::-1] if flip else crop)
 
 
 def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a crop of random area (8 to 100 %) and aspect ratio (3/4 to 4/3).
+    """Return top, left, height and width of a random crop (Szegedy et al. 2014).
 
-    After ten tries that do not fit, the crop is the largest central one with an allowed aspect ratio (Szegedy et al.
-    2014).
+    Its area is 8 to 100 % of the image's, and its aspect ratio, width / height, is 3/4 to 4/3. After ten tries that do
+    not fit, the crop is the largest central one with an allowed aspect ratio.
     """
     for _ in range(10):
         area = height * width * generator.uniform(0.08, 1.0)
@@ -203,15 +213,15 @@ def crop_box(height: int, width: int, generator: np.random.Generator) -> tuple[i
 
 
 def resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Return a crop_box() of the image, (H, W, C) uint8, resized to (size, size, C)."""
+    """Return a crop_box() of the image, (H, W, C) uint8, resized to (size, size, C) uint8."""
     top, left, h, w = crop_box(image.shape[0], image.shape[1], generator)
     return _resize(image, (size, size), box=(left, top, left + w, top + h))
 
 
 def center_view(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Return height and width of the resized image, then top and left of its central crop, as evaluations see it.
+    """Return the height and width to which an evaluation resizes an image, then top and left of its central crop.
 
-    The shorter side is resized to size·256/224, and the crop is size x size.
+    The shorter side is resized to size·256/224, and the crop is size × size.
     """
     scale = size * 256 / 224 / min(height, width)
     h, w = max(size, round(height * scale)), max(size, round(width * scale))
@@ -219,7 +229,7 @@ def center_view(height: int, width: int, size: int) -> tuple[int, int, int, int]
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Return the center_view() of the image, (H, W, C) uint8, as (size, size, C)."""
+    """Return the center_view() of the image, (H, W, C) uint8, as (size, size, C) uint8."""
     height, width, top, left = center_view(image.shape[0], image.shape[1], size)
     return _resize(image, (width, height))[top : top + size, left : left + size]
 

@@ -6,9 +6,9 @@
         step(*batch, lr_at(i), i)
 
 With a CUDA graph, a step costs the host one launch. On a CPU, testing/op_recorder.py has a recorder that replays a list
-of operators. That recorder gains no time, but it enforces a graph's rules, so that code that relies on them is tested
-anywhere: every replay does the same work on the same memory, with the Python numbers of the recording, without a
-host-device synchronisation, without keeping memory between replays, and without an autograd graph from before.
+of operators. It is no faster, but it enforces the rules of a CUDA graph, so tests on any machine find code that breaks
+them. Every replay does the same work on the same memory and uses the Python numbers of the recording. It must not
+synchronise with the host, keep memory for the next replay, or use an autograd graph made before the replay.
 
 Values that differ from step to step reach the graph through memory. The draws, learning rates and numbers of a block of
 steps are copied to the device before the block's first step. Each replay reads the row that a counter on the device
@@ -33,7 +33,7 @@ from fastres.training.step import Batch, TrainStep, compiled, preserving
 from fastres.utils.errors import RunError, first_line
 from fastres.utils.timing import gc_paused
 
-BLOCK_STEPS = 256  # steps whose draws are copied together: 0.8 MB at 128 images a step
+BLOCK_STEPS = 256  # steps whose draws are copied together: 0.8 MB per block at 128 images a step
 WARM_UP = 3  # runs before the capture, in which cuDNN chooses its algorithms and Triton its configurations
 
 Work = Callable[[], object]
@@ -41,7 +41,7 @@ NoBatch = tuple[()]  # stands for a batch that the graph makes itself
 
 
 class CannotRecord(RuntimeError):
-    """Work that would not do the same when it is replayed."""
+    """Raised by a Recorder if a replay of the work would not do the same as the work."""
 
 
 class Recording(Protocol):
@@ -52,14 +52,23 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """A way to record work on a device."""
+    """An object that records a device's operations once, to replay them later."""
 
     def record(self, work: Work, mutated: Sequence[Tensor]) -> Recording:
-        """Record the device's work in `work`, and leave all memory as it was.
+        """Record the device operations that `work` launches.
+
+        `work` may run several times; the tensors in `mutated` have their old values afterwards.
 
         Args:
-            work: runs the same operators at each call. A replay recreates the tensors that it makes in the same place.
+            work: runs the same operators at each call. Each replay writes the tensors that it creates to the same
+                addresses.
             mutated: all tensors from outside that `work` writes to.
+
+        Returns:
+            The recording. The caller must keep all tensors alive that `work` uses.
+
+        Raises:
+            RuntimeError: if `work` cannot be recorded; testing/op_recorder.py raises CannotRecord.
         """
 
 
@@ -75,7 +84,7 @@ class Batches(Protocol):
         """Return the draws of the steps [first_step, last_step): (steps, ...) each, on the host."""
 
     def batch(self, draws: Draws) -> Batch:
-        """Return the batch of one step's draws, on the device."""
+        """Return one step's batch from its row of draws, (...) each, on the device."""
 
 
 class Evaluations(Protocol):
@@ -85,7 +94,7 @@ class Evaluations(Protocol):
         """Return the draws of all batches: index (batches, b) int64, count (batches,) int64, on the host."""
 
     def eval_batch(self, index: Tensor, count: int | Tensor) -> Batch:
-        """Return one batch, on the device."""
+        """Return the batch of samples `index`, (b,) int64, on the device; labels from `count` on are IGNORED."""
 
 
 class FixedBatch:
@@ -130,7 +139,8 @@ class DeviceTable:
     def fill(self, columns: Draws) -> None:
         """Overwrite the first rows and rewind to row 0.
 
-        The copy is asynchronous, so work that is already queued still reads the previous rows.
+        `columns` has at most `rows` rows. The copy is queued on the current stream, so work that is already queued
+        there still reads the previous rows. The host does not wait for it.
         """
         for name, values in columns.items():
             rows = self._columns[name][: len(values)]
@@ -142,7 +152,7 @@ class DeviceTable:
         self._next.zero_()
 
     def next_row(self) -> Draws:
-        """Return the next row and increment the counter, without a host-device synchronisation."""
+        """Return the next row, (...) by name, and increment the counter, without a host-device synchronisation."""
         row = {name: values.index_select(0, self._next)[0] for name, values in self._columns.items()}
         self._next += 1
         return row
@@ -152,8 +162,8 @@ class GraphedStep:
     """A TrainStep and its batches captured together. It is called like a TrainStep.
 
     Args:
-        step: the step, warmed up.
-        batches: make the step's batches from draws.
+        step: the step, already compiled if its engine compiles.
+        batches: makes each step's batch from its draws.
         lr_at: returns the learning rate of a step, before it is scaled for a parameter group.
         recorder: captures the step.
     """
@@ -178,18 +188,23 @@ class GraphedStep:
             self._due = iter(block)
             for i in block:
                 yield ()
-                if following and i == block[len(block) // 2]:  # while the device still has steps to run
+                # Draw the next block now, while the device still has queued steps to run.
+                if following and i == block[len(block) // 2]:
                     columns = self._columns(following)
 
     def __call__(self, lr: float, step: int) -> None:
-        """Run step `step`, which must be the next one of train(), at the learning rate lr_at(step)."""
+        """Run step `step`, which must be the next one of train(), at the learning rate lr_at(step).
+
+        Raises:
+            ValueError: if `step` or `lr` is not the one that train() prepared.
+        """
         due = next(self._due, None)
         if step != due or lr != self.lr_at(step):
             raise ValueError(f"step {step} at learning rate {lr} is not the step that train() prepared: step {due}")
         self.recording.replay()
 
     def _columns(self, steps: range) -> Draws:
-        """Return the draws, step numbers and learning rates, (steps, ...) each, rounded as fill_() would."""
+        """Return the draws, step numbers and learning rates, (steps, ...) each; the rates are rounded as by fill_()."""
         scales = self.step.learning_rates.values()
         rates = [[self.lr_at(i) * scale for scale in scales] for i in steps]
         return {
@@ -208,12 +223,16 @@ class GraphedStep:
 
     def _work(self) -> None:
         images, labels = self._next_batch()
-        # If the images require a gradient, the gradient must be freed with the step.
+        # Make the images a new leaf at each step. A batch that outlives the step (FixedBatch) would otherwise keep its
+        # gradient between replays.
         self.step.run_on_device(images.detach().requires_grad_(images.requires_grad), labels)
 
 
 class GraphedEvaluation:
-    """A loader's evaluation with one replay per batch. The same Evaluator must be called with its evaluate()."""
+    """An evaluation captured for one batch and replayed for each batch.
+
+    Pass the iterator that evaluate() returns to the same Evaluator that was captured.
+    """
 
     def __init__(self, evaluate: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
         self.evaluator, self.batches = evaluate, batches
@@ -223,7 +242,7 @@ class GraphedEvaluation:
         self.recording = recorder.record(self._work, [*evaluate.metrics.tensors, *self._table.mutated_tensors])
 
     def evaluate(self) -> Iterator[NoBatch]:
-        """Replay every batch, and yield an empty one for each."""
+        """Replay the evaluation for each batch of the split, and yield an empty batch after each replay."""
         self._table.rewind()
         for _ in range(self._table.rows):
             self.recording.replay()
@@ -244,9 +263,17 @@ def capture_if_enabled(
     lr_at: Callable[[int], float],
     say: Callable[[str], None],
 ) -> tuple[Callable[..., None], Any, Any]:
-    """Return the step, the training batches and the curve's evaluation batches, captured if the engine has CUDA graphs.
+    """Return step, training batches and evaluation batches, captured if the engine has CUDA graphs, else unchanged.
 
-    If capturing was auto's choice and fails, `say` is called with the reason and the arguments are returned unchanged.
+    If engine.cuda_graph is auto and the capture fails, they are also returned unchanged.
+
+    Args:
+        step: the step, already compiled if its engine compiles.
+        evaluate: the evaluator of the curve.
+        training: the training batches; a Batches if the engine has CUDA graphs.
+        evaluation: the evaluation batches; an Evaluations if the engine has CUDA graphs.
+        lr_at: returns the learning rate of a step, before it is scaled for a parameter group.
+        say: receives the reason why auto does without a graph.
 
     Raises:
         RunError: if engine.cuda_graph is true and the capture fails.
@@ -285,7 +312,7 @@ class CudaRecorder:
         """Record `work` as Recorder.record does."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        # Warm up on the stream of the capture, so that memory that torch keeps per stream (cuBLAS's workspace) exists.
+        # Warm up on the stream of the capture, because torch keeps some memory per stream (cuBLAS's workspace).
         try:
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UP):
@@ -296,17 +323,17 @@ class CudaRecorder:
                 # because no other thread uses the device meanwhile, except autograd's, which is part of the capture.
                 with capturing(graph, pool=self.pool, stream=self.stream):
                     work()
-        finally:  # if the work fails, the step continues without a graph from the restored state
+        finally:  # also if the work fails: the step may then continue without a graph, from the restored state
             current.wait_stream(self.stream)
-        return graph  # the caller must keep every captured tensor alive
+        return graph  # it does not keep the captured tensors alive
 
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     """Capture the block with torch.cuda.graph while the garbage collector is paused.
 
-    If the collector destroyed a graph of an earlier run in this process, it would end the capture (pytorch#195397). An
-    error inside the block is the one that is raised, because ending a failed capture raises another.
+    If the collector destroyed a graph of an earlier run in this process, it would end the capture (pytorch#195397). If
+    the block raises, its own error is raised and not the one that ending the failed capture then raises.
     """
     inside: BaseException | None = None
     try:
@@ -318,5 +345,5 @@ def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
                 raise
     except Exception:
         if inside is not None:
-            raise inside  # noqa: B904, its own context is kept
+            raise inside  # noqa: B904, an error of ending the capture becomes its context
         raise

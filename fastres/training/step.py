@@ -1,4 +1,4 @@
-"""One training step, with the only autocast and the only torch.compile of fastres.
+"""One training step. In fastres, only this module calls torch.autocast and torch.compile.
 
 Forward and loss are one graph, compiled without breaks. The backward pass comes from AOTAutograd, and the optimizer is
 one fused kernel. A step never synchronises with the device, because metrics stay on it until they are read.
@@ -23,12 +23,17 @@ from fastres.training.metrics import DeviceMetrics
 from fastres.training.optim import build_optimizer, learning_rates
 from fastres_kernels import defer_running_stats
 
-# Images (b, C, S, S) in the engine's dtype, labels (b,) int64 or (b, classes) float32 shares.
+# Images (b, C, S, S) of b samples with S × S pixels, in the engine's dtype; labels (b,) int64, or (b, classes) float32
+# if images are mixed: each class's share of the sample, summing to 1.
 Batch = tuple[Tensor, Tensor]
 
 
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `work` compiled by inductor, bitwise identical to eager execution if it only copies, adds and divides."""
+    """Return `work` compiled by inductor.
+
+    If `work` only copies, adds and divides, the result is bitwise identical to eager execution, because the option
+    makes inductor round divisions as eager execution does.
+    """
     return torch.compile(work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True})
 
 
@@ -43,10 +48,11 @@ def raise_recompile_limit(count: int) -> None:
 
 
 class BatchedCast(torch.autograd.Function):
-    """Cast all weights together: (dtype, *weights) -> the weights in dtype, of any shapes and strides.
+    """Cast all weights together: (dtype, *weights) -> the same weights in `dtype`.
 
-    Under inductor this takes two kernels, and one for the gradients. Casting the weights one by one takes a launch for
-    each, and another for each gradient (docs/EXPERIMENTS.md, "The fused kernels, without a GPU").
+    The weights may have different shapes and memory orders, but must be dense and share one dtype. Under inductor the
+    forward takes two kernels and the backward takes one. Casting the weights one by one takes a launch for each, and
+    another for each gradient (docs/EXPERIMENTS.md, "The fused kernels, without a GPU").
     """
 
     @staticmethod
@@ -63,9 +69,10 @@ class BatchedCast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the weights' dtype."""
-        # Multiply by one in the wider dtype, which is exact: inductor makes one kernel of multiplying a list, and
-        # several of casting it.
+        """Return None for `dtype`, then the gradients in the weights' dtype."""
+        # Cast by multiplying by one in the weights' dtype, which is exact. Inductor compiles a multiplication of a list
+        # to one kernel, but a cast of a list to several. `one` has the gradient's number of dimensions, because a
+        # 0-dimensional tensor would not widen the result's dtype.
         one = torch.ones((), dtype=ctx.dtype, device=grads[0].device)
         return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 
@@ -77,7 +84,7 @@ class ForwardLoss(nn.Module):
         model: the network.
         engine: the resolved engine.
         reduction: how the loss is reduced over the samples, "mean" or "sum".
-        label_smoothing: in [0, 1).
+        label_smoothing: label smoothing of the loss, in [0, 1).
         mirrored: average the logits of each image and of its mirror image.
     """
 
@@ -93,7 +100,10 @@ class ForwardLoss(nn.Module):
         self.running_stats = defer_running_stats(model)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and the number of correct predictions of a batch."""
+        """Return the loss, () float32 or wider, and the number of correct predictions, () int64.
+
+        Samples with the label IGNORED count for neither.
+        """
         with self.running_stats:
             logits = self._logits(images)
         if self.mirrored:
@@ -110,7 +120,7 @@ class ForwardLoss(nn.Module):
         return loss, (logits.argmax(1) == right).sum()
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Return the logits, (N, classes), in float32 or wider."""
+        """Return the logits, (b, classes) float32 or wider, of images (b, C, S, S)."""
         dtype = self.engine.dtype if self.mixed else None
         with torch.autocast(self.engine.device.type, dtype, enabled=self.mixed):
             if self.batches_casts:
@@ -121,7 +131,10 @@ class ForwardLoss(nn.Module):
         return wide
 
     def _cast_weights(self) -> dict[str, Tensor]:
-        """Return the weights that autocast would cast one by one, by name, cast together."""
+        """Cast the trainable weights and biases of all convolutions and linear layers; return them by parameter name.
+
+        They are cast together; autocast would cast them one by one.
+        """
         found = {
             f"{name}.{kind}": parameter
             for name, module in self.model.named_modules()
@@ -130,7 +143,7 @@ class ForwardLoss(nn.Module):
             if parameter.requires_grad
         }
         # Sort weights with a multiple of eight elements to the front, so that each of them begins at a multiple of 16
-        # bytes, as tensor cores need it.
+        # bytes (2 bytes per element), which tensor cores require.
         names = sorted(found, key=lambda name: found[name].numel() % 8 != 0)
         if not names:
             return {}
@@ -143,20 +156,23 @@ class ForwardLoss(nn.Module):
         return self._compiled_call_impl is not None
 
     def run_eagerly(self) -> None:
-        """Undo compile()."""
+        """Run eagerly from now on, and let autocast cast the weights one by one."""
         self._compiled_call_impl = None
         self.batches_casts = False
 
 
 class TrainStep:
-    """One optimizer step: forward, loss, backward, update. `metrics` has the sums over the steps.
+    """One optimizer step: forward, loss, backward, update.
+
+    `metrics` accumulates the loss, correct predictions and samples of all steps on the device.
 
     Args:
         model: the network, already on the engine's device.
         engine: the resolved engine.
         optim: the optimizer's fields; the learning rate is for the global batch.
         label_smoothing: label smoothing of the training loss, in [0, 1).
-        accumulate: micro-batches that the per-rank batch is split into, so that only one has to fit in memory.
+        accumulate: number of micro-batches per step. It must divide the per-rank batch. Only one micro-batch at a time
+            has to fit in memory.
     """
 
     def __init__(
@@ -166,7 +182,7 @@ class TrainStep:
         self.model = model
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
-        # The gradient that a backward starts from, because otherwise autograd fills a new tensor at each step.
+        # Each backward starts from this gradient. Without it autograd would allocate and fill a tensor of ones.
         self.one = torch.ones((), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32))
         self.optimizer = build_optimizer(model, optim, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
@@ -176,7 +192,7 @@ class TrainStep:
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
         self.count = compiled(self._count) if engine.compile else self._count
-        # DDP wraps the compiled module, because DDP's hooks inside of it would break the graph.
+        # DDP wraps the compiled module, because DDP's hooks inside the compiled module would cause graph breaks.
         self.forward_loss = process_group.wrap(self.inner, engine.device, engine.compress_gradients)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
@@ -185,7 +201,7 @@ class TrainStep:
         Args:
             images: (b, C, S, S) in the engine's dtype and memory format, on its device.
             labels: (b,) int64, or (b, classes) float32 shares.
-            lr: the learning rate of the schedule, which is multiplied by the scale of each parameter group.
+            lr: the schedule's learning rate. Each parameter group multiplies it by its own scale.
             step: the step's number, for the report of a non-finite loss.
         """
         for tensor, scale in self.learning_rates.items():
@@ -199,7 +215,7 @@ class TrainStep:
         It launches the same work on every call and never branches on device values, so it can be captured in a CUDA
         graph (training/cuda_graph.py).
         """
-        if not self.model.training:  # train() walks through all modules
+        if not self.model.training:  # checked first, because train() walks through all modules
             self.model.train()
         *first, last = self._micro_batches(images, labels)
         for micro_batch in first:
@@ -209,24 +225,33 @@ class TrainStep:
         self.update()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, (), the mean over one micro-batch."""
+        """Add the gradients of loss / accumulate, times the fp16 loss scale, to the parameters' .grad.
+
+        `loss` is () and the mean over one micro-batch.
+        """
         self.scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward(self.one)
 
     def update(self) -> None:
-        """Run the optimizer's step and drop the gradients."""
+        """Run the optimizer's step, update the fp16 loss scale and drop the gradients."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile everything by running forward and backward. The model's state stays as it is."""
+        """Compile forward, loss, backward and counting by running one micro-batch of the batch (images, labels).
+
+        Parameters, buffers and metrics keep their values; the model is left in training mode.
+        """
         with preserving([*self.model.buffers(), *self.metrics.tensors]):
             self.model.train()
             self._accumulate_gradients(self._micro_batches(images, labels)[0])
         self.model.zero_grad()
 
     def abort_step(self) -> None:
-        """Discard an unfinished step: its gradients, and the loss scaler's record of them."""
+        """Discard an unfinished step: drop its gradients and renew the loss scaler.
+
+        The old scaler may have recorded the step; the new one has the same scale.
+        """
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
         self.scaler = torch.amp.GradScaler(self.engine.device.type, enabled=self.scaler.is_enabled())
@@ -238,17 +263,20 @@ class TrainStep:
         self.count = self._count
 
     def _micro_batches(self, images: Tensor, labels: Tensor) -> list[Batch]:
+        """Split a batch into `accumulate` micro-batches of equal size."""
         if self.accumulate == 1:
             return [(images, labels)]
         return list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
 
     def _accumulate_gradients(self, micro_batch: Batch) -> None:
+        """Run forward, loss and backward on one micro-batch, and count it in the metrics."""
         images, labels = micro_batch
         loss, correct = self.forward_loss(images, labels)
         self.backward(loss)
         self.count(loss.detach(), correct, len(labels))
 
     def _count(self, mean_loss: Tensor, correct: Tensor, samples: int) -> None:
+        """Add one micro-batch to the metrics."""
         self.metrics.add(mean_loss * samples, correct, samples)
 
     @property
@@ -263,6 +291,7 @@ class TrainStep:
         return [*model, *state, *self.learning_rates, *scaler, *self.metrics.tensors]
 
     def _optimizer_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
+        """Return parameter, name and tensor of each tensor in the optimizer's state."""
         return [
             (parameter, key, value)
             for parameter, state in self.optimizer.state.items()
@@ -271,7 +300,7 @@ class TrainStep:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next step depends on. Collective."""
+        """Return the state to resume from: model, optimizer, loss scale and metric sums over all ranks. Collective."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -286,8 +315,9 @@ class TrainStep:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr  # because load_state_dict has replaced it by a copy that nobody fills
-        for parameter, key, tensor in tensors:  # it has replaced these too, and a CUDA graph has their addresses
+            group["lr"] = lr  # because load_state_dict has replaced it by a copy, which __call__ would not fill
+        # It has replaced the state's tensors too, although a CUDA graph reads and writes the old ones.
+        for parameter, key, tensor in tensors:
             self.optimizer.state[parameter][key] = tensor.copy_(self.optimizer.state[parameter][key])
         self.scaler.load_state_dict(state["scaler"])
         self.metrics.load_state_dict(state["totals"])
@@ -295,7 +325,7 @@ class TrainStep:
 
 @contextmanager
 def preserving(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the tensors' values when the block ends."""
+    """Restore the tensors' values when the block ends, also if it raises."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield

@@ -3,13 +3,13 @@
     batch_norm_act            (x, residual, …) -> (y, mean, var, count, mask, skip)
     batch_norm_act_backward   (dy, dskip, x, …) -> (dx, dresidual, dbias, dweight, dmean, dvar)
 
-Neither op mutates its arguments, because register_autograd rejects ops that do; update_running_statistics is an op of
-its own for this reason. Each op chooses the Triton kernels or the reference by the device and dtype of x.
+register_autograd rejects ops that mutate their arguments, so these two do not, and update_running_statistics is an op
+of its own. Each op chooses the Triton kernels or the reference by the device and dtype of x.
 
 `skip` makes the gradient of a skip connection arrive separately from the gradient of the next layer, so that the
 backward adds the two in a pass that it makes anyway. `skip` has y's shape, but occupies one element of memory, and its
-value is never read. A consumer of the skip connection takes y, detached, and `skip`; its backward returns the gradient
-of y as the gradient of `skip`.
+value is never read. The layer at the end of the skip connection takes y.detach() as `residual` and `skip` as `skip`.
+Its backward returns the residual's gradient as the gradient of `skip`.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ if HAS_TRITON:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W), of x's dtype
-    skip: Tensor | None,  # (N, C, H, W); if given, receives the residual's gradient instead of the residual
+    skip: Tensor | None,  # (N, C, H, W), only for autograd: receives the gradient of `residual`, which must be given
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     mean: Tensor | None,  # (C,), with var: given statistics; None: use the statistics of x
     var: Tensor | None,  # (C,), biased
     eps: float,
     relu: bool,
-    fork: bool,  # return a skip
+    fork: bool,  # return a `skip` for a skip connection
     group: str,  # name of the process group that shares batch statistics; "": none
-    algorithm: str = "two_pass",  # or "cooperative", which falls back to two_pass if x does not fit on the GPU
+    algorithm: str = "two_pass",  # or "cooperative", which falls back to two_pass if x does not fit in registers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute y = act(weight·(x - mean)/√(var + eps) + bias + residual) (Ioffe & Szegedy 2015, algorithm 1).
 
-    The reference runs if there is no kernel for x. The cooperative kernel runs if it is asked for, the statistics are
-    this rank's batch statistics, and x fits on the GPU. Otherwise the two kernels of forward.py run. ReLU's mask is
-    saved only with a residual, because the backward can otherwise recompute it from x.
+    act is ReLU if `relu`, otherwise the identity. The reference runs if there is no kernel for x (see runs_kernels).
+    The cooperative kernel runs if it is asked for, the statistics are this rank's batch statistics, and x fits in the
+    GPU's registers. Otherwise the kernels of forward.py run. ReLU's mask is saved only with a residual, because
+    without one the backward can recompute it from x.
 
     Returns:
         y: (N, C, H, W) channels-last, of x's dtype.
         mean, var: the mean and biased variance used, (C,), float32 or wider.
-        count: () number of values per channel if ranks share the statistics; otherwise empty, because it is N·H·W.
+        count: () number of values per channel over all ranks if they share the statistics; otherwise empty.
         mask: (⌈NHW/8⌉, C) uint8, ReLU's mask (see pack_bits); empty if the backward recomputes it.
         skip: of y's shape; empty without `fork`.
     """
@@ -97,7 +98,7 @@ def _reference_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute in plain PyTorch the y, mean, var, mask and skip, (1,) or empty, that forward.normalise returns."""
+    """Return y, mean, var, mask and skip as forward.normalise does, computed in plain PyTorch."""
     y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
     # The mask is ~(y <= 0) and not y > 0, so that NaN passes.
     mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
@@ -120,7 +121,7 @@ def _shared_partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return count (), mean and biased variance (C,) of x over all ranks of the group, from partials. Collective."""
     m, _ = matrix_shape(x)
-    starts = tiles.rows * torch.arange(tiles.partials, device=x.device)
+    starts = tiles.rows * torch.arange(tiles.partials, device=x.device)  # the first row of each partial
     counts = (m - starts).clamp(max=tiles.rows)
     count, mean, m2 = sync_stats.merge(counts, partials[:, 0], partials[:, 1])
     mean += x[:1, :, :1, :1].flatten()  # partial means are relative to x's first row
@@ -149,7 +150,7 @@ def batch_norm_act_backward(
     dy: Tensor,  # (N, C, H, W), any strides
     dskip: Tensor | None,  # (N, C, H, W), the gradient of skip, added to dy
     x: Tensor,  # (N, C, H, W)
-    mask: Tensor | None,  # (⌈NHW/8⌉, C) uint8; None: recomputed from x if `relu`
+    mask: Tensor | None,  # (⌈NHW/8⌉, C) uint8, ReLU's; None: recomputed from x if `relu`
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     mean: Tensor,  # (C,), used in the forward
@@ -157,14 +158,15 @@ def batch_norm_act_backward(
     eps: float,
     relu: bool,
     batch_statistics: bool,  # mean and var were computed from x, so gradient flows through them to x
-    want_residual: bool,
+    want_residual: bool,  # return dresidual
     group: str,
     algorithm: str = "two_pass",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of batch_norm_act (Ioffe & Szegedy 2015, section 3).
 
-    The reference runs if there is no kernel for x. Given statistics take one kernel, because their dx depends on no
-    sum. Batch statistics take the cooperative kernel under the conditions of the forward, otherwise two kernels.
+    The reference runs if there is no kernel for x. With given statistics one kernel runs, because dx then depends on no
+    sum over x. With batch statistics the cooperative kernel runs under the conditions of the forward, otherwise two
+    kernels run.
 
     Returns:
         dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty without `want_residual`.
@@ -181,7 +183,7 @@ def batch_norm_act_backward(
         dx, dz, *others = _reference_backward(dy, dskip, *norm, batch_statistics, group)
         dresidual = dz.clone() if want_residual else x.new_empty(0)  # cloned, because dz may be the argument dy
     else:
-        store_dz = want_residual or dskip is not None
+        store_dz = want_residual or dskip is not None  # the second of two kernels reads dz instead of dy + dskip
         if not batch_statistics:
             dx, dz, *others = backward_fixed_stats(dy, dskip, *norm, store_dz)
         elif not group and _cooperates(algorithm, x, BACKWARD_TILE):
@@ -210,7 +212,7 @@ def _two_pass_backward(
     """Return dx, dz (empty without store_dz), dbias and dweight from the two kernels of backward.py.
 
     dz is the gradient of y, dskip included, masked by ReLU. With a `group`, dx uses the sums over all ranks, but dbias
-    and dweight are this rank's, because DDP sums parameter gradients over the ranks.
+    and dweight are this rank's, because DDP reduces parameter gradients over the ranks.
     """
     m, c = matrix_shape(x)
     tiles = two_pass_tiles(m, c)
@@ -221,7 +223,7 @@ def _two_pass_backward(
         dx, dbias, dweight = backward.input_gradient(*sources, partials, eps, m, recompute_gate, tiles)
         return dx, dz, dbias, dweight
     sums = partials.sum(0)
-    # As one partial that is already divided by the number of values, so `count` is 1.
+    # input_gradient divides the sum of the partials by a count: pass the means as one partial, and the count 1.
     global_means = sync_stats.mean_sums(sums, m, group)[None]
     dx, _, _ = backward.input_gradient(*sources, global_means, eps, 1, recompute_gate, tiles)
     return dx, dz, sums[0].clone(), sums[1].clone()  # cloned, because results of an op must not share memory
@@ -282,7 +284,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save for the backward what it needs of the inputs and outputs of batch_norm_act."""
+    """Save the inputs and outputs of batch_norm_act that its backward needs."""
     x, residual, skip, weight, bias, mean, _, ctx.eps, ctx.relu, _, ctx.group, ctx.algorithm = inputs
     _, used_mean, used_var, count, mask, _ = output
     ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
@@ -335,11 +337,11 @@ def update_running_statistics(
     running_var: Tensor,  # (C,)
     batches: Tensor,  # () int64
     count: int,  # number of values per channel; 1 if var is the unbiased estimate already
-    momentum: float | None,  # None: average over all batches so far
+    momentum: float | None,  # None: average all batches so far equally
 ) -> None:
-    """Move the running statistics towards a batch's in place, using the unbiased variance.
+    """Move the running statistics in place towards a batch's, with its unbiased variance, and increment `batches`.
 
-    `batches` is incremented. A Triton kernel does this for float32 statistics on a GPU, PyTorch otherwise.
+    A Triton kernel updates float32 statistics on a GPU, and PyTorch all others.
     """
     if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
         running_stats.update(mean, var, running_mean, running_var, batches, count, momentum)
@@ -369,7 +371,7 @@ def cooperative_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, mean, var, mask and skip from one kernel, as forward.normalise does, for batch statistics.
 
-    x has to be channels-last and to fit on the GPU: see cooperative.tiles_for.
+    x has to be channels-last and to fit in the GPU's registers: see cooperative.tiles_for.
     """
     tiles = cooperative.tiles_for(x, FORWARD_TILE)
     assert tiles is not None
@@ -398,7 +400,7 @@ def cooperative_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dz (empty without store_dz), dbias and dweight from one kernel, for batch statistics.
 
-    x has to be channels-last and to fit on the GPU: see cooperative.tiles_for.
+    x has to be channels-last and to fit in the GPU's registers: see cooperative.tiles_for.
     """
     tiles = cooperative.tiles_for(x, BACKWARD_TILE)
     assert tiles is not None
@@ -438,14 +440,17 @@ def _(dy: Tensor, dskip: Tensor | None, x: Tensor, *arguments: Any) -> tuple[Ten
 
 
 def _fake_gradients(x: Tensor, arguments: tuple[Any, ...], vectors: int) -> tuple[Tensor, ...]:
-    """Return empty dx, dz and `vectors` (C,) gradients; `arguments` are the op's arguments after x."""
+    """Return dx, dz (no elements without store_dz) and `vectors` gradients (C,), all uninitialised.
+
+    `arguments` are the op's arguments after x.
+    """
     _, _, _, mean, *_, store_dz = arguments
     dz = torch.empty_like(x) if store_dz else x.new_empty(0)
     return torch.empty_like(x), dz, *(torch.empty_like(mean) for _ in range(vectors))
 
 
 def _cooperates(algorithm: str, x: Tensor, on_chip: OnChipTile) -> bool:
-    """Return True if the cooperative kernel is asked for and x fits on the GPU."""
+    """Return True if the cooperative kernel is asked for and x fits in the GPU's registers."""
     return algorithm == "cooperative" and cooperative.tiles_for(x, on_chip) is not None
 
 
@@ -453,7 +458,10 @@ def _cooperates(algorithm: str, x: Tensor, on_chip: OnChipTile) -> bool:
 
 
 def pack_bits(passes: Tensor) -> Tensor:
-    """Pack (N, C, H, W) bool into (⌈NHW/8⌉, C) uint8: bit r of byte b is row 8b + r of the matrix [NHW, C]."""
+    """Pack (N, C, H, W) bool into (⌈NHW/8⌉, C) uint8.
+
+    Bit r, from the lowest, of a channel's byte b is row 8b + r of the matrix [NHW, C]; missing rows are 0.
+    """
     matrix = passes.permute(0, 2, 3, 1).reshape(-1, passes.shape[1]).to(torch.uint8)
     matrix = F.pad(matrix, (0, 0, 0, -len(matrix) % 8)).view(-1, 8, passes.shape[1])
     places = torch.arange(8, dtype=torch.uint8, device=passes.device)

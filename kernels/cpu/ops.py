@@ -1,15 +1,16 @@
-"""Train with BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16 on CPUs that have AVX-512 with bf16.
+"""C++ kernels for training BatchNorm + ReLU (+ add) and 3×3 convolutions in bf16, for CPUs with AVX-512 BF16.
 
-kernels.cpp does not depend on torch. The machine's own g++ builds it once, in two seconds, and ctypes calls it. It runs
-in the threads of torch's OpenMP. Each of its functions is an operator of torch, so profilers and counters see it:
+kernels.cpp does not depend on torch. The machine's own compiler builds it once, in two seconds, ctypes calls it, and it
+runs in torch's OpenMP threads. Each of its functions is registered as an operator of torch, so that profilers and
+counters see it:
 
     torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, passed, stats)
     torch.ops.fastres_kernels.cpp_batch_norm_act_backward    (g, g2, x, …) -> (dx, dz, dweight, dbias)
     torch.ops.fastres_kernels.cpp_convolution                (x, w, turned) -> y
     torch.ops.fastres_kernels.cpp_weight_gradient            (x, dy, stride) -> dw
 
-torch.compile does not support the autograd functions around them, so torch's own operations run under it. The measured
-gains are in docs/EXPERIMENTS.md.
+torch.compile does not support the autograd functions around them, so compiled models run torch's own operations. The
+measured gains are in docs/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # functions of kernels.cpp: res
 
 
 def available() -> tuple[bool, str]:
-    """Return whether this machine can run the kernels, and the reason with its remedy. The first call builds them."""
+    """Return whether this machine can run the kernels, and why or why not. The first call builds them."""
     library, why = _find_library()
     return library is not None, why
 
 
 @cache
 def _find_library() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library or None, and the reason. Cached for the process, because building takes two seconds."""
+    """Return the library, or None, and why. Cached for the process, because building takes two seconds."""
     missing = missing_instructions()
     if missing:
         return None, missing
@@ -88,11 +89,13 @@ def missing_instructions() -> str:
 
 
 def build(compiler: str) -> ctypes.CDLL:
-    """Return the library from the user's cache, or build it; the key is a hash of source, compiler and flags.
+    """Return the library from the user's cache, or build it and cache it.
+
+    The name of the file in the cache has a hash of source, compiler and flags.
 
     Raises:
-        CalledProcessError: if it cannot be compiled.
-        OSError: if it cannot be loaded.
+        CalledProcessError: if the source does not compile.
+        OSError: if the compiler cannot be run or the library cannot be loaded.
     """
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
     file = f"kernels-{key}.so"
@@ -125,7 +128,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _ready(x: Tensor) -> bool:
-    """Return True if the kernels are available for x: bf16, 4-D, on a CPU, and not under torch.compile."""
+    """Return True if the kernels are available for x: bf16, 4-D, not empty, on a CPU, and not under torch.compile."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -140,10 +143,10 @@ def _ready(x: Tensor) -> bool:
 
 
 def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Return True if batch_norm_act can compute norm(x) in training for x (N, C, H, W).
+    """Return True if batch_norm_act can compute norm(x) for x (N, C, H, W).
 
-    x has to be bf16, with a divisor of 64 as its number of channels, a multiple of 64 elements, and at least two values
-    per channel. Parameters and statistics have to be float32.
+    x has to be bf16 with at least two values per channel; C has to divide 64, and N·C·H·W has to be a multiple of 64.
+    norm has to be in training mode and have a weight and a bias; these and the statistics have to be float32.
     """
     c = norm.num_features
     return (
@@ -160,21 +163,21 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W) bf16
-    residual: Tensor | None,  # (N, C, H, W)
-    skip: Tensor | None,  # (N, C, H, W); if given, receives the residual's gradient instead of the residual
+    residual: Tensor | None,  # (N, C, H, W), cast to bf16
+    skip: Tensor | None,  # (N, C, H, W), only for autograd: receives the gradient of `residual`, which must be given
     norm: nn.BatchNorm2d,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute y = act(BatchNorm(x) + residual) with x's statistics, and update the running statistics as torch does.
 
     x and norm have to satisfy `normalises`. The forward makes two passes over x, and the backward two over x and the
-    gradient. ReLU's mask is saved as bits. With a residual that is 8 bytes per element forward and 12 backward, or 14
-    with two gradients. Sums are float32 within chunks of 16,384 values and float64 across chunks, in an order that does
-    not depend on the number of threads, so results are bitwise reproducible.
+    gradient. ReLU's mask is saved as bits. With a residual they read and write 8 bytes per element forward and 12
+    backward, or 14 with two gradients, without the mask. Sums are float32 within chunks of 16,384 values and float64
+    across chunks, in an order that does not depend on the number of threads, so results are bitwise reproducible.
 
     Returns:
-        y, channels-last, bf16; and y again, for a skip connection. The backward adds the gradients of both in its first
-        pass.
+        y twice, (N, C, H, W) bf16, channels-last: for the next layer, and for a skip connection. The backward adds the
+        gradients of both in its first pass.
 
     Raises:
         NotImplementedError: on differentiating a gradient.
@@ -201,7 +204,7 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, passed, stats)
         ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
         ctx.set_materialize_grads(False)
-        return y, y.detach()  # detached, the second y is an output with a gradient of its own
+        return y, y.detach()  # detached, so that each output has a gradient of its own
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
@@ -217,8 +220,8 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor,  # (N, C, H, W)
-    residual: Tensor | None,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W) bf16, channels-last
+    residual: Tensor | None,  # like x
     weight: Tensor,  # (C,) float32
     bias: Tensor,  # (C,) float32
     running_mean: Tensor | None,  # (C,) float32
@@ -230,7 +233,7 @@ def _forward(
     """Compute the forward of batch_norm_act.
 
     Returns:
-        y: (N, C, H, W) bf16.
+        y: like x.
         passed: (NCHW/16,) int16, ReLU's mask, one bit per element; empty without ReLU.
         stats: (3, 64) float32: mean, 1/√(var + eps) and weight/√(var + eps), repeated if C is less than 64.
     """
@@ -245,9 +248,9 @@ def _forward(
 
 
 def _backward(
-    g: Tensor,  # (N, C, H, W), the gradient of y
-    g2: Tensor | None,  # (N, C, H, W), a second gradient of y, added to g
-    x: Tensor,  # (N, C, H, W)
+    g: Tensor,  # (N, C, H, W) bf16, channels-last: the gradient of y
+    g2: Tensor | None,  # like g, a second gradient of y, added to g
+    x: Tensor,  # like g
     passed: Tensor,  # from _forward
     stats: Tensor,  # from _forward
     has_residual: bool,
@@ -255,8 +258,8 @@ def _backward(
     """Compute the backward of batch_norm_act.
 
     Returns:
-        dx: (N, C, H, W) bf16.
-        dz: (N, C, H, W) bf16, g + g2 masked by ReLU, which is the residual's gradient; empty without residual and g2.
+        dx: like x.
+        dz: like x, g + g2 masked by ReLU: the residual's gradient; empty if there is neither a residual nor g2.
         dweight, dbias: (C,) float32.
     """
     keeps, relu, c = has_residual or g2 is not None, len(passed) > 0, x.shape[1]
@@ -272,10 +275,11 @@ def _backward(
 
 
 def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return True if conv2d can compute conv(x) in training for x (N, C, H, W).
+    """Return True if conv2d can compute conv(x), and its weight's gradient is wanted, for x (N, C, H, W).
 
     x has to be bf16, and so has autocast's dtype or, without autocast, the weight. The convolution has to be 3×3 with
-    padding 1, stride 1 or 2 and no groups or dilation, from a multiple of 16 channels to a multiple of 8, at most 64.
+    zero padding of 1, stride 1 or 2, one group and no dilation. Input channels have to be a multiple of 16, output
+    channels a multiple of 8, and both at most 64.
     """
     if not (torch.is_grad_enabled() and conv.weight.requires_grad and _three_by_three(conv)):
         return False
@@ -283,11 +287,11 @@ def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
     else:
         fits = conv.weight.dtype == torch.bfloat16
-    return fits and _ready(x) and x.shape[1] == conv.in_channels  # if not equal, torch raises its own error
+    return fits and _ready(x) and x.shape[1] == conv.in_channels  # if they differ, torch's own convolution raises
 
 
 def _three_by_three(conv: nn.Conv2d) -> bool:
-    """Return True if conv2d supports the geometry and the channels of `conv`."""
+    """Return True if conv2d supports the geometry and the numbers of channels of `conv`."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride in ((1, 1), (2, 2))
@@ -304,14 +308,14 @@ def _three_by_three(conv: nn.Conv2d) -> bool:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Compute the 3×3 convolution with padding 1 and stride S in bf16.
 
-    kernels.cpp computes the weight's gradient, and the other two convolutions if it has a kernel for them (see
-    `_has_kernel`); oneDNN computes the rest. Products of bf16 are summed in float32. The weight's gradient is never
-    rounded to bf16, and is bitwise reproducible for a given number of threads.
+    kernels.cpp computes the weight's gradient. It also computes y, without a bias, and the input's gradient if it has a
+    kernel for them (see `_has_kernel`); otherwise oneDNN does. Products of bf16 are summed in float32. The weight's
+    gradient is computed in float32, and is bitwise reproducible for a given number of threads.
 
     Args:
         x: (N, C, H, W), cast to bf16.
         weight: (K, C, 3, 3), cast to bf16.
-        bias: (K,).
+        bias: (K,), cast to bf16.
         stride: S, 1 or 2.
 
     Returns:
@@ -363,10 +367,11 @@ def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
 
 
 def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
-    """Convolve x, (N, C, H, W), with w, (K, C, 3, 3), at stride 1.
+    """Convolve x, (N, C, H, W), with w, (K, C, 3, 3), at stride 1 with padding 1.
 
     With `turned`, x is the gradient of such a convolution's output, (N, K, H, W), and the result is the gradient of its
-    input, (N, C, H, W), which is a convolution with the filter rotated by 180°. All are bf16 and channels-last.
+    input, (N, C, H, W). That is a convolution of x with w rotated by 180°, its input and output channels swapped. All
+    tensors are bf16 and channels-last.
     """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     y = torch.empty((n, c if turned else k, height, width), dtype=x.dtype, memory_format=torch.channels_last)
@@ -394,12 +399,12 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    """Return the addresses of the tensors' data; a null pointer for None."""
+    """Return the addresses of the tensors' data; None, which ctypes passes as a null pointer, for None."""
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _refuse_double(what: str) -> None:
-    """Raise NotImplementedError if this backward is itself to be differentiated."""
+    """Raise NotImplementedError if the calling backward is itself to be differentiated."""
     if torch.is_grad_enabled():  # a backward runs with gradients enabled only under create_graph=True
         raise NotImplementedError(
             f"fastres_kernels: the C++ {what} has no double backward; use model.norm torch and engine.conv torch if "
@@ -427,7 +432,7 @@ OPS = torch.ops.fastres_kernels
 def _flops_of_convolution(
     x: tuple[int, ...], w: tuple[int, ...], turned: bool, *, out_shape: Any = None, **__: Any
 ) -> int:
-    """Return the number of operations from the shapes; a multiply-add counts as two."""
+    """Return the number of floating-point operations from the shapes; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
     return 2 * n * height * width * k * c * 9
 
@@ -436,6 +441,6 @@ def _flops_of_convolution(
 def _flops_of_weight_gradient(
     x: tuple[int, ...], dy: tuple[int, ...], stride: int, *, out_shape: Any = None, **_: Any
 ) -> int:
-    """Return the number of operations from the shapes; a multiply-add counts as two."""
+    """Return the number of floating-point operations from the shapes; a multiply-add counts as two."""
     n, k, height, width = dy
     return 2 * n * height * width * k * x[1] * 9
