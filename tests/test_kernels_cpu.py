@@ -5,6 +5,7 @@ The kernels take bf16 only. Inputs are rounded to bf16 first, so the oracle has 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -489,3 +490,32 @@ def test_a_wrong_number_of_channels_raises_torchs_own_error(channels: int) -> No
 def test_the_library_shares_torchs_threads() -> None:
     """Check that only one OpenMP is loaded, because a second one would have a thread pool spinning beside torch's."""
     assert len(ask()[-1].split()) == 1
+
+
+@needs_kernels
+def test_torchs_default_dtype_does_not_change_the_memory_that_the_kernels_write() -> None:
+    def results() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+        norm, conv = (
+            BatchNormAct2d(16, dtype=torch.float32),
+            Conv2d(16, 16, 3, padding=1, bias=False, dtype=torch.float32),
+        )
+        norm.algorithm, conv.algorithm = "measured", "cpp"
+        with torch.no_grad():
+            conv.weight.copy_(draw(16, 16, 3, 3))
+        x = draw(8, 16, 16, 16).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = norm(conv(x))
+        y.float().square().mean().backward()
+        return [y, *(of.grad for of in (x, conv.weight, norm.weight, norm.bias) if of.grad is not None)]
+
+    usual = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        unusual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(usual) == 5
+    for one, other in zip(usual, unusual, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

@@ -157,7 +157,7 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         and x.numel() % 64 == 0
         and x.numel() > c
         and all(t is not None and t.dtype == torch.float32 for t in (norm.weight, norm.bias))
-        and (norm.running_mean is None or norm.running_mean.dtype == torch.float32)
+        and all(t is None or t.dtype == torch.float32 for t in (norm.running_mean, norm.running_var))
     )
 
 
@@ -238,8 +238,8 @@ def _forward(
         stats: (3, 64) float32: mean, 1/√(var + eps) and weight/√(var + eps), repeated if C is less than 64.
     """
     y = torch.empty_like(x)
-    passed = torch.empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
-    stats = torch.empty(3, 64)
+    passed = x.new_empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
+    stats = x.new_empty((3, 64), dtype=torch.float32)  # not torch's defaults: the C++ writes floats
     _library().bn_forward(
         *_pointers(x, residual, weight, bias, running_mean, running_var, y, passed if relu else None, stats),
         x.numel(), x.shape[1], momentum, eps,
@@ -264,7 +264,7 @@ def _backward(
     """
     keeps, relu, c = has_residual or g2 is not None, len(passed) > 0, x.shape[1]
     dx, dz = torch.empty_like(x), torch.empty_like(x) if keeps else x.new_empty(0)
-    dweight, dbias = torch.empty(c), torch.empty(c)
+    dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     _library().bn_backward(
         *_pointers(g, g2, x, passed if relu else None, stats, dz if keeps else None, dx, dweight, dbias), x.numel(), c
     )
@@ -374,7 +374,8 @@ def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
     tensors are bf16 and channels-last.
     """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
-    y = torch.empty((n, c if turned else k, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    shape = (n, c if turned else k, height, width)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _library().convolve(*_pointers(x, w, y), n, c, k, height, width, turned)
     return y
 
@@ -385,7 +386,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 and channels-last; C is a multiple of 16, K of 8.
     """
     (n, c, h, w), k = x.shape, dy.shape[1]
-    dw = torch.empty((k, c, 3, 3), memory_format=torch.channels_last)
+    dw = torch.empty((k, c, 3, 3), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     _library().weight_gradient(*_pointers(x, dy, dw), n, c, k, h, w, stride)
     return dw
 
