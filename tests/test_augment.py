@@ -184,7 +184,7 @@ def test_a_run_with_every_augmentation_learns_and_repeats(tmp_path: Path) -> Non
     [
         ("--data.mixup 1 --train.batch_size 9", ("data.mixup", "9", "odd", "train.batch_size")),
         ("--data.cutmix 1 --data.augment none", ("data.cutmix", "data.augment none")),
-        ("--data.pad_mode reflect --data.pad 8", ("data.pad 8", "8x8", "smaller")),
+        ("--data.pad_mode reflect --data.pad 8", ("data.pad: 8", "8x8", "smaller")),
         ("--data.flip sometimes", ("data.flip", "alternating")),
         ("--data.pad_mode black", ("data.pad_mode", "zero, reflect")),
     ],
@@ -198,6 +198,6 @@ def test_an_impossible_augmentation_is_rejected(flags: str, names: tuple[str, ..
 
 def test_reflect_padding_is_rejected_only_if_something_is_padded() -> None:
     flags = ["--data.pad_mode", "reflect", "--data.pad", "8", "--train.batch_size", "2"]
-    with rejected("data.pad 8"):
+    with rejected("data.pad: 8"):
         build(a_source(8, 8), *flags)
     assert len(list(build(a_source(8, 8), *flags, "--data.augment", "none").train(0, 1))) == 1

@@ -265,7 +265,7 @@ def test_bad_files_are_skipped_even_if_nothing_can_be_cached(loader: str, root: 
 def test_a_class_without_a_good_file_is_refused_by_name(part: str, root: Path) -> None:
     for path in (root / part / "dog").iterdir():
         path.write_bytes(b"")
-    with rejected(root / part / "dog", "no image", "it is empty"):
+    with rejected(root / part / "dog", "no usable image", "it is empty"):
         load(root, skip_bad=True)
 
 

@@ -440,7 +440,7 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
     grey = replace(a_source(8, 8), train=noise(4, channels=1), mean=MEAN[:1], std=STD[:1])
     for images, _ in build(grey, *flags, "--engine.channels_last", "false").train(0, 2):
         assert images.stride() == (64, 64, 8, 1)
-    with rejected("data.pad 8", "8x8"):
+    with rejected("data.pad: 8", "8x8"):
         build(a_source(8, 8), *flags[:-1], "8")
     with rejected("data.image_size", "16", "8x8"):
         build(a_source(8, 8), *flags, "--data.image_size", "16")

@@ -41,7 +41,7 @@ NoBatch = tuple[()]  # stands for a batch that the graph makes itself
 
 
 class CannotRecord(RuntimeError):
-    """Raised by a Recorder if a replay of the work would not do the same as the work."""
+    """Raised by testing/op_recorder.py if a replay would differ from the work; CudaRecorder raises torch's errors."""
 
 
 class Recording(Protocol):
@@ -223,8 +223,8 @@ class GraphedStep:
 
     def _work(self) -> None:
         images, labels = self._next_batch()
-        # Make the images a new leaf at each step. A batch that outlives the step (FixedBatch) would otherwise keep its
-        # gradient between replays.
+        # If the images require a gradient, pass a new leaf on the same memory at each step. A batch that outlives the
+        # step (FixedBatch) would otherwise keep its gradient between replays.
         self.step.run_on_device(images.detach().requires_grad_(images.requires_grad), labels)
 
 

@@ -31,8 +31,8 @@ Batch = tuple[Tensor, Tensor]
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     """Return `work` compiled by inductor.
 
-    If `work` only copies, adds and divides, the result is bitwise identical to eager execution, because the option
-    makes inductor round divisions as eager execution does.
+    If `work` only copies, adds and divides, the result is bitwise identical to eager execution, because
+    eager_numerics.division_rounding makes inductor round divisions as eager execution does.
     """
     return torch.compile(work, fullgraph=True, dynamic=False, options={"eager_numerics.division_rounding": True})
 
@@ -240,7 +240,7 @@ class TrainStep:
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Compile forward, loss, backward and counting by running one micro-batch of the batch (images, labels).
 
-        Parameters, buffers and metrics keep their values; the model is left in training mode.
+        Parameters, buffers and metrics keep their values, gradients are dropped, and the model stays in training mode.
         """
         with preserving([*self.model.buffers(), *self.metrics.tensors]):
             self.model.train()
@@ -250,7 +250,8 @@ class TrainStep:
     def abort_step(self) -> None:
         """Discard an unfinished step: drop its gradients and renew the loss scaler.
 
-        The old scaler may have recorded the step; the new one has the same scale.
+        If the step failed between scaler.step() and scaler.update(), the old scaler would reject the next step. The new
+        one takes over its scale.
         """
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
@@ -309,7 +310,10 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy the state into the existing tensors, so that a captured step continues from it."""
+        """Copy the state into the existing tensors, so that a captured step continues from it.
+
+        The saved learning rates are dropped, because every step sets its own.
+        """
         self.model.load_state_dict(state["model"])
         tensors = self._optimizer_tensors()
         rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -58,7 +58,8 @@ def batch_norm_act(
         y: (N, C, H, W) channels-last, of x's dtype.
         mean, var: the mean and biased variance used, (C,), float32 or wider.
         count: () number of values per channel over all ranks if they share the statistics; otherwise empty.
-        mask: (⌈NHW/8⌉, C) uint8, ReLU's mask (see pack_bits); empty if the backward recomputes it.
+        mask: (⌈NHW/8⌉, C) uint8, ReLU's mask (see pack_bits); empty without `relu` or without a
+            residual, because the backward then recomputes it.
         skip: of y's shape; empty without `fork`.
     """
     x = channels_last(x, warn="the input of batch_norm_act")

@@ -308,8 +308,8 @@ def _three_by_three(conv: nn.Conv2d) -> bool:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Compute the 3×3 convolution with padding 1 and stride S in bf16.
 
-    kernels.cpp computes the weight's gradient. It also computes y, without a bias, and the input's gradient if it has a
-    kernel for them (see `_has_kernel`); otherwise oneDNN does. Products of bf16 are summed in float32. The weight's
+    kernels.cpp computes the weight's gradient. If it has a kernel (see `_has_kernel`), it also computes the input's
+    gradient, and y if there is no bias; otherwise oneDNN does. Products of bf16 are summed in float32. The weight's
     gradient is computed in float32, and is bitwise reproducible for a given number of threads.
 
     Args:
