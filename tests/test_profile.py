@@ -479,7 +479,7 @@ def event(category: str, name: str, ts: float, dur: float, id_: int, **arguments
 
 
 def test_a_gpus_trace_is_summed_up_by_operator() -> None:
-    """In this hand-written trace, kernels come later than the operators that launch them and carry their id."""
+    """Kernels of this hand-written trace come later than the operators that launch them and carry their id."""
     x, w = [[8, 16, 32, 32], [16, 16, 3, 3]], ["c10::BFloat16"] * 2
     key = ("aten::convolution", ((8, 16, 32, 32), "c10::BFloat16"), ((16, 16, 3, 3), "c10::BFloat16"))
     triton, given = (

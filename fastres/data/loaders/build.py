@@ -18,10 +18,8 @@ from fastres.data.loaders.dali import DaliLoader
 from fastres.data.loaders.dataloader import HostLoader, evaluation_view
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.sources.source import Source, Split
-from fastres.data.spec import IGNORED, BatchSpec
+from fastres.data.spec import BatchSpec
 from fastres.utils.errors import UsageError
-
-__all__ = ["IGNORED", "LOADERS", "BatchSpec", "Loader", "build_loader", "sample_images"]
 
 
 class Loader(Protocol):
