@@ -115,9 +115,9 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     rows = [Row(one.fullname, one.extra_info) for one in session.benchmarks] if session else []
-    for title, lines in tables(rows):
+    for title, explanation, lines in tables(rows):
         terminalreporter.section(title)
-        for line in lines:
+        for line in (explanation, *lines):
             terminalreporter.write_line(line)
     timed = [row.info for row in rows if row.file == "bench_kernels.py" and row.info]
     if config.option.write_table and timed:

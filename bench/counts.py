@@ -356,8 +356,8 @@ def network() -> Counts:
     graphed = GraphedStep(step, a_loader(config, engine), lambda i: 0.1, records_nothing)
     loss, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     pieces: dict[str, tuple[Any, ...]] = {
-        "the batch": (graphed.next_batch,),
-        "the totals": (step.count, loss, correct, BATCH),
+        "the batch": (graphed.read_row,),
+        "the totals": (step.add_to_metrics, loss, correct, BATCH),
     }
     counts = {
         f"{name}, launches": Count(len(launches(inductor_counts.generate(*piece)["forward"])))

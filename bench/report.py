@@ -107,11 +107,11 @@ def section(device: str, runs: Sequence[SuiteRun], plots: Sequence[Path]) -> lis
     lines = [f"## {device}", "", *(f"- {run.line}" for run in runs), ""]
     if any(run.on_gpu for run in runs):
         lines += ["### targets", "", "```", *targets.lines(newest(runs)), "```", ""]
-    for title, rows in tables(newest(runs)):
-        lines += [f"### {title}", "", "```", *rows, "```", ""]
+    for title, explanation, rows in tables(newest(runs)):
+        lines += [f"### {title}", "", explanation, "", "```", *rows, "```", ""]
     several = {name: values for name, values in ratios(runs).items() if len(values) > 1}
     if several:
-        lines += ["### ratios of all runs", "", "```"]
+        lines += ["### ratios in each run", "", "How far one run can be trusted: 1.00 is no change.", "", "```"]
         lines += [
             f"{name.removeprefix('bench/'):<70} {', '.join(f'{value:.2f}' for value in values)}"
             f"  (largest over smallest {max(values) / min(values):.2f})"
@@ -257,7 +257,11 @@ def main(argv: list[str] | None = None) -> int:
                 )
         print("\n".join(section(devices[0], runs, [])))
         return 0
-    made_by = "Made by `python -m bench.report`; raw in [results](results). No device is compared with another."
+    made_by = (
+        "Made by `python -m bench.report` from [results](results). No device is compared with another. Values are "
+        "medians, with the 20 and 80 % quantiles in brackets; n is the number of rounds or runs. The tables show the "
+        "newest run of each benchmark."
+    )
     lines = ["# Results", "", made_by, ""]
     for device in devices:
         of_device = [run for run in runs if run.device == device]

@@ -182,7 +182,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         # The C++ kernels cannot share statistics between ranks, and must not replace interpreted Triton kernels.
         wants_cpp = (self.algorithm == "measured" or not INTERPRETED) and not self.group_name
-        if wants_cpp and cpu_ops.normalises(self, x):
+        if wants_cpp and cpu_ops.can_normalise(self, x):
             return "cpp"
         return fastest(x, has_residual) if self.algorithm == "measured" else self.algorithm
 
@@ -339,7 +339,7 @@ class Conv2d(nn.Conv2d):
     algorithm = "torch"  # or "cpp"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.algorithm == "cpp" and cpu_ops.convolves(self, input):
+        if self.algorithm == "cpp" and cpu_ops.can_convolve(self, input):
             return cpu_ops.conv2d(input, weight, bias, self.stride[0])
         y: Tensor = super()._conv_forward(input, weight, bias)
         return y

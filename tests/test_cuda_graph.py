@@ -318,8 +318,8 @@ def test_the_compiled_work_around_the_network_is_bitwise_that_of_eager(flags: st
     # The batch with its rates, and the metrics, compile besides the network.
     with torch._dynamo.config.patch(error_on_recompile=True):
         run_steps(replayed, replayed, 0, 2 * BLOCK + 2)
-    assert (replayed._next_batch == replayed.next_batch) == ("mixup" in flags)
-    other.count = other._count
+    assert (replayed._read == replayed.read_row) == ("mixup" in flags)
+    other.add_to_metrics = other._add_to_metrics
     run_steps(other, loader, 0, 2 * BLOCK + 2)
     assert checkpoint.digest(step.state_dict()) == checkpoint.digest(other.state_dict())
     assert other.metrics.step == 2 * BLOCK + 1 and other.metrics.bad_step == -1
@@ -468,14 +468,14 @@ def test_a_cpu_has_no_graphs_and_says_why() -> None:
     assert not engine.cuda_graph
     assert "cuda_graph: false (CUDA graphs are for GPUs)" in engine.reasons
     assert not any("cuda_graph" in line for line in engine_of("--engine.cuda_graph", "false").reasons)
-    with rejected("engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto"):
+    with rejected("engine.cuda_graph true: CUDA graphs are for GPUs; set it to auto"):
         engine_of("--engine.cuda_graph", "true")
 
 
 def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Path) -> None:
     done = run_fastres("train", *SHORT, "--engine.device", "cpu", "--engine.cuda_graph", "true", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "fastres: error: engine.cuda_graph true: CUDA graphs are for GPUs; leave it at auto\n"
+    assert done.stderr == "fastres: error: engine.cuda_graph true: CUDA graphs are for GPUs; set it to auto\n"
     assert list(tmp_path.iterdir()) == []
     done = run_fastres(
         "train", *SHORT, "--train.steps", "0", "--schedule.warmup_steps", "0", "--run.dir", tmp_path / "run"
@@ -488,7 +488,7 @@ def test_the_command_refuses_in_one_line_and_auto_prints_its_reason(tmp_path: Pa
     ("flags", "world_size", "why", "remedy"),
     [
         ("", "1", None, ""),
-        ("", "2", "2 processes exchange gradients in every step, which is not captured", "leave it at auto"),
+        ("", "2", "2 processes exchange gradients in every step, which is not captured", "set it to auto"),
         ("--data.loader dataloader", "1", "the batches of data.loader dataloader are made outside of the step",
          "use --data.loader resident"),
         ("--data.loader dali", "1", "the batches of data.loader dali", "use --data.loader resident"),
@@ -514,7 +514,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph_unless_graphs_were_
         with pytest.raises(RunError) as caught:
             capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
         line = str(caught.value)
-        assert line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("leave it at auto")
+        assert line.startswith("engine.cuda_graph true: ") and why in line and line.endswith("set it to auto")
         return
     taken, training, evaluation = capture_if_enabled(step, evaluate, loader, loader, lr_at, said.append)
     (line,) = said

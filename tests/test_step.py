@@ -313,7 +313,7 @@ def test_weights_that_are_cast_in_one_batch_are_cast_as_autocast_does(name: str,
     def run(batched: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
         forward_loss = ForwardLoss(model, engine(precision=precision), "mean")
-        forward_loss.batches_casts = batched
+        forward_loss.cast_together = batched
         loss, _ = forward_loss(images, labels)
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -28,11 +28,11 @@ class Row:
         return self.fullname.partition("[")[2].rstrip("]")
 
 
-def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the title and the lines of each table that has lines."""
-    for file, (title, lines) in TABLES.items():
+def tables(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the title, the explanation and the lines of each table that has lines."""
+    for file, (title, explanation, lines) in TABLES.items():
         if of_file := [row for row in rows if row.file == file and row.info]:
-            yield title, lines(of_file)
+            yield title, explanation, lines(of_file)
 
 
 def consumer_rate(info: Info) -> tuple[float, float]:
@@ -60,15 +60,17 @@ def _ratio_line(row: Row) -> str:
 
 def _throughput(row: Row) -> list[str]:
     info = row.info
-    share = "N/A" if info["share_of_peak"] is None else f"{info['share_of_peak']:.0%}"
-    memory = "N/A" if info["peak_memory_bytes"] is None else f"{info['peak_memory_bytes'] / 1e9:.2f} GB"
-    cost = f"{info['gflop_per_s']:,.0f} GFLOP/s, {share} of the peak, memory {memory}"
+    cost = f"{info['gflop_per_s']:,.0f} GFLOP/s"
+    if info["share_of_peak"] is not None:
+        cost += f", {info['share_of_peak']:.0%} of the peak"
+    if info["peak_memory_bytes"] is not None:
+        cost += f", {info['peak_memory_bytes'] / 1e9:.2f} GB of memory"
     return [f"{_ratio_line(row)}; {cost}"]
 
 
 def _loader(row: Row) -> list[str]:
     takes, times = consumer_rate(row.info)
-    return [f"{_ratio_line(row)}; {times:.1f} x what {row.info['model']} takes ({takes:,.0f})"]
+    return [f"{_ratio_line(row)}; {times:.1f} x the {takes:,.0f} that {row.info['model']} trains on"]
 
 
 def _schedule(row: Row) -> list[str]:
@@ -108,7 +110,8 @@ def accuracy_lines(rows: Sequence[Row]) -> list[str]:
             error = _spread(info["standard_error"], 4)
             against = f"difference {info['difference']:+.4f}{error} (standard error)"
             plain = f"{info['mean_accuracy']['plain']:.4f}, n={info['n_plain']}"
-            lines.append(f"  plain fp32, {info['plain_is']}: {plain}; {against}")
+            twin = "" if info["plain_is"] == "the loop" else f", as its {info['plain_is']}"
+            lines.append(f"  plain loop in fp32{twin}: {plain}; {against}")
         if proof := info["twin"]:
             equal = "are the loop's, every bit" if is_identical(proof) else "are NOT the loop's"
             lines.append(f"  the twin's {proof['steps']} losses and its weights after them {equal}")
@@ -121,7 +124,7 @@ def _time_to_90(row: Row) -> list[str]:
     return [
         f"{info['contest']:<10} {info['kind']}  {info['mean_s']:8.2f}{_spread(info['sd_s'], 2)} s for "
         f"{info['steps']:,} steps in {info['precision']}: accuracy {info['mean_accuracy']:.4f}, {info['misses']} of "
-        f"{info['n']} below 90 %, {p}" + ("" if reaches_goal(info["p_value"]) else "; 90 % is not shown")
+        f"{info['n']} runs below 90 %, {p}" + ("" if reaches_goal(info["p_value"]) else "; 90 % is not shown")
     ]
 
 
@@ -145,7 +148,7 @@ def _scaling(row: Row) -> list[str]:
     info, lines = row.info, []
     if info["sweep"] == "cost":
         low, high = info["ratio_20_80"]
-        cost = f"{info['ratio']:.3f} x the step without it ({low:.3f} to {high:.3f}), n={info['n']}"
+        cost = f"{info['ratio']:.3f} x the time of a step without it ({low:.3f} to {high:.3f}), n={info['n']}"
         return [f"{info['what']}: {cost}"]
     for i, (size, rate) in enumerate(zip(info["sizes"], info["images_per_s"], strict=True)):
         if info["sweep"] == "processes":
@@ -155,8 +158,8 @@ def _scaling(row: Row) -> list[str]:
             cost = f"{1e3 * info['step_s'][i]:9.2f} ms a step ({1e3 * low:.2f} to {1e3 * high:.2f}), n={info['n']}"
         lines.append(f"{info['sweep']:<10} {size:>5}  {rate:>9,.0f} images/s  {cost}")
     if info["sweep"] != "processes":
-        slope = f"{1e3 * info['slope_s']:.4f} ms for each of {info['sweep']}"
-        lines.append(f"  a straight line: {1e3 * info['fixed_s']:.2f} ms, and {slope}")
+        slope = f"{1e3 * info['slope_s']:.4f} ms × {info['sweep']}"
+        lines.append(f"  fitted line: {1e3 * info['fixed_s']:.2f} ms + {slope}")
     return lines
 
 
@@ -191,7 +194,7 @@ def kernel_lines(rows: Sequence[Row]) -> list[str]:
     first = infos[0]
     lines = [f"{first['device']}: a copy moves {first['copy_gb_per_s']:,.0f} GB/s"]
     if first["capability"] is None:
-        lines = [f"{first['device']}: the reference is timed instead of the kernels, so no time is a claim"]
+        lines = [f"{first['device']} has no Triton: 'reference' is the plain PyTorch version of the kernels, no claim"]
     for case, of_case in groupby(infos, lambda info: (info["what"], tuple(info["shape"]), info["dtype"])):
         what, shape, dtype = case
         lines.append(f"{what}, {' × '.join(map(str, shape))} in {dtype}")
@@ -219,16 +222,58 @@ def _each(lines_of: Callable[[Row], list[str]]) -> Lines:
     return lambda rows: [line for row in rows for line in lines_of(row)]
 
 
-# By file: the title of its table, and its benchmarks as lines.
-TABLES: dict[str, tuple[str, Lines]] = {
-    "bench_throughput.py": ("images/s, interleaved with the plain loop", _each(_throughput)),
-    "bench_schedule.py": ("images/s of the schedule, data included, interleaved", _each(_schedule)),
-    "bench_accuracy.py": ("accuracy at the last step", accuracy_lines),
-    "bench_time_to_90.py": ("time to 90 %", _each(_time_to_90)),
-    "bench_peers.py": ("images/s against peers, interleaved", _each(peer_lines)),
-    "bench_scaling.py": ("cost of a step", _each(_scaling)),
-    "bench_loaders.py": ("images/s of the loaders, interleaved with the DataLoader", _each(_loader)),
-    "bench_kernel_times.py": ("a step's kernels and gaps", _each(_kernel_times)),
-    "bench_compile.py": ("images/s under inductor's settings, interleaved with the default", _each(_compile)),
-    "bench_kernels.py": ("us per call (20 to 80 %), interleaved with the baseline", kernel_lines),
+# By file: the title of its table, what it compares, and its benchmarks as lines.
+TABLES: dict[str, tuple[str, str, Lines]] = {
+    "bench_throughput.py": (
+        "images/s against the plain loop",
+        "fastres and the plain loop (eager, fp32, NCHW) take turns on one fixed batch. Ratio: fastres's images/s / the "
+        "plain loop's; more is better. 'default' has every setting at its default.",
+        _each(_throughput),
+    ),
+    "bench_schedule.py": (
+        "images/s of the schedule, with its data",
+        "Training steps with their batches, in turns with the plain loop. More is better.",
+        _each(_schedule),
+    ),
+    "bench_accuracy.py": (
+        "accuracy at the last step",
+        "Test accuracy of whole runs, beside runs of the plain loop; their difference should be about 0.",
+        accuracy_lines,
+    ),
+    "bench_time_to_90.py": (
+        "time of runs that reach 90 %",
+        "Seconds of whole runs, short ones that should end at 90 % or more; less is better. cold: with the start of "
+        "the process and all compilation; warm: training and the final evaluation only. p: one-sided t-test that the "
+        "mean accuracy is not above 90 %.",
+        _each(_time_to_90),
+    ),
+    "bench_peers.py": (
+        "images/s against peers",
+        "Training ResNet-50, in turns with the peer. Ratio: fastres's images/s / the peer's; more is better.",
+        _each(peer_lines),
+    ),
+    "bench_scaling.py": (
+        "cost of a step",
+        "Time of a ResNet step by batch size, depth and number of processes (less is better), and the cost of DDP and "
+        "of deterministic algorithms (1.00 is free).",
+        _each(_scaling),
+    ),
+    "bench_loaders.py": (
+        "images/s of the loaders",
+        "Each loader alone, in turns with torch's DataLoader as the baseline; more is better. Above 1 x the network's "
+        "rate, the loader does not limit training.",
+        _each(_loader),
+    ),
+    "bench_kernel_times.py": ("a step's kernels and gaps", "From a trace of whole steps.", _each(_kernel_times)),
+    "bench_compile.py": (
+        "images/s under inductor's settings",
+        "Training, in turns with the default settings. More is better.",
+        _each(_compile),
+    ),
+    "bench_kernels.py": (
+        "time per call",
+        "In us, in turns with the baseline; less is better. Ratio: the baseline's time / the variant's, so more is "
+        "better. plain: without a CUDA graph; full: forward and backward.",
+        kernel_lines,
+    ),
 }

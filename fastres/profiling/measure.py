@@ -59,7 +59,7 @@ def step_in_parts(step: TrainStep, images: Tensor, labels: Tensor, part: Part) -
         step.backward(loss)
     with part("optimizer"):
         step.update()
-        step.count(loss.detach(), correct, len(labels))
+        step.add_to_metrics(loss.detach(), correct, len(labels))
 
 
 @dataclass

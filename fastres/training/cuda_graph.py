@@ -5,14 +5,15 @@
     for i, batch in enumerate(step.train(first, last), first):
         step(*batch, lr_at(i), i)
 
-With a CUDA graph, a step costs the host one launch. On a CPU, testing/op_recorder.py has a recorder that replays a list
-of operators. It is no faster, but it enforces the rules of a CUDA graph, so tests on any machine find code that breaks
-them. Every replay does the same work on the same memory and uses the Python numbers of the recording. It must not
-synchronise with the host, keep memory for the next replay, or use an autograd graph made before the replay.
+With a CUDA graph, a step costs the host one launch. Every replay does the same work on the same memory and uses the
+Python numbers of the recording. It must not synchronise with the host, keep memory for the next replay, or use an
+autograd graph made before the replay. The recorder of testing/op_recorder.py runs on a CPU and replays a list of
+operators. It is no faster than running them, but enforces these rules, so tests on any machine find code that breaks
+them.
 
-Values that differ from step to step reach the graph through memory. The draws, learning rates and numbers of a block of
-steps are copied to the device before the block's first step. Each replay reads the row that a counter on the device
-points to, and increments the counter, so a block may end anywhere, for example at a run's last step.
+Values that differ from step to step reach the graph through memory. The random draws, learning rates and step numbers
+of a block of steps are copied to the device before the block's first step. Each replay reads the row that a counter on
+the device points to, and increments the counter, so a block may be shorter than the table, for example at a run's end.
 
 CudaRecorder has not yet run on a GPU.
 """
@@ -37,11 +38,11 @@ BLOCK_STEPS = 256  # steps whose draws are copied together: 0.8 MB per block at 
 WARM_UP = 3  # runs before the capture, in which cuDNN chooses its algorithms and Triton its configurations
 
 Work = Callable[[], object]
-NoBatch = tuple[()]  # stands for a batch that the graph makes itself
+NoBatch = tuple[()]  # an empty batch, because the graph makes the real one
 
 
 class CannotRecord(RuntimeError):
-    """Raised by testing/op_recorder.py if a replay would differ from the work; CudaRecorder raises torch's errors."""
+    """Raised by testing/op_recorder.py if a replay would not do what the work did. CudaRecorder raises torch's."""
 
 
 class Recording(Protocol):
@@ -57,15 +58,15 @@ class Recorder(Protocol):
     def record(self, work: Work, mutated: Sequence[Tensor]) -> Recording:
         """Record the device operations that `work` launches.
 
-        `work` may run several times; the tensors in `mutated` have their old values afterwards.
+        `work` may run several times; the tensors in `mutated` are restored afterwards.
 
         Args:
-            work: runs the same operators at each call. Each replay writes the tensors that it creates to the same
-                addresses.
+            work: runs the same operators at each call.
             mutated: all tensors from outside that `work` writes to.
 
         Returns:
-            The recording. The caller must keep all tensors alive that `work` uses.
+            The recording. Each replay writes the tensors that `work` creates to the same addresses. The caller must
+            keep all tensors alive that `work` uses.
 
         Raises:
             RuntimeError: if `work` cannot be recorded; testing/op_recorder.py raises CannotRecord.
@@ -78,7 +79,7 @@ class Recorder(Protocol):
 class Batches(Protocol):
     """The batches of a captured step: see ResidentLoader."""
 
-    compiles: bool  # batch() is bitwise identical when inductor compiles it
+    compiles: bool  # inductor may compile batch(): the results are bitwise identical
 
     def draws(self, first_step: int, last_step: int) -> Draws:
         """Return the draws of the steps [first_step, last_step): (steps, ...) each, on the host."""
@@ -118,7 +119,7 @@ class DeviceTable:
     """A table on the device that captured work reads row by row. Its memory never moves.
 
     Args:
-        columns: tensors (n, ...) by name, which define the shapes and dtypes of the table.
+        columns: tensors (n, ...) by name. They give the columns' shapes and dtypes; the table itself starts as zeros.
         rows: the number of rows.
         device: the table's device.
     """
@@ -139,8 +140,8 @@ class DeviceTable:
     def fill(self, columns: Draws) -> None:
         """Overwrite the first rows and rewind to row 0.
 
-        `columns` has at most `rows` rows. The copy is queued on the current stream, so work that is already queued
-        there still reads the previous rows. The host does not wait for it.
+        `columns` has at most `rows` rows; rows beyond them keep old values. The copy is queued on the current stream,
+        so work that is already queued there still reads the previous rows. The host does not wait for the copy.
         """
         for name, values in columns.items():
             rows = self._columns[name][: len(values)]
@@ -170,12 +171,14 @@ class GraphedStep:
 
     def __init__(self, step: TrainStep, batches: Batches, lr_at: Callable[[int], float], recorder: Recorder) -> None:
         self.step, self.batches, self.lr_at = step, batches, lr_at
-        # A list, because dynamo guards the keys of a dict by identity and would recompile for every run of a process.
+        # A list, because dynamo guards a dict's keys by identity and would recompile for each further run in a process.
         self._rates = list(step.learning_rates)
+        # The graph stores the table's addresses, not its values, so the table may hold zeros during the recording; its
+        # effects on weights, metrics and the row counter are undone. train() fills the table.
         self._table = DeviceTable(self._columns(range(0)), BLOCK_STEPS, step.engine.device)
         compiles = step.inner.compiled and batches.compiles
-        self._next_batch = compiled(self.next_batch) if compiles else self.next_batch
-        self._due: Iterator[int] = iter(())  # the steps of the block that have not run
+        self._read = compiled(self.read_row) if compiles else self.read_row
+        self._remaining: Iterator[int] = iter(())  # the steps of the block that have not run
         self.recording = recorder.record(self._work, [*step.mutated_tensors, *self._table.mutated_tensors])
 
     def train(self, first_step: int, last_step: int) -> Iterator[NoBatch]:
@@ -185,7 +188,7 @@ class GraphedStep:
         columns = self._columns(blocks[0]) if blocks else {}
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
             self._table.fill(columns)
-            self._due = iter(block)
+            self._remaining = iter(block)
             for i in block:
                 yield ()
                 # Draw the next block now, while the device still has queued steps to run.
@@ -198,13 +201,16 @@ class GraphedStep:
         Raises:
             ValueError: if `step` or `lr` is not the one that train() prepared.
         """
-        due = next(self._due, None)
+        due = next(self._remaining, None)
         if step != due or lr != self.lr_at(step):
             raise ValueError(f"step {step} at learning rate {lr} is not the step that train() prepared: step {due}")
         self.recording.replay()
 
     def _columns(self, steps: range) -> Draws:
-        """Return the draws, step numbers and learning rates, (steps, ...) each; the rates are rounded as by fill_()."""
+        """Return the draws, step numbers and learning rates of these steps, (steps, ...) each.
+
+        The rates are rounded to the dtype of the step's learning rates, as TrainStep.__call__ rounds them.
+        """
         scales = self.step.learning_rates.values()
         rates = [[self.lr_at(i) * scale for scale in scales] for i in steps]
         return {
@@ -213,8 +219,8 @@ class GraphedStep:
             "rates": torch.tensor(rates, dtype=self.step.lr.dtype).reshape(len(steps), len(scales)),
         }
 
-    def next_batch(self) -> Batch:
-        """Set the learning rates and step number from the next row, and return its batch."""
+    def read_row(self) -> Batch:
+        """Set the learning rates and step number from the table's next row, and return the row's batch."""
         row = self._table.next_row()
         for tensor, rate in zip(self._rates, row["rates"].unbind(), strict=True):
             tensor.copy_(rate)
@@ -222,24 +228,30 @@ class GraphedStep:
         return self.batches.batch(row)
 
     def _work(self) -> None:
-        images, labels = self._next_batch()
-        # If the images require a gradient, pass a new leaf on the same memory at each step. A batch that outlives the
-        # step (FixedBatch) would otherwise keep its gradient between replays.
+        """Run one step on the next row's batch."""
+        images, labels = self._read()
+        # Detach the images, because a FixedBatch whose images require a gradient would keep it between replays.
         self.step.run_on_device(images.detach().requires_grad_(images.requires_grad), labels)
 
 
 class GraphedEvaluation:
-    """An evaluation captured for one batch and replayed for each batch.
+    """An evaluation captured for one batch and replayed for each batch: `metrics = evaluator(graphed.evaluate())`.
 
-    Pass the iterator that evaluate() returns to the same Evaluator that was captured.
+    The replays add to the metrics of the evaluator that was captured, so pass evaluate() to that one. They compute in
+    eval mode, whatever the model's `training` flag says.
+
+    Args:
+        evaluator: evaluates one batch. Its model is left in eval mode; a step sets training mode itself.
+        batches: the split's batches.
+        recorder: captures the evaluation of one batch.
     """
 
-    def __init__(self, evaluate: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
-        self.evaluator, self.batches = evaluate, batches
+    def __init__(self, evaluator: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
+        self.evaluator, self.batches = evaluator, batches
         columns = batches.eval_draws()  # they are the same at every evaluation
-        self._table = DeviceTable(columns, len(columns["index"]), evaluate.metrics.loss.device)
+        self._table = DeviceTable(columns, len(columns["index"]), evaluator.metrics.loss.device)
         self._table.fill(columns)
-        self.recording = recorder.record(self._work, [*evaluate.metrics.tensors, *self._table.mutated_tensors])
+        self.recording = recorder.record(self._work, [*evaluator.metrics.tensors, *self._table.mutated_tensors])
 
     def evaluate(self) -> Iterator[NoBatch]:
         """Replay the evaluation for each batch of the split, and yield an empty batch after each replay."""
@@ -250,6 +262,7 @@ class GraphedEvaluation:
 
     @torch.no_grad()
     def _work(self) -> None:
+        """Evaluate the next row's batch and add it to the evaluator's metrics."""
         self.evaluator.model.eval()
         row = self._table.next_row()
         self.evaluator.add(*self.batches.eval_batch(row["index"], row["count"]))
@@ -257,26 +270,29 @@ class GraphedEvaluation:
 
 def capture_if_enabled(
     step: TrainStep,
-    evaluate: Evaluator,
+    evaluator: Evaluator,
     training: Any,
     evaluation: Any,
     lr_at: Callable[[int], float],
     say: Callable[[str], None],
 ) -> tuple[Callable[..., None], Any, Any]:
-    """Return step, training batches and evaluation batches, captured if the engine has CUDA graphs, else unchanged.
-
-    If engine.cuda_graph is auto and the capture fails, they are also returned unchanged.
+    """Capture the training step and the evaluation during training, if the resolved engine has CUDA graphs.
 
     Args:
         step: the step, already compiled if its engine compiles.
-        evaluate: the evaluator of the curve.
-        training: the training batches; a Batches if the engine has CUDA graphs.
-        evaluation: the evaluation batches; an Evaluations if the engine has CUDA graphs.
+        evaluator: evaluates the curve during training.
+        training: the training loader; a Batches if the engine has CUDA graphs.
+        evaluation: the curve's loader; an Evaluations if the engine has CUDA graphs.
         lr_at: returns the learning rate of a step, before it is scaled for a parameter group.
-        say: receives the reason why auto does without a graph.
+        say: prints a line. It is called with the reason if the setting is auto and a capture fails.
+
+    Returns:
+        Three objects: call the first at each step, iterate over train() of the second and evaluate() of the third.
+        With CUDA graphs they are a GraphedStep, the same GraphedStep, and a GraphedEvaluation. Without CUDA graphs, or
+        if auto falls back because either capture failed, they are `step`, `training` and `evaluation`, unchanged.
 
     Raises:
-        RunError: if engine.cuda_graph is true and the capture fails.
+        RunError: if a capture fails and the setting engine.cuda_graph is true.
     """
     engine = step.engine
     if not engine.cuda_graph:
@@ -284,13 +300,13 @@ def capture_if_enabled(
     try:
         recorder = CudaRecorder(engine.device)
         graphed = GraphedStep(step, training, lr_at, recorder)
-        return graphed, graphed, GraphedEvaluation(evaluate, evaluation, recorder)
+        return graphed, graphed, GraphedEvaluation(evaluator, evaluation, recorder)
     except Exception as error:
         step.abort_step()
         why = first_line(error)
         if not engine.cuda_graph_may_fall_back:
-            raise RunError(f"engine.cuda_graph true: the step cannot be captured ({why}); leave it at auto") from error
-        say(f"cuda_graph: false (the step cannot be captured: {why})")
+            raise RunError(f"engine.cuda_graph true: cannot be captured ({why}); set it to auto") from error
+        say(f"cuda_graph: false (cannot be captured: {why})")
         return step, training, evaluation
 
 
@@ -300,8 +316,8 @@ def capture_if_enabled(
 class CudaRecorder:
     """Capture work as CUDA graphs. It has not yet run on a GPU.
 
-    All graphs of a recorder share one memory pool, so that an evaluation needs no memory of its own. They may be
-    replayed in any order, because each graph writes pooled memory before it reads it.
+    All graphs of a recorder share one memory pool, so the evaluation reuses the step's memory. They may be replayed in
+    any order, because each graph writes pooled memory before it reads it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -319,21 +335,21 @@ class CudaRecorder:
                     with preserving(mutated):
                         work()
                 graph = torch.cuda.CUDAGraph()
-                # Capturing runs nothing, so no memory has to be restored. Its error mode stays "global", the strictest,
-                # because no other thread uses the device meanwhile, except autograd's, which is part of the capture.
+                # Capturing runs nothing, so no memory has to be restored. The error mode stays "global", the strictest:
+                # the only other thread that uses the device is autograd's, which is part of the capture.
                 with capturing(graph, pool=self.pool, stream=self.stream):
                     work()
         finally:  # also if the work fails: the step may then continue without a graph, from the restored state
             current.wait_stream(self.stream)
-        return graph  # it does not keep the captured tensors alive
+        return graph  # the graph does not keep the captured tensors alive: see Recorder.record
 
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     """Capture the block with torch.cuda.graph while the garbage collector is paused.
 
-    If the collector destroyed a graph of an earlier run in this process, it would end the capture (pytorch#195397). If
-    the block raises, its own error is raised and not the one that ending the failed capture then raises.
+    If the collector destroyed a graph of an earlier run in this process, the capture would fail (pytorch#195397). If
+    the block raises, ending the capture raises too; the block's error is the one that leaves this function.
     """
     inside: BaseException | None = None
     try:

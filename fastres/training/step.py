@@ -1,7 +1,7 @@
 """One training step. In fastres, only this module calls torch.autocast and torch.compile.
 
 Forward and loss are one graph, compiled without breaks. The backward pass comes from AOTAutograd, and the optimizer is
-one fused kernel. A step never synchronises with the device, because metrics stay on it until they are read.
+one fused kernel. A step never makes the host wait for the device, because metrics stay there until they are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastres.training.optim import build_optimizer, learning_rates
 from fastres_kernels import defer_running_stats
 
 # Images (b, C, S, S) of b samples with S × S pixels, in the engine's dtype; labels (b,) int64, or (b, classes) float32
-# if images are mixed: each class's share of the sample, summing to 1.
+# if images are mixed: the share of each class, summing to 1 for each sample.
 Batch = tuple[Tensor, Tensor]
 
 
@@ -40,8 +40,8 @@ def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
 def raise_recompile_limit(count: int) -> None:
     """Raise dynamo's recompile limit to at least `count`.
 
-    Dynamo counts compilations per code object, which all models and settings in a process share, and gives up after
-    eight.
+    Dynamo gives up after eight compilations of a code object, and all models and settings in a process share the code
+    objects of this module.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
@@ -70,9 +70,9 @@ class BatchedCast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return None for `dtype`, then the gradients in the weights' dtype."""
-        # Cast by multiplying by one in the weights' dtype, which is exact. Inductor compiles a multiplication of a list
-        # to one kernel, but a cast of a list to several. `one` has the gradient's number of dimensions, because a
-        # 0-dimensional tensor would not widen the result's dtype.
+        # Cast by multiplying by one in the weights' dtype, which is exact. Inductor compiles _foreach_mul to one
+        # kernel, but separate casts to several. The result takes the dtype of `one` only if `one` has as many
+        # dimensions as the gradient: a 0-dimensional tensor does not promote.
         one = torch.ones((), dtype=ctx.dtype, device=grads[0].device)
         return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 
@@ -96,15 +96,18 @@ class ForwardLoss(nn.Module):
         self.engine, self.reduction, self.label_smoothing = engine, reduction, label_smoothing
         self.mirrored = mirrored
         self.mixed = engine.precision in ("bf16", "fp16")
-        self.batches_casts = self.mixed and engine.compile
-        self.running_stats = defer_running_stats(model)
+        self.cast_together = self.mixed and engine.compile  # eager execution gains nothing: autocast casts
+        self.deferred_stats = defer_running_stats(model)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, () float32 or wider, and the number of correct predictions, () int64.
 
-        Samples with the label IGNORED count for neither.
+        Samples with the label IGNORED are left out of both.
         """
-        with self.running_stats:
+        # On leaving the block, the running statistics of all layers are updated together, which takes two kernels. A
+        # block covers one pass, because each layer may be called once in it. Only evaluations mirror, and they update
+        # no statistics.
+        with self.deferred_stats:
             logits = self._logits(images)
         if self.mirrored:
             logits = (logits + self._logits(images.flip(3))) / 2
@@ -115,25 +118,29 @@ class ForwardLoss(nn.Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
-        # The correct class of a mixture is the class of its larger part.
-        right = labels.argmax(1) if labels.is_floating_point() else labels
-        return loss, (logits.argmax(1) == right).sum()
+        # The correct class of a mixed sample is the class with the largest share.
+        target = labels.argmax(1) if labels.is_floating_point() else labels
+        return loss, (logits.argmax(1) == target).sum()
 
     def _logits(self, images: Tensor) -> Tensor:
         """Return the logits, (b, classes) float32 or wider, of images (b, C, S, S)."""
         dtype = self.engine.dtype if self.mixed else None
         with torch.autocast(self.engine.device.type, dtype, enabled=self.mixed):
-            if self.batches_casts:
+            if self.cast_together:
                 logits = torch.func.functional_call(self.model, self._cast_weights(), (images,))
             else:
                 logits = self.model(images)
-        wide: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return wide
+        widened: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return widened
 
     def _cast_weights(self) -> dict[str, Tensor]:
-        """Cast the trainable weights and biases of all convolutions and linear layers; return them by parameter name.
+        """Return the weights and biases of all convolutions and linear layers, cast to the engine's dtype.
 
-        They are cast together; autocast would cast them one by one.
+        They are cast in one operation; autocast would cast them one by one. Frozen weights, which have no gradient to
+        cast back, are left to autocast. BatchNorm's parameters stay in fp32.
+
+        Returns:
+            The cast tensors by parameter name.
         """
         found = {
             f"{name}.{kind}": parameter
@@ -142,8 +149,8 @@ class ForwardLoss(nn.Module):
             for kind, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad
         }
-        # Sort weights with a multiple of eight elements to the front, so that each of them begins at a multiple of 16
-        # bytes (2 bytes per element), which tensor cores require.
+        # Sort weights with a multiple of eight elements to the front, so that these begin at a multiple of 16 bytes (2
+        # bytes per element), which tensor cores require.
         names = sorted(found, key=lambda name: found[name].numel() % 8 != 0)
         if not names:
             return {}
@@ -158,7 +165,7 @@ class ForwardLoss(nn.Module):
     def run_eagerly(self) -> None:
         """Run eagerly from now on, and let autocast cast the weights one by one."""
         self._compiled_call_impl = None
-        self.batches_casts = False
+        self.cast_together = False
 
 
 class TrainStep:
@@ -169,7 +176,7 @@ class TrainStep:
     Args:
         model: the network, already on the engine's device.
         engine: the resolved engine.
-        optim: the optimizer's fields; the learning rate is for the global batch.
+        optim: the optimizer's fields.
         label_smoothing: label smoothing of the training loss, in [0, 1).
         accumulate: number of micro-batches per step. It must divide the per-rank batch. Only one micro-batch at a time
             has to fit in memory.
@@ -182,7 +189,8 @@ class TrainStep:
         self.model = model
         self.accumulate = accumulate
         self.lr = torch.zeros((), device=engine.device)
-        # Each backward starts from this gradient. Without it autograd would allocate and fill a tensor of ones.
+        # The gradient of the loss itself, 1, from which each backward starts. Without it autograd would allocate and
+        # fill a tensor of ones.
         self.one = torch.ones((), device=engine.device, dtype=torch.promote_types(engine.dtype, torch.float32))
         self.optimizer = build_optimizer(model, optim, self.lr)
         self.learning_rates = learning_rates(self.optimizer)
@@ -191,7 +199,7 @@ class TrainStep:
         self.inner = ForwardLoss(model, engine, "mean", label_smoothing)
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
-        self.count = compiled(self._count) if engine.compile else self._count
+        self.add_to_metrics = compiled(self._add_to_metrics) if engine.compile else self._add_to_metrics
         # DDP wraps the compiled module, because DDP's hooks inside the compiled module would cause graph breaks.
         self.forward_loss = process_group.wrap(self.inner, engine.device, engine.compress_gradients)
 
@@ -248,10 +256,10 @@ class TrainStep:
         self.model.zero_grad()
 
     def abort_step(self) -> None:
-        """Discard an unfinished step: drop its gradients and renew the loss scaler.
+        """Discard a step that has raised: drop its gradients, and replace the loss scaler by one with the same scale.
 
-        If the step failed between scaler.step() and scaler.update(), the old scaler would reject the next step. The new
-        one takes over its scale.
+        A scaler that was interrupted between its step() and update() would reject the next step. Weights and metrics
+        are not restored; `preserving` does that.
         """
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
@@ -261,7 +269,7 @@ class TrainStep:
     def run_eagerly(self) -> None:
         """Run eagerly from now on, as if the engine did not compile."""
         self.inner.run_eagerly()
-        self.count = self._count
+        self.add_to_metrics = self._add_to_metrics
 
     def _micro_batches(self, images: Tensor, labels: Tensor) -> list[Batch]:
         """Split a batch into `accumulate` micro-batches of equal size."""
@@ -274,18 +282,18 @@ class TrainStep:
         images, labels = micro_batch
         loss, correct = self.forward_loss(images, labels)
         self.backward(loss)
-        self.count(loss.detach(), correct, len(labels))
+        self.add_to_metrics(loss.detach(), correct, len(labels))
 
-    def _count(self, mean_loss: Tensor, correct: Tensor, samples: int) -> None:
+    def _add_to_metrics(self, mean_loss: Tensor, correct: Tensor, samples: int) -> None:
         """Add one micro-batch to the metrics."""
         self.metrics.add(mean_loss * samples, correct, samples)
 
     @property
     def mutated_tensors(self) -> list[Tensor]:
-        """Return all tensors that a step changes in place."""
+        """Return all tensors that a step changes in place. build_optimizer has made the optimizer's state already."""
         scaler: list[Any] = []
         if self.scaler.is_enabled():
-            self.scaler.scale(self.lr)  # the scaler makes its tensors when it is first used
+            self.scaler.scale(self.lr)  # any tensor will do: the scaler makes its own tensors when it is first used
             scaler = [self.scaler._scale, self.scaler._growth_tracker]
         state = [value for _, _, value in self._optimizer_tensors()]
         model = [*self.model.parameters(), *self.model.buffers()]
@@ -312,14 +320,14 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy the state into the existing tensors, so that a captured step continues from it.
 
-        The saved learning rates are dropped, because every step sets its own.
+        The saved learning rates are ignored, because every step sets them.
         """
         self.model.load_state_dict(state["model"])
         tensors = self._optimizer_tensors()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr  # because load_state_dict has replaced it by a copy, which __call__ would not fill
+            group["lr"] = lr  # the optimizer has replaced our tensor, which __call__ fills, by a copy
         # It has replaced the state's tensors too, although a CUDA graph reads and writes the old ones.
         for parameter, key, tensor in tensors:
             self.optimizer.state[parameter][key] = tensor.copy_(self.optimizer.state[parameter][key])

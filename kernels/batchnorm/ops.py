@@ -6,10 +6,12 @@
 register_autograd rejects ops that mutate their arguments, so these two do not, and update_running_statistics is an op
 of its own. Each op chooses the Triton kernels or the reference by the device and dtype of x.
 
-`skip` makes the gradient of a skip connection arrive separately from the gradient of the next layer, so that the
-backward adds the two in a pass that it makes anyway. `skip` has y's shape, but occupies one element of memory, and its
-value is never read. The layer at the end of the skip connection takes y.detach() as `residual` and `skip` as `skip`.
-Its backward returns the residual's gradient as the gradient of `skip`.
+A layer called with `fork` returns `skip`, a placeholder for y at the start of a skip connection. It has y's shape,
+occupies one element of memory, and its value is never read. Pass it, together with residual=y.detach(), to the layer
+that adds y back. The backward of that layer returns the residual's gradient as the gradient of `skip`, so the first
+layer receives it as `dskip`, apart from dy, and adds the two in a pass that it makes anyway.
+
+dz, in the backward, is dy + dskip, masked by ReLU. It has x's shape and is the gradient of the residual.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ if HAS_TRITON:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W), of x's dtype
-    skip: Tensor | None,  # (N, C, H, W), only for autograd: receives the gradient of `residual`, which must be given
+    skip: Tensor | None,  # (N, C, H, W), from the layer that made `residual`: receives residual's gradient in its place
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
-    mean: Tensor | None,  # (C,), with var: given statistics; None: use the statistics of x
-    var: Tensor | None,  # (C,), biased
+    mean: Tensor | None,  # (C,), given together with var; None: use the statistics of x
+    var: Tensor | None,  # (C,), biased; None if mean is None
     eps: float,
     relu: bool,
-    fork: bool,  # return a `skip` for a skip connection
+    fork: bool,  # y starts a skip connection too: return the placeholder `skip`
     group: str,  # name of the process group that shares batch statistics; "": none
     algorithm: str = "two_pass",  # or "cooperative", which falls back to two_pass if x does not fit in registers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -57,10 +59,10 @@ def batch_norm_act(
     Returns:
         y: (N, C, H, W) channels-last, of x's dtype.
         mean, var: the mean and biased variance used, (C,), float32 or wider.
-        count: () number of values per channel over all ranks if they share the statistics; otherwise empty.
+        count: (), the number of values per channel over all ranks; empty if the ranks do not share statistics.
         mask: (⌈NHW/8⌉, C) uint8, ReLU's mask (see pack_bits); empty without `relu` or without a
             residual, because the backward then recomputes it.
-        skip: of y's shape; empty without `fork`.
+        skip: of y's shape, one stored element; empty without `fork`.
     """
     x = channels_last(x, warn="the input of batch_norm_act")
     if residual is not None:
@@ -72,19 +74,19 @@ def batch_norm_act(
     if not runs_kernels(x):
         if group and not given:
             count, mean, var = _shared_statistics(x, group)
-        y, mean, var, mask, token = _reference_forward(x, residual, weight, bias, mean, var, *options)
+        y, mean, var, mask, element = _reference_forward(x, residual, weight, bias, mean, var, *options)
         if given:  # copied, because an op must not return its arguments
             mean, var = (s.to(reference.wide_dtype(x), copy=True) for s in given)
     elif not given and not group and _cooperates(algorithm, x, FORWARD_TILE):
-        y, mean, var, mask, token = cooperative_forward(x, residual, weight, bias, *options)
+        y, mean, var, mask, element = cooperative_forward(x, residual, weight, bias, *options)
     else:
         tiles = two_pass_tiles(*matrix_shape(x))
-        statistics: Any = given or forward.statistics(x, tiles)
+        statistics: Any = given or forward.statistics(x, tiles)  # (mean, var), or partials for `normalise` to merge
         if group and not given:
             count, mean, var = _shared_partials(x, statistics, tiles, group)
             statistics = mean, var
-        y, mean, var, mask, token = forward.normalise(x, residual, weight, bias, statistics, *options, tiles)
-    return y, mean, var, count, mask, token.expand(x.shape) if fork else token
+        y, mean, var, mask, element = forward.normalise(x, residual, weight, bias, statistics, *options, tiles)
+    return y, mean, var, count, mask, element.expand(x.shape) if fork else element
 
 
 def _reference_forward(
@@ -99,7 +101,7 @@ def _reference_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, mean, var, mask and skip as forward.normalise does, computed in plain PyTorch."""
+    """Return y, mean, var, mask and the element of skip as forward.normalise does, computed in plain PyTorch."""
     y, mean, var = reference.batch_norm_act(x, residual, weight, bias, mean, var, eps, relu)
     # The mask is ~(y <= 0) and not y > 0, so that NaN passes.
     mask = pack_bits(~(y <= 0)) if save_mask else x.new_empty(0, dtype=torch.uint8)
@@ -116,7 +118,7 @@ def _shared_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def _shared_partials(
     x: Tensor,
-    partials: Tensor,  # (P, 2, C) float32, from forward.statistics
+    partials: Tensor,  # (P, 2, C) float32, from forward.statistics: mean and squared deviations of each row block
     tiles: Tiles,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +127,7 @@ def _shared_partials(
     starts = tiles.rows * torch.arange(tiles.partials, device=x.device)  # the first row of each partial
     counts = (m - starts).clamp(max=tiles.rows)
     count, mean, m2 = sync_stats.merge(counts, partials[:, 0], partials[:, 1])
-    mean += x[:1, :, :1, :1].flatten()  # partial means are relative to x's first row
+    mean += x[:1, :, :1, :1].flatten()  # forward.statistics subtracts x's first row, so that sums keep their precision
     return sync_stats.mean_and_var(count, mean, m2, group)
 
 
@@ -165,9 +167,9 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of batch_norm_act (Ioffe & Szegedy 2015, section 3).
 
-    The reference runs if there is no kernel for x. With given statistics one kernel runs, because dx then depends on no
-    sum over x. With batch statistics the cooperative kernel runs under the conditions of the forward, otherwise two
-    kernels run.
+    The reference runs if there is no kernel for x. With given statistics dx needs no sum over the batch, so one kernel
+    suffices. With batch statistics the cooperative kernel runs under the conditions of the forward, and two kernels
+    otherwise.
 
     Returns:
         dx, dresidual: (N, C, H, W) channels-last, of x's dtype; dresidual is empty without `want_residual`.
@@ -175,16 +177,17 @@ def batch_norm_act_backward(
         dmean, dvar: (C,), of mean's dtype; empty with batch statistics.
     """
     x = channels_last(x)
-    # Warn only about NCHW gradients: the user cannot avoid other strides, such as those from pooling or slicing.
+    # Warn only about NCHW gradients, because the user cannot avoid other strides, such as those from pooling.
     dy = channels_last(dy, warn="the gradient of batch_norm_act" if dy.is_contiguous() else "")
     dskip = None if dskip is None else channels_last(dskip)
     norm = (x, mask, weight, bias, mean, var, eps, relu)
-    none = x.new_empty(0), x.new_empty(0)  # dmean and dvar
+    no_statistics_gradients = x.new_empty(0), x.new_empty(0)
     if not runs_kernels(x):
         dx, dz, *others = _reference_backward(dy, dskip, *norm, batch_statistics, group)
         dresidual = dz.clone() if want_residual else x.new_empty(0)  # cloned, because dz may be the argument dy
     else:
-        store_dz = want_residual or dskip is not None  # the second of two kernels reads dz instead of dy + dskip
+        # Store dz if it is a result, or if the second of two kernels cannot compute it from dy and x alone.
+        store_dz = want_residual or dskip is not None or mask is not None
         if not batch_statistics:
             dx, dz, *others = backward_fixed_stats(dy, dskip, *norm, store_dz)
         elif not group and _cooperates(algorithm, x, BACKWARD_TILE):
@@ -192,7 +195,7 @@ def batch_norm_act_backward(
         else:
             dx, dz, *others = _two_pass_backward(dy, dskip, *norm, store_dz, group)
         dresidual = dz if want_residual else x.new_empty(0)
-    dbias, dweight, dmean, dvar = others if len(others) == 4 else (*others, *none)
+    dbias, dweight, dmean, dvar = others if len(others) == 4 else (*others, *no_statistics_gradients)
     return dx, dresidual, dbias, dweight, dmean, dvar
 
 
@@ -212,19 +215,19 @@ def _two_pass_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dz (empty without store_dz), dbias and dweight from the two kernels of backward.py.
 
-    dz is the gradient of y, dskip included, masked by ReLU. With a `group`, dx uses the sums over all ranks, but dbias
-    and dweight are this rank's, because DDP reduces parameter gradients over the ranks.
+    With a `group`, dx uses the sums over all ranks, but dbias and dweight are this rank's, because DDP reduces the
+    gradients of parameters over the ranks.
     """
     m, c = matrix_shape(x)
     tiles = two_pass_tiles(m, c)
     partials, dz = backward.channel_sums(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)
     sources = (dz if store_dz else dy, x, weight, bias, mean, var)
-    recompute_gate = relu and not store_dz
+    recompute_gate = relu and not store_dz  # dy is not masked yet
     if not group:
         dx, dbias, dweight = backward.input_gradient(*sources, partials, eps, m, recompute_gate, tiles)
         return dx, dz, dbias, dweight
     sums = partials.sum(0)
-    # input_gradient divides the sum of the partials by a count: pass the means as one partial, and the count 1.
+    # input_gradient sums the partials and divides by the count. The means are divided already, so the count is 1.
     global_means = sync_stats.mean_sums(sums, m, group)[None]
     dx, _, _ = backward.input_gradient(*sources, global_means, eps, 1, recompute_gate, tiles)
     return dx, dz, sums[0].clone(), sums[1].clone()  # cloned, because results of an op must not share memory
@@ -299,8 +302,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
     """Return the gradients of batch_norm_act's twelve inputs from the gradients of y and skip; None means zero."""
     _, _, weight, bias, *_ = saved = ctx.saved_tensors
     dskip = others[-1]
-    if dy is None:  # only the skip connection has a gradient
-        dy, dskip = dskip, None
+    if dy is None:
+        dy, dskip = dskip, None  # one gradient, whichever it is, is passed as dy
     if dy is None:
         return (None,) * 12
     flags = (ctx.eps, ctx.relu, ctx.batch_statistics, ctx.has_residual, ctx.group, ctx.algorithm)
@@ -333,16 +336,16 @@ batch_norm_act_backward.register_autograd(_no_double_backward)
 @register("update_running_statistics", mutates=("running_mean", "running_var", "batches"))
 def update_running_statistics(
     mean: Tensor,  # (C,)
-    var: Tensor,  # (C,), biased
+    var: Tensor,  # (C,), biased, or used as it is if count is 1
     running_mean: Tensor,  # (C,)
     running_var: Tensor,  # (C,)
     batches: Tensor,  # () int64
-    count: int,  # number of values per channel; 1 if var is the unbiased estimate already
+    count: int,  # number of values per channel, for the unbiased estimate
     momentum: float | None,  # None: average all batches so far equally
 ) -> None:
-    """Move the running statistics in place towards a batch's, with its unbiased variance, and increment `batches`.
+    """Move the running statistics in place towards a batch's mean and unbiased variance, and increment `batches`.
 
-    A Triton kernel updates float32 statistics on a GPU, and PyTorch all others.
+    A Triton kernel updates float32 statistics where there is one (see runs_kernels), and PyTorch all others.
     """
     if runs_kernels(mean) and running_mean.dtype == running_var.dtype == torch.float32:
         running_stats.update(mean, var, running_mean, running_var, batches, count, momentum)
@@ -356,7 +359,8 @@ def update_running_statistics(
 
 # ---- ops that torch.compile does not look into -------------------------------------------------------------
 
-# torch.compile can trace neither a cooperative launch nor a counter that outlives the call (grid_sync.py).
+# torch.compile can trace neither a cooperative launch nor the counter of thread blocks that a kernel keeps in the GPU's
+# memory between calls (grid_sync.py).
 
 
 @torch.library.custom_op("fastres_kernels::cooperative_forward", mutates_args=())
@@ -370,9 +374,10 @@ def cooperative_forward(
     save_mask: bool,
     fork: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, mean, var, mask and skip from one kernel, as forward.normalise does, for batch statistics.
+    """Return y, mean, var, mask and the element of skip from one kernel, for batch statistics.
 
-    x has to be channels-last and to fit in the GPU's registers: see cooperative.tiles_for.
+    The results are those of forward.normalise. x has to be channels-last and to fit in the GPU's registers: see
+    cooperative.tiles_for.
     """
     tiles = cooperative.tiles_for(x, FORWARD_TILE)
     assert tiles is not None
@@ -424,7 +429,8 @@ def backward_fixed_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dz (empty without store_dz), dbias, dweight, dmean and dvar from one kernel, for given statistics.
 
-    The op is opaque because its kernel counts CTAs for the final reduction (grid_sync.py).
+    torch.compile must not trace the op, because its kernel counts the thread blocks that are done, so that the last one
+    makes the final reduction (grid_sync.py).
     """
     tiles = two_pass_tiles(*matrix_shape(x))
     return backward.with_fixed_stats(dy, dskip, x, mask, weight, bias, mean, var, eps, relu, store_dz, tiles)

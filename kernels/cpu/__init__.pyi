@@ -1,3 +1,3 @@
-from .ops import available, batch_norm_act, conv2d, convolves, normalises
+from .ops import available, batch_norm_act, can_convolve, can_normalise, conv2d
 
-__all__ = ["available", "batch_norm_act", "conv2d", "convolves", "normalises"]
+__all__ = ["available", "batch_norm_act", "can_convolve", "can_normalise", "conv2d"]

@@ -82,10 +82,10 @@ struct Stats {  // saved for the backward: mean, 1 / sqrt(var + eps), weight / s
 };
 
 // Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual
-// and y have `values` elements, a multiple of 64. passed receives ReLU's mask, one bit per element; if it is null,
+// and y have `values` elements, a multiple of 64. mask receives ReLU's mask, one bit per element; if it is null,
 // there is no ReLU. residual and the running statistics may be null.
 extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* weight, const float* bias,
-                           float* running_mean, float* running_var, bf16* y, __mmask16* passed, Stats* stats,
+                           float* running_mean, float* running_var, bf16* y, __mmask16* mask, Stats* stats,
                            int64_t values, int64_t C, double momentum, double eps) {
   Stats t;
   Channels origin, shift;  // origin is the first pixel. Squares are summed about it, because it is near the mean.
@@ -115,23 +115,23 @@ extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* wei
   const auto add = [&](V v, int u, int64_t i) { return _mm512_add_ps(v, read(residual, u, i)); };
   const auto none = [](V v, int64_t) { return v; };
   const auto relu = [&](V v, int64_t i) {
-    passed[i / 16] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    mask[i / 16] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
     return _mm512_max_ps(_mm512_setzero_ps(), v);
   };
-  if (passed && residual) apply(add, relu);
-  else if (passed) apply(alone, relu);
+  if (mask && residual) apply(add, relu);
+  else if (mask) apply(alone, relu);
   else if (residual) apply(add, none);
   else apply(alone, none);
   *stats = t;
 }
 
-// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. passed and stats
+// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. mask and stats
 // come from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and
 // g2.
-extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* passed, const Stats* stats,
+extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* mask, const Stats* stats,
                             bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
   const Stats t = *stats;
-  const auto let_through = [&](int64_t i) { return passed ? passed[i / 16] : __mmask16(0xffff); };
+  const auto let_through = [&](int64_t i) { return mask ? mask[i / 16] : __mmask16(0xffff); };
   const auto one = [&](int u, int64_t i) { return read(g, u, i, let_through(i)); };
   const auto both = [&](int u, int64_t i) { return _mm512_add_ps(one(u, i), read(g2, u, i, let_through(i))); };
   const auto kept = [&](int64_t i, V v) { return store(dz + i, v), v; };
@@ -271,17 +271,17 @@ extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_
 
 // ---- 3x3 convolution, stride 1, padding 1; also its input's gradient -------------------------------------------------
 
-// Packs output block `block` of w (K, 3, 3, C) -> [K / 16][3 r][C / 2][3 s][16][2]. If turned, packs the filter of the
-// input's gradient instead: (C, 3, 3, K), rotated by 180 degrees.
-static void pack(const bf16* w, int K, int C, bool turned, int block, bf16* out) {
-  const int in = turned ? K : C;
+// Packs output block `block` of w (K, 3, 3, C) -> [K / 16][3 r][C / 2][3 s][16][2]. If transposed, packs the filter of
+// the input's gradient instead: (C, 3, 3, K), rotated by 180 degrees.
+static void pack(const bf16* w, int K, int C, bool transposed, int block, bf16* out) {
+  const int in = transposed ? K : C;
   out += block * 9 * in * 16;
   for (int r = 0; r < 3; ++r)
     for (int c = 0; c < in; c += 2)
       for (int s = 0; s < 3; ++s)
         for (int k = block * 16; k < block * 16 + 16; ++k)
           for (int i = 0; i < 2; ++i)
-            *out++ = turned ? w[(((c + i) * 3 + 2 - r) * 3 + 2 - s) * C + k] : w[((k * 3 + r) * 3 + s) * C + c + i];
+            *out++ = transposed ? w[(((c + i) * 3 + 2 - r) * 3 + 2 - s) * C + k] : w[((k * 3 + r) * 3 + s) * C + c + i];
 }
 
 // Computes R rows of W pixels for 16 output channels. x points to the top left corner of the window, in an image that
@@ -329,17 +329,17 @@ static Convolve convolution(int W, int C) {
   return C == 16 ? image<2, 8, 16> : C == 32 ? image<2, 8, 32> : image<2, 8, 64>;
 }
 
-// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If turned, x is the output's gradient (N, H, W, K)
+// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If transposed, x is the output's gradient (N, H, W, K)
 // and y receives the input's gradient (N, H, W, C). The channels of y are a multiple of 16.
 extern "C" void convolve(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W,
-                         bool turned) {
-  const int64_t in = turned ? K : C, out = turned ? C : K;
+                         bool transposed) {
+  const int64_t in = transposed ? K : C, out = transposed ? C : K;
   const Convolve run = convolution(W, in);
   std::vector<bf16> packed(K * 9 * C);
 #pragma omp parallel
   {
 #pragma omp for
-    for (int64_t k = 0; k < out / 16; ++k) pack(w, K, C, turned, k, packed.data());
+    for (int64_t k = 0; k < out / 16; ++k) pack(w, K, C, transposed, k, packed.data());
     std::vector<bf16> room((H + 2) * (W + 2) * in);
 #pragma omp for
     for (int64_t n = 0; n < N; ++n) run(x + n * H * W * in, H, W, out, packed.data(), room.data(), y + n * H * W * out);

@@ -2,15 +2,15 @@
 
 kernels.cpp does not depend on torch. The machine's own compiler builds it once, in two seconds, ctypes calls it, and it
 runs in torch's OpenMP threads. Each of its functions is registered as an operator of torch, so that profilers and
-counters see it:
+FLOP counters see it:
 
-    torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, passed, stats)
+    torch.ops.fastres_kernels.cpp_batch_norm_act             (x, residual, …) -> (y, mask, stats)
     torch.ops.fastres_kernels.cpp_batch_norm_act_backward    (g, g2, x, …) -> (dx, dz, dweight, dbias)
-    torch.ops.fastres_kernels.cpp_convolution                (x, w, turned) -> y
+    torch.ops.fastres_kernels.cpp_convolution                (x, w, transposed) -> y
     torch.ops.fastres_kernels.cpp_weight_gradient            (x, dy, stride) -> dw
 
-torch.compile does not support the autograd functions around them, so compiled models run torch's own operations. The
-measured gains are in docs/EXPERIMENTS.md.
+torch.compile does not support this file's autograd functions, so `can_normalise` and `can_convolve` return False under
+it, and compiled models run torch's own operations. The measured gains are in docs/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -127,8 +127,11 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _ready(x: Tensor) -> bool:
-    """Return True if the kernels are available for x: bf16, 4-D, not empty, on a CPU, and not under torch.compile."""
+def _kernels_accept(x: Tensor) -> bool:
+    """Return True if x is bf16, 4-D, not empty and on a CPU that can run the kernels, and nothing is being compiled.
+
+    The first call may build the kernels.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
@@ -142,17 +145,18 @@ def _ready(x: Tensor) -> bool:
 # ---- BatchNorm + ReLU (+ add) ------------------------------------------------------------------------------
 
 
-def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+def can_normalise(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Return True if batch_norm_act can compute norm(x) for x (N, C, H, W).
 
-    x has to be bf16 with at least two values per channel; C has to divide 64, and N·C·H·W has to be a multiple of 64.
-    norm has to be in training mode and have a weight and a bias; these and the statistics have to be float32.
+    x has to satisfy `_kernels_accept` and have norm's number of channels, with at least two values in each. C has to be
+    1, 2, 4, …, 64, and N·C·H·W a multiple of 64. norm has to be in training mode and have a weight and a bias. These,
+    and the running statistics if there are any, have to be float32.
     """
     c = norm.num_features
     return (
         norm.training
-        and 64 % c == 0  # for 128 and more channels ATen's backward was faster (this one had 0.8 x its speed)
-        and _ready(x)
+        and 64 % c == 0  # for 128 and more channels ATen's backward was faster: this one ran at 0.8 times its speed
+        and _kernels_accept(x)
         and x.shape[1] == c
         and x.numel() % 64 == 0
         and x.numel() > c
@@ -164,23 +168,25 @@ def normalises(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 def batch_norm_act(
     x: Tensor,  # (N, C, H, W) bf16
     residual: Tensor | None,  # (N, C, H, W), cast to bf16
-    skip: Tensor | None,  # (N, C, H, W), only for autograd: receives the gradient of `residual`, which must be given
+    skip: Tensor | None,  # (N, C, H, W), from the layer that made `residual`: receives residual's gradient in its place
     norm: nn.BatchNorm2d,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute y = act(BatchNorm(x) + residual) with x's statistics, and update the running statistics as torch does.
+    """Compute y = act(BatchNorm(x) + residual) with x's statistics.
 
-    x and norm have to satisfy `normalises`. The forward makes two passes over x, and the backward two over x and the
-    gradient. ReLU's mask is saved as bits. With a residual they read and write 8 bytes per element forward and 12
-    backward, or 14 with two gradients, without the mask. Sums are float32 within chunks of 16,384 values and float64
+    The running statistics, if norm tracks any, are updated as in torch. x and norm have to satisfy `can_normalise`. The
+    forward makes two passes over x, and the backward two over x and the gradient. ReLU's mask is saved as bits. Memory
+    traffic per element with a residual, the mask not counted: 8 bytes in the forward; 12 in the backward, or 14 if both
+    outputs have a gradient. Sums are float32 within chunks of 16,384 values and float64
     across chunks, in an order that does not depend on the number of threads, so results are bitwise reproducible.
 
     Returns:
-        y twice, (N, C, H, W) bf16, channels-last: for the next layer, and for a skip connection. The backward adds the
-        gradients of both in its first pass.
+        y for the next layer, and y for a skip connection, to be passed on as `skip`: a second tensor over the same
+        memory. Both are (N, C, H, W) bf16, channels-last. The backward adds their gradients in its first pass.
 
     Raises:
-        NotImplementedError: on differentiating a gradient.
+        NotImplementedError: if gradients of gradients are computed.
+        RuntimeError: if this machine cannot run the kernels.
     """
     state: tuple[Any, ...] = (None, None, 0.0)  # running mean and variance, momentum
     if norm.track_running_stats:
@@ -200,17 +206,17 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None, *rest: Any) -> Any:
         x = _dense(x)
         residual = None if residual is None else _dense(residual)
-        y, passed, stats = OPS.cpp_batch_norm_act(x, residual, *rest)
-        ctx.save_for_backward(x, passed, stats)
+        y, mask, stats = OPS.cpp_batch_norm_act(x, residual, *rest)
+        ctx.save_for_backward(x, mask, stats)
         ctx.has_residual, ctx.has_skip = residual is not None, skip is not None
         ctx.set_materialize_grads(False)
-        return y, y.detach()  # detached, so that each output has a gradient of its own
+        return y, y.detach()  # a second tensor over the same memory, so that autograd keeps the gradients apart
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
         _refuse_double("BatchNorm")
-        if g is None:  # only the skip connection has a gradient
-            g, g2 = g2, None
+        if g is None:
+            g, g2 = g2, None  # one gradient, whichever it is, is passed as g
         if g is None:
             return (None,) * 10
         g2 = None if g2 is None else _dense(g2)
@@ -234,24 +240,24 @@ def _forward(
 
     Returns:
         y: like x.
-        passed: (NCHW/16,) int16, ReLU's mask, one bit per element; empty without ReLU.
-        stats: (3, 64) float32: mean, 1/√(var + eps) and weight/√(var + eps), repeated if C is less than 64.
+        mask: (N·C·H·W/16,) int16, ReLU's mask, one bit per element; empty without ReLU.
+        stats: (3, 64) float32: mean, 1/√(var + eps) and weight/√(var + eps); the C values are repeated to fill 64.
     """
     y = torch.empty_like(x)
-    passed = x.new_empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
-    stats = x.new_empty((3, 64), dtype=torch.float32)  # not torch's defaults: the C++ writes floats
+    mask = x.new_empty(x.numel() // 16 if relu else 0, dtype=torch.int16)
+    stats = x.new_empty((3, 64), dtype=torch.float32)  # the C++ writes float32, whatever torch's default is
     _library().bn_forward(
-        *_pointers(x, residual, weight, bias, running_mean, running_var, y, passed if relu else None, stats),
+        *_pointers(x, residual, weight, bias, running_mean, running_var, y, mask if relu else None, stats),
         x.numel(), x.shape[1], momentum, eps,
     )  # fmt: skip
-    return y, passed, stats
+    return y, mask, stats
 
 
 def _backward(
     g: Tensor,  # (N, C, H, W) bf16, channels-last: the gradient of y
     g2: Tensor | None,  # like g, a second gradient of y, added to g
     x: Tensor,  # like g
-    passed: Tensor,  # from _forward
+    mask: Tensor,  # from _forward
     stats: Tensor,  # from _forward
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -259,14 +265,17 @@ def _backward(
 
     Returns:
         dx: like x.
-        dz: like x, g + g2 masked by ReLU: the residual's gradient; empty if there is neither a residual nor g2.
+        dz: like x, g + g2 masked by ReLU, which is the residual's gradient. It is stored for the second pass if there
+            is g2, and empty if there is neither a residual nor g2.
         dweight, dbias: (C,) float32.
     """
-    keeps, relu, c = has_residual or g2 is not None, len(passed) > 0, x.shape[1]
-    dx, dz = torch.empty_like(x), torch.empty_like(x) if keeps else x.new_empty(0)
+    store_dz, relu, c = has_residual or g2 is not None, len(mask) > 0, x.shape[1]
+    dx, dz = torch.empty_like(x), torch.empty_like(x) if store_dz else x.new_empty(0)
     dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     _library().bn_backward(
-        *_pointers(g, g2, x, passed if relu else None, stats, dz if keeps else None, dx, dweight, dbias), x.numel(), c
+        *_pointers(g, g2, x, mask if relu else None, stats, dz if store_dz else None, dx, dweight, dbias),
+        x.numel(),
+        c,
     )
     return dx, dz, dweight, dbias
 
@@ -274,12 +283,12 @@ def _backward(
 # ---- 3×3 convolutions --------------------------------------------------------------------------------------
 
 
-def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return True if conv2d can compute conv(x), and its weight's gradient is wanted, for x (N, C, H, W).
+def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return True if conv2d supports conv and x, (N, C, H, W), and the weight's gradient will be computed.
 
-    x has to be bf16, and so has autocast's dtype or, without autocast, the weight. The convolution has to be 3×3 with
-    zero padding of 1, stride 1 or 2, one group and no dilation. Input channels have to be a multiple of 16, output
-    channels a multiple of 8, and both at most 64.
+    x has to satisfy `_kernels_accept` and have conv's number of input channels. Under autocast, autocast's dtype has to
+    be bf16; without it, the weight's. The convolution has to be 3×3 with zero padding of 1, stride 1 or 2, one group
+    and no dilation. Input channels have to be a multiple of 16, output channels a multiple of 8, and both at most 64.
     """
     if not (torch.is_grad_enabled() and conv.weight.requires_grad and _three_by_three(conv)):
         return False
@@ -287,7 +296,8 @@ def convolves(conv: nn.Conv2d, x: Tensor) -> bool:
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
     else:
         fits = conv.weight.dtype == torch.bfloat16
-    return fits and _ready(x) and x.shape[1] == conv.in_channels  # if they differ, torch's own convolution raises
+    # A wrong number of channels is left to torch's convolution, which raises.
+    return fits and _kernels_accept(x) and x.shape[1] == conv.in_channels
 
 
 def _three_by_three(conv: nn.Conv2d) -> bool:
@@ -308,9 +318,10 @@ def _three_by_three(conv: nn.Conv2d) -> bool:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Compute the 3×3 convolution with padding 1 and stride S in bf16.
 
-    kernels.cpp computes the weight's gradient. If it has a kernel (see `_has_kernel`), it also computes the input's
-    gradient, and y if there is no bias; otherwise oneDNN does. Products of bf16 are summed in float32. The weight's
-    gradient is computed in float32, and is bitwise reproducible for a given number of threads.
+    kernels.cpp computes the weight's gradient. It also computes y and the input's gradient, each if `_has_kernel` says
+    that it has a kernel for it; otherwise oneDNN does, and always computes y if there is a bias. Products of bf16 are
+    summed in float32. The weight's gradient is computed in float32, and is bitwise reproducible for a given number of
+    threads. The convolution and x have to satisfy `can_convolve`.
 
     Args:
         x: (N, C, H, W), cast to bf16.
@@ -322,7 +333,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
         (N, K, ⌈H/S⌉, ⌈W/S⌉) bf16, channels-last.
 
     Raises:
-        NotImplementedError: on differentiating a gradient.
+        NotImplementedError: if gradients of gradients are computed.
     """
     y: Tensor = _Conv2d.apply(x, weight, bias, stride)
     return y
@@ -363,20 +374,20 @@ def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
     rows of 16 pixels or in 2 rows × 8 pixels.
     """
     _, c, h, w = x.shape
-    return stride == 1 and c in (16, 32, 64) and out_channels % 16 == 0 and (w % 16 == 0 or (w % 8 == h % 2 == 0))
+    return stride == 1 and c in (16, 32, 64) and out_channels % 16 == 0 and (w % 16 == 0 or (w % 8 == 0 and h % 2 == 0))
 
 
-def _convolution(x: Tensor, w: Tensor, turned: bool) -> Tensor:
+def _convolution(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
     """Convolve x, (N, C, H, W), with w, (K, C, 3, 3), at stride 1 with padding 1.
 
-    With `turned`, x is the gradient of such a convolution's output, (N, K, H, W), and the result is the gradient of its
-    input, (N, C, H, W). That is a convolution of x with w rotated by 180°, its input and output channels swapped. All
-    tensors are bf16 and channels-last.
+    With `transposed`, x is the gradient of such a convolution's output, (N, K, H, W), and the result is the gradient of
+    its input, (N, C, H, W). That is a convolution of x with w rotated by 180°, its input and output channels swapped.
+    All tensors are bf16 and channels-last.
     """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
-    shape = (n, c if turned else k, height, width)
+    shape = (n, c if transposed else k, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    _library().convolve(*_pointers(x, w, y), n, c, k, height, width, turned)
+    _library().convolve(*_pointers(x, w, y), n, c, k, height, width, transposed)
     return y
 
 
@@ -419,9 +430,9 @@ _operators: Any = torch.library.Library("fastres_kernels", "FRAGMENT")
 for _schema, _function in {
     "cpp_batch_norm_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)": _forward,
-    "cpp_batch_norm_act_backward(Tensor g, Tensor? g2, Tensor x, Tensor passed, Tensor stats, bool has_residual) "
+    "cpp_batch_norm_act_backward(Tensor g, Tensor? g2, Tensor x, Tensor mask, Tensor stats, bool has_residual) "
     "-> (Tensor, Tensor, Tensor, Tensor)": _backward,
-    "cpp_convolution(Tensor x, Tensor w, bool turned) -> Tensor": _convolution,
+    "cpp_convolution(Tensor x, Tensor w, bool transposed) -> Tensor": _convolution,
     "cpp_weight_gradient(Tensor x, Tensor dy, int stride) -> Tensor": _weight_gradient,
 }.items():
     _operators.define(_schema)
@@ -431,7 +442,7 @@ OPS = torch.ops.fastres_kernels
 
 @register_flop_formula(OPS.cpp_convolution)
 def _flops_of_convolution(
-    x: tuple[int, ...], w: tuple[int, ...], turned: bool, *, out_shape: Any = None, **__: Any
+    x: tuple[int, ...], w: tuple[int, ...], transposed: bool, *, out_shape: Any = None, **__: Any
 ) -> int:
     """Return the number of floating-point operations from the shapes; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
