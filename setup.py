@@ -1,5 +1,6 @@
 """Packages and dependencies of fastres. Build system and tools are configured in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,7 +10,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
-    "bench": ["nvidia-ml-py>=12.535", "pytest>=8", "pytest-benchmark>=5.2"],
+    "bench": ["nvidia-ml-py>=12.535", "pytest>=8", "pytest-benchmark>=5.2", "scikit-learn>=1.4"],
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
@@ -17,10 +18,14 @@ EXTRAS["dev"] = sorted(
     | {"hypothesis>=6.100", "mypy>=1.15", "pytest-xdist>=3.6", "ruff>=0.11", "types-PyYAML"}
 )
 
+VERSION = re.search(
+    r'__version__ = "(.+)"', Path(__file__).with_name("fastres").joinpath("utils/version.py").read_text()
+)[1]
+
 setup(
     name="fastres",
-    version="0.1.0",
-    description="Trains residual networks as fast as the hardware allows, and proves it.",
+    version=VERSION,
+    description="A PyTorch training engine for residual networks: fused kernels, CUDA graphs, an exact schedule.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
@@ -37,6 +42,7 @@ setup(
         "": ["*.pyi"],
         "fastres": ["py.typed"],
         "fastres.config.recipes": ["*.yaml"],
+        "fastres.data.sources": ["digits.npz"],
         "fastres_kernels": ["py.typed"],
         "fastres_kernels.batchnorm": ["fastest.json"],
         "fastres_kernels.cpu": ["kernels.cpp"],
@@ -53,7 +59,6 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4.5",
-        "scikit-learn>=1.4",
         "scipy>=1.11",
     ],
     extras_require=EXTRAS,

@@ -3,5 +3,6 @@
 from fastres.utils import run_timer as run_timer  # first: it notes when the process started  # isort: skip
 import lazy_loader as lazy
 
-__version__ = "0.1.0"
+from fastres.utils.version import __version__ as __version__
+
 __getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

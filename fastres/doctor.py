@@ -16,16 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from fastres import training
 from fastres.config.schema import Config, EngineConfig, OptimConfig
 from fastres.runs.environment import DALI, version
-from fastres.training.engine import Engine, can_compile, find_apex, resolve_engine
 from fastres.utils.errors import Parser, UsageError, first_line, run_command
-from fastres.utils.precision import DTYPES
 
-# Other packages are imported by the check that needs them, so that a broken package is a finding and not the end.
+# Other packages, and torch, are imported by the check that needs them, so that a broken package is a finding and not
+# the end.
 
 OK, NOTE, WARNING, BROKEN = "ok", "note", "warning", "broken"
 STYLES = {OK: "green", NOTE: "dim", WARNING: "yellow", BROKEN: "bold red"}
@@ -48,6 +47,8 @@ LEAST_FREE_GB = 1.0  # for a CIFAR archive, unpacked, and checkpoints
 
 def versions() -> Findings:
     """Report Python, torch, and every other package that fastres requires."""
+    import torch
+
     yield OK, f"Python {platform.python_version()}, torch {torch.__version__}"
     try:
         required = [re.split(r"[^\w.-]", r)[0] for r in metadata.requires("fastres") or () if "extra ==" not in r]
@@ -63,6 +64,8 @@ def versions() -> Findings:
 
 def torchvision() -> Findings:
     """Report whether torchvision can be imported, which fails if it was built for another torch."""
+    import torch
+
     try:
         yield (OK, f"torchvision {importlib.import_module('torchvision').__version__} fits torch {torch.__version__}")
     except Exception as error:  # ImportError, OSError or RuntimeError, depending on what does not fit
@@ -74,6 +77,8 @@ def torchvision() -> Findings:
 
 def gpu() -> Findings:
     """Report every GPU that torch sees."""
+    import torch
+
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -90,15 +95,17 @@ def gpu() -> Findings:
 
 def engine() -> Findings:
     """Report the value that each `auto` resolves to."""
-    for reason in resolve_engine(Config()).reasons:
+    for reason in training.resolve_engine(Config()).reasons:
         yield OK, reason
 
 
 def compiler() -> Findings:
     """Report whether torch.compile has what it needs, on a GPU if there is one, and on a CPU."""
+    import torch
+
     devices = {"cuda": "GPU", "cpu": "CPU"} if torch.cuda.is_available() else {"cpu": "CPU"}
     for name, device in devices.items():
-        found, why = can_compile(torch.device(name))
+        found, why = training.can_compile(torch.device(name))
         yield (
             OK if found else WARNING,
             why + ("" if found else f" (until then a {device} trains without torch.compile)"),
@@ -107,10 +114,14 @@ def compiler() -> Findings:
 
 def training_step() -> Findings:
     """Run one real step of ResNet-20 in each precision, not compiled."""
+    import torch
+
+    from fastres.utils.precision import DTYPES
+
     for precision in DTYPES if torch.cuda.is_available() else ("fp32", "bf16"):
         settings: dict[str, Any] = {"precision": precision, "compile": False}
         try:
-            engine = resolve_engine(Config(engine=EngineConfig(**settings)))
+            engine = training.resolve_engine(Config(engine=EngineConfig(**settings)))
             engine.apply_torch_settings()
             loss = loss_of_step(engine)
         except UsageError as error:
@@ -121,14 +132,15 @@ def training_step() -> Findings:
             yield (OK if math.isfinite(loss) else BROKEN, f"{precision}: a step of resnet20 has loss {loss:.4f}")
 
 
-def loss_of_step(engine: Engine) -> float:
+def loss_of_step(engine: training.Engine) -> float:
     """Return the loss of a step on two random images, after forward, backward and update."""
+    import torch
+
     from fastres.models.registry import build_model
-    from fastres.training.step import TrainStep
 
     torch.manual_seed(0)
     model = engine.place(build_model("resnet20"))
-    step = TrainStep(model, engine, OptimConfig())
+    step = training.TrainStep(model, engine, OptimConfig())
     images = torch.randn(2, 3, 32, 32, device=engine.device, dtype=engine.dtype)
     images = images.to(memory_format=engine.memory_format)
     step(images, torch.tensor([0, 1], device=engine.device), lr=0.1, step=0)
@@ -141,7 +153,7 @@ def optional() -> Findings:
     yield ((OK, f"Triton {triton}") if triton else (NOTE, "Triton is not installed: on a GPU, pip install triton"))
     dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
     yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
-    apex, why = find_apex("optimizers")
+    apex, why = training.find_apex("optimizers")
     yield (NOTE if apex is None else OK), why
     for purpose, (packages, extra) in EXTRAS.items():
         if missing := [name for name in packages if version(name) is None]:

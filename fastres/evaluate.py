@@ -6,24 +6,21 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+# These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
+from fastres import data, runs, training
 from fastres.config.schema import Config, DataConfig, EngineConfig
-from fastres.data.loaders.build import build_loader
-from fastres.data.sources.load import load_source
-from fastres.runs.environment import device_name
-from fastres.runs.loading import load_run, rebuild
-from fastres.training.engine import APEX_NORM, Engine, find_apex, resolve_engine
-from fastres.training.evaluator import Evaluator
-from fastres.training.metrics import Metrics
 from fastres.utils import ranks
 from fastres.utils.errors import Parser, UsageError, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # sections that may differ from the run's
 
 
-def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> Metrics:
+def evaluate_run(config: Config, engine: training.Engine, weights: dict[str, Tensor]) -> training.Metrics:
     """Return loss and accuracy over the whole test set, every sample once.
 
     Args:
@@ -34,19 +31,19 @@ def evaluate_run(config: Config, engine: Engine, weights: dict[str, Tensor]) -> 
     Raises:
         UsageError: if the data has other classes or channels than the run's.
     """
-    model = engine.place(rebuild(config, weights, engine.norm))
-    source = load_source(config.data)
+    model = engine.place(runs.rebuild(config, weights, engine.norm))
+    source = data.load_source(config.data)
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if len(source.classes) > classes or source.channels != channels:
         raise UsageError(
             f"data.source: {source.name} has {len(source.classes)} classes and {source.channels} channels, the run's "
             f"network {classes} and {channels}; point --data.root and --data.source at the run's data"
         )
-    test = build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
-    return Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
+    test = data.build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
+    return training.Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
 
 
-def agreement(totals: Metrics, path: Path) -> str:
+def agreement(totals: training.Metrics, path: Path) -> str:
     """Return a phrase that compares the accuracy of `totals` with the one in the summary at `path`."""
     if not path.exists():
         return f"not compared, because {path} does not exist"
@@ -77,18 +74,18 @@ def main(argv: list[str] | None = None) -> None:
     # Run eagerly by default, because one pass does not earn back the time to compile.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}
-    config, weights = load_run(
+    config, weights = runs.load_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
     # Without apex, use another norm, which computes the same.
-    if config.model.norm == "apex" and find_apex(APEX_NORM)[0] is None:
+    if config.model.norm == "apex" and training.find_apex(training.APEX_NORM)[0] is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
-    engine = resolve_engine(config)
+    engine = training.resolve_engine(config)
     engine.apply_torch_settings()
     totals = evaluate_run(config, engine, weights)
     print(
         f"{arguments.checkpoint or arguments.run}: test accuracy {totals.accuracy:.4f}, loss {totals.mean_loss:.4f}, "
-        f"{totals.samples:,} images, on {device_name(engine.device)} in {engine.precision}; "
+        f"{totals.samples:,} images, on {runs.device_name(engine.device)} in {engine.precision}; "
         + agreement(totals, arguments.run / "summary.json")
     )
 

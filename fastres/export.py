@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fastres import runs
 from fastres.runs.exporting import FORMATS, export
-from fastres.runs.loading import load_run
 from fastres.utils.errors import Parser, UsageError, run_command
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
         raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
     flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
-    config, weights = load_run(arguments.run, arguments.checkpoint, flags)
+    config, weights = runs.load_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():
         raise UsageError(f"--output {output}: already exists; choose another or remove it")

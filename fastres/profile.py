@@ -13,26 +13,21 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from rich.console import Console
 
-from fastres.profiling.measure import REGION_S, measure
-from fastres.profiling.report import plot, raw, rows_of, show, write_csv
-from fastres.profiling.variants import (
-    AXES,
-    BLOCKS,
-    DEFAULTS,
-    Workload,
-    block_workload,
-    model_workload,
-    resolved,
-    variants_named,
-)
+from fastres.config.validation import check_device
+from fastres.models.registry import find
+from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils.atomic_io import write_text
 from fastres.utils.errors import Parser, UsageError, run_command
+
+if TYPE_CHECKING:
+    from fastres.profiling.workloads import Workload
+
+BLOCKS = ("basic", "bottleneck")  # as in models.imagenet.BLOCKS
 
 
 def positive(text: str) -> int:
@@ -68,7 +63,7 @@ def parser() -> Parser:
     )
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="NAME", help="a network by its name (default: resnet20)")
-    what.add_argument("--block", choices=list(BLOCKS), help="one residual block of stride 1, as inside a network")
+    what.add_argument("--block", choices=BLOCKS, help="one residual block of stride 1, as inside a network")
     made.add_argument("--options", type=option, nargs="+", default=[], metavar="NAME=VALUE",
                       help="options of the network, such as stem=small num_classes=100")  # fmt: skip
     made.add_argument("--channels", type=positive, metavar="C",
@@ -93,22 +88,34 @@ def parser() -> Parser:
     )
     made.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
-                      help=f"steps of a round (default: as many as take the baseline {REGION_S} s)")  # fmt: skip
+                      help="steps of a round (default: as many as take the baseline half a second)")  # fmt: skip
     made.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)")
     made.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True,
                       help="keep the traces, for ui.perfetto.dev (default: --trace)")  # fmt: skip
     return made
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for a wrong device, variant or network, or a flag of the other kind of workload."""
+    check_device(arguments.device)
+    variants_named(arguments.variants or ())
+    if arguments.block is not None and arguments.options:
+        raise UsageError("--options belongs to --model; for a block use --channels and --size")
+    if arguments.block is None and arguments.channels is not None:
+        raise UsageError("--channels belongs to --block; for a network use --options in_channels=C")
+    try:
+        find(arguments.model or "resnet20")
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from None
+
+
 def workload_of(arguments: argparse.Namespace) -> Workload:
-    """Return the requested network or block. Raise UsageError for an option of the other kind."""
+    """Return the requested network or block."""
+    from fastres.profiling.workloads import block_workload, model_workload
+
     if arguments.block is None:
-        if arguments.channels is not None:
-            raise UsageError("--channels belongs to --block; for a network use --options in_channels=C")
         name = arguments.model or "resnet20"
         return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size)
-    if arguments.options:
-        raise UsageError("--options belongs to --model; for a block use --channels and --size")
     return block_workload(arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32)
 
 
@@ -138,7 +145,15 @@ def folder_for(out: Path | None, name: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Profile the requested workload, and write profile.json, profile.csv and profile.png."""
     arguments = parser().parse_args(argv)
+    check_flags(arguments)
     workload = workload_of(arguments)
+
+    import torch  # after the command line is checked, because torch takes a second or two
+
+    from fastres.profiling.measure import measure
+    from fastres.profiling.report import plot, raw, rows_of, show, write_csv
+    from fastres.profiling.workloads import resolved
+
     on_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and torch.cuda.is_available())
     asked = variants_named(arguments.variants or DEFAULTS["cuda" if on_gpu else "cpu"])
     engines, unavailable = resolved(workload, asked, arguments.device)

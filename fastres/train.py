@@ -7,37 +7,39 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+# These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
+from fastres import distributed, runs, training, utils
 from fastres.config.cli import parse
-from fastres.config.schema import Config
-from fastres.data.sources.source import Source
-from fastres.distributed import process_group
-from fastres.distributed.process_group import ProcessGroup, join_process_group
-from fastres.runs import resume
-from fastres.runs.run_dir import RunDir
-from fastres.runs.training_log import TrainingLog
-from fastres.training.build import build_parts, fit_whitening, warm_up
-from fastres.training.cuda_graph import capture_if_enabled
-from fastres.training.engine import Engine, resolve_engine
-from fastres.training.signals import StopSignal, polls_signals, stop_on_signal
 from fastres.utils import ranks
 from fastres.utils.errors import run_command
-from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import RunTimer
+
+if TYPE_CHECKING:
+    from fastres.config.schema import Config
+    from fastres.data.sources.source import Source
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the command line describes, and return the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    engine = resolve_engine(config, ranks.local_rank())
+    engine = training.resolve_engine(config, ranks.local_rank())
     engine.apply_torch_settings()
-    process_group.check_batch(config.train.batch_size, config.train.accumulate)
-    with stop_on_signal() as stop, join_process_group(engine.device, config.run.timeout_s) as group:
+    with (
+        training.stop_on_signal() as stop,
+        distributed.join_process_group(engine.device, config.run.timeout_s) as group,
+    ):
         return train(config, engine, group, stop)
 
 
-def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal, source: Source | None = None) -> int:
+def train(
+    config: Config,
+    engine: training.Engine,
+    group: distributed.ProcessGroup,
+    stop: training.StopSignal,
+    source: Source | None = None,
+) -> int:
     """Run the training and return the exit status: 0, or 128 + N if signal N stopped it.
 
     Args:
@@ -48,35 +50,35 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
         source: replaces the configured source.
     """
     is_main, steps = ranks.rank() == 0, config.train.steps
-    run = RunDir(config)
+    run = runs.RunDir(config)
     if (summary := group.broadcast_from_rank0(run.check_resumable)) is not None:
         return _report_finished(run, summary)
 
     # ------------------------------------------------------------------------ data, model, step, schedule
-    parts = build_parts(config, engine, group, source)
+    parts = training.build_parts(config, engine, group, source)
     step, evaluator, lr_at = parts.step, parts.evaluator, parts.lr_at
     timer = RunTimer(engine.device.type)
 
     # ------------------------------------------------------------------------ resume
     # Restore a named checkpoint before acquiring the folder, so that a checkpoint that does not fit leaves no folder.
-    named = resume.load_named(config, run, group)
-    start, since_eval = resume.restore(named, step, timer, steps)
+    named = runs.resume.load_named(config, run, group)
+    start, since_eval = runs.resume.restore(named, step, timer, steps)
     with ExitStack() as stack:
         group.broadcast_from_rank0(run.acquire)
         stack.callback(run.release)
         if named is None:
-            start, since_eval = resume.restore(resume.load_latest(run, group), step, timer, steps)
+            start, since_eval = runs.resume.restore(runs.resume.load_latest(run, group), step, timer, steps)
         if start == 0 and not config.model.weights:
-            fit_whitening(config, engine, parts)
-        progress = stack.enter_context(ProgressLine("step", steps, start, enabled=is_main))
+            training.fit_whitening(config, engine, parts)
+        progress = stack.enter_context(utils.ProgressLine("step", steps, start, enabled=is_main))
         group.broadcast_from_rank0(lambda: run.begin(engine, start))
-        log = TrainingLog(config, run, parts, timer, progress, start=start, since_eval=since_eval, is_main=is_main)
+        log = runs.TrainingLog(config, run, parts, timer, progress, start=start, since_eval=since_eval, is_main=is_main)
         log.begin(start)
 
         # -------------------------------------------------------------------- compile, capture
-        warm_up(parts, say=progress.say)
+        training.warm_up(parts, say=progress.say)
         # With CUDA graphs the batches are empty, because the graph makes its own.
-        run_step, train_batches, curve_batches = capture_if_enabled(
+        run_step, train_batches, curve_batches = training.capture_if_enabled(
             step, evaluator, parts.data.train_loader, parts.data.curve_loader, lr_at, say=progress.say
         )
 
@@ -86,7 +88,7 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
             lr = lr_at(i)
             run_step(*batch, lr, i)
             done = i + 1
-            stopping = group.max_over_ranks(stop.number) if polls_signals(done) else 0
+            stopping = group.max_over_ranks(stop.number) if training.polls_signals(done) else 0
             if not (log.line_due(done) or log.checkpoint_due(done) or stopping):
                 continue
             with timer.paused():
@@ -96,7 +98,7 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
                 if log.evaluation_due(done):
                     log.evaluation(done, lr, evaluator(group.with_heartbeat(curve_batches.evaluate())))
                 if log.checkpoint_due(done) or stopping:
-                    resume.save(run, group, done, step, timer, log.since_eval)
+                    runs.resume.save(run, group, done, step, timer, log.since_eval)
             if stopping and done < steps:
                 log.stopped(done, stopping)
                 return 128 + stopping
@@ -109,7 +111,7 @@ def train(config: Config, engine: Engine, group: ProcessGroup, stop: StopSignal,
         return 0
 
 
-def _report_finished(run: RunDir, summary: dict[str, Any]) -> int:
+def _report_finished(run: runs.RunDir, summary: dict[str, Any]) -> int:
     """Print on rank 0 that the run is finished already, and return exit status 0."""
     if ranks.rank() == 0:
         print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")

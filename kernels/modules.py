@@ -9,10 +9,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import batchnorm
 from .batchnorm.dispatch_table import fastest
-from .batchnorm.ops import batch_norm_act, update_running_statistics
 from .cpu import ops as cpu_ops
 from .triton_launch import INTERPRETED
+
+# batchnorm.ops is imported at its first use, because registering an op with Triton kernels imports torch's compiler,
+# which takes a second. The C++ kernels and torch's own operations do without it.
 
 
 class Skip(NamedTuple):
@@ -197,7 +200,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     ) -> tuple[Tensor, Tensor]:
         """Call the op batch_norm_act and update the running statistics; return y and the token for a Skip."""
         group = self.group_name if mean is None else ""
-        y, used_mean, used_var, count, _, gradient = batch_norm_act(
+        y, used_mean, used_var, count, _, gradient = batchnorm.ops.batch_norm_act(
             x,
             *_added_and_skip(residual, x),
             self.weight,
@@ -265,7 +268,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             deferral.counters.append(self.num_batches_tracked)
         elif self._tracks:
             running = (self.running_mean, self.running_var, self.num_batches_tracked)
-            update_running_statistics(mean, var, *running, count, self.momentum)
+            batchnorm.ops.update_running_statistics(mean, var, *running, count, self.momentum)
 
     def extra_repr(self) -> str:
         """Return torch's description of the module with the activation."""

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from fastres.data.sources.builtin import DIGITS
 from fastres.training.engine import Engine
 from fastres.utils.errors import UsageError
 
@@ -79,11 +79,11 @@ def write_mnist_idx(
     The images are scikit-learn's digits, enlarged three times to 24x24 and framed to 28x28. `train` + `test` is at most
     1,797, and no digit is in both.
     """
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))[: train + test]
-    bright = np.rint(digits.images[order] * (255 / 16))
+    digits = np.load(DIGITS)
+    order = np.random.default_rng(0).permutation(len(digits["labels"]))[: train + test]
+    bright = np.rint(digits["images"][order] * (255 / 16))
     images = np.pad(bright.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
-    labels = digits.target[order]
+    labels = digits["labels"][order].astype(np.int64)
     folder, suffix = root / name / "raw", ".gz" if packed else ""
     for part, rows in (("train", slice(train)), ("t10k", slice(train, None))):
         write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", images[rows])

@@ -63,7 +63,7 @@ def options_of_models() -> set[str]:
     """Return the names that model.options may have, over all networks."""
     from fastres.models.registry import MODELS, build_model
 
-    builders = [build_model, *MODELS.values()]
+    builders = [build_model, *(network.load() for network in MODELS.values())]
     return {name for builder in builders for name in inspect.signature(builder).parameters}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fastres import export, train
 from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
-from fastres.runs.exporting import FORMATS, Network
+from fastres.runs.exporting import FORMATS
 from fastres.runs.loading import load_run, rebuild
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
@@ -49,7 +50,7 @@ def original(run: Path) -> nn.Module:
     return rebuild(*load_run(run)).eval()
 
 
-def assert_same_logits(network: Network, run: Path, *shape: int) -> None:
+def assert_same_logits(network: Callable[[Tensor], Tensor], run: Path, *shape: int) -> None:
     with torch.no_grad():
         for n in (1, 3, 64):  # other sizes than those that export compares itself
             images = torch.randn(n, *shape)

@@ -27,16 +27,8 @@ from fastres.profiling import trace
 from fastres.profiling.measure import Outcome, VariantRun, difference, measure, prepare, step_in_parts
 from fastres.profiling.report import plot, rows_of, show
 from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
-from fastres.profiling.variants import (
-    ALL,
-    REFERENCE,
-    Variant,
-    Workload,
-    block_workload,
-    model_workload,
-    resolved,
-    variants_named,
-)
+from fastres.profiling.variants import ALL, REFERENCE, Variant, variants_named
+from fastres.profiling.workloads import Workload, block_workload, model_workload, resolved
 from fastres.testing.op_recorder import OpRecorder
 from fastres.training.engine import can_compile, resolve_engine
 from fastres.training.step import TrainStep

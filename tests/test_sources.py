@@ -19,6 +19,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
 
 from fastres.config.schema import DataConfig
@@ -70,6 +72,12 @@ def test_digits_are_scaled_and_stratified(tmp_path: Path) -> None:
     assert digits.train.array(1).max() == 255 and digits.notes == ()
     train, test = np.bincount(digits.train.labels), np.bincount(digits.test.labels)
     assert np.abs(test - (train + test) * 360 / 1797).max() <= 1
+    known, labels = load_digits(return_X_y=True)
+    _, test_of_sklearn = train_test_split(np.arange(1797), test_size=360, stratify=labels, random_state=0)
+    assert np.array_equal(digits.test.labels, labels[np.sort(test_of_sklearn)])
+    assert np.array_equal(
+        digits.test.array(1), np.rint(known[np.sort(test_of_sklearn)] * (255 / 16)).reshape(-1, 8, 8, 1)
+    )
     again = load("digits", tmp_path)
     assert np.array_equal(digits.test.array(1), again.test.array(1))
 

@@ -23,6 +23,7 @@ from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, dump
 from fastres.config.validation import check
 from fastres.utils.errors import UsageError
 from fastres.utils.suggest import did_you_mean
+from fastres.utils.version import __version__
 
 
 def parse(argv: list[str], prog: str = "fastres.train") -> Config:
@@ -93,6 +94,8 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         help="configuration file (YAML, JSON, or the tutorial's config.json); may be repeated",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="print the "
+                        "version and exit")  # fmt: skip
 
 
 def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:

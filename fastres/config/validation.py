@@ -7,6 +7,8 @@ import math
 import re
 
 from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, ScheduleConfig, model_options
+from fastres.models.registry import build_model, find
+from fastres.utils import ranks
 from fastres.utils.errors import UsageError, first_line
 
 
@@ -14,11 +16,9 @@ def check(config: Config) -> None:
     """Raise UsageError for the first value that is out of range or incompatible with another."""
     _check_numbers(config)
     _check_training(config)
+    _check_batch(config.train.batch_size, config.train.accumulate)
     _check_schedule(config.schedule, config.train.steps)
-    _reject_if(
-        not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.engine.device),
-        f"engine.device: {config.engine.device!r} is not auto, cpu, cuda or cuda:N",
-    )
+    check_device(config.engine.device)
     _check_data(config.data)
     for extra in ("tensorboard", "wandb"):
         _reject_if(
@@ -26,6 +26,14 @@ def check(config: Config) -> None:
             f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
         )
     _check_model(config.model)
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError if engine.device cannot have this value."""
+    _reject_if(
+        not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", name),
+        f"engine.device: {name!r} is not auto, cpu, cuda or cuda:N",
+    )
 
 
 def _reject_if(wrong: bool, line: str) -> None:
@@ -57,6 +65,17 @@ def _check_training(config: Config) -> None:
     _reject_if(
         optim.name == "muon" and config.engine.precision == "fp16",
         "optim.name muon: does not support fp16's loss scale; use engine.precision bf16 or fp32",
+    )
+
+
+def _check_batch(batch_size: int, accumulate: int) -> None:
+    """Reject a global batch that cannot be split evenly over the ranks and their micro-batches."""
+    parts = ranks.world_size() * accumulate
+    sharers = f"{ranks.world_size()} processes" + (f" with --train.accumulate {accumulate}" if accumulate > 1 else "")
+    _reject_if(
+        batch_size % parts != 0,
+        f"train.batch_size: {batch_size} cannot be split equally over {sharers}; "
+        f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes",
     )
 
 
@@ -101,11 +120,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Build the network on the meta device, so that the model itself rejects a wrong option."""
-    import torch
-
-    from fastres.models.registry import build_model
-
+    """Reject a wrong name, then build the network on the meta device, so that it rejects wrong options itself."""
     _reject_if(
         model.sync_norm and bool(model.options.get("fused_convolutions")),
         "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
@@ -116,6 +131,9 @@ def _check_model(model: ModelConfig) -> None:
             f"model.options: {name} comes from the data; --model.num_classes sets the size of the head",
         )
     try:
+        find(model.name)  # needs no torch, whose import takes a second or two
+        import torch
+
         with torch.device("meta"):
             norm = "fused" if model.norm == "fused" else "torch"
             build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))

@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -157,19 +156,6 @@ def _session(store: Any, wait_s: float) -> str:
     return me
 
 
-def check_batch(batch_size: int, accumulate: int) -> None:
-    """Raise UsageError if the global batch cannot be split evenly over the ranks and their micro-batches."""
-    parts = ranks.world_size() * accumulate
-    if batch_size % parts:
-        sharers = f"{ranks.world_size()} processes"
-        if accumulate > 1:
-            sharers += f" with --train.accumulate {accumulate}"
-        raise UsageError(
-            f"train.batch_size: {batch_size} cannot be split equally over {sharers}; "
-            f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes"
-        )
-
-
 def wrap(module: nn.Module, device: torch.device, compress_gradients: bool = False) -> nn.Module:
     """Return the module in DDP, or the module itself for one process. Collective."""
     return module if ranks.world_size() == 1 else data_parallel(module, device, compress_gradients)
@@ -186,6 +172,8 @@ def data_parallel(module: nn.Module, device: torch.device, compress_gradients: b
     Raises:
         UsageError: if the backend cannot add bf16 and compress_gradients is set.
     """
+    import torch._dynamo.config  # takes a second; DDP imports it too
+
     # Otherwise dynamo splits the module's graph at DDP's buckets, and several processes run another program than one.
     # Little overlap is lost, because in bf16 all gradients except BatchNorm's come out of one cast at the end
     # (step.BatchedCast).

@@ -258,6 +258,8 @@ def init_weights(module: nn.Module, zero_init_residual: bool = False) -> None:
     """
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
+            if m.weight.is_meta:  # without values; drawing normal ones would import torch's compiler, for a second
+                continue
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if m.bias is not None:
                 nn.init.zeros_(m.bias)

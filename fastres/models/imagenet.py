@@ -14,6 +14,7 @@ from fastres.models.blocks import BasicBlock, Bottleneck, Norm, Stage, global_po
 from fastres.utils.suggest import unknown
 from fastres_kernels import Conv2d
 
+BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 STEMS = ("imagenet", "small")
 
 
@@ -27,7 +28,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock | Bottleneck],
+        block: str,  # a name in BLOCKS
         blocks: tuple[int, int, int, int],  # per stage
         *,
         num_classes: int = 1000,
@@ -49,13 +50,14 @@ class ResNet(nn.Module):
                 "replace_stride_with_dilation takes three booleans, for layer2, layer3 and layer4, "
                 f"not {replace_stride_with_dilation!r}"
             )
+        block_type = BLOCKS[block]
         channels, dilation = 64, 1  # of the next stage's input
 
         def stage(width: int, count: int, stride: int, replace: bool = False) -> Stage:
             nonlocal channels, dilation
 
             def make(stride: int = 1) -> nn.Module:
-                return block(
+                return block_type(
                     channels,
                     width,
                     stride,
@@ -68,7 +70,7 @@ class ResNet(nn.Module):
 
             # The first block, which would have had the stride, still has the previous dilation.
             first = make(1 if replace else stride)
-            channels = width * block.expansion
+            channels = width * block_type.expansion
             dilation *= stride if replace else 1
             return Stage(first, *(make() for _ in range(count - 1)))
 

@@ -6,34 +6,47 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from fastres.models.blocks import NORMS, BasicBlock, Bottleneck
-from fastres.models.cifar import cifar_resnet
-from fastres.models.imagenet import ResNet
-from fastres.models.mini import mini_resnet
-from fastres.models.speedrun import SpeedResNet
 from fastres.utils.errors import UsageError, first_line
 from fastres.utils.suggest import unknown
 
-# Each builder takes num_classes, in_channels and norm. Its options are its other parameters that are not fixed here.
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "cifar_resnet": cifar_resnet,  # by its depth, 6n+2: resnetN and plainN
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
-    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
-    "resnext50_32x4d": partial(ResNet, Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
-    "resnext101_32x8d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
-    "resnext101_64x4d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
-    "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    "wide_resnet101_2": partial(ResNet, Bottleneck, (3, 4, 23, 3), width_per_group=128),
-    "mini_resnet": mini_resnet,
-    "speed_resnet": SpeedResNet,
+if TYPE_CHECKING:
+    from torch import nn
+
+# torch is imported only when a network is built, so that a wrong name is rejected before it.
+
+
+class Network:
+    """A function of a module of fastres.models that builds a network, with the arguments that its name fixes.
+
+    The function takes num_classes, in_channels and norm. Its options are its other parameters that are not fixed.
+    """
+
+    def __init__(self, function: str, *arguments: Any, **fixed: Any) -> None:
+        self.function, self.arguments, self.fixed = function, arguments, fixed
+
+    def load(self) -> Callable[..., nn.Module]:
+        """Import the module and return the function with its fixed arguments."""
+        module, _, name = self.function.partition(".")
+        return partial(getattr(import_module(f"fastres.models.{module}"), name), *self.arguments, **self.fixed)
+
+
+MODELS: dict[str, Network] = {
+    "cifar_resnet": Network("cifar.cifar_resnet"),  # by its depth, 6n+2: resnetN and plainN
+    "resnet18": Network("imagenet.ResNet", "basic", (2, 2, 2, 2)),
+    "resnet34": Network("imagenet.ResNet", "basic", (3, 4, 6, 3)),
+    "resnet50": Network("imagenet.ResNet", "bottleneck", (3, 4, 6, 3)),
+    "resnet101": Network("imagenet.ResNet", "bottleneck", (3, 4, 23, 3)),
+    "resnet152": Network("imagenet.ResNet", "bottleneck", (3, 8, 36, 3)),
+    "resnext50_32x4d": Network("imagenet.ResNet", "bottleneck", (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": Network("imagenet.ResNet", "bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": Network("imagenet.ResNet", "bottleneck", (3, 4, 23, 3), groups=64, width_per_group=4),
+    "wide_resnet50_2": Network("imagenet.ResNet", "bottleneck", (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": Network("imagenet.ResNet", "bottleneck", (3, 4, 23, 3), width_per_group=128),
+    "mini_resnet": Network("mini.mini_resnet"),
+    "speed_resnet": Network("speedrun.SpeedResNet"),
 }
 
 
@@ -60,7 +73,10 @@ def build_model(
     Raises:
         ValueError: if an argument is unknown or impossible; the message is one line.
     """
-    build = _find(name)
+    network = find(name)
+    from fastres.models.blocks import NORMS
+
+    build = network.load()
     norm_layer = options.pop("norm_layer", None) or NORMS.get(norm)
     if norm_layer is None:
         raise unknown("norm", norm, NORMS)
@@ -79,26 +95,44 @@ def build_model(
 
 
 def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:
-    """Check on the meta device that a network takes images of this shape, (N, C, H, W).
+    """Check that a network takes images of this shape, (N, C, H, W), by running one image on the CPU.
+
+    All weights are zeros, so that building the network takes no time and no random numbers.
 
     Raises:
         UsageError: if the images are too small for the network or, in training, too few for BatchNorm.
     """
+    # On the meta device the image would cost nothing, but BatchNorm there imports torch's compiler, for a second.
+    import torch
+    from torch import nn
+
     n, channels, height, width = shape
     options.pop("fused_convolutions", None)  # the network takes the same shapes
+
+    def check_values(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if training and n * inputs[0][0, 0].numel() == 1:
+            raise ValueError("Expected more than 1 value per channel when training")
+
     with torch.device("meta"):
-        model = build_model(name, **options | {"in_channels": channels}).train(training)
-        try:
-            model(torch.empty(shape))
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"{name} cannot take {n} image{'s' * (n > 1)} of {height}x{width} pixels at once "
-                f"({first_line(error)}); use larger images, more of them at once, or another network"
-            ) from None
+        model = build_model(name, **options | {"in_channels": channels}).eval()
+    zeros = {
+        name: torch.zeros(t.shape, dtype=t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(check_values)
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, zeros, (torch.zeros((1, channels, height, width)),))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"{name} cannot take {n} image{'s' * (n > 1)} of {height}x{width} pixels at once "
+            f"({first_line(error)}); use larger images, more of them at once, or another network"
+        ) from None
 
 
-def _find(name: str) -> Callable[..., nn.Module]:
-    """Return the builder of this name. Raise ValueError with the nearest name if there is none."""
+def find(name: str) -> Network:
+    """Return the network of this name. Raise ValueError with the nearest name if there is none."""
     if name in MODELS:
         return MODELS[name]
     near = None
@@ -106,8 +140,8 @@ def _find(name: str) -> Callable[..., nn.Module]:
         blocks, rest = divmod(int(family[2]) - 2, 6)
         if blocks >= 1 and rest == 0:
             if family[1] == "plain":
-                return partial(cifar_resnet, blocks, plain=True, shortcut=None)
-            return partial(cifar_resnet, blocks, plain=False)
+                return Network("cifar.cifar_resnet", blocks, plain=True, shortcut=None)
+            return Network("cifar.cifar_resnet", blocks, plain=False)
         near = f"{family[1]}{6 * max(1, blocks + (rest > 3)) + 2}"
     raise unknown("model", name, ["resnet20", "plain20", "… (resnetN, plainN: N = 6n+2)", *MODELS], near)
 

@@ -32,7 +32,8 @@ from fastres.config.schema import Config
 from fastres.profiling import trace
 from fastres.profiling.report import Profile, Result
 from fastres.profiling.trace import Key, Operator, WorkCount
-from fastres.profiling.variants import REFERENCE, Variant, Workload
+from fastres.profiling.variants import REFERENCE, Variant
+from fastres.profiling.workloads import Workload
 from fastres.training.cuda_graph import CudaRecorder, FixedBatch, GraphedStep, Recorder
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.step import TrainStep, raise_recompile_limit

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from fastres.profiling import trace
 from fastres.profiling.trace import PARTS, Operator
-from fastres.profiling.variants import Variant, Workload
+from fastres.profiling.variants import Variant
+from fastres.profiling.workloads import Workload
 from fastres.runs.environment import device_name, environment
 from fastres.training.engine import Engine
 from fastres.utils import hardware

@@ -7,18 +7,22 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastres.training.engine import Engine
 from fastres.utils import ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastres.training.engine import Engine
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # one of the packages is enough
 
 
 def environment(engine: Engine) -> dict[str, Any]:
     """Return the versions, device, commit and command of this process, as written to env.json."""
+    import torch  # not at the top, because fastres.doctor has to start without it
+
     device = engine.device
     return {
         "fastres": version("fastres"),
@@ -58,6 +62,8 @@ def commit() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """Return the device's name as its maker gives it."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
@@ -68,6 +74,8 @@ def cpu_name() -> str:
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
+    import torch
+
     threads = torch.get_num_threads()
     return f"{name} ({threads} thread{'s' * (threads != 1)})"
 

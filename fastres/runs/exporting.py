@@ -11,18 +11,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from fastres.config.schema import Config, model_options
 from fastres.models.registry import check_input_shape
-from fastres.models.weights import save_weights
-from fastres.runs.loading import rebuild
 from fastres.utils.errors import RunError, UsageError
 
-Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Network = Callable[[Tensor], Tensor]  # (N, C, S, S) float32 -> (N, classes) float32
+
+# The functions import torch, because the command line needs FORMATS before it.
 
 TOLERANCE = 1e-4  # largest difference of two logits, as a fraction of the largest logit
 BATCHES = (2, 5, 1)  # batch sizes that are compared; the first is traced, and exporters tend to special-case 1
@@ -42,6 +42,8 @@ class Format:
 
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write the network as a torch.export program."""
+    import torch
+
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     # torch would raise an error of its own type for a file that it cannot write, so write it here.
     content = io.BytesIO()
@@ -51,6 +53,8 @@ def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
 
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write the network as ONNX."""
+    import torch
+
     program = torch.onnx.export(
         model,
         (images,),
@@ -67,19 +71,38 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
 def reload_onnx(path: Path, _: Config) -> Network:
     """Return the network of an ONNX file, run by onnxruntime on the CPU."""
     import onnxruntime
+    import torch
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+def reload_program(path: Path, _: Config) -> Network:
+    """Return the network of a torch.export program."""
+    import torch
+
+    return torch.export.load(path).module()
+
+
+def write_safetensors(model: nn.Module, _: Tensor, path: Path) -> None:
+    """Write the weights under torchvision's keys."""
+    from fastres.models.weights import save_weights
+
+    save_weights(model, path)
+
+
+def reload_safetensors(path: Path, config: Config) -> Network:
+    """Return the run's network with the weights of the file."""
+    import safetensors.torch
+
+    from fastres.runs.loading import rebuild
+
+    return rebuild(config, safetensors.torch.load_file(path)).eval()
+
+
 FORMATS: dict[str, Format] = {
-    "safetensors": Format(  # torchvision's keys
-        suffix=".safetensors",
-        write=lambda model, _, path: save_weights(model, path),
-        reload=lambda path, config: rebuild(config, safetensors.torch.load_file(path)).eval(),
-        fixes_side=False,
-    ),
-    "torch_export": Format(suffix=".pt2", write=write_program, reload=lambda path, _: torch.export.load(path).module()),
+    "safetensors": Format(suffix=".safetensors", write=write_safetensors, reload=reload_safetensors, fixes_side=False),
+    "torch_export": Format(suffix=".pt2", write=write_program, reload=reload_program),
     "onnx": Format(suffix=".onnx", write=write_onnx, reload=reload_onnx, needs=("onnx", "onnxscript", "onnxruntime")),
 }
 
@@ -100,6 +123,10 @@ def export(config: Config, weights: dict[str, Tensor], name: str, output: Path) 
         RunError: if the logits differ by more than TOLERANCE.
         UsageError: if the file cannot be written or the images' side is not known.
     """
+    import torch
+
+    from fastres.runs.loading import rebuild
+
     format_, model = FORMATS[name], rebuild(config, weights).eval()
     shape = (weights["conv1.weight"].shape[1], *[side_of(config, format_)] * 2)
     check_input_shape(config.model.name, (1, *shape), training=False, **model_options(config.model))

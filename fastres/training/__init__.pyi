@@ -1,9 +1,14 @@
 from .build import Parts as Parts
 from .build import build_parts as build_parts
+from .build import fit_whitening as fit_whitening
+from .build import warm_up as warm_up
 from .cuda_graph import CudaRecorder as CudaRecorder
 from .cuda_graph import GraphedStep as GraphedStep
 from .cuda_graph import capture_if_enabled as capture_if_enabled
+from .engine import APEX_NORM as APEX_NORM
 from .engine import Engine as Engine
+from .engine import can_compile as can_compile
+from .engine import find_apex as find_apex
 from .engine import resolve_engine as resolve_engine
 from .evaluator import Evaluator as Evaluator
 from .metrics import Metrics as Metrics
@@ -11,4 +16,7 @@ from .optim import OPTIMIZERS as OPTIMIZERS
 from .optim import build_optimizer as build_optimizer
 from .schedule import SCHEDULES as SCHEDULES
 from .schedule import lr_scale as lr_scale
+from .signals import StopSignal as StopSignal
+from .signals import polls_signals as polls_signals
+from .signals import stop_on_signal as stop_on_signal
 from .step import TrainStep as TrainStep

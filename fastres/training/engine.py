@@ -64,7 +64,8 @@ class Engine:
         if self.deterministic:
             # torch reads it once, at a process's first matrix product, so bench/conftest.py sets it for all benchmarks.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(self.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:  # setting it imports torch's compiler
+            torch.use_deterministic_algorithms(self.deterministic)
         # Filling memory that is about to be written only helps to find reads before writes; equal runs do not need it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,22 @@ from fastres.training.engine import find_apex
 from fastres.utils.errors import UsageError
 
 
+class SGD(torch.optim.SGD):
+    """torch.optim.SGD without the wrappers that import torch._dynamo, which takes a second.
+
+    torch wraps these methods so that torch.compile does not trace them. fastres does not compile the optimizer's step.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
 def sgd(groups: list[dict[str, Any]], lr: Tensor, config: OptimConfig) -> torch.optim.Optimizer:
     """Return torch's fused SGD: one kernel for all parameters."""
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    optimizer = SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return _from_zero_momentum(optimizer)
 
 
@@ -32,7 +46,7 @@ def _from_zero_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     return optimizer
 
 
-class Muon(torch.optim.SGD):
+class Muon(SGD):
     """The fused SGD of torch, with the orthogonalised momentum as gradient in groups with `muon_momentum`.
 
     It keeps each weight's norm at the square root of its number of filters (Jordan et al. 2024, "Muon: An optimizer for

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,6 +42,8 @@ def raise_recompile_limit(count: int) -> None:
     Dynamo gives up after eight compilations of a code object, and all models and settings in a process share the code
     objects of this module.
     """
+    import torch._dynamo.config  # takes a second, which a run without torch.compile saves
+
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.utils import ranks
+from fastres.utils.version import __version__
 
 
 class UsageError(Exception):
@@ -37,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, **how)
+        self.add_argument("--version", action="version", version=f"fastres {__version__}")
 
     def error(self, message: str) -> Any:
         """Raise UsageError instead of printing the usage and exiting."""

@@ -13,9 +13,6 @@ import sys
 import torch
 import torch._dynamo.config
 
-# scikit-learn sets these when it is imported.
-SET_BY_OTHERS = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
-
 
 def switches() -> dict[str, object]:
     """Return the process-wide settings that an import must not change."""
@@ -30,7 +27,7 @@ def switches() -> dict[str, object]:
         "number of threads": torch.get_num_threads(),
         "dynamo.optimize_ddp": torch._dynamo.config.optimize_ddp,
         "dynamo.recompile_limit": torch._dynamo.config.recompile_limit,
-        **{f"${name}": value for name, value in os.environ.items() if name not in SET_BY_OTHERS},
+        **{f"${name}": value for name, value in os.environ.items()},
     }
 
 

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure
-import matplotlib.ticker  # noqa: F401
-import sklearn.datasets
-import sklearn.model_selection  # noqa: F401 - a run imports it, but not at its beginning
+import matplotlib.ticker  # noqa: F401 - a run imports them, but not at its beginning
 
 from fastres import train
 from fastres.utils.errors import run_command

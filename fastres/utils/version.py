@@ -1,0 +1,3 @@
+"""The version of fastres, which setup.py reads too."""
+
+__version__ = "0.1.0"

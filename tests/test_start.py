@@ -1,0 +1,92 @@
+"""Commands start without the packages that they do not use, which is what makes --help and a mistyped flag quick.
+
+The tests look at sys.modules and not at a clock. torch takes 1.6 s to import, torch's compiler one more.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, run_python
+
+COMPILER = {"torch._dynamo", "torch._inductor"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "pandas",
+    "torchvision",
+    "tensorboard",
+    "PIL",
+    "nvidia.dali",
+}
+
+
+def imported(*command: object, status: int = 0) -> set[str]:
+    """Run a command, check its exit status, and return the modules that it imported."""
+    done = run_python("-m", "tests.workers.imported", *command, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["status"] == status, done.stdout + done.stderr
+    return set(found["modules"])
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "plot", "profile", "doctor"])
+def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str) -> None:
+    assert not imported(f"fastres.{command}", flag) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --optim.lrr 0.1",  # a name
+        "train --recipe digit",
+        "train --config missing.yaml",
+        "train --model.name resnet21",
+        "train --optim.lr fast",  # a type
+        "train --engine.precision bf8",
+        "train --train.batch_size 0",  # a range
+        "train --optim.momentum 1",
+        "train --schedule.milestones [3,2]",
+        "train --train.steps 10 --schedule.warmup_steps 20",  # a combination
+        "train --train.batch_size 10 --train.accumulate 3",
+        "train --data.augment resized_crop",
+        "train --engine.device gpu",
+        "evaluate",
+        "evaluate missing --enginee.device cpu",
+        "export missing --format tflite",
+        "plot missing --against accuracy",
+        "profile --variants eager-bf8",
+        "profile --model resnet21",
+        "profile --device gpu",
+        "profile --block basic --options stem=small",
+        "doctor --data.rot data",
+    ],
+)
+def test_an_error_of_names_types_and_ranges_imports_no_torch(command: str) -> None:
+    module, *arguments = command.split()
+    assert not imported(f"fastres.{module}", *arguments, status=2) & HEAVY
+
+
+def test_importing_fastres_imports_nothing_heavy() -> None:
+    modules = imported("fastres.utils.version") & (HEAVY | {"jsonargparse", "yaml", "rich"})
+    assert not modules
+
+
+def test_a_run_that_does_not_compile_imports_no_compiler_and_plot_no_torch(tmp_path: Path) -> None:
+    """The run takes the C++ kernels where the CPU has the instructions, and torch's own operations elsewhere."""
+    run = tmp_path / "run"
+    flags = f"--recipe digits --model.name resnet8 --train.steps 10 --schedule.warmup_steps 5 --run.dir {run}"
+    modules = imported("fastres.train", *flags.split())
+    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "tensorboard", "nvidia.dali", "pandas"})
+    modules = imported("fastres.evaluate", run)
+    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "matplotlib"})
+    modules = imported("fastres.export", run)
+    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "matplotlib", "onnx"})
+    modules = imported("fastres.plot", run)
+    assert "matplotlib" in modules and not modules & {"torch", "scipy", "sklearn"}
