@@ -1,4 +1,4 @@
-"""Set up every test: one thread, no GPU, Triton's interpreter, one seed, a separate cache, the longest files first.
+"""Set up every test: one thread, no GPU, Triton's interpreter, one seed, a separate cache.
 
 Processes that a test starts inherit the thread count, the hidden GPU and the cache, but not the interpreter.
 """
@@ -19,26 +19,50 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-# These files take minutes each. pytest-xdist would start with the files of the most tests, and one of these would end
-# up last on one worker.
-LONGEST = (
-    "test_distributed",
-    "test_kernels_bn",
-    "test_train",
-    "test_counts",
-    "test_cuda_graph",
-    "test_models",
-    "test_bench",
-)
+from tests.commands import forked_cpu_s
+
+BEGAN = pytest.StashKey[float]()
+MOST_CPU_S = 5.0  # of a test that is not marked `slow`
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # turn off pytest-xdist's order by the number of tests
+# ---- CPU time of the tests -----------------------------------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+def cpu_s() -> float:
+    """Return the CPU seconds of this process, of its processes that have ended, and of forked commands."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system + forked_cpu_s()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Store the CPU seconds of a test, its fixtures included, in its last report, which comes from any worker."""
+    report = yield
+    if call.when == "teardown":
+        report.user_properties.append(("cpu_s", cpu_s() - item.stash[BEGAN]))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGAN] = cpu_s()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the CPU time, and the unmarked tests that took more than MOST_CPU_S of it."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "keywords")]
+    found = [(dict(report.user_properties).get("cpu_s"), report) for report in reports if report.when == "teardown"]
+    times = sorted(((used, report) for used, report in found if used is not None), key=lambda row: -row[0])
+    terminalreporter.section("CPU time")
+    terminalreporter.write_line(f"{sum(used for used, _ in times):.0f} s in {len(times)} tests")
+    for used, report in times:
+        if used > MOST_CPU_S and "slow" not in report.keywords:
+            terminalreporter.write_line(f"{used:.1f} s, make it cheaper or mark it slow: {report.nodeid}")
+    if log := os.environ.get("FASTRES_TESTS_CPU_LOG"):
+        Path(log).write_text("".join(f"{used:.2f} {report.nodeid}\n" for used, report in times), encoding="utf-8")
+
+
+# ---- fixtures ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.commands import torchrun
+from tests.commands import Forked, start_module, torchrun
 from tests.fixtures import sha256
 
 STEPS, EVAL_EVERY = 24, 6
@@ -51,41 +51,6 @@ Row = dict[str, Any]
 
 
 # ---- processes ----------------------------------------------------------------------------------------------
-
-
-class Zygote:
-    """A process that has imported fastres.train and forks a victim on request."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.workers.zygote"]
-        self._pipe = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        self._lock = threading.Lock()
-
-    def ask(self, *request: Any) -> Any:
-        assert self._pipe.stdin is not None and self._pipe.stdout is not None
-        with self._lock:
-            print(json.dumps(request), file=self._pipe.stdin, flush=True)
-            return json.loads(self._pipe.stdout.readline())
-
-    def close(self) -> None:
-        assert self._pipe.stdin is not None
-        self._pipe.stdin.close()
-        self._pipe.wait()
-
-
-class Forked:
-    """A victim forked from the zygote."""
-
-    def __init__(self, zygote: Zygote, argv: list[str], log: Path) -> None:
-        self._zygote, self.pid, self._status = zygote, zygote.ask("fork", argv, str(log)), None
-
-    def poll(self) -> int | None:
-        if self._status is None:
-            self._status = self._zygote.ask("poll", self.pid)
-        return self._status
 
 
 def started(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -285,9 +250,9 @@ class Victim:
         return None
 
     def start(self) -> Forked | subprocess.Popen[bytes]:
-        if self.soak.zygote is not None and self.random.random() >= FULL_SHARE:
+        if self.soak.processes == 1 and self.random.random() >= FULL_SHARE:
             self.kind = "forked"
-            return Forked(self.soak.zygote, self.argv, self.log)
+            return start_module("fastres.train", *self.argv, stdout=self.log)
         self.kind = "torchrun's" if self.soak.processes > 1 else "whole"
         return started([*self.soak.launcher, "-m", "fastres.train", *self.argv], self.log, self.soak.environment)
 
@@ -395,7 +360,6 @@ class Soak:
         if processes > 1:
             # The launcher ends with its worker, and the soak restarts it; test_distributed.py tests --max-restarts.
             self.launcher = torchrun(processes)
-        self.zygote = Zygote(self.environment) if processes == 1 else None
         self.lifetime: dict[str, float] = {}
         self.granted = self.victims = 0
         self.phases, self.ways, self.aims = Counter[str](), Counter[str](), Counter[str]()
@@ -409,8 +373,6 @@ class Soak:
         with ThreadPoolExecutor(self.jobs) as pool:
             for job in [pool.submit(self.victims_in_turn) for _ in range(self.jobs)]:
                 job.result()
-        if self.zygote is not None:
-            self.zygote.close()
         return len(self.losses)
 
     def reference(self) -> Undisturbed:
@@ -425,8 +387,8 @@ class Soak:
             argv = [*FLAGS, "--run.checkpoint_every=1", "--run.dir", str(folder)]
             command = [*self.launcher, "-m", "fastres.train", *argv]
             process = (
-                Forked(self.zygote, argv, log)
-                if way == "forked" and self.zygote is not None
+                start_module("fastres.train", *argv, stdout=log)
+                if way == "forked"
                 else started(command, log, self.environment)
             )
             wait_until(lambda process=process: process.poll() is not None, "the undisturbed run runs")

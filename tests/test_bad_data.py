@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from fastres.data.sources.formats import decode
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source
 from fastres.utils.errors import UsageError
-from tests.commands import children, torchrun, users_environment
+from tests.commands import children, end_all, start_module, start_ranks
 from tests.fixtures import coloured_noise, rejected, sha256, write_image_folder
 from tests.test_loaders import make
 
@@ -310,30 +308,28 @@ class Started:
     """A training run in its own processes that has begun to train and would never end."""
 
     def __init__(self, root: Path, folder: Path, *flags: str, processes: int = 0) -> None:
-        launcher = torchrun(processes) if processes else []
         self.folder, self.out, self.err = folder, folder.with_suffix(".out"), folder.with_suffix(".err")
         steps = [] if "--train.steps" in flags else ["--train.steps", "1000000"]
-        with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "fastres.train", *TINY, *steps, *flags,
-                 "--data.root", root, "--run.dir", folder],
-                stdout=out, stderr=err, env=users_environment(),
-            )  # fmt: skip
+        command = ["fastres.train", *TINY, *steps, *flags, "--data.root", root, "--run.dir", folder]
+        if processes:
+            self.processes = start_ranks(processes, *command, stdout=self.out, stderr=self.err)
+        else:
+            self.processes = [start_module(*command, stdout=self.out, stderr=self.err)]
         self.wait_for_step(8)
-        self.children = children(self.process.pid)
+        self.workers = [pid for process in self.processes for pid in children(process.pid)]
 
     def wait_for_step(self, step: int) -> None:
         log, deadline = self.folder / "metrics.jsonl", time.monotonic() + 240
         while not log.exists() or log.read_text().count("\n") < step:
-            assert self.process.poll() is None, self.err.read_text()
+            assert self.processes[0].poll() is None, self.err.read_text()
             assert time.monotonic() < deadline, self.err.read_text()
             time.sleep(0.02)
 
     def end(self) -> int:
         """Wait until all processes of the run have ended, and return the exit status."""
-        status = self.process.wait(timeout=120)
+        status = end_all(self.processes)
         deadline = time.monotonic() + 120
-        while alive := [pid for pid in self.children if Path(f"/proc/{pid}").exists()]:
+        while alive := [pid for pid in self.workers if Path(f"/proc/{pid}").exists()]:
             assert time.monotonic() < deadline, alive
             time.sleep(0.05)
         return status
@@ -356,10 +352,11 @@ def started(root: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     yield start
     for run in runs:
-        for pid in (run.process.pid, *run.children) if run.process.poll() is None else ():
+        for process in run.processes:
+            process.kill()
+        for pid in run.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        run.process.wait()
 
 
 def replace(path: Path, image: Image.Image) -> None:
@@ -414,7 +411,7 @@ def test_the_resident_loader_does_not_notice_files_that_turn_bad(root: Path, sta
     run = started("--data.loader", "resident", "--train.steps", "300", "--run.checkpoint_every", "1000000")
     for path, (change, _) in zip(sorted((root / "train").rglob("*.png")), TURNS.values(), strict=False):
         change(path)
-    assert run.process.poll() is None, "too late to show anything"
+    assert run.processes[0].poll() is None, "too late to show anything"
     assert run.end() == 0, run.err.read_text()
 
 
@@ -434,16 +431,16 @@ def test_a_killed_worker_is_an_error_of_the_next_batch_and_of_nothing_else(root:
 
 def test_a_killed_worker_ends_the_run_with_one_line(started: Callable[..., Started]) -> None:
     run = started("--data.loader", "dataloader", "--data.workers", "2")
-    assert len(run.children) == 2
-    os.kill(run.children[0], signal.SIGKILL)
+    assert len(run.workers) == 2
+    os.kill(run.workers[0], signal.SIGKILL)
     assert run.end() == 1
     assert "a worker process of the dataloader was killed by SIGKILL" in run.line()
 
 
 def test_workers_end_when_their_run_is_killed(started: Callable[..., Started]) -> None:
     run = started("--data.loader", "dataloader", "--data.workers", "2")
-    assert len(run.children) == 2
-    run.process.kill()
+    assert len(run.workers) == 2
+    run.processes[0].kill()
     assert run.end() == -signal.SIGKILL
 
 
@@ -451,7 +448,7 @@ def test_neither_of_two_processes_waits_for_one_whose_file_turns_bad(
     root: Path, started: Callable[..., Started]
 ) -> None:
     run = started("--data.loader", "dataloader", "--data.workers", "1", processes=2)
-    assert len(run.children) == 4  # two processes, each with one worker
+    assert len(run.workers) == 2  # each process has one
     victim = root / "train" / "dog" / "00007.png"
     victim.write_bytes(b"text")
     assert run.end() != 0

@@ -18,44 +18,64 @@ import torch
 from safetensors.torch import load_file
 
 from fastres.runs import checkpoint
-from tests.commands import children, run_worker, torchrun, users_environment
+from tests.commands import (
+    Forked,
+    children,
+    end_all,
+    run_worker,
+    start_module,
+    start_ranks,
+    torchrun,
+    users_environment,
+)
 from tests.fixtures import sha256
 
-# The smallest ResNet on the digits; log_every 1 makes the metrics the losses.
+# The smallest ResNet on the digits, in small batches; log_every 1 makes the metrics the losses.
 DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
           "--train.log_every 1 --train.eval_every 1000").split()  # fmt: skip
-EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.steps", "100", "--run.checkpoint_every", "50"]
+EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.batch_size", "32", "--train.steps", "40",
+         "--run.checkpoint_every", "20"]  # fmt: skip
 SHARED = ["--model.sync_norm", "true"]
 # Long enough for every event to happen in its middle.
 LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "--train.steps", "120"]
 
 
 class Job:
-    """The command under torchrun, or without it for one process."""
+    """The command in one process, in several forked ranks or, with `launcher`, under torchrun."""
 
     def __init__(
         self,
         folder: Path,
         *flags: object,
         processes: int = 2,
+        launcher: bool = False,
         restarts: int = 0,
-        under_torchrun: bool = False,
         start_new_session: bool = False,
     ) -> None:
-        launched = under_torchrun or processes > 1
-        launcher = torchrun(processes, f"--max-restarts={restarts}") if launched else []
         self.folder, self.said = folder, folder.with_suffix(".said")
-        with self.said.open("w") as said:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "fastres.train", *map(str, flags), "--run.dir", str(folder)],
-                stdout=said, stderr=said, env=users_environment(), start_new_session=start_new_session,
-            )  # fmt: skip
+        command = ["fastres.train", *map(str, flags), "--run.dir", str(folder)]
+        self.ranks: list[Forked] = []
+        if launcher:
+            with self.said.open("w") as said:
+                self.launcher = subprocess.Popen(
+                    [sys.executable, *torchrun(processes, f"--max-restarts={restarts}"), "-m", *command],
+                    stdout=said, stderr=said, env=users_environment(), start_new_session=start_new_session,
+                )  # fmt: skip
+        elif processes > 1:
+            self.ranks = start_ranks(processes, *command, stdout=self.said)
+        else:
+            self.ranks = [start_module(*command, stdout=self.said)]
+
+    @property
+    def alive(self) -> bool:
+        """True until the launcher or every rank has ended."""
+        return any(process.poll() is None for process in self.ranks or [self.launcher])
 
     def wait_for_step(self, step: int) -> None:
         """Return once that step is logged."""
         deadline = time.monotonic() + 240
         while step not in losses(self.folder):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            assert self.alive and time.monotonic() < deadline, self.text()
             time.sleep(0.01)
 
     def wait_for_text(self, text: str) -> None:
@@ -66,13 +86,24 @@ class Job:
 
     def worker(self, rank: int) -> int:
         """Return the pid of that rank's process."""
-        for pid in children(self.process.pid):
+        if self.ranks:
+            return self.ranks[rank].pid
+        for pid in children(self.launcher.pid):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return pid
         raise AssertionError(f"rank {rank} is not there: {self.text()}")
 
     def end(self) -> int:
-        return self.process.wait(timeout=240)
+        return end_all(self.ranks) if self.ranks else self.launcher.wait(timeout=240)
+
+    def kill(self) -> None:
+        """End all processes that are left."""
+        for rank in self.ranks:
+            rank.kill()
+        if not self.ranks and self.launcher.poll() is None:
+            for pid in [*children(self.launcher.pid), self.launcher.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.launcher.wait()
 
     def text(self) -> str:
         return self.said.read_text()
@@ -93,9 +124,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     yield start
     for one in jobs:
-        for pid in [*children(one.process.pid), one.process.pid] if one.process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        one.process.wait()
+        one.kill()
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -121,7 +150,7 @@ def finished(folder: Path, *flags: object, processes: int) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, 100 steps in float64."""
+    """One process, 40 steps in float64."""
     return finished(tmp_path_factory.mktemp("one") / "run", *EXACT, *SHARED, processes=1)
 
 
@@ -131,13 +160,14 @@ def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_
 ) -> None:
     several = finished(tmp_path / "run", *EXACT, *SHARED, "--model.norm", norm, processes=processes)
     expected = losses(one)
-    assert len(expected) == 100
+    assert len(expected) == 40
     assert losses(several) == pytest.approx(expected, rel=1e-8)
     ours, alone = (json.loads((run / "summary.json").read_text()) for run in (several, one))
     assert ours["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-8)
     assert ours["test_accuracy"] == alone["test_accuracy"] and ours["test_samples"] == 360
 
 
+@pytest.mark.slow
 def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, tmp_path: Path) -> None:
     """On a GPU, the step is compiled by default."""
     short = "--engine.compile true --train.steps 5 --run.checkpoint_every 1000".split()
@@ -152,10 +182,10 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     one: Path, tmp_path: Path, writers: int, readers: int
 ) -> None:
     run = one if writers == 1 else finished(tmp_path / "run", *EXACT, *SHARED, processes=writers)
-    state = run / "checkpoints/step-00000050.pt"
+    state = run / "checkpoints/step-00000020.pt"
     again = finished(tmp_path / "again", *EXACT, *SHARED, "--run.resume", state, processes=readers)
-    rest = {step: loss for step, loss in losses(one).items() if step > 50}
-    assert len(rest) == 50 and losses(again) == pytest.approx(rest, rel=1e-8)
+    rest = {step: loss for step, loss in losses(one).items() if step > 20}
+    assert len(rest) == 20 and losses(again) == pytest.approx(rest, rel=1e-8)
 
 
 def test_micro_batches_and_processes_give_the_same_gradient(one: Path, tmp_path: Path) -> None:
@@ -170,7 +200,8 @@ def test_micro_batches_and_processes_give_the_same_gradient(one: Path, tmp_path:
 
 
 def test_compressed_gradients_differ_and_still_train(tmp_path: Path) -> None:
-    flags = [*DIGITS, "--optim.scale_lr", "true", "--engine.precision", "fp32", "--train.steps", 30]
+    flags = [*DIGITS, "--optim.scale_lr", "true", "--engine.precision", "fp32", "--train.batch_size", 32,
+             "--train.steps", 30]  # fmt: skip
     plain = finished(tmp_path / "plain", *flags, processes=2)
     compressed = finished(tmp_path / "compressed", *flags, "--engine.compress_gradients", "true", processes=2)
     assert losses(compressed)[1] == losses(plain)[1]  # before the first exchange
@@ -189,10 +220,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(tmp_path_factory.mktemp("undisturbed") / "run", *LONG, processes=2)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undisturbed_run(
     job: Callable[..., Job], undisturbed: Path
 ) -> None:
-    run = job("run", *LONG, "--run.resume", "never", restarts=2)
+    run = job("run", *LONG, "--run.resume", "never", launcher=True, restarts=2)
     for rank, step in ((1, 12), (0, 40)):
         run.wait_for_step(step)
         assert not (run.folder / "summary.json").exists()
@@ -220,10 +252,10 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
 
 
 def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
-    run = job("run", *LONG, "--train.steps", 1_000_000)
+    run = job("run", *LONG, "--train.steps", 1_000_000, launcher=True)
     run.wait_for_step(5)
     workers = [run.worker(0), run.worker(1)]
-    run.process.kill()
+    run.launcher.kill()
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, run.text()
@@ -232,8 +264,9 @@ def test_without_its_launcher_no_process_stays(job: Callable[..., Job]) -> None:
     assert "stopped by SIGTERM at step" in run.text()
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_ends_the_run(job: Callable[..., Job]) -> None:
-    run = job("run", *LONG, "--train.steps", 1_000_000, "--run.timeout_s", 6)
+    run = job("run", *LONG, "--train.steps", 1_000_000, "--run.timeout_s", 6, launcher=True)
     run.wait_for_step(12)
     stopped = run.worker(1)
     os.kill(stopped, signal.SIGSTOP)
@@ -247,19 +280,19 @@ def test_a_process_whose_data_does_not_come_says_so_itself() -> None:
     done = run_worker("ranks", "wait_for_data_on_rank_1", processes=2)
     assert done.returncode != 0
     # Each process reports it, unless the launcher ends it first.
-    assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stderr)
+    assert re.search(r"fastres: error: rank [01]: no step for 2 s: rank 1 waits for its data; ", done.stdout)
 
 
 def test_all_processes_learn_of_a_non_finite_loss_in_one() -> None:
     done = run_worker("ranks", "find_a_bad_loss_on_rank_1", processes=2)
-    assert done.stdout.count("first bad step 4") == 2, done.stderr
+    assert done.stdout.count("first bad step 4") == 2, done.stdout
 
 
 def test_weights_that_drifted_apart_are_not_saved() -> None:
     """They drift apart if a backward outside DDP comes first, because no gradients are exchanged after that."""
     done = run_worker("ranks", "compare_weights_that_drift_apart", processes=2)
     assert done.stdout.count("equal") == 2 and done.returncode != 0
-    assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stderr)
+    assert re.search(r"fastres: error: rank [01]: the processes' weights differ", done.stdout)
 
 
 def test_an_error_of_rank_0_is_printed_once(job: Callable[..., Job], undisturbed: Path, tmp_path: Path) -> None:
@@ -285,15 +318,16 @@ def test_rank_0_speaks_writes_and_counts_for_all(undisturbed: Path) -> None:
 def test_torchrun_with_one_process_is_the_plain_command(job: Callable[..., Job], tmp_path: Path) -> None:
     flags = [*LONG, "--train.steps", 20]
     alone = finished(tmp_path / "alone", *flags, processes=1)
-    launched = job("launched", *flags, under_torchrun=True, processes=1)
+    launched = job("launched", *flags, launcher=True, processes=1)
     assert launched.end() == 0, launched.text()
     assert weights_hash(launched.folder) == weights_hash(alone)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_launcher_saves_one_step_of_all(job: Callable[..., Job]) -> None:
-    run = job("run", *LONG, start_new_session=True)
+    run = job("run", *LONG, launcher=True, start_new_session=True)
     run.wait_for_step(12)
-    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: the launcher and its workers at once
+    os.killpg(run.launcher.pid, signal.SIGINT)  # as a terminal does: the launcher and its workers at once
     assert run.end() != 0
     newest = checkpoint.found(run.folder / "checkpoints")[0]
     assert f"stopped by SIGINT at step {int(newest.stem[5:])}; the state is in {newest}" in run.text()

@@ -36,7 +36,7 @@ def test_a_torchvision_that_does_not_fit_is_found_and_survived(tmp_path: Path) -
     broken = tmp_path / "path" / "torchvision"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    done = run_fastres("doctor", env={"PYTHONPATH": str(tmp_path / "path")}, cwd=tmp_path)
+    done = run_fastres("doctor", env={"PYTHONPATH": str(tmp_path / "path")}, cwd=tmp_path, fresh=True)
     assert done.returncode == 1 and done.stderr == ""
     (line,) = findings(done.stdout, "broken")
     assert "torchvision::nms" in line and "pip install --force-reinstall torch torchvision" in line

@@ -571,7 +571,7 @@ def test_autocast_leaves_the_statistics_in_float32() -> None:
 
 def worker(name: str, **env: str | None) -> str:
     """Run tests.workers.NAME in a separate process with a user's environment; return its standard output."""
-    done = run_module(f"tests.workers.{name}", cwd=CHECKOUT, env=env)
+    done = run_module(f"tests.workers.{name}", cwd=CHECKOUT, env=env, fresh=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -612,7 +612,7 @@ def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(p
     script = CHECKOUT / "tests" / "workers" / "kernels_sync_stats.py"
     env = {"TRITON_INTERPRET": "1" if path == "kernels" else None}
     launcher = ("--standalone", "--nproc_per_node", 2)
-    done = run_module("torch.distributed.run", *launcher, script, path, env=env)
+    done = run_module("torch.distributed.run", *launcher, script, path, env=env, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
 

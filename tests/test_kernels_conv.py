@@ -420,7 +420,7 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
 
 def test_opcheck_where_nothing_interprets() -> None:
     """Check the ops on a user's CPU, where they run the reference."""
-    done = run_module("tests.workers.kernels_opcheck", cwd=CHECKOUT)
+    done = run_module("tests.workers.kernels_opcheck", cwd=CHECKOUT, fresh=True)
     assert done.stdout == "checked\n", done.stderr
 
 

@@ -440,7 +440,7 @@ def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.Monke
 
 def ask(**environment: str) -> list[str]:
     """Return what tests.workers.kernels_cpu_available prints: the kernels' availability, and the OpenMP libraries."""
-    done = run_module("tests.workers.kernels_cpu_available", cwd=CHECKOUT, env=environment)
+    done = run_module("tests.workers.kernels_cpu_available", cwd=CHECKOUT, env=environment, fresh=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

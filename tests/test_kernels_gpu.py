@@ -21,7 +21,7 @@ HAS_GPU = GPUS != "" and any(Path("/dev").glob("nvidia[0-9]*"))
 
 def check_on(device: str, repeats: int, **env: str | None) -> subprocess.CompletedProcess[str]:
     checkout = Path(__file__).parent.parent
-    return run_module("tests.kernels_on_device", device, repeats, cwd=checkout, env=env, timeout_s=900)
+    return run_module("tests.kernels_on_device", device, repeats, cwd=checkout, env=env, timeout_s=900, fresh=True)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -31,7 +30,7 @@ from fastres.runs.loading import load_run
 from fastres.train import main
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import out_of_memory, run_command
-from tests.commands import users_environment
+from tests.commands import Forked, run_fastres, start_module, users_environment
 from tests.fixtures import rejected, sha256, write_image_folder, write_mnist_idx
 
 SUMMARY = {
@@ -57,12 +56,18 @@ def train(capsys: pytest.CaptureFixture[str]) -> Train:
     return run
 
 
-def start(*flags: object) -> subprocess.Popen[str]:
-    """Start the command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastres.train", *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=users_environment(),
-    )  # fmt: skip
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Start the command in a process of its own, which does not outlive the test."""
+    started = []
+
+    def run(*flags: object) -> Forked:
+        started.append(start_module("fastres.train", *flags, stdout=tmp_path_factory.mktemp("output") / "output"))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -255,21 +260,21 @@ def test_tensorboard_events_are_written_on_request(train: Train, tmp_path: Path)
 # ---- interruptions ------------------------------------------------------------------------------------------
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: Forked) -> None:
     """Return when the run has logged that step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = folder / "metrics.jsonl"
         if log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, 41)):
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.stdout.read_text()
         time.sleep(0.01)
     raise AssertionError(f"step {step} did not come")
 
 
 @pytest.mark.parametrize(("step", "loader"), [(9, "resident"), (22, "resident"), (31, "resident"), (14, "dali")])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
-    train: Train, undisturbed: Path, tmp_path: Path, step: int, loader: str
+    start: Callable[..., Forked], train: Train, undisturbed: Path, tmp_path: Path, step: int, loader: str
 ) -> None:
     flags = [*SHORT, "--data.loader", loader, "--run.dir", tmp_path / "run"]
     process = start(*flags)
@@ -287,13 +292,13 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
-    train: Train, undisturbed: Path, tmp_path: Path, number: signal.Signals
+    start: Callable[..., Forked], train: Train, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     flags = [*SHORT, "--run.dir", tmp_path / "run"]
     process = start(*flags)
     wait_for_step(tmp_path / "run", 12, process)
     process.send_signal(number)
-    out = process.communicate()[0]
+    out = process.output()
     assert process.returncode == 128 + number, out
     newest = checkpoint.found(tmp_path / "run/checkpoints")[0]
     assert f"stopped by {number.name} at step {int(newest.stem[5:])}" in out and str(newest) in out
@@ -302,7 +307,7 @@ def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over(
-    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: Callable[..., Forked], train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*SHORT, "--run.dir", tmp_path / "run"]
     process = start(*flags)
@@ -356,7 +361,9 @@ def test_a_failed_write_ends_the_run_with_one_line(tmp_path: Path, largest: int,
     assert not list(run.rglob("*.tmp"))
 
 
-def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(train: Train, tmp_path: Path) -> None:
+def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(
+    start: Callable[..., Forked], train: Train, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
@@ -364,7 +371,7 @@ def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(train: Train
     try:
         flags = [*DISK, "--run.keep_checkpoints", "9"]
         process = start(*flags, "--run.dir", disk / "run")
-        out = process.communicate()[0]
+        out = process.output()
         assert process.returncode == 1 and "No space left on device; earlier checkpoints are intact" in out, out
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
@@ -374,24 +381,24 @@ def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(train: Train
     assert train(*flags, "--run.dir", tmp_path / "run") == 0
 
 
-def test_a_disk_that_is_read_only_is_refused(tmp_path: Path) -> None:
+def test_a_disk_that_is_read_only_is_refused(start: Callable[..., Forked], tmp_path: Path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip("a read-only disk can be made by root only")
     try:
         process = start(*DISK, "--run.dir", tmp_path / "run")
-        out = process.communicate()[0]
+        out = process.output()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     assert process.returncode == 2 and out.count("\n") == 1
     assert f"cannot write to run.dir {tmp_path / 'run'}: Read-only file system; choose another" in out
 
 
-def test_a_folder_that_vanishes_ends_the_run_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_ends_the_run_in_a_line(start: Callable[..., Forked], tmp_path: Path) -> None:
     process = start(*DISK, "--train.steps", 1_000_000, "--run.dir", tmp_path / "run")
     wait_for_step(tmp_path / "run", 12, process)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    out = process.communicate()[0]
+    out = process.output()
     assert process.returncode == 1
     assert out.splitlines()[-1].startswith(f"fastres: error: cannot write to run.dir {tmp_path / 'run'}: No such file")
     assert checkpoint.latest(tmp_path / "elsewhere/checkpoints") is not None
@@ -411,10 +418,10 @@ EVERY_STEP = ("--train.log_every", "1")  # the last one counts
 # once. So in float32 only the first steps agree closely; in float64 all do (test_models.py).
 
 
-def test_the_fused_norm_trains_as_torchs(tmp_path: Path) -> None:
+def test_the_fused_norm_trains_as_torchs(start: Callable[..., Forked], tmp_path: Path) -> None:
     for norm in ("torch", "fused"):
         process = start(*SHORT, *EVERY_STEP, "--model.norm", norm, "--run.dir", tmp_path / norm)
-        out = process.communicate()[0]
+        out = process.output()
         assert process.returncode == 0, out
     assert losses(tmp_path / "fused", 3) == pytest.approx(losses(tmp_path / "torch", 3), rel=1e-3)
     weights = [set(load_file(tmp_path / norm / "model.safetensors")) for norm in ("torch", "fused")]
@@ -508,11 +515,13 @@ def test_a_folder_that_holds_another_run_is_refused_and_kept(
     assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
 
 
-def test_a_second_writer_is_kept_out(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_writer_is_kept_out(
+    start: Callable[..., Forked], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run/.lock"):
         process = start(*SHORT, "--run.dir", tmp_path / "run")
-        out = process.communicate()[0]
+        out = process.output()
     assert process.returncode == 2 and "is being written by another process" in out and out.count("\n") == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -552,13 +561,12 @@ def test_an_unreadable_image_is_refused_by_name(
 
 
 def test_without_a_compiler_auto_runs_eager_and_says_so(tmp_path: Path) -> None:
-    bare = {"PATH": str(tmp_path), "CXX": ""}
-    environment = {name: value for name, value in (os.environ | bare).items() if name != "CXX"}
+    bare = {"PATH": str(tmp_path), "CXX": None}
     synthetic = ("--data.source synthetic --data.synthetic_samples 128 --train.batch_size 8 --train.steps 2 "
                  "--model.name cifar_resnet --model.options.blocks_per_stage 1").split()  # fmt: skip
-    command = [sys.executable, "-m", "fastres.train", *synthetic, "--run.dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [*synthetic, "--run.dir", tmp_path / "run"]
+    done = run_fastres("train", *command, env=bare)
     assert done.returncode == 0, done.stderr
     assert "compile: false (no C++ compiler" in done.stdout
-    done = subprocess.run([*command, "--engine.compile", "true"], capture_output=True, text=True, env=environment)
+    done = run_fastres("train", *command, "--engine.compile", "true", env=bare)
     assert done.returncode == 2 and "engine.compile true: no C++ compiler" in done.stderr
