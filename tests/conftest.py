@@ -50,9 +50,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the CPU time, and the unmarked tests that took more than MOST_CPU_S of it."""
-    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "keywords")]
-    found = [(dict(report.user_properties).get("cpu_s"), report) for report in reports if report.when == "teardown"]
-    times = sorted(((used, report) for used, report in found if used is not None), key=lambda row: -row[0])
+    all_reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [report for report in all_reports if isinstance(report, pytest.TestReport) and report.when == "teardown"]
+    times = sorted(((dict(report.user_properties)["cpu_s"], report) for report in reports), key=lambda row: -row[0])
     terminalreporter.section("CPU time")
     terminalreporter.write_line(f"{sum(used for used, _ in times):.0f} s in {len(times)} tests")
     for used, report in times:

@@ -22,6 +22,7 @@ LISTS = ("us", "us_20_80", "baseline_us", "baseline_us_20_80")
 ONLY_ON_A_GPU = ("capability", "gb_per_s", "share_of_copy")
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path: Path) -> None:
     done = pytest_bench(
         "bench/bench_kernels.py",
@@ -172,6 +173,7 @@ def run_report(*args: Path) -> subprocess.CompletedProcess[str]:
     return run_module("bench.report", *args, cwd=CHECKOUT)
 
 
+@pytest.mark.slow
 def test_a_result_says_where_it_is_from(results: list[Path]) -> None:
     assert len(results) == 2
     content = json.loads(results[0].read_text())
@@ -251,6 +253,7 @@ def test_the_p_value_is_one_sided(accuracies: list[float], low: float, high: flo
     assert p is not None and low <= p <= high
 
 
+@pytest.mark.slow
 def test_throughput_is_interleaved_with_the_plain_loop_and_every_figure_is_recorded(tmp_path: Path) -> None:
     done = pytest_bench(
         *("bench/bench_throughput.py", "-k", "mini_resnet and infer and default"),
@@ -276,6 +279,7 @@ def held_out(*args: object) -> subprocess.CompletedProcess[str]:
     return run_module("bench.held_out", *quick, *args, cwd=CHECKOUT)
 
 
+@pytest.mark.slow
 def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) -> None:
     written = tmp_path / "found.json"
     done = held_out("--seeds", 2, "--json", written, "+", "--optim.lr", 1e-6, "+", "--optim.name", "muon")

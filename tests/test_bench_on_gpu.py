@@ -199,6 +199,7 @@ def ended(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_bench_that_skips_all_is_not_done(stages: Stages) -> None:
     stages.write(kernel_times="bench kernel_times -p no:cacheprovider")
     done = stages.run()
@@ -226,6 +227,7 @@ def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
     assert ours == pytest.approx(losses.tolist(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_report_has_the_results_of_schedule_and_accuracy(tmp_path: Path) -> None:
     """Real runs on a CPU: the schedule as far as it goes, and accuracy beside the plain loop."""
     rows = tmp_path / "rows.json"

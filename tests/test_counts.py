@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import counts
 from tests.commands import users_environment
 
 CHECKOUT = Path(__file__).parent.parent
@@ -59,6 +60,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "checkout")
 
 
+@pytest.mark.slow
 def test_this_checkout_passes_and_a_decrease_is_reported_and_recorded(checkout: Checkout) -> None:
     expected = json.loads(checkout.expected.read_text())
     expected["every torch"]["graph"]["breaks"] += 1
@@ -73,16 +75,41 @@ def test_this_checkout_passes_and_a_decrease_is_reported_and_recorded(checkout: 
     assert checkout.expected.read_bytes() == (CHECKOUT / "bench" / "expected_counts.json").read_bytes()
 
 
+def test_a_count_that_rises_appears_or_disappears_fails_and_one_that_falls_is_good_news() -> None:
+    counted = {"host": {name: counts.Count(2, "at step.py") for name in ("same", "more", "fewer", "new")}}
+    expected = {counts.EVERY_TORCH: {"host": {"same": 2, "more": 1, "fewer": 3, "old": 0}}}
+    wrong, notes = counts.judge(counted, expected)
+    assert [line.partition(";")[0] for line in wrong] == [
+        "host: more rose from 1 to 2 (at step.py)",
+        "host: new is 2 and not in bench/expected_counts.json",
+        "host: old is in bench/expected_counts.json and no longer counted",
+    ]
+    assert [line.partition(";")[0] for line in notes] == ["good news: host: fewer fell from 3 to 2"]
+
+
+def test_counts_of_another_torch_are_not_compared() -> None:
+    wrong, notes = counts.judge({"operators": {"forward": counts.Count(9)}}, {"1.0": {"operators": {"forward": 1}}})
+    assert wrong == [] and notes[0].startswith("not compared: operators, because ")
+
+
 # A change that somebody might make, the group that detects it, and how its line begins.
 REGRESSIONS = {
     "the host reads the loss of every step": (
-        ("fastres/training/step.py", "self.count(loss.detach()", "float(loss); self.count(loss.detach()"),
+        (
+            "fastres/training/step.py",
+            "self.add_to_metrics(loss.detach()",
+            "float(loss); self.add_to_metrics(loss.detach()",
+        ),
         "host",
         "host: training step, bf16, synchronisations rose from 0 to 1 "
         "(aten._local_scalar_dense.default at fastres/training/step.py:",
     ),
     "the host prints it": (
-        ("fastres/training/step.py", "self.count(loss.detach()", "print(loss); self.count(loss.detach()"),
+        (
+            "fastres/training/step.py",
+            "self.add_to_metrics(loss.detach()",
+            "print(loss); self.add_to_metrics(loss.detach()",
+        ),
         "host",
         "host: training step, bf16, synchronisations rose from 0 to 1 (__repr__ at fastres/training/step.py:",
     ),
@@ -123,6 +150,7 @@ REGRESSIONS = {
 
 
 @pytest.mark.parametrize("what", REGRESSIONS)
+@pytest.mark.slow
 def test_a_regression_fails_the_check_in_a_line_that_names_it(checkout: Checkout, what: str) -> None:
     (file, old, new), group, start = REGRESSIONS[what]
     if group == "network":

@@ -307,6 +307,7 @@ class Again:
         f"{RUNS['three channels']} --data.mixup 0.3 --data.cutmix 0.5",  # its batch is not compiled
     ],
 )
+@pytest.mark.slow
 def test_the_compiled_work_around_the_network_is_bitwise_that_of_eager(flags: str) -> None:
     torch._dynamo.reset()
     compiling = "--engine.compile", "true", "--optim.norm_bias_lr_scale", "64"
@@ -326,6 +327,7 @@ def test_the_compiled_work_around_the_network_is_bitwise_that_of_eager(flags: st
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_next_run_in_a_process_compiles_nothing_anew() -> None:
     """Otherwise the ninth run would be rejected, because fullgraph allows eight versions of a function."""
     torch._dynamo.reset()

@@ -30,6 +30,7 @@ def test_kernels_on_a_gpu_are_right_and_bitwise_repeatable() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_checks_pass_in_the_interpreter() -> None:
     done = check_on("cpu", 1, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -61,6 +61,7 @@ def test_fused_networks_equal_the_plain_networks_in_float64(
         assert torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-10), key
 
 
+@pytest.mark.slow
 def test_resnet20_trains_in_the_interpreter_to_the_losses_of_the_plain_network() -> None:
     plain, fused = pair("resnet20")
     x = torch.empty(2, 16, 8, 8)

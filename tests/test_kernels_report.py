@@ -27,6 +27,7 @@ def report(*args: str | Path, interpret: bool = False) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     # All variants of one kernel, and at least one variant of every other kernel.

@@ -267,6 +267,7 @@ def test_no_function_is_longer_than_a_page() -> None:
 # ---- importing ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_any_module_changes_neither_the_environment_nor_torchs_switches() -> None:
     """A conftest.py is left out, because pytest imports it in order to set up a session."""
     importable = [name for name in modules() if not name.endswith((".conftest", ".__main__"))]

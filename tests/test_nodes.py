@@ -176,6 +176,7 @@ def stalls(run: Path, launchers: list[Launcher]) -> int:
     return last
 
 
+@pytest.mark.slow
 def test_two_hosts_train_the_weights_of_two_processes_on_one_and_survive_a_short_cut(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_two_hosts_train_the_weights_of_two_processes_on_one_and_survive_a_short
     assert not (tmp_path / "b").exists()  # only rank 0 reads and writes run.dir
 
 
+@pytest.mark.slow
 def test_a_permanent_cut_ends_both_hosts_and_the_run_resumes_on_one(
     hosts: tuple[Host, Host], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

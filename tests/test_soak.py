@@ -16,6 +16,7 @@ from tests.soak import FLAGS, Lost, Undisturbed
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="it looks at /proc")
 
 
+@pytest.mark.slow
 def test_a_few_kills_lose_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.soak", "--kills", "6", "--jobs", "2", "--seed", "5"],

@@ -88,6 +88,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- complete runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> None:
     assert train("--recipe", "digits", "--run.dir", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
