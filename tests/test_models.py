@@ -20,6 +20,7 @@ from fastres.models.registry import MODELS, build_model
 from fastres.models.speedrun import EPSILON, PooledConv, SpeedStage, WhiteningConv
 from fastres_kernels import BatchNormAct2d
 
+LARGE = ("resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
 SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # pixels; 33 for the big networks, which is odd at every stage
 
@@ -63,7 +64,7 @@ PARAMETERS = {  # depth: (pad, maxpool_pad and plain; conv1x1)
 }
 
 
-@pytest.mark.parametrize("depth", PARAMETERS)
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110, pytest.param(1202, marks=pytest.mark.slow)])
 def test_parameters_of_the_cifar_family(depth: int) -> None:
     parameterless, conv1x1 = PARAMETERS[depth]
     assert parameters(on_meta(f"resnet{depth}")) == parameterless
@@ -270,7 +271,9 @@ def assert_equal_nets(ours: nn.Module, theirs: nn.Module, side: int) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in TORCHVISION]
+)
 def test_equals_torchvision(name: str) -> None:
     theirs = torchvision.models.get_model(name, num_classes=5)
     assert_equal_nets(on_meta(name, num_classes=5), theirs, SIDE.get(name, 33))

@@ -421,7 +421,8 @@ EVERY_STEP = ("--train.log_every", "1")  # the last one counts
 
 def test_the_fused_norm_trains_as_torchs(start: Callable[..., Forked], tmp_path: Path) -> None:
     for norm in ("torch", "fused"):
-        process = start(*SHORT, *EVERY_STEP, "--model.norm", norm, "--run.dir", tmp_path / norm)
+        short = ("--train.steps", 4, "--train.eval_every", 4, "--schedule.warmup_steps", 2)
+        process = start(*SHORT, *EVERY_STEP, *short, "--model.norm", norm, "--run.dir", tmp_path / norm)
         out = process.output()
         assert process.returncode == 0, out
     assert losses(tmp_path / "fused", 3) == pytest.approx(losses(tmp_path / "torch", 3), rel=1e-3)
