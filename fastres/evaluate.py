@@ -17,22 +17,29 @@ from fastres.utils.errors import Parser, UsageError, run_command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastres.data.description import DataDescription
+
 ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # sections that may differ from the run's
 
 
-def evaluate_run(config: Config, engine: training.Engine, weights: dict[str, Tensor]) -> training.Metrics:
+def evaluate_run(
+    config: Config, engine: training.Engine, weights: dict[str, Tensor], run_data: DataDescription | None = None
+) -> training.Metrics:
     """Return loss and accuracy over the whole test set, every sample once.
 
     Args:
         config: the run's configuration.
         engine: the resolved engine.
         weights: the state_dict of the run's network.
+        run_data: the run's data; its classes are matched by name.
 
     Raises:
-        UsageError: if the data has other classes or channels than the run's.
+        UsageError: if the data has classes or channels that the run's network has not.
     """
     model = engine.place(runs.rebuild(config, weights, engine.norm))
     source = data.load_source(config.data)
+    if run_data is not None:
+        source = data.with_classes_of(source, run_data)
     classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if len(source.classes) > classes or source.channels != channels:
         raise UsageError(
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = training.resolve_engine(config)
     engine.apply_torch_settings()
-    totals = evaluate_run(config, engine, weights)
+    totals = evaluate_run(config, engine, weights, runs.load_description(arguments.run))
     print(
         f"{arguments.checkpoint or arguments.run}: test accuracy {totals.accuracy:.4f}, loss {totals.mean_loss:.4f}, "
         f"{totals.samples:,} images, on {runs.device_name(engine.device)} in {engine.precision}; "

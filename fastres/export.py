@@ -6,6 +6,7 @@ logits (N, classes).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():
         raise UsageError(f"--output {output}: already exists; choose another or remove it")
-    difference, shape = export(config, weights, arguments.format, output)
+    data = runs.load_description(arguments.run)
+    if data is not None and arguments.side is not None:
+        data = dataclasses.replace(data, image_size=config.data.image_size or data.image_size)
+    difference, shape = export(config, weights, arguments.format, output, data)
     print(
         f"{output}: {config.model.name} in fp32 for images {('N', *shape)}".replace("'", "")
         + f"; the reloaded network's logits differ by at most {difference:.2g}"

@@ -22,19 +22,12 @@ from fastres.config.validation import check_device
 from fastres.models.registry import find
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils.atomic_io import write_text
-from fastres.utils.errors import Parser, UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, positive, run_command
 
 if TYPE_CHECKING:
     from fastres.profiling.workloads import Workload
 
 BLOCKS = ("basic", "bottleneck")  # as in models.imagenet.BLOCKS
-
-
-def positive(text: str) -> int:
-    """Return the text as a whole number above 0. Raise ArgumentTypeError for any other text."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def option(text: str) -> tuple[str, Any]:

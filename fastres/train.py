@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 # These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
-from fastres import distributed, runs, training, utils
+from fastres import data, distributed, runs, training, utils
 from fastres.config.cli import parse
 from fastres.utils import ranks
 from fastres.utils.errors import run_command
@@ -57,17 +57,18 @@ def train(
     # ------------------------------------------------------------------------ data, model, step, schedule
     parts = training.build_parts(config, engine, group, source)
     step, evaluator, lr_at = parts.step, parts.evaluator, parts.lr_at
+    run.data = group.broadcast_from_rank0(lambda: data.describe(config, parts.data.source))
     timer = RunTimer(engine.device.type)
 
     # ------------------------------------------------------------------------ resume
     # Restore a named checkpoint before acquiring the folder, so that a checkpoint that does not fit leaves no folder.
     named = runs.resume.load_named(config, run, group)
-    start, since_eval = runs.resume.restore(named, step, timer, steps)
+    start, since_eval = runs.resume.restore(named, run, step, timer)
     with ExitStack() as stack:
         group.broadcast_from_rank0(run.acquire)
         stack.callback(run.release)
         if named is None:
-            start, since_eval = runs.resume.restore(runs.resume.load_latest(run, group), step, timer, steps)
+            start, since_eval = runs.resume.restore(runs.resume.load_latest(run, group), run, step, timer)
         if start == 0 and not config.model.weights:
             training.fit_whitening(config, engine, parts)
         progress = stack.enter_context(utils.ProgressLine("step", steps, start, enabled=is_main))

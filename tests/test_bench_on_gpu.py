@@ -397,9 +397,9 @@ def test_a_seed_counts_once_as_it_was_measured_last() -> None:
     (text,) = [
         line
         for line in accuracy_lines([Row("bench/bench_accuracy.py::bench_parity", info) for info in rows])
-        if "plain fp32" in line
+        if "plain loop in fp32" in line
     ]
-    assert "graphed twin: 0.9161, n=3" in text
+    assert "plain loop in fp32, as its graphed twin: 0.9161, n=3" in text
 
 
 def test_the_data_set_itself_goes_before_a_copy() -> None:

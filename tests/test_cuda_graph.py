@@ -110,9 +110,13 @@ RUNS = {
     "resnet18": "--model.name resnet18 --model.options.stem small --train.batch_size 4 --train.steps 12",
     "more than an epoch a step": "--data.source synthetic --data.synthetic_samples 40 --data.image_size 8",
 }  # fmt: skip
+COSTLY = ("fp16", "resnet18")
 
 
-@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, id=name, marks=[pytest.mark.slow] * (name in COSTLY)) for name, flags in RUNS.items()],
+)
 def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> None:
     """Compare each step's loss, each evaluation, each checkpoint, and the weights at the end."""
     plain = run(tmp_path / "plain", *flags.split(), graphed=False)
@@ -126,7 +130,7 @@ def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("step", [8, 16])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_graphed_and_ungraphed_runs_resume_from_each_others_checkpoints(
     step: int, precision: str, tmp_path: Path
 ) -> None:
@@ -232,6 +236,7 @@ def test_a_recorded_step_continues_from_a_state_that_is_loaded_later() -> None:
     assert checkpoint.digest(step.state_dict()) == ended
 
 
+@pytest.mark.slow
 def test_an_overflow_in_the_very_first_fp16_step_is_skipped_and_halves_the_scale() -> None:
     weights = []
     for record in (False, True):

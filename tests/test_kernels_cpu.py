@@ -459,6 +459,7 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
     assert f"conv: torch ({broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented)" in done.stdout
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -> None:
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
@@ -471,6 +472,7 @@ def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -
     assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_size > 0
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_without_a_cache_that_can_be_written_it_is_built_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "fastres").write_text("a file where the folder would be")

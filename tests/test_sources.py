@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import shutil
 import socket
 import tarfile
 import threading
@@ -281,11 +282,57 @@ def test_image_folder_is_sorted_by_class_and_file(tmp_path: Path, held: str, suf
     assert all(a < b for a, b in zip(source.train.paths, source.train.paths[1:], strict=False) if a.parent == b.parent)
 
 
-def test_the_folder_test_is_preferred_to_val_and_a_note_says_so(tmp_path: Path) -> None:
+def test_val_is_for_the_curve_and_test_for_the_result(tmp_path: Path) -> None:
     write_image_folder(tmp_path, held="val")
+    assert len(load("imagefolder", tmp_path).test) == 4 and load("imagefolder", tmp_path).validation is None
     write_image_folder(tmp_path, held="test", test=3)
     source = load("imagefolder", tmp_path)
-    assert len(source.test) == 6 and source.notes == (f"{tmp_path} has both test and val: test is used",)
+    assert source.validation is not None and len(source.validation) == 4 and len(source.test) == 6
+    assert source.notes == (f"{tmp_path}: val/ is for the curve, test/ for the result",)
+
+
+def test_class_folders_alone_are_divided_by_a_fixed_seed(tmp_path: Path) -> None:
+    """One tenth of each class is for the test set, at least one image; a single image is for training."""
+    write_image_folder(tmp_path, classes=("ant", "bee"), train=20, test=1)
+    (tmp_path / "train" / "cat").mkdir()
+    (tmp_path / "test" / "ant" / "00000.jpg").rename(tmp_path / "train" / "cat" / "only.jpg")
+    for kind in ("ant", "bee", "cat"):
+        (tmp_path / "train" / kind).rename(tmp_path / kind)
+    (tmp_path / "train").rmdir()
+    shutil.rmtree(tmp_path / "test")
+    source = load("imagefolder", tmp_path)
+    assert source.classes == ("ant", "bee", "cat")
+    assert np.bincount(source.train.labels).tolist() == [18, 18, 1]
+    assert np.bincount(source.test.labels).tolist() == [2, 2]
+    assert not set(source.train.paths) & set(source.test.paths)
+    assert load("imagefolder", tmp_path).test.paths == source.test.paths
+    (note,) = source.notes
+    assert "4 of 41 images are the test set, 10% of each class by seed 5000" in note
+    resident = load("imagefolder", tmp_path, loader="resident")
+    assert np.array_equal(resident.test.array(1), source.test.array(1))
+    assert np.array_equal(resident.train.array(1), source.train.array(1))
+
+
+@pytest.mark.parametrize("suffix", [".jpeg", ".PNG", ".webp", ".gif", ".bmp", ".tif", ".ppm", ".tga", ".jp2", ".ico"])
+def test_every_format_that_pillow_decodes_is_an_image_at_any_depth(tmp_path: Path, suffix: str) -> None:
+    root = write_image_folder(tmp_path / "images")
+    deep = root / "train" / "cat" / "2024" / "may"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(deep / f"photo{suffix}")
+    source = load("imagefolder", root)
+    assert deep / f"photo{suffix}" in source.train.paths and len(source.train) == 9 and source.notes == ()
+
+
+def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "images")
+    (root / "train" / "cat" / "sub").mkdir()
+    for name in ("cat/notes.txt", "cat/sub/more.txt", "dog/README", "dog/.DS_Store", "dog/figure.eps"):
+        (root / "train" / name).write_text("text")
+    (note,) = load("imagefolder", root).notes
+    assert note == (
+        f"5 files under {root} are left out, because their names are not those of images: 2 .txt, 1 hidden, "
+        "1 without a suffix, …"
+    )
 
 
 def test_a_missing_part_of_an_image_folder_is_named(tmp_path: Path) -> None:
@@ -302,7 +349,7 @@ def test_a_missing_part_of_an_image_folder_is_named(tmp_path: Path) -> None:
     with rejected("no class folders", root / "train"):
         load("imagefolder", root)
     (root / "train" / "cat").mkdir()
-    with rejected("no .jpg, .jpeg, .png files", root / "train" / "cat"):
+    with rejected("no images in", root / "train" / "cat"):
         load("imagefolder", root)
     write_image_folder(root, classes=("cat", "dog"))
     write_image_folder(root, classes=("wolf",), train=0)

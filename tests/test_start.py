@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.commands import ROOT, run_python
+from tests.commands import ROOT, run_fastres, run_python
 
 COMPILER = {"torch._dynamo", "torch._inductor"}
 HEAVY = {
@@ -36,7 +37,7 @@ def imported(*command: object, status: int = 0) -> set[str]:
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "plot", "profile", "doctor"])
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "export", "plot", "profile", "doctor"])
 def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str) -> None:
     assert not imported(f"fastres.{command}", flag) & HEAVY
 
@@ -60,6 +61,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str
         "evaluate",
         "evaluate missing --enginee.device cpu",
         "export missing --format tflite",
+        "predict missing photo.png --top 0",
         "plot missing --against accuracy",
         "profile --variants eager-bf8",
         "profile --model resnet21",
@@ -78,15 +80,34 @@ def test_importing_fastres_imports_nothing_heavy() -> None:
     assert not modules
 
 
-def test_a_run_that_does_not_compile_imports_no_compiler_and_plot_no_torch(tmp_path: Path) -> None:
+RUN = "--recipe digits --model.name resnet8 --train.steps 10 --schedule.warmup_steps 5 --run.dir"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert run_fastres("train", *RUN.split(), folder).returncode == 0
+    return folder
+
+
+def test_a_run_that_does_not_compile_imports_no_compiler(tmp_path: Path) -> None:
     """The run takes the C++ kernels where the CPU has the instructions, and torch's own operations elsewhere."""
-    run = tmp_path / "run"
-    flags = f"--recipe digits --model.name resnet8 --train.steps 10 --schedule.warmup_steps 5 --run.dir {run}"
-    modules = imported("fastres.train", *flags.split())
+    modules = imported("fastres.train", *RUN.split(), tmp_path / "run")
     assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "tensorboard", "nvidia.dali", "pandas"})
-    modules = imported("fastres.evaluate", run)
-    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "matplotlib"})
-    modules = imported("fastres.export", run)
-    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "matplotlib", "onnx"})
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_command_on_a_run_imports_no_compiler_and_no_pictures(run: Path, command: str) -> None:
+    unused = {"torchvision", "sklearn", "scipy", "matplotlib", "onnx", "pandas"}
+    assert not imported(f"fastres.{command}", run) & (COMPILER | unused)
+
+
+def test_predict_imports_no_compiler_and_no_pictures(run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "grey.png")
+    modules = imported("fastres.predict", run, tmp_path / "grey.png")
+    assert not modules & (COMPILER | {"torchvision", "sklearn", "scipy", "matplotlib", "onnx", "pandas"})
+
+
+def test_plot_imports_no_torch(run: Path) -> None:
     modules = imported("fastres.plot", run)
     assert "matplotlib" in modules and not modules & {"torch", "scipy", "sklearn"}

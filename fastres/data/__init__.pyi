@@ -1,6 +1,11 @@
+from .description import DataDescription as DataDescription
+from .description import describe as describe
+from .description import with_classes_of as with_classes_of
 from .loaders.build import LOADERS as LOADERS
 from .loaders.build import Loader as Loader
 from .loaders.build import build_loader as build_loader
+from .sources.formats import decode as decode
+from .sources.formats import image_suffixes as image_suffixes
 from .sources.load import SOURCES as SOURCES
 from .sources.load import load_source as load_source
 from .sources.source import Source as Source

@@ -218,19 +218,19 @@ def resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -
     return _resize(image, (size, size), box=(left, top, left + w, top + h))
 
 
-def center_view(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+def center_view(height: int, width: int, size: int, zoom: float = 256 / 224) -> tuple[int, int, int, int]:
     """Return the height and width to which an evaluation resizes an image, then top and left of its central crop.
 
-    The shorter side is resized to size·256/224, and the crop is size × size.
+    The shorter side is resized to size·zoom, and the crop is size × size.
     """
-    scale = size * 256 / 224 / min(height, width)
+    scale = size * zoom / min(height, width)
     h, w = max(size, round(height * scale)), max(size, round(width * scale))
     return h, w, (h - size) // 2, (w - size) // 2
 
 
-def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+def resize_and_center_crop(image: np.ndarray, size: int, zoom: float = 256 / 224) -> np.ndarray:
     """Return the center_view() of the image, (H, W, C) uint8, as (size, size, C) uint8."""
-    height, width, top, left = center_view(image.shape[0], image.shape[1], size)
+    height, width, top, left = center_view(image.shape[0], image.shape[1], size, zoom)
     return _resize(image, (width, height))[top : top + size, left : left + size]
 
 

@@ -15,6 +15,8 @@ from fastres.utils.suggest import unknown
 if TYPE_CHECKING:
     from torch import nn
 
+METADATA = "fastres"  # the key of our metadata in files of weights
+
 # torch is imported only when a network is built, so that a wrong name is rejected before it.
 
 

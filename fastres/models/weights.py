@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastres.models.registry import METADATA
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.errors import UsageError
 
@@ -50,13 +52,19 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     return replaced
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the state_dict as safetensors, atomically. Equal weights give equal bytes."""
+def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Write the state_dict as safetensors, atomically. Equal weights and metadata give equal bytes.
+
+    Args:
+        model: the network.
+        path: the file.
+        metadata: values of JSON, stored as sorted text under the key METADATA.
+    """
     path = Path(path)
     # contiguous(), because the bytes must not depend on whether the model was channels-last.
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(model.state_dict().items())}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(state))
+        file.write(safetensors.torch.save(state, metadata and {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 from . import resume as resume
 from .environment import device_name as device_name
+from .loading import load_description as load_description
 from .loading import load_run as load_run
 from .loading import rebuild as rebuild
+from .predicting import Predictor as Predictor
+from .predicting import load_predictor as load_predictor
 from .run_dir import RunDir as RunDir
 from .training_log import TrainingLog as TrainingLog

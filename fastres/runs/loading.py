@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config, model_options
+from fastres.data.description import DataDescription, from_dict
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
 from fastres.utils.errors import UsageError
@@ -50,6 +52,21 @@ def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) 
         return config, _checked(safetensors.torch.load_file(final))
     except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"{final}: cannot be read ({error}); give --checkpoint FILE") from None
+
+
+def load_description(folder: Path) -> DataDescription | None:
+    """Return the description of a run's data, or None for a run of an earlier version, which has none.
+
+    Raises:
+        UsageError: if data.json is damaged.
+    """
+    path = folder / "data.json"
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, RecursionError):
+        raise UsageError(f"{path}: cannot be read; restore it") from None
 
 
 def _checked(weights: Any) -> dict[str, Tensor]:

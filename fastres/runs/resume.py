@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastres.config.schema import Config
+from fastres.data.description import changes, from_dict
 from fastres.distributed import process_group
 from fastres.distributed.process_group import ProcessGroup
 from fastres.runs import checkpoint
@@ -34,32 +35,44 @@ def load_latest(run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
     return group.broadcast_from_rank0(lambda: checkpoint.latest(run.checkpoints))
 
 
-def restore(state: checkpoint.State | None, step: TrainStep, timer: RunTimer, steps: int) -> tuple[int, Metrics]:
+def restore(state: checkpoint.State | None, run: RunDir, step: TrainStep, timer: RunTimer) -> tuple[int, Metrics]:
     """Copy a checkpoint's state into the step and the timer.
 
     Args:
         state: a checkpoint's state; None starts from the beginning.
+        run: the run, with the description of its data.
         step: the step.
         timer: the run's timer.
-        steps: the length of the run.
 
     Returns:
         The number of steps that are done, and their metrics since the last evaluation.
 
     Raises:
-        UsageError: if the checkpoint belongs to another model, or is beyond the run's last step.
+        UsageError: if the checkpoint belongs to other data or another model, or is beyond the run's last step.
     """
     if state is None:
         return 0, Metrics()
+    _check_data(state, run)
     try:
         step.load_state_dict(state["trainer"])
         timer.load_state_dict(state["clock"])
         start, since_eval = state["step"], Metrics(**state["window"])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"run.resume: the checkpoint belongs to another model ({first_line(error)})") from None
-    if start > steps:
+    if start > (steps := run.config.train.steps):
         raise UsageError(f"run.resume: the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
     return start, since_eval
+
+
+def _check_data(state: checkpoint.State, run: RunDir) -> None:
+    """Raise UsageError if the data has changed since the checkpoint was written."""
+    if run.data is None or "data" not in state:  # checkpoints of earlier versions do not describe their data
+        return
+    if found := changes(from_dict(state["data"], "the checkpoint"), run.data):
+        raise UsageError(
+            f"run.resume: the data has changed since the checkpoint of step {state['step']:,}: {'; '.join(found)}; "
+            "restore the data, or start a new run from the run's weights (--run.dir NEW --model.weights FILE)"
+        )
 
 
 def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: RunTimer, since_eval: Metrics) -> None:
@@ -73,4 +86,5 @@ def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: Ru
     group.watchdog.heartbeat("saves a checkpoint")
     if ranks.rank() == 0:
         state = {"step": done, "window": asdict(since_eval), "clock": timer.state_dict(), "trainer": trainer}
+        state |= {} if run.data is None else {"data": run.data.to_dict()}
         checkpoint.save(run.checkpoints, done, state, run.config.run.keep_checkpoints)

@@ -13,6 +13,7 @@ import yaml
 
 from fastres.config.files import rename_values
 from fastres.config.schema import Config, differences, dump, to_dict
+from fastres.data.description import DataDescription
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
 from fastres.runs.history import read_metrics, write_history
@@ -28,6 +29,7 @@ class RunDir:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.data: DataDescription | None = None  # known once the data is open
         self.folder = Path(config.run.dir or f"runs/{config.recipe}")
         self.checkpoints = self.folder / "checkpoints"
         self._lock = filelock.FileLock(self.folder / ".lock", timeout=0)
@@ -93,10 +95,12 @@ class RunDir:
         self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Write configuration and environment, and drop the metrics of steps after `step`, which will run again."""
+        """Write configuration, data and environment, and drop the metrics after `step`, whose steps will run again."""
         with self.writing():
             if not (self.folder / "config.yaml").exists():
                 write_text(self.folder / "config.yaml", dump(self.config))
+            if self.data is not None:
+                write_text(self.folder / "data.json", json.dumps(self.data.to_dict(), indent=2) + "\n")
             write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
             rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -10,6 +10,7 @@ from typing import Any
 from fastres.config.schema import Config
 from fastres.models.weights import save_weights
 from fastres.runs.environment import device_name
+from fastres.runs.exporting import metadata
 from fastres.runs.run_dir import RunDir
 from fastres.training.build import Parts
 from fastres.training.metrics import Metrics
@@ -151,7 +152,7 @@ class TrainingLog:
             return
         folder: Path = self.run.folder
         with self.run.writing():
-            save_weights(self.parts.model, folder / "model.safetensors")
+            save_weights(self.parts.model, folder / "model.safetensors", metadata(self.config, self.run.data))
             self.run.write_history()
             write_text(folder / "summary.json", json.dumps(self._summary(final, captured), indent=2) + "\n")
         self.progress.say(

@@ -104,8 +104,12 @@ def build_data(config: Config, engine: Engine, group: ProcessGroup, source: Sour
     source = source or group.rank0_first(lambda: load_source(config.data))
     training, curve, curve_split = source.train, source.test, "test"
     if config.data.validation:
+        if source.validation is not None:
+            raise UsageError("data.validation: the data has a validation set of its own (val/); leave it out")
         training, curve = hold_out(source.train, config.data.validation)
         curve_split = "validation"
+    elif source.validation is not None:
+        curve, curve_split = source.validation, "validation"
     loader_of = partial(split_loader, config, engine, source)
     curve_loader = loader_of(curve)
     return Data(
@@ -114,7 +118,7 @@ def build_data(config: Config, engine: Engine, group: ProcessGroup, source: Sour
         curve_split=curve_split,
         train_loader=loader_of(training),
         curve_loader=curve_loader,
-        test_loader=loader_of(source.test) if config.data.validation else curve_loader,
+        test_loader=loader_of(source.test) if curve_split == "validation" else curve_loader,
     )
 
 

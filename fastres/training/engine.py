@@ -224,16 +224,16 @@ def _missing_headers() -> str:
 def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str, str]:
     """Return True if this run's steps can be CUDA graphs, the reason in words, and the remedy if they cannot."""
     if device.type != "cuda":
-        return False, "CUDA graphs are for GPUs", "leave it at auto"
+        return False, "CUDA graphs are for GPUs", "set it to auto"
     if ranks.world_size() > 1:
         why = f"{ranks.world_size()} processes exchange gradients in every step, which is not captured"
-        return False, why, "use one process, or leave it at auto"
+        return False, why, "use one process, or set it to auto"
     if config.data.loader != "resident":
         why = f"the batches of data.loader {config.data.loader} are made outside of the step"
-        return False, why, "use --data.loader resident, or leave it at auto"
+        return False, why, "use --data.loader resident, or set it to auto"
     if config.optim.name == "apex_sgd":
         why = f"optim.name {config.optim.name} reads the learning rate on the host"
-        return False, why, "use --optim.name sgd, or leave it at auto"
+        return False, why, "use --optim.name sgd, or set it to auto"
     return True, "one process, and the data set is on the GPU", ""
 
 

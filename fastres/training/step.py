@@ -105,13 +105,7 @@ class ForwardLoss(nn.Module):
 
         Samples with the label IGNORED are left out of both.
         """
-        # On leaving the block, the running statistics of all layers are updated together, which takes two kernels. A
-        # block covers one pass, because each layer may be called once in it. Only evaluations mirror, and they update
-        # no statistics.
-        with self.deferred_stats:
-            logits = self._logits(images)
-        if self.mirrored:
-            logits = (logits + self._logits(images.flip(3))) / 2
+        logits = self.logits(images)
         loss = F.cross_entropy(
             logits,
             labels.to(logits.dtype) if labels.is_floating_point() else labels,
@@ -123,8 +117,19 @@ class ForwardLoss(nn.Module):
         target = labels.argmax(1) if labels.is_floating_point() else labels
         return loss, (logits.argmax(1) == target).sum()
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """Return the logits, (b, classes) float32 or wider, of images (b, C, S, S)."""
+        # On leaving the block, the running statistics of all layers are updated together, which takes two kernels. A
+        # block covers one pass, because each layer may be called once in it. Only evaluations mirror, and they update
+        # no statistics.
+        with self.deferred_stats:
+            logits = self._one_pass(images)
+        if self.mirrored:
+            logits = (logits + self._one_pass(images.flip(3))) / 2
+        return logits
+
+    def _one_pass(self, images: Tensor) -> Tensor:
+        """Return the logits of the images as they are."""
         dtype = self.engine.dtype if self.mixed else None
         with torch.autocast(self.engine.device.type, dtype, enabled=self.mixed):
             if self.cast_together:

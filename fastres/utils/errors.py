@@ -45,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists all")
 
 
+def positive(text: str) -> int:
+    """Return the text of a flag as a whole number above 0. Raise ArgumentTypeError for any other text."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of the error's message, or its type name if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

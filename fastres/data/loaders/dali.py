@@ -160,7 +160,7 @@ class DaliLoader:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    fed = [samples_of(item) for item in ahead] if self.split.paths else []
+                    fed = [samples_of(item) for item in ahead] if self.split.images is None else []
                     for batch in fed:  # the bad file is in one of these; DALI does not tell which
                         for index in batch:
                             decode(self.split.paths[index])

@@ -19,7 +19,7 @@ SYNTHETIC_CLASSES = 10
 
 def digits(config: DataConfig) -> Source:
     """Return scikit-learn's 1,797 handwritten digits, 8x8 grey, stratified into 1,437 and 360."""
-    with np.load(DIGITS) as data:
+    with np.load(DIGITS, allow_pickle=False) as data:
         images = np.rint(data["images"] * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
         both = Split(images=images, labels=data["labels"].astype(np.int64))
         in_test = np.isin(np.arange(len(both)), data["test"])

@@ -45,8 +45,12 @@ T = TypeVar("T")
 # Cached results of a folder -----------------------------------------------------------------------
 
 
-def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+def kept_images(
+    folder: Path, part: str, paths: Sequence[Path], config: DataConfig
+) -> tuple[np.ndarray | None, list[str]]:
     """Return the images of `paths`, all below `folder`, mapped from the cache, and notes for the user.
+
+    `part` names the files of the cache: train, test or val.
 
     Returns:
         The images (N, H, W, 3) uint8, or None if the cache cannot be written; and the notes.
@@ -57,7 +61,7 @@ def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tupl
     wanted = _fingerprint(folder, paths)
     notes = []
     try:
-        entry = _entry(folder, config)
+        entry = _entry(folder, part, config)
 
         def make() -> None:
             _write_images(entry, folder, paths, wanted, config.workers)
@@ -68,7 +72,9 @@ def kept_images(folder: Path, paths: Sequence[Path], config: DataConfig) -> tupl
         return None, [_not_kept(error, config)]
 
 
-def sizes_and_reasons(folder: Path, paths: Sequence[Path], config: DataConfig) -> tuple[list[Size | str], list[str]]:
+def sizes_and_reasons(
+    folder: Path, part: str, paths: Sequence[Path], config: DataConfig
+) -> tuple[list[Size | str], list[str]]:
     """Return the size of each of `paths`, or the reason why it cannot be decoded, and notes for the user.
 
     All paths are below `folder`.
@@ -76,7 +82,7 @@ def sizes_and_reasons(folder: Path, paths: Sequence[Path], config: DataConfig) -
     wanted = _fingerprint(folder, paths)
     found: list[Size | str] = []
     try:
-        entry = _entry(folder, config)
+        entry = _entry(folder, part, config)
         file = entry.with_suffix(".sizes")
 
         def read() -> list[Size | str] | None:
@@ -96,11 +102,11 @@ def sizes_and_reasons(folder: Path, paths: Sequence[Path], config: DataConfig) -
         return found, [_not_kept(error, config)]
 
 
-def write_bad_list(folder: Path, lines: Iterable[str], config: DataConfig) -> Path | None:
+def write_bad_list(folder: Path, part: str, lines: Iterable[str], config: DataConfig) -> Path | None:
     """Write the list of the files of `folder` that are left out. Return its path, or None if it cannot be written."""
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
     try:
-        file = _entry(folder, config).with_suffix(".bad")
+        file = _entry(folder, part, config).with_suffix(".bad")
 
         def read() -> Path | None:
             return file if file.exists() and file.read_bytes() == content else None
@@ -122,14 +128,14 @@ def decode_all(paths: Sequence[Path], workers: int) -> np.ndarray:
 # Files of the cache -------------------------------------------------------------------------------
 
 
-def _entry(folder: Path, config: DataConfig) -> Path:
-    """Return the path, without suffix, of the cache files for `folder`. Raise OSError if the cache cannot be made."""
+def _entry(folder: Path, part: str, config: DataConfig) -> Path:
+    """Return the path, without suffix, of the cache's files for a part. Raise OSError if the cache cannot be made."""
     try:
         store = Path(_place(config)).expanduser()
     except RuntimeError as error:  # a user without a home, as in some containers
         raise OSError(str(error)) from None
     store.mkdir(parents=True, exist_ok=True)
-    return store / f"{folder.name}-{hashlib.sha256(os.fsencode(_real(folder))).hexdigest()[:16]}"
+    return store / f"{part}-{hashlib.sha256(os.fsencode(_real(folder))).hexdigest()[:16]}"
 
 
 def _place(config: DataConfig) -> str:

@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -18,10 +19,23 @@ from PIL import Image
 
 from fastres.utils.errors import UsageError
 
-# The formats found in files named .jpg and .png. PIL reads more formats, such as EPS, which it interprets.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Formats that Pillow does not decode itself: it runs another program for EPS, and needs a plug-in for the others.
+NOT_DECODED = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 JPEG_END = b"\xff\xd9"
 PNG_BITS = 24  # the offset of the bits per channel in a PNG
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return the names of all formats that Pillow decodes."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case and with their dot, of the files that Pillow decodes."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
 def damaged(path: Path, reason: object) -> NoReturn:
@@ -42,7 +56,7 @@ def decode(path: Path) -> np.ndarray:
         UsageError: if the file cannot be decoded.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             if image.mode == "RGB":
                 return np.array(image)
             if image.mode.startswith("I"):  # 16-bit grey, which some versions of convert() clip at 255
@@ -96,7 +110,7 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
     """
     try:
         data = np.fromfile(path, np.uint8)
-        with Image.open(io.BytesIO(data.tobytes()), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data.tobytes()), formats=formats()) as image:
             size = image.height, image.width
             plain = image.mode in ("RGB", "L") and "transparency" not in image.info
             if image.format == "PNG":

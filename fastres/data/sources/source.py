@@ -27,11 +27,11 @@ HISTOGRAM_BLOCK = 1_024  # images per bincount, which copies them to int64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Labelled images: `images` in memory, or `paths` of files that are decoded on demand (as RGB)."""
+    """Labelled images: `images` in memory, or files that are decoded on demand (as RGB)."""
 
     labels: np.ndarray  # (N,) int64
     images: np.ndarray | None = None  # (N, H, W, C) uint8
-    paths: tuple[Path, ...] = ()  # N files, if images is None
+    paths: tuple[Path, ...] = ()  # N files: those to decode, or those that the images came from; empty for arrays
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +69,7 @@ class Split:
         return Split(
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
-            paths=tuple(self.paths[index] for index in indices) if self.images is None else (),
+            paths=tuple(self.paths[index] for index in indices) if self.paths else (),
         )
 
 
@@ -83,7 +83,9 @@ class Source:
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, in [0, 1] units
     std: tuple[float, ...]
+    validation: Split | None = None  # for the curve, if the data set has such a part
     notes: tuple[str, ...] = ()  # lines for the user
+    root: Path | None = None  # the folder that the names of files are relative to
 
     @property
     def channels(self) -> int:
