@@ -37,7 +37,8 @@ EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.batch_size", "32", "--t
          "--run.checkpoint_every", "20"]  # fmt: skip
 SHARED = ["--model.sync_norm", "true"]
 # Long enough for every event to happen in its middle.
-LONG = [*DIGITS, "--engine.precision", "fp32", "--run.checkpoint_every", "5", "--train.steps", "120"]
+LONG = [*DIGITS, "--engine.precision", "fp32", "--train.batch_size", "32", "--run.checkpoint_every", "5",
+        "--train.steps", "120"]  # fmt: skip
 
 
 class Job:

@@ -109,7 +109,7 @@ def test_several_processes_are_refused(run: Path, monkeypatch: pytest.MonkeyPatc
     ("flags", "reason"),
     [
         ("--data.source mnist --data.download false", "mnist is missing"),
-        ("--data.source synthetic --data.image_size 8", "3 channels, the run's network 10 and 1"),
+        ("--data.source synthetic --data.image_size 8", "synthetic has 3 channels and the classes pattern0"),
         ("--checkpoint nothing.pt", "checkpoint nothing.pt does not exist"),
     ],
 )

@@ -542,9 +542,9 @@ def test_a_damaged_cache_is_rebuilt(data: DataObject, photographs: Path, scratch
     shutil.rmtree(store, ignore_errors=True)
 
     def read() -> tuple[bytes, Any]:
-        images, _ = kept_images(photographs, paths, config)
+        images, _ = kept_images(photographs, "train", paths, config)
         assert images is not None and images.shape == (len(paths), 8, 8, 3)
-        return np.asarray(images).tobytes(), sizes_and_reasons(photographs, paths, config)[0]
+        return np.asarray(images).tobytes(), sizes_and_reasons(photographs, "train", paths, config)[0]
 
     wanted = read()
     path = data.draw(st.sampled_from(sorted(path for path in store.iterdir() if path.suffix != ".lock")))

@@ -528,9 +528,9 @@ def test_the_state_of_another_model_is_not_loaded() -> None:
         a_step(a_net("cifar_resnet", blocks_per_stage=2)).load_state_dict(state)
 
 
-def test_one_process_may_compile_steps_for_more_than_eight_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_may_compile_steps_for_more_than_eight_networks() -> None:
     config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", 8)
-    raise_recompile_limit(20)
-    raise_recompile_limit(4)  # never fewer than another caller has set
-    assert config.recompile_limit == 20
+    with config.patch(recompile_limit=8):
+        raise_recompile_limit(20)
+        raise_recompile_limit(4)  # never fewer than another caller has set
+        assert config.recompile_limit == 20
