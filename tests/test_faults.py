@@ -56,7 +56,7 @@ def test_the_test_that_catches_a_fault_is_among_those_that_run(fault: Fault) -> 
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("part", parts(), ids=str)
+@pytest.mark.parametrize("part", list(parts()), ids=str)
 def test_every_package_and_command_has_a_fault(part: Path) -> None:
     assert any(Path(fault.file).is_relative_to(part) for fault in FAULTS)
 
