@@ -1,8 +1,9 @@
 """`python -m tests.faults [NUMBER or NAME ...]`: introduce faults one at a time, and check that the tests catch them.
 
 Each fault of faults.yaml is applied to a copy of the checkout, in which the tests of its area then run. A fault that no
-test catches has escaped. The checkout itself is not changed. Exit status 0 if every fault was caught, 1 if one has
-escaped, 2 if one cannot be applied or its tests cannot run.
+test catches has escaped. At the end, the tests that failed run once more without any fault. The checkout itself is not
+changed. Exit status 0 if every fault was caught, 1 if one has escaped, 2 if one cannot be applied, its tests cannot
+run, or they fail without it too.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def failing_test(fault: Fault, copy: Path, env: dict[str, str], *, slow: bool) -
         raise Broken(str(error)) from None
     try:
         (copy / fault.file).write_text(content, encoding="utf-8")
-        status, output = run_tests(fault.tests, copy, env, slow=slow)
+        selected = [] if slow else ["-m", "not slow"]
+        status, output = run_tests(["-x", *selected, *shlex.split(fault.tests)], copy, env)
     finally:
         shutil.copy2(ROOT / fault.file, copy / fault.file)  # with its old time, so that its compiled code is valid
     if status == 0:
@@ -108,11 +110,9 @@ def failing_test(fault: Fault, copy: Path, env: dict[str, str], *, slow: bool) -
     raise Broken(f"fault {fault.name!r}: pytest ended with status {status} and no failed test:\n{output[-2000:]}")
 
 
-def run_tests(arguments: str, copy: Path, env: dict[str, str], *, slow: bool) -> tuple[int, str]:
-    """Run pytest in the copy until a test fails, and return its exit status and its output."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [] if slow else ["-m", "not slow"]
-    command += shlex.split(arguments)
+def run_tests(arguments: list[str], copy: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run pytest in the copy, and return its exit status and its output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(
         command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -121,14 +121,22 @@ def run_tests(arguments: str, copy: Path, env: dict[str, str], *, slow: bool) ->
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise Broken(f"pytest {arguments} did not end within {LIMIT_S:g} s") from None
+                raise Broken(f"pytest {shlex.join(arguments)} did not end within {LIMIT_S:g} s") from None
             raise
     return process.returncode, output
+
+
+def check_without_faults(tests: list[str], copy: Path, env: dict[str, str]) -> None:
+    """Raise Broken if one of the tests that failed with a fault also fails without any, and so shows nothing."""
+    status, output = run_tests(tests, copy, env) if tests else (0, "")
+    if status != 0:
+        raise Broken(f"without any fault, {', '.join(FAILED.findall(output)) or output[-2000:]} fails too")
 
 
 def run_faults(faults: list[tuple[int, Fault]], *, slow: bool) -> int:
     """Introduce each fault, print a line for each and the total, and return the number of faults that escaped."""
     escaped = 0
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         copy = Path(folder).resolve() / "checkout"
         copy_checkout(copy)
@@ -137,7 +145,10 @@ def run_faults(faults: list[tuple[int, Fault]], *, slow: bool) -> int:
         for number, fault in faults:
             start = time.perf_counter()
             test = failing_test(fault, copy, env, slow=slow)
-            escaped += test is None
+            if test is None:
+                escaped += 1
+            else:
+                failed.append(test)
             verdict = "ESCAPED" if test is None else "caught "
             print(
                 f"{number:>2} {verdict} {time.perf_counter() - start:5.1f} s  {test or '-'}  {fault.name}", flush=True
