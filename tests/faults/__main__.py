@@ -3,7 +3,7 @@
 Each fault of faults.yaml is applied to a copy of the checkout, in which the tests of its area then run. A fault that no
 test catches has escaped. At the end, the tests that failed run once more without any fault. The checkout itself is not
 changed. Exit status 0 if every fault was caught, 1 if one has escaped, 2 if one cannot be applied, its tests cannot
-run, or they fail without it too.
+run, or they fail without it too. Without --slow, a fault that only slow tests could catch does not count as escaped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from tests.commands import ROOT
@@ -25,6 +26,10 @@ from tests.faults import Fault, load_faults, table
 
 LIMIT_S = 600.0  # of the tests of one fault, which is then an error, because a fault must not hang
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.MULTILINE)  # in pytest's summary
+
+
+NO_TESTS = 5  # pytest's exit status if it has selected no test
+CAUGHT, ESCAPED, SLOW = "caught", "ESCAPED", "slow"  # verdicts; slow: all tests that could catch it are marked so
 
 
 class Broken(Exception):
@@ -91,8 +96,8 @@ def check_imports(copy: Path, env: dict[str, str]) -> None:
             raise Broken(f"the package {name} would be imported from {file} instead of the copy in {copy}")
 
 
-def failing_test(fault: Fault, copy: Path, env: dict[str, str], *, slow: bool) -> str | None:
-    """Introduce the fault, run its tests, restore the file, and return the test that failed, or None."""
+def introduce(fault: Fault, copy: Path, env: dict[str, str], *, slow: bool) -> tuple[str, str]:
+    """Introduce the fault, run its tests and restore the file; return the verdict, and the test that failed or "-"."""
     try:
         content = fault.applied_to(copy)
     except (OSError, ValueError) as error:
@@ -104,9 +109,11 @@ def failing_test(fault: Fault, copy: Path, env: dict[str, str], *, slow: bool) -
     finally:
         shutil.copy2(ROOT / fault.file, copy / fault.file)  # with its old time, so that its compiled code is valid
     if status == 0:
-        return None
+        return ESCAPED, "-"
+    if status == NO_TESTS and not slow:
+        return SLOW, "-"
     if found := FAILED.search(output):
-        return found[1]
+        return CAUGHT, found[1]
     raise Broken(f"fault {fault.name!r}: pytest ended with status {status} and no failed test:\n{output[-2000:]}")
 
 
@@ -135,8 +142,8 @@ def check_without_faults(tests: list[str], copy: Path, env: dict[str, str]) -> N
 
 def run_faults(faults: list[tuple[int, Fault]], *, slow: bool) -> int:
     """Introduce each fault, print a line for each and the total, and return the number of faults that escaped."""
-    escaped = 0
-    failed: list[str] = []
+    verdicts: Counter[str] = Counter()
+    failed: dict[str, None] = {}  # the tests, each once
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         copy = Path(folder).resolve() / "checkout"
         copy_checkout(copy)
@@ -144,17 +151,15 @@ def run_faults(faults: list[tuple[int, Fault]], *, slow: bool) -> int:
         check_imports(copy, env)
         for number, fault in faults:
             start = time.perf_counter()
-            test = failing_test(fault, copy, env, slow=slow)
-            if test is None:
-                escaped += 1
-            else:
-                failed.append(test)
-            verdict = "ESCAPED" if test is None else "caught "
-            print(
-                f"{number:>2} {verdict} {time.perf_counter() - start:5.1f} s  {test or '-'}  {fault.name}", flush=True
-            )
-    print(f"{len(faults)} faults: {len(faults) - escaped} caught, {escaped} escaped")
-    return escaped
+            verdict, test = introduce(fault, copy, env, slow=slow)
+            print(f"{number:>2} {verdict:<7} {time.perf_counter() - start:5.1f} s  {test}  {fault.name}", flush=True)
+            verdicts[verdict] += 1
+            if verdict == CAUGHT:
+                failed[test] = None
+        check_without_faults(list(failed), copy, env)
+    total = f"{len(faults)} faults: {verdicts[CAUGHT]} caught, {verdicts[ESCAPED]} escaped"
+    print(total + (f", {verdicts[SLOW]} need --slow" if verdicts[SLOW] else ""))
+    return verdicts[ESCAPED]
 
 
 def main(argv: list[str] | None = None) -> int:
