@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.bench_kernel_times import kernel_times
@@ -225,6 +227,16 @@ def test_the_plain_run_is_the_engines_run_in_fp32(tmp_path: Path) -> None:
     rows = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text("utf-8").splitlines())
     ours = [row["loss"] for row in rows if row["split"] == "train"]
     assert ours == pytest.approx(losses.tolist(), rel=1e-4)
+
+
+def test_a_benchmarks_run_has_the_seed_and_the_source_that_it_was_given(tmp_path: Path) -> None:
+    flags = [*DIGITS, "--engine.precision", "fp32"]
+    source = load_source(parse(flags).data)
+    few = replace(source, test=source.test.subset(np.arange(50)))
+    summaries = [run(flags, seed, tmp_path / str(seed), few) for seed in (3, 4)]
+    assert [summary["seed"] for summary in summaries] == [3, 4]
+    assert [summary["test_samples"] for summary in summaries] == [50, 50]
+    assert summaries[0]["test_loss"] != summaries[1]["test_loss"]
 
 
 @pytest.mark.slow

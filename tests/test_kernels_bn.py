@@ -477,6 +477,16 @@ def test_a_skip_connections_gradient_is_added_inside_the_op() -> None:
     assert_close(apart, together, torch.float32)
 
 
+def test_the_reference_adds_a_skip_connections_gradient_too() -> None:
+    first, second = module(4).double(), module(4).double()
+    x = random((2, 4, 3, 3), torch.float64, 0).requires_grad_()
+    y, skip = first(x, fork=True)
+    weights = random((2, 4, 3, 3), torch.float64, 1)
+    (apart,) = torch.autograd.grad((second(2 * y, skip) * weights).sum(), x, retain_graph=True)
+    (together,) = torch.autograd.grad((second(2 * y, y) * weights).sum(), x)
+    assert_close(apart, together, torch.float64)
+
+
 def test_gradients_of_gradients_are_refused_by_name() -> None:
     x = random((2, 4, 3, 3), torch.float32, 0).requires_grad_()
     (gradient,) = torch.autograd.grad(module(4)(x).square().sum(), x, create_graph=True)

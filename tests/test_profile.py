@@ -509,3 +509,12 @@ def test_flop_per_byte_tells_the_bound_of_an_operator() -> None:
     assert bound(operator(90, 10), 100, 10) == ("memory", 0.5)
     assert bound(operator(0, 40), 100, 10) == ("memory", 2.0)
     assert bound(operator(None, None), 100, 10) == ("unknown", None)
+
+
+def test_the_intensity_of_an_operator_is_its_flop_per_byte() -> None:
+    def operator(flops: float | None, moved: float | None) -> Operator:
+        return Operator(name="op", calls=1, seconds=2.0, share=1.0, flops=flops, bytes=moved, kernel=None)
+
+    assert operator(110, 10).intensity == 11
+    assert operator(0, 40).intensity == 0
+    assert operator(None, 40).intensity is operator(110, None).intensity is operator(0, 0).intensity is None

@@ -194,6 +194,19 @@ def test_momentum_can_be_left_out() -> None:
         assert torch.allclose(p, q - 0.1 * q.grad)
 
 
+def test_micro_batches_have_the_mean_of_their_gradients() -> None:
+    model = a_net()
+    oracle = copy.deepcopy(model)
+    step = TrainStep(model, engine(), OptimConfig(momentum=0.0, weight_decay=0.0), accumulate=2)
+    images, labels = a_batch()
+    step(images, labels, 0.1, 0)
+    for half in (slice(4), slice(4, 8)):  # each with the statistics of its own BatchNorm
+        (F.cross_entropy(oracle(images[half]), labels[half]) / 2).backward()
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(p, q - 0.1 * q.grad)
+    assert step.metrics.read()[0].samples == 8
+
+
 def newton_schulz(matrix: Tensor) -> Tensor:
     """Return the matrix made nearly orthogonal, as published (Jordan et al. 2024), in its own precision."""
     x = matrix / matrix.norm()

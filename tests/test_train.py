@@ -27,8 +27,10 @@ from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
 from fastres.runs.loading import load_run
+from fastres.runs.run_dir import RunDir
 from fastres.train import main
 from fastres.training.engine import resolve_engine
+from fastres.training.signals import stop_on_signal
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import Forked, run_fastres, start_module, users_environment
 from tests.fixtures import rejected, sha256, write_image_folder, write_mnist_idx
@@ -126,6 +128,20 @@ def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(und
     for evaluation in (row for row in rows if row["split"] == "test"):
         since = [row for row in rows if row["split"] == "train" and 0 <= evaluation["step"] - row["step"] < 20]
         assert evaluation["train_loss"] == pytest.approx(sum(row["loss"] for row in since) / len(since))
+
+
+def test_the_history_has_the_figures_of_every_evaluation(undisturbed: Path) -> None:
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if row["split"] == "test"]
+    with (undisturbed / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [(float(row["eval_loss"]), float(row["eval_accuracy"])) for row in history] == [
+        (row["loss"], row["accuracy"]) for row in evaluations
+    ]
+    for name in ("train_loss", "train_accuracy", "lr", "train_time_s"):
+        assert [float(row[name]) for row in history] == [row[name] for row in evaluations]
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert float(history[-1]["eval_loss"]) == summary["test_loss"]
 
 
 def test_the_images_per_second_of_a_row_are_those_since_the_row_before(undisturbed: Path) -> None:
@@ -291,6 +307,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
         assert [[row[c] for c in columns] for row in rows] == [[row[c] for c in columns] for row in expected]
 
 
+def test_the_metrics_of_steps_that_will_run_again_are_dropped(undisturbed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    config = parse([*SHORT, "--run.dir", str(copy)])
+    RunDir(config).begin(resolve_engine(config), 20)
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 20]  # the last one is the evaluation
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
     start: Callable[..., Forked], train: Train, undisturbed: Path, tmp_path: Path, number: signal.Signals
@@ -305,6 +329,16 @@ def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
     assert f"stopped by {number.name} at step {int(newest.stem[5:])}" in out and str(newest) in out
     assert train(*flags) == 0
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
+
+
+def test_the_first_of_two_signals_counts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signal() as stop:
+        assert stop.number == 0
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # as torchrun sends one after the terminal's
+        assert stop.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over(
@@ -548,6 +582,18 @@ def test_a_checkpoint_of_another_model_is_refused(
     broken.write_bytes(state.read_bytes()[:5000])
     assert train(*SHORT, "--run.resume", broken, "--run.dir", tmp_path / "run") == 2
     assert "broken.pt cannot be read" in refusal(capsys)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = undisturbed / "checkpoints/step-00000040.pt"
+    flags = (*SHORT, "--run.resume", state, "--run.dir", tmp_path / "run")
+    assert train(*flags, "--train.steps", 39) == 2
+    assert "the checkpoint is of step 40, beyond train.steps 39" in refusal(capsys)
+    assert not (tmp_path / "run").exists()
+    assert train(*flags) == 0  # a checkpoint of the last step has nothing left to train
+    assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
 
 
 def test_an_unreadable_image_is_refused_by_name(

@@ -127,6 +127,16 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> 
     assert sorted(tmp_path.iterdir()) == [occupied, path]
 
 
+def test_whoever_reads_the_old_file_reads_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_weights(build_model("resnet8"), path)
+    before = path.read_bytes()
+    with path.open("rb") as old:
+        save_weights(build_model("resnet8"), path)
+        assert old.read() == before
+    assert path.read_bytes() != before
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 
