@@ -101,8 +101,8 @@ def _check_data(data: DataConfig) -> None:
     )
     _reject_if(
         resizes and data.loader == "resident",
-        "data.augment resized_crop: the resident loader has only images of one size; use --data.loader dali or "
-        "dataloader",
+        "data.augment resized_crop: the resident loader has only images of one size; use --data.loader dataloader or "
+        "dali",
     )
     for name in ("cutout", "mixup", "cutmix"):
         _reject_if(

@@ -61,8 +61,8 @@ def imagefolder(config: DataConfig) -> Source:
             images, said = kept_images(root / part, paths, config)
             notes.extend(said)
             if images is not None:
-                return Split(labels=labels, images=images)
-        return Split(labels=labels, paths=paths)
+                return Split(labels=labels, images=images, asked_size=config.image_size)
+        return Split(labels=labels, paths=paths, asked_size=config.image_size)
 
     train, test = split("train"), split(tests[0])
     mean, std = NORMALIZATION["imagefolder"]
