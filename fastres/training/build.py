@@ -74,7 +74,8 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
     notes = [*engine.reasons, *data.source.notes]
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
-        replaced = group.broadcast_from_rank0(lambda: load_weights(model, str(config.model.weights)))
+        weights = config.model.weights
+        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, config.model.name))
     process_group.broadcast_buffers(model)
     if config.model.sync_norm:
         process_group.enable_sync_batchnorm(model)
