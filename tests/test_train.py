@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -215,6 +216,20 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     )
     old, new = load_file(weights), load_file(tmp_path / "run/model.safetensors")
     assert torch.equal(old["conv1.weight"], new["conv1.weight"]) and new["fc.weight"].shape == (12, 64)
+
+
+def test_a_run_with_a_frozen_backbone_trains_the_head_alone_and_resumes_bitwise(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = undisturbed / "model.safetensors"
+    flags = [*SHORT, "--model.weights", weights, "--model.freeze", "backbone", "--train.steps", 16]
+    assert train(*flags, "--run.dir", tmp_path / "whole") == 0
+    assert re.search(r"freeze: 650 of [\d,]+ parameters are trained", capsys.readouterr().out)
+    old, new = load_file(weights), load_file(tmp_path / "whole/model.safetensors")
+    assert {key for key in new if not torch.equal(old[key], new[key])} == {"fc.weight", "fc.bias"}
+    state = tmp_path / "whole/checkpoints/step-00000008.pt"
+    assert train(*flags, "--run.resume", state, "--run.dir", tmp_path / "resumed") == 0
+    assert sha256(tmp_path / "resumed/model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
 
 
 def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ class ModelConfig:
     name of torchvision's weights for the network, such as DEFAULT or IMAGENET1K_V2, which are downloaded. A head of
     another size is replaced."""
 
+    freeze: list[str] | str | None = None
+    """What is not trained: backbone for everything but the head, or modules such as [conv1, bn1, layer1]. Frozen
+    BatchNorms normalise with their running statistics, which stay as they are."""
+
     # Plain values, not Any: for Any, jsonargparse would import and call a class named by {class_path: ...}.
     options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)
     """Further options of build_model, such as {stem: small, zero_init_residual: true}; or one by one, such as

@@ -136,6 +136,13 @@ def _check_model(model: ModelConfig) -> None:
 
         with torch.device("meta"):
             norm = "fused" if model.norm == "fused" else "torch"
-            build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
+            network = build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"model: {first_line(error)}") from None
+    if model.freeze:
+        from fastres.models.freeze import freeze
+
+        try:
+            freeze(network, model.freeze)
+        except ValueError as error:
+            raise UsageError(f"model.freeze: {error}") from None
