@@ -25,6 +25,7 @@ RECIPES = {
     "cifar100-resnet56",
     "cifar10-speedrun",
     "imagenet-resnet50",
+    "finetune",
 }
 
 
