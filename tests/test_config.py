@@ -25,6 +25,7 @@ RECIPES = {
     "cifar100-resnet56",
     "cifar10-speedrun",
     "imagenet-resnet50",
+    "finetune",
 }
 
 
@@ -386,7 +387,7 @@ IMPOSSIBLE = {
     "--engine.device tpu": ("engine.device", "tpu", "cuda:N"),
     "--engine.device cuda:-1": ("engine.device", "cuda:N"),
     "--data.augment resized_crop --data.loader dataloader": ("resized_crop", "data.image_size"),
-    "--data.augment resized_crop --data.image_size 32": ("resized_crop", "--data.loader dali or dataloader"),
+    "--data.augment resized_crop --data.image_size 32": ("resized_crop", "--data.loader dataloader or dali"),
     "--data.source synthetic --data.image_size 4": ("data.image_size", "4"),
     "--model.name plain20 --model.shortcut pad": ("plain20", "shortcut"),
     "--model.name cifar_resnet": ("cifar_resnet", "blocks_per_stage"),

@@ -108,6 +108,8 @@ RUNS = {
     "speed_resnet": "--model.name speed_resnet --optim.norm_bias_lr_scale 64 --optim.nesterov true",
     "mini_resnet": "--model.name mini_resnet --train.batch_size 8",
     "resnet18": "--model.name resnet18 --model.options.stem small --train.batch_size 4 --train.steps 12",
+    "a frozen backbone": "--model.freeze backbone --optim.weight_decay 0.1",
+    "frozen stages, in parts": "--model.freeze [conv1,bn1,layer1] --train.accumulate 2 --train.steps 16",
     "more than an epoch a step": "--data.source synthetic --data.synthetic_samples 40 --data.image_size 8",
 }  # fmt: skip
 COSTLY = ("fp16", "resnet18")

@@ -203,6 +203,22 @@ def test_micro_batches_and_processes_give_the_same_gradient(one: Path, tmp_path:
     assert losses(both) == pytest.approx(losses(four), rel=1e-8)
 
 
+def test_a_frozen_backbone_stays_and_several_processes_have_the_losses_of_one(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
+    """Frozen BatchNorms normalise each sample alike, so no statistics have to be shared."""
+    flags = [*EXACT, "--model.freeze", "backbone", "--optim.weight_decay", "0.1", "--train.steps", "20"]
+    one, two = job("one", *flags, processes=1), job("two", *flags)
+    assert one.end() == two.end() == 0, one.text() + two.text()
+    assert losses(two.folder) == pytest.approx(losses(one.folder), rel=1e-8)
+    weights = [load_file(each.folder / "model.safetensors") for each in (one, two)]
+    for key, tensor in weights[0].items():
+        if not key.startswith("fc."):
+            assert torch.equal(tensor, weights[1][key]), key
+            statistics = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+            assert all(torch.all(tensor == value) for name, value in statistics.items() if key.endswith(name)), key
+
+
 def test_compressed_gradients_differ_and_still_train(tmp_path: Path) -> None:
     flags = [*DIGITS, "--optim.scale_lr", "true", "--engine.precision", "fp32", "--train.batch_size", 32,
              "--train.steps", 10]  # fmt: skip

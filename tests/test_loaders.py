@@ -442,7 +442,10 @@ def test_a_loader_is_built_as_configured(loader: str) -> None:
         assert images.stride() == (64, 64, 8, 1)
     with rejected("data.pad: 8", "8x8"):
         build(a_source(8, 8), *flags[:-1], "8")
-    with rejected("data.image_size", "16", "8x8"):
+    remedy = "--data.loader dataloader (or dali) --data.augment resized_crop --data.image_size"
+    with rejected("data.image_size", "16", "8x8", f"{remedy} 16"):
         build(a_source(8, 8), *flags, "--data.image_size", "16")
-    with rejected("9x8", "resized_crop"):
+    with rejected("9x8", f"{remedy} 224"):
         build(a_source(8, 9), *flags)
+    with rejected("9x8", f"{remedy} 16"):
+        build(a_source(8, 9), *flags, "--data.image_size", "16")

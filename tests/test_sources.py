@@ -458,13 +458,18 @@ def test_postscript_is_not_run_for_an_image(tmp_path: Path) -> None:
         decode(path)
 
 
-def test_unequal_sizes_name_the_file_both_sizes_and_the_remedy(tmp_path: Path) -> None:
-    source = load("imagefolder", write_image_folder(tmp_path, train=300))
+@pytest.mark.parametrize("asked", [None, 32])
+def test_unequal_sizes_name_the_file_both_sizes_and_the_remedy(asked: int | None, tmp_path: Path) -> None:
+    source = load("imagefolder", write_image_folder(tmp_path, train=300), image_size=asked)
     for index in (590, 280, 400):
         Image.new("RGB", (30, 20)).save(source.train.paths[index])
-    remedy = "--data.loader dali --data.augment resized_crop --data.image_size 224"
+    remedy = f"--data.loader dataloader (or dali) --data.augment resized_crop --data.image_size {asked or 224}"
     with rejected(source.train.paths[280], "30x20", "32x32", remedy):
         source.train.array(workers=2)
+    with rejected(source.train.paths[280], "30x20", "32x32", remedy):
+        source.train.subset(np.array([0, 280])).sized_image(1, 32, 32)
+    with rejected("30x20", "32x32", remedy):
+        load("imagefolder", tmp_path, image_size=asked, loader="resident")
     assert source.train.image(280).shape == (20, 30, 3)
 
 

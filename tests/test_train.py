@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -231,6 +234,64 @@ def test_weights_of_one_run_start_another_with_a_new_head(
     )
     old, new = load_file(weights), load_file(tmp_path / "run/model.safetensors")
     assert torch.equal(old["conv1.weight"], new["conv1.weight"]) and new["fc.weight"].shape == (12, 64)
+
+
+def write_photographs(root: Path, train: int = 16, test: int = 8) -> Path:
+    """Write JPEGs of uneven sizes, `train` and `test` of a sea and of a meadow, and return `root`."""
+    rng = np.random.default_rng(0)
+    for kind, tint in (("meadow", (0.35, 0.75, 0.25)), ("sea", (0.2, 0.4, 0.8))):
+        for part, count in (("train", train), ("test", test)):
+            (root / part / kind).mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(36, 90, 2)
+                brightness = np.linspace(rng.uniform(0.4, 1), rng.uniform(0.4, 1), height)[:, None, None]
+                pixels = 200 * brightness * np.array(tint) + rng.integers(0, 55, (height, width, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / kind / f"{number}.jpg")
+    return root
+
+
+def test_the_recipe_finetune_learns_two_kinds_of_photographs(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, weights = write_photographs(tmp_path / "photos"), tmp_path / "resnet18.pth.tar"
+    state = build_model("resnet18", num_classes=1000).state_dict()
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}, "epoch": 90}, weights)
+    flags = ["--recipe", "finetune", "--data.root", photos, "--model.weights", weights, "--data.image_size", 24]
+    smaller = "--train.steps 8 --train.batch_size 16 --train.log_every 4 --data.workers 0".split()
+    assert train(*flags, *smaller, "--run.dir", tmp_path / "run") == 0
+    assert "head replaced (fc.weight, fc.bias)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    seen = [row["accuracy"] for row in rows if row["split"] == "train"]
+    assert seen[-1] >= 0.85 and json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] >= 0.85
+
+
+def test_the_recipe_finetune_says_what_to_download_without_a_network(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    flags = ["--recipe", "finetune", "--data.root", write_photographs(tmp_path / "photos", 1, 1)]
+    assert train(*flags, "--run.dir", tmp_path / "run") == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Downloading:")]
+    assert said.startswith(
+        "fastres: error: model.weights DEFAULT: cannot get https://download.pytorch.org/models/resnet18"
+    )
+    assert "--model.weights FILE" in said and str(tmp_path / "cache/hub/checkpoints") in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_frozen_backbone_trains_the_head_alone_and_resumes_bitwise(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = undisturbed / "model.safetensors"
+    flags = [*SHORT, "--model.weights", weights, "--model.freeze", "backbone", "--train.steps", 16]
+    assert train(*flags, "--run.dir", tmp_path / "whole") == 0
+    assert re.search(r"freeze: 650 of [\d,]+ parameters are trained", capsys.readouterr().out)
+    old, new = load_file(weights), load_file(tmp_path / "whole/model.safetensors")
+    assert {key for key in new if not torch.equal(old[key], new[key])} == {"fc.weight", "fc.bias"}
+    state = tmp_path / "whole/checkpoints/step-00000008.pt"
+    assert train(*flags, "--run.resume", state, "--run.dir", tmp_path / "resumed") == 0
+    assert sha256(tmp_path / "resumed/model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
 
 
 def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path) -> None:

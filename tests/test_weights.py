@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import pickle
+import subprocess
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from fastres.config.schema import OptimConfig
 from fastres.models.registry import build_model
 from fastres.models.weights import load_weights, save_weights
+from fastres.runs import checkpoint
+from fastres.training.step import TrainStep
 from fastres.utils.errors import UsageError
+from tests.fixtures import Creates, engine, rejected
+
+
+class Calls:
+    """An object that calls a function when Python itself unpickles it."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.arguments
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -31,11 +52,36 @@ def assert_same_logits(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(a.eval()(x), b.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+
+
 WRAPPERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "bare": lambda state: state,
     "model": lambda state: {"model": state, "epoch": 3},
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "without num_batches_tracked": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+}
+MORE_WRAPPERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    **{
+        key: lambda state, key=key: {"epoch": 3, key: state, "optimizer": {"state": {0: {}}, "param_groups": []}}
+        for key in ("net", "network", "model_state_dict", "ema", "model_ema")
+    },
+    "an unusual key": lambda state: {"backbone_of_mine": state, "epoch": 3, "history": {}},
+    "weights before their average": lambda state: {"ema": zeros(state), "model": state},
+    "a checkpoint's average": lambda state: {"model_ema": prefixed(state, "module.") | {"n_averaged": torch.ones(())}},
+    "DDP": lambda state: prefixed(state, "module."),
+    "DDP in a checkpoint": lambda state: {"net": prefixed(state, "module."), "acc": 93.5, "epoch": 3},
+    "compile": lambda state: prefixed(state, "_orig_mod."),
+    "DDP and compile": lambda state: {"model": prefixed(state, "module._orig_mod.")},
+    "compile and DDP": lambda state: {"state_dict": prefixed(state, "_orig_mod.module.")},
+    "compiled stages": lambda state: {key.replace("layer1.", "layer1._orig_mod."): state[key] for key in state},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 0.1}},
+    "a list of one and a mapping": lambda state: {"state_dict": state, "scheduler": [defaultdict(list, {1: [2]})]},
 }
 
 
@@ -48,6 +94,117 @@ def test_starts_from_a_torchvision_file(tmp_path: Path, wrapper: str, suffix: st
     ours = build_model("resnet18")
     assert load_weights(ours, path) == []
     assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("wrapper", MORE_WRAPPERS)
+def test_common_wrappings_of_a_state_dict_are_read(tmp_path: Path, wrapper: str) -> None:
+    saved, loaded = build_model("resnet8"), build_model("resnet8")
+    torch.save(MORE_WRAPPERS[wrapper](saved.state_dict()), tmp_path / "model.ckpt")
+    assert load_weights(loaded, tmp_path / "model.ckpt") == []
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in saved.state_dict().items())
+
+
+FOREIGN: dict[str, Callable[[], Any]] = {
+    "a number of numpy": lambda: np.float64(93.5),
+    "an integer of numpy": lambda: np.int64(3),
+    "an array": lambda: np.arange(6, dtype=np.float32).reshape(2, 3),
+    "arguments": lambda: argparse.Namespace(lr=0.1, layers=[2, 2], out=Path("runs/x")),
+    "a path": lambda: Path("runs/x"),
+    "an object of the program's": lambda: Creates,
+    "a class of torch": lambda: nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "before 1.6"])
+def test_weights_are_read_from_beside_other_objects(tmp_path: Path, kind: str, new_format: bool) -> None:
+    saved, loaded = build_model("resnet8"), build_model("resnet8")
+    permitted = set(torch.serialization.get_safe_globals())
+    if kind == "a class of torch" and not new_format:
+        pytest.skip("torch reads no such file with weights_only")
+    content = {"best": FOREIGN[kind](), "state_dict": prefixed(saved.state_dict(), "module."), "epoch": 3}
+    torch.save(content, tmp_path / "model.pth.tar", _use_new_zipfile_serialization=new_format)
+    assert load_weights(loaded, tmp_path / "model.pth.tar") == []
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in saved.state_dict().items())
+    assert set(torch.serialization.get_safe_globals()) == permitted  # the stand-ins serve one file
+
+
+HOSTILE: dict[str, Callable[[Path], Any]] = {
+    "open": Creates,
+    "eval": lambda witness: Calls(eval, f"open({str(witness)!r}, 'w')"),
+    "exec": lambda witness: Calls(exec, f"open({str(witness)!r}, 'w')"),
+    "os.system": lambda witness: Calls(os.system, f"touch {witness}"),
+    "subprocess": lambda witness: Calls(subprocess.call, ["touch", str(witness)]),
+    "a method": lambda witness: Calls(getattr, Calls(Path, str(witness)), "touch"),
+    "a second pickle": lambda witness: Calls(pickle.loads, pickle.dumps(Creates(witness))),
+    "numpy's pickle": lambda witness: Calls(np.load, str(witness)),
+    "torch's storage": lambda witness: Calls(torch.storage._load_from_bytes, pickle.dumps(Creates(witness))),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "before 1.6"])
+def test_a_hostile_object_beside_weights_runs_nothing(tmp_path: Path, kind: str, new_format: bool) -> None:
+    model, witness, path = build_model("resnet8"), tmp_path / "witness", tmp_path / "model.pt"
+    for place in ("args", "state_dict"):  # beside the weights, and in their place
+        content = {"state_dict": model.state_dict(), "epoch": 3, place: HOSTILE[kind](witness)}
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        readable = place == "args" and kind != "os.system"  # torch rejects whatever names the module os
+        with nullcontext() if readable else rejected(path):
+            assert load_weights(model, path) == []
+        assert not witness.exists()
+
+
+def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path: Path) -> None:
+    path, model = tmp_path / "model.pt", build_model("resnet8")
+    torch.save(nn.Linear(2, 2), path)
+    assert_refused(model, path, "an object of torch.nn.modules.linear.Linear", "torch.save(model.state_dict()")
+    torch.save({"model": argparse.Namespace(), "epoch": 3}, path)
+    assert_refused(model, path, "epoch (a int), model (an object of argparse.Namespace)")
+    torch.save({"a": model.state_dict(), "b": model.state_dict()}, path)  # which of the two?
+    assert_refused(model, path, "a (a OrderedDict), b (a OrderedDict)")
+    torch.save({"state_dict": {}, "path": os.path.join}, path)
+    assert_refused(model, path, "path (posixpath.join)")
+    torch.save({"state_dict": model.state_dict(), "run": os.system}, path)
+    assert_refused(model, path, "posix.system", "nothing in a file is executed")
+    torch.save({"fc.weight": torch.eye(2).to_sparse()}, path)
+    assert_refused(model, path, "fc.weight", "sparse")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    assert_refused(model, path, "TorchScript", "torch.jit.load")
+
+
+def test_starts_from_a_checkpoint_or_a_folder_of_a_run(tmp_path: Path) -> None:
+    saved = trained(build_model("resnet8"))
+    step = TrainStep(saved, engine(), OptimConfig())
+    state = {"step": 3, "window": {}, "clock": {}, "trainer": step.state_dict()}
+    written = checkpoint.save(tmp_path / "checkpoints", 3, state, keep=1)
+    save_weights(saved, tmp_path / "model.safetensors")
+    for source in (written, tmp_path, str(tmp_path / "model.safetensors")):
+        loaded = build_model("resnet8")
+        assert load_weights(loaded, source) == []
+        assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in saved.state_dict().items())
+    assert_refused(saved, tmp_path / "checkpoints", "model.safetensors", "does not exist")
+
+
+def test_torchvisions_weights_are_taken_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    theirs, ours = trained(torchvision.models.resnet18()), build_model("resnet18", num_classes=2)
+    file = "resnet18-f37072fd.pth"
+    with rejected("model.weights DEFAULT", f"https://download.pytorch.org/models/{file}", "--model.weights FILE"):
+        load_weights(ours, "DEFAULT", "resnet18")
+    torch.save(theirs.state_dict(), tmp_path / "hub/checkpoints" / file)
+    for name in ("DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1"):
+        ours = build_model("resnet18", num_classes=2)
+        assert load_weights(ours, name, "resnet18") == ["fc.weight", "fc.bias"]
+        assert torch.equal(ours.get_parameter("layer4.1.conv2.weight"), theirs.layer4[1].conv2.weight)
+    with rejected("IMAGENET1K_V2", "resnet18", "did you mean IMAGENET1K_V1", "DEFAULT"):
+        load_weights(ours, "IMAGENET1K_V2", "resnet18")
+    with rejected("resnet20", "torchvision"):
+        load_weights(build_model("resnet20"), "DEFAULT", "resnet20")
+    (tmp_path / "hub/checkpoints" / file).write_bytes(b"damaged")
+    with rejected("model.weights DEFAULT", file):
+        load_weights(ours, "DEFAULT", "resnet18")
 
 
 def test_starts_from_a_file_in_the_format_before_pytorch_1_6(tmp_path: Path) -> None:

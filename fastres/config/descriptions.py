@@ -27,6 +27,8 @@ def _describe_type(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "a list of whole numbers such as [32000, 48000]"
+    if typing.get_origin(kind) is list:
+        return "a list of names such as [conv1, layer1]"
     if typing.get_origin(kind) is dict:
         return "a mapping such as {stem: small}"
     return {

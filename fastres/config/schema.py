@@ -42,7 +42,13 @@ class ModelConfig:
     """Outputs of the head (null: the number of classes in the data)."""
 
     weights: str | None = None
-    """File of initial weights: .safetensors or a torchvision state_dict; a head of another size is replaced."""
+    """Initial weights: a safetensors file, a state_dict saved by torch (also in a checkpoint), a run's folder, or the
+    name of torchvision's weights for the network, such as DEFAULT or IMAGENET1K_V2, which are downloaded. A head of
+    another size is replaced."""
+
+    freeze: list[str] | str | None = None
+    """What is not trained: backbone for everything but the head, or modules such as [conv1, bn1, layer1]. Frozen
+    BatchNorms normalise with their running statistics, which stay as they are."""
 
     # Plain values, not Any: for Any, jsonargparse would import and call a class named by {class_path: ...}.
     options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)

@@ -101,8 +101,8 @@ def _check_data(data: DataConfig) -> None:
     )
     _reject_if(
         resizes and data.loader == "resident",
-        "data.augment resized_crop: the resident loader has only images of one size; use --data.loader dali or "
-        "dataloader",
+        "data.augment resized_crop: the resident loader has only images of one size; use --data.loader dataloader or "
+        "dali",
     )
     for name in ("cutout", "mixup", "cutmix"):
         _reject_if(
@@ -136,6 +136,13 @@ def _check_model(model: ModelConfig) -> None:
 
         with torch.device("meta"):
             norm = "fused" if model.norm == "fused" else "torch"
-            build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
+            network = build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"model: {first_line(error)}") from None
+    if model.freeze:
+        from fastres.models.freeze import freeze
+
+        try:
+            freeze(network, model.freeze)
+        except ValueError as error:
+            raise UsageError(f"model.freeze: {error}") from None

@@ -16,6 +16,7 @@ from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source, Split, hold_out
 from fastres.distributed import process_group
 from fastres.distributed.process_group import ProcessGroup
+from fastres.models.freeze import freeze
 from fastres.models.registry import build_model, check_input_shape
 from fastres.models.weights import load_weights
 from fastres.training.channels_last import check_channels_last
@@ -74,10 +75,14 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
     notes = [*engine.reasons, *data.source.notes]
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
-        replaced = group.broadcast_from_rank0(lambda: load_weights(model, str(config.model.weights)))
+        weights = config.model.weights
+        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, config.model.name))
     process_group.broadcast_buffers(model)
     if config.model.sync_norm:
         process_group.enable_sync_batchnorm(model)
+    if config.model.freeze:
+        freeze(model, config.model.freeze)
+        notes.append(_frozen_note(model))
     dummy = dummy_batch(config, data.source, engine)
     _check_batch_shape(config, dummy)
     if engine.channels_last:
@@ -97,6 +102,13 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
         dummy_batch=dummy,
         notes=tuple(notes),
     )
+
+
+def _frozen_note(model: nn.Module) -> str:
+    """Return the line with the share of the parameters that are trained."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(count for count, is_trained in counts if is_trained)
+    return f"freeze: {trained:,} of {sum(count for count, _ in counts):,} parameters are trained"
 
 
 def build_data(config: Config, engine: Engine, group: ProcessGroup, source: Source | None = None) -> Data:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.models.freeze import training_mode
 from fastres.training.engine import Engine
 from fastres.training.step import Batch, ForwardLoss, preserving
 
@@ -41,7 +42,7 @@ def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
     handles = [module.register_forward_hook(checks(name)) for name, module in layers]
     try:
         with preserving(model.buffers()):
-            model.train()
+            training_mode(model)
             forward_loss = ForwardLoss(model, engine, "mean")
             forward_loss.run_eagerly()
             loss, _ = forward_loss(batch[0][:2], batch[1][:2])

@@ -119,7 +119,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Tensor, OptimConfig], torc
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.optim.Optimizer:
-    """Return the configured optimizer over the model's parameters.
+    """Return the configured optimizer over the model's parameters that are not frozen.
 
     Args:
         model: the network, on its device.
@@ -130,7 +130,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
         UsageError: if optim.name is apex_sgd and apex is unavailable.
     """
     scaled = norm_biases(model) if config.norm_bias_lr_scale != 1 else []
-    parameters = [p for p in model.parameters() if all(p is not bias for bias in scaled)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in trained if all(p is not bias for bias in scaled)]
     if config.decay_norm_and_bias:
         groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
     else:  # BatchNorm's parameters and all biases have one dimension
@@ -147,9 +148,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor) -> torch.
 
 
 def norm_biases(model: nn.Module) -> list[Tensor]:
-    """Return the biases of the model's BatchNorms."""
+    """Return the biases of the model's BatchNorms that are not frozen."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [norm.bias for norm in norms if norm.bias is not None]
+    return [norm.bias for norm in norms if norm.bias is not None and norm.bias.requires_grad]
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:

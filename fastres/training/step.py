@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastres.config.schema import OptimConfig
 from fastres.data.spec import IGNORED
 from fastres.distributed import process_group
+from fastres.models.freeze import training_mode
 from fastres.training.engine import Engine
 from fastres.training.metrics import DeviceMetrics
 from fastres.training.optim import build_optimizer, learning_rates
@@ -229,8 +230,8 @@ class TrainStep:
         It launches the same work on every call and never branches on device values, so it can be captured in a CUDA
         graph (training/cuda_graph.py).
         """
-        if not self.model.training:  # checked first, because train() walks through all modules
-            self.model.train()
+        if not self.model.training:  # checked first, because training_mode() walks through all modules
+            training_mode(self.model)
         *first, last = self._micro_batches(images, labels)
         for micro_batch in first:
             with process_group.no_sync(self.forward_loss):
@@ -257,7 +258,7 @@ class TrainStep:
         Parameters, buffers and metrics keep their values, gradients are dropped, and the model stays in training mode.
         """
         with preserving([*self.model.buffers(), *self.metrics.tensors]):
-            self.model.train()
+            training_mode(self.model)
             self._accumulate_gradients(self._micro_batches(images, labels)[0])
         self.model.zero_grad()
 

@@ -17,6 +17,7 @@ from fastres.data.augment import normalize, tile_row
 from fastres.data.loaders.dali import DaliLoader
 from fastres.data.loaders.dataloader import HostLoader, evaluation_view
 from fastres.data.loaders.resident import ResidentLoader
+from fastres.data.sources.formats import resizing_flags
 from fastres.data.sources.source import Source, Split
 from fastres.data.spec import BatchSpec
 from fastres.utils.errors import UsageError
@@ -142,12 +143,12 @@ def image_size(config: Config, source: Source) -> int:
     if height != width:
         raise UsageError(
             f"{source.name} has images of {width}x{height} pixels, which are not square; use "
-            "--data.loader dali --data.augment resized_crop --data.image_size 224"
+            f"{resizing_flags(config.data.image_size)}"
         )
     if config.data.image_size not in (None, height):
         raise UsageError(
             f"data.image_size: {config.data.image_size} is given, but {source.name} has images of {width}x{height} "
-            "pixels; leave it out, or let --data.augment resized_crop resize them"
+            f"pixels; leave it out, or resize them with {resizing_flags(config.data.image_size)}"
         )
     return height
 

@@ -64,7 +64,7 @@ def kept_images(
         entry = _entry(folder, part, config)
 
         def make() -> None:
-            _write_images(entry, folder, paths, wanted, config.workers)
+            _write_images(entry, folder, paths, wanted, config)
             notes.append(f"images are decoded once, into {entry.parent}, and later runs read them from there")
 
         return _once(entry, folder, lambda: _read_images(entry, wanted, len(paths)), make), notes
@@ -116,9 +116,9 @@ def write_bad_list(folder: Path, part: str, lines: Iterable[str], config: DataCo
         return None
 
 
-def decode_all(paths: Sequence[Path], workers: int) -> np.ndarray:
+def decode_all(paths: Sequence[Path], workers: int, asked_size: int | None = None) -> np.ndarray:
     """Return the images of `paths` in memory, (N, H, W, 3) uint8. Raise UsageError as kept_images() does."""
-    shape, blocks = _decoded(paths, workers)
+    shape, blocks = _decoded(paths, workers, asked_size)
     images = np.empty(shape, np.uint8)
     for start, block in zip(range(0, len(paths), BLOCK), blocks, strict=True):
         images[start : start + BLOCK] = block
@@ -219,11 +219,11 @@ def _is_size(one: Any) -> bool:
     )
 
 
-def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint: str, workers: int) -> None:
+def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint: str, config: DataConfig) -> None:
     """Write the array and then its description, because an array without a description does not count."""
     for suffix in (".json", ".npy"):  # the previous version, because its space may be needed
         entry.with_suffix(suffix).unlink(missing_ok=True)
-    shape, blocks = _decoded(paths, workers)
+    shape, blocks = _decoded(paths, config.workers, config.image_size)
     header, digest = io.BytesIO(), hashlib.sha256()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     pieces: Iterable[bytes | memoryview] = itertools.chain(
@@ -267,13 +267,18 @@ def _not_kept(error: OSError, config: DataConfig) -> str:
 # Decoding -----------------------------------------------------------------------------------------
 
 
-def _decoded(paths: Sequence[Path], workers: int) -> tuple[tuple[int, ...], Iterator[list[np.ndarray]]]:
-    """Return the shape of all images together, and an iterator over the images, (H, W, 3) uint8, in blocks of BLOCK."""
+def _decoded(
+    paths: Sequence[Path], workers: int, asked_size: int | None
+) -> tuple[tuple[int, ...], Iterator[list[np.ndarray]]]:
+    """Return the shape of all images together, and an iterator over the images, (H, W, 3) uint8, in blocks of BLOCK.
+
+    `asked_size` is data.image_size, for the error about images of unequal size.
+    """
     height, width, channels = decode(paths[0]).shape
 
     def sized(path: Path) -> np.ndarray:
         image = decode(path)
-        check_size(path, image.shape[:2], (height, width))
+        check_size(path, image.shape[:2], (height, width), asked_size)
         return image
 
     return (len(paths), height, width, channels), _each(sized, paths, workers)

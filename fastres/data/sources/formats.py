@@ -87,13 +87,25 @@ def size_or_reason(path: Path) -> tuple[int, int] | str:
         return _reason(path, error.__cause__ or error)
 
 
-def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """Raise UsageError if an image's height and width differ from those of the other images."""
+def check_size(what: object, size: tuple[int, int], wanted: tuple[int, int], asked: int | None) -> None:
+    """Raise UsageError if an image's height and width differ from those of the other images.
+
+    Args:
+        what: the image, in words.
+        size: its height and width.
+        wanted: those of the other images.
+        asked: data.image_size, for the remedy.
+    """
     if size != wanted:
         raise UsageError(
             f"{what} has {size[1]}x{size[0]} pixels, others {wanted[1]}x{wanted[0]}; for images of unequal size use "
-            "--data.loader dali --data.augment resized_crop --data.image_size 224"
+            f"{resizing_flags(asked)}"
         )
+
+
+def resizing_flags(asked: int | None) -> str:
+    """Return the flags with which images of any size are used, at the side `asked` if data.image_size gives one."""
+    return f"--data.loader dataloader (or dali) --data.augment resized_crop --data.image_size {asked or 224}"
 
 
 def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:

@@ -60,8 +60,8 @@ def imagefolder(config: DataConfig) -> Source:
             images, said = kept_images(_folder(root, part), part, paths, config)
             notes.extend(said)
             if images is not None:
-                return Split(labels=labels, images=images, paths=paths)
-        return Split(labels=labels, paths=paths)
+                return Split(labels=labels, images=images, paths=paths, asked_size=config.image_size)
+        return Split(labels=labels, paths=paths, asked_size=config.image_size)
 
     splits = {part: split(part) for part in parts}
     mean, std = NORMALIZATION["imagefolder"]

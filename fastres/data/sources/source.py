@@ -32,6 +32,7 @@ class Split:
     labels: np.ndarray  # (N,) int64
     images: np.ndarray | None = None  # (N, H, W, C) uint8
     paths: tuple[Path, ...] = ()  # N files: those to decode, or those that the images came from; empty for arrays
+    asked_size: int | None = None  # data.image_size, for the error about images of unequal size
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +55,7 @@ class Split:
     def check_size(self, index: int, height: int, width: int, wanted_height: int, wanted_width: int) -> None:
         """Raise UsageError if sample `index`, of height x width, does not have the wanted size."""
         what = self.paths[index] if self.paths else f"image {index}"
-        check_size(what, (height, width), (wanted_height, wanted_width))
+        check_size(what, (height, width), (wanted_height, wanted_width), self.asked_size)
 
     def array(self, workers: int) -> np.ndarray:
         """Return all samples as (N, H, W, C) uint8, decoded by `workers` threads.
@@ -62,7 +63,7 @@ class Split:
         Raises:
             UsageError: if a file cannot be decoded or has another size than the first.
         """
-        return decode_all(self.paths, workers) if self.images is None else self.images
+        return decode_all(self.paths, workers, self.asked_size) if self.images is None else self.images
 
     def subset(self, indices: np.ndarray) -> Split:
         """Return the samples at `indices`, (M,) integers, in that order."""
@@ -70,6 +71,7 @@ class Split:
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
             paths=tuple(self.paths[index] for index in indices) if self.paths else (),
+            asked_size=self.asked_size,
         )
 
 
