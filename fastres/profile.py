@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
+from fastres.config.formats import read_yaml
 from fastres.config.validation import check_device
 from fastres.models.registry import find
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
@@ -43,9 +43,9 @@ def option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as stem=small")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML") from None
+        return name, read_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value cannot be read as YAML: {error}") from None
 
 
 def parser() -> Parser:

@@ -13,6 +13,7 @@ import yaml
 
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
+from fastres.config.formats import read_json, read_yaml, write_yaml
 from fastres.config.schema import Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
 from fastres.runs.run_dir import RunDir
@@ -426,3 +427,117 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> Non
 def test_a_folder_may_have_the_name_of_a_section(flags: str) -> None:
     config = parse(flags.split())
     assert (config.data.root, config.run.dir) == ("data", "run")
+
+
+# ---- JSON and YAML, read strictly ---------------------------------------------------------------------------
+
+
+def written(path: Path, content: str) -> list[str]:
+    """Write a configuration file and return the flags that name it."""
+    path.write_text(content, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.JSON"])
+def test_a_json_file_is_read_as_json(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    config = parse(written(path, json.dumps({"optim": {"lr": 1e-05}, "data": {"root": "a\tb"}}, indent="\t")))
+    assert (config.optim.lr, config.data.root) == (1e-05, "a\tb")
+    assert parse(written(path, '{"data": {"root": "\\/a\\ud83d\\ude00"}}')).data.root == "/a\U0001f600"
+    assert parse(written(path, "\ufeff" + json.dumps(TUTORIAL, indent="\t"))).model.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{\n\t"optim": {"lr": 0.1},\n}', "line 3 column 1"),
+        ("{'optim': {}}", "line 1 column 2"),
+        ("optim: {lr: 0.1}", "line 1 column 1"),
+        ('{"optim": {"lr": 0.1} // faster\n}', "line 1 column 23"),
+        ('{"optim": {"lr": 010}}', "line 1 column 19"),
+        ("", "line 1 column 1"),
+        ('{"optim": {\n"momentum": NaN}}', "NaN is not a number in JSON; give a finite number: line 2 column 13"),
+        ('{"optim": {"lr": -Infinity}}', "-Infinity is not a number in JSON; give a finite number: line 1 column 18"),
+        ('{"run": {"seed": 1,\n\t"dir": "{\\"seed", "s\\u0065ed": 2}}', "'seed' is given twice, first in line 1"),
+        (
+            '{"optim": {"lr": 1},\n"run": {},\n"optim": {}}',
+            "'optim' is given twice, first in line 1; remove one: line 3",
+        ),
+    ],
+)
+def test_a_json_file_is_read_strictly(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with rejected(path, "cannot be read as JSON", said):
+        parse(written(path, content))
+
+
+def test_objects_side_by_side_may_have_equal_keys(tmp_path: Path) -> None:
+    content = '{"train": {"steps": 3, "batch_size": 8}, "schedule": {"warmup_steps": 0}, "data": {}}'
+    assert parse(written(tmp_path / "config.json", content)).train.steps == 3
+    path = tmp_path / "config.yaml"
+    merged = "train: &t {steps: 3, log_every: 7}\nschedule: {warmup_steps: 0}\n"
+    assert parse(written(path, merged)).train.log_every == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("optim: {lr: 1}\nrun: {}\noptim: {}", "line 3, column 1: 'optim' is given twice, first in line 1; remove one"),
+        ("run:\n  seed: 3\n  seed: 3", "line 3, column 3: 'seed' is given twice, first in line 2; remove one"),
+        ("model: {options: {stem: small, 'stem': 1}}", "line 1, column 32: 'stem' is given twice, first in line 1"),
+        ("run: {seed: 010}", "line 1, column 13: 010 would be a number in base 8; write 10, or '010' for text"),
+        ("run: {seed: 019}", "write 19"),
+        ("run: {seed: 000}", "write 0,"),
+        ("run: {dir: 0012}", "'0012' for text"),
+        ("run: {seed: 1:30}", "line 1, column 13: 1:30 would be a number in base 60; write it in decimal"),
+        ("optim: {lr: 1:30.5}", "1:30.5 would be a number in base 60"),
+        ("schedule: {milestones: [010, 020]}", "line 1, column 25: 010 would be a number in base 8"),
+        ("optim:\n\tlr: 1", "line 2, column 1"),
+    ],
+)  # fmt: skip
+def test_ambiguous_yaml_is_rejected_with_its_place(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with rejected(path, "cannot be read as YAML", said):
+        parse(written(path, content))
+
+
+def test_a_flag_reads_lists_and_mappings_as_strictly_and_a_whole_number_in_decimal() -> None:
+    assert parse(["--run.seed", "010"]).run.seed == 10
+    assert parse(["--run.dir", "010", "--data.root", "1:30"]).run.dir == "010"
+    with rejected("schedule.milestones", "010 would be a number in base 8"):
+        parse(["--schedule.milestones", "[010, 020]"])
+    with rejected("model.options", "'blocks_per_stage' is given twice"):
+        parse(["--model.options={blocks_per_stage: 1, blocks_per_stage: 2}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("+1e-4", 1e-4), (".5", 0.5), ("0.5", 0.5), ("2", 2.0)]
+)
+def test_numbers_in_yaml_are_those_of_json(text: str, lr: float, tmp_path: Path) -> None:
+    config = parse(written(tmp_path / "c.yaml", f"optim: {{lr: {text}}}"))
+    assert config.optim.lr == lr and type(config.optim.lr) is float
+
+
+def test_an_option_of_the_model_is_a_number_in_every_spelling() -> None:
+    assert read_yaml("{a: 1e-4, b: [0x10, 1_0], c: 0}") == {"a": 1e-4, "b": [16, 10], "c": 0}
+    assert read_json('{"a": 1e-4}') == {"a": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("no", False), ("on", True), ("off", False), ("true", True)]
+)
+def test_yes_and_no_are_true_and_false_in_files_and_flags(text: str, value: bool, tmp_path: Path) -> None:
+    assert parse(written(tmp_path / "c.yaml", f"optim: {{nesterov: {text}}}")).optim.nesterov is value
+    assert parse([f"--optim.nesterov={text}"]).optim.nesterov is value
+    with rejected("data.root", str(value), "in quotes"):
+        parse(written(tmp_path / "c.yaml", f"data: {{root: {text}}}"))
+    assert parse(written(tmp_path / "c.yaml", f"data: {{root: '{text}'}}")).data.root == text
+
+
+@pytest.mark.parametrize("text", "1e3 010 1:30 yes 2026-01-31 .5 0x10 1_0 1e-4 019".split())
+def test_text_of_any_look_survives_config_yaml(text: str, file: Any) -> None:
+    config = parse([])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mirror=text))
+    assert parse(file(dump(config))) == config
+    assert yaml.safe_load(dump(config)) == to_dict(config)  # for other programs too
+    assert read_yaml(write_yaml({"a": text})) == yaml.safe_load(write_yaml({"a": text})) == {"a": text}

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fastres.config.descriptions import describe
 from fastres.config.files import RENAMED_VALUES, load_file, load_recipe, recipe_names, rename_values
+from fastres.config.formats import read_yaml
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, dump
 from fastres.config.validation import check
 from fastres.utils.errors import UsageError
@@ -38,6 +39,7 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     """
     files, flags = _split_files_from_flags(argv, prog)
     flags = _rename_flag_values(flags)
+    _check_flow_values(flags)
     parser = _parser(prog)
     layers = [(name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
@@ -91,7 +93,8 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="configuration file (YAML, JSON, or the tutorial's config.json); may be repeated",
+        help="configuration file: JSON if its name ends in .json (the tutorial's config.json too), otherwise YAML; may "
+        "be repeated",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="print the "
@@ -126,6 +129,18 @@ def _rename_flag_values(flags: list[str]) -> list[str]:
             renamed[i if equals else i + 1] = f"{name}={names[value]}" if equals else names[value]
             _note("", name, value, names[value])
     return renamed
+
+
+def _check_flow_values(flags: list[str]) -> None:
+    """Raise UsageError for a flag's list or mapping that has an ambiguous number or a key twice, as in a file."""
+    for flag, following in itertools.pairwise([*flags, ""]):
+        name, equals, attached = flag.partition("=")
+        key = name.removeprefix("--").removesuffix("+")
+        if key in FIELDS and re.search("a list|a mapping", describe(key)):
+            try:
+                read_yaml(attached if equals else following)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{key}: cannot be read as YAML: {error}") from None
 
 
 def _note(where: str, name: str, old: str, new: str) -> None:

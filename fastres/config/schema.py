@@ -11,8 +11,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fastres.config.formats import write_yaml
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
@@ -309,7 +310,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML, which --config accepts to repeat the run."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return write_yaml(to_dict(config))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from fastres.config.files import rename_values
+from fastres.config.formats import read_yaml
 from fastres.config.schema import Config, differences, dump, to_dict
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
@@ -54,9 +54,9 @@ class RunDir:
                 "or choose another --run.dir"
             )
         try:
-            old = rename_values(yaml.safe_load(known.read_text(encoding="utf-8")))
+            old = rename_values(read_yaml(known.read_text(encoding="utf-8")))
             changed = differences(old, to_dict(self.config))
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
             raise UsageError(
