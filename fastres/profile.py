@@ -22,7 +22,7 @@ from fastres.config.validation import check_device
 from fastres.models.registry import find
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils.atomic_io import write_text
-from fastres.utils.errors import Parser, UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 if TYPE_CHECKING:
     from fastres.profiling.workloads import Workload
@@ -89,7 +89,9 @@ def parser() -> Parser:
     made.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
                       help="steps of a round (default: as many as take the baseline half a second)")  # fmt: skip
-    made.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)")
+    made.add_argument(
+        "--out", type=user_path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)"
+    )
     made.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True,
                       help="keep the traces, for ui.perfetto.dev (default: --trace)")  # fmt: skip
     return made

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
+from fastres import doctor, evaluate, export, plot, profile, train
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
 from fastres.config.formats import read_json, read_yaml, write_yaml
-from fastres.config.schema import Config, differences, dump, model_options, to_dict
+from fastres.config.schema import PATHS, Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
 from fastres.runs.run_dir import RunDir
+from fastres.utils.errors import user_path
 from tests.fixtures import rejected
 
 RECIPES = {
@@ -427,6 +429,67 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> Non
 def test_a_folder_may_have_the_name_of_a_section(flags: str) -> None:
     config = parse(flags.split())
     assert (config.data.root, config.run.dir) == ("data", "run")
+
+
+# ---- ~ in paths ---------------------------------------------------------------------------------------------
+
+PATH_FLAGS = [f"{section}.{name}" for section, names in PATHS.items() for name in names]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder that ~ stands for."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+def value_of(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize("key", PATH_FLAGS)
+def test_a_tilde_is_expanded_in_every_path_of_flags_files_and_python(key: str, home: Path, tmp_path: Path) -> None:
+    section, _, name = key.partition(".")
+    assert value_of(parse([f"--{key}=~/x/y"]), key) == str(home / "x/y")
+    (home / "c.yaml").write_text(f"{section}: {{{name}: ~/x}}")
+    assert value_of(parse(["--config=~/c.yaml"]), key) == str(home / "x")
+    kind = type(getattr(Config(), section))
+    assert getattr(kind(**{name: "~"}), name) == str(home)
+    assert getattr(kind(**{name: "a/~"}), name) == "a/~"
+    assert getattr(kind(**{name: f"{tmp_path}/~x/"}), name) == f"{tmp_path}/~x/"
+    with rejected(key, "~nosuchuser", "./~nosuchuser"):
+        parse([f"--{key}", "~nosuchuser/x"])
+
+
+def test_a_tilde_in_front_of_an_unknown_user_is_one_line(home: Path) -> None:
+    with rejected("~nosuchuser/c.yaml", "no home folder"):
+        parse(["--config", "~nosuchuser/c.yaml"])
+    for command in (evaluate.main, export.main, plot.main):
+        with rejected("~nosuchuser/run", "no home folder"):
+            command(["~nosuchuser/run"])
+    with rejected("~nosuchuser/out", "no home folder"):
+        profile.main(["--out", "~nosuchuser/out"])
+    with rejected("~nosuchuser/data", "no home folder"):
+        doctor.main(["--data.root", "~nosuchuser/data"])
+
+
+def test_every_command_expands_a_tilde(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "c.json").write_text(json.dumps(TUTORIAL | {"num_layer": 1, "height": 8, "width": 8}))
+    flags = "--recipe digits --train.steps 2 --train.batch_size 8 --schedule.warmup_steps 1 --train.eval_every 2"
+    assert train.main([*flags.split(), "--config=~/c.json", "--run.dir=~/run"]) == 0
+    evaluate.main(["~/run", "--checkpoint=~/run/checkpoints/step-00000002.pt", "--data.root=~/d", "--data.cache=~/c"])
+    export.main(["~/run", "--output=~/net.safetensors"])
+    plot.main(["~/run", "--output=~/curves.png"])
+    longer = [*flags.split(), "--config=~/c.json", "--train.steps=3", "--run.dir=~/longer"]
+    weights = ["--model.weights=~/run/model.safetensors", "--run.resume=~/run/checkpoints/step-00000002.pt"]
+    assert train.main([*longer, *weights]) == 0
+    assert {path.name for path in home.iterdir()} == {"c.json", "run", "net.safetensors", "curves.png", "longer"}
+    assert profile.parser().parse_args(["--out=~/p"]).out == home / "p"
+    (home / "data/MNIST/raw").mkdir(parents=True)
+    assert f"under {home / 'data'}: mnist" in "".join(text for _, text in doctor.data(user_path("~/data")))
 
 
 # ---- JSON and YAML, read strictly ---------------------------------------------------------------------------

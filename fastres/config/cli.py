@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -22,7 +21,7 @@ from fastres.config.files import RENAMED_VALUES, load_file, load_recipe, recipe_
 from fastres.config.formats import read_yaml
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, dump
 from fastres.config.validation import check
-from fastres.utils.errors import UsageError
+from fastres.utils.errors import UsageError, user_path
 from fastres.utils.suggest import did_you_mean
 from fastres.utils.version import __version__
 
@@ -41,7 +40,7 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     flags = _rename_flag_values(flags)
     _check_flow_values(flags)
     parser = _parser(prog)
-    layers = [(name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config]
+    layers = [(name, rename_values(load_file(user_path(name)), partial(_note, f"{name}: "))) for name in files.config]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
     merged: dict[str, Any] = {}

@@ -14,13 +14,28 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fastres.config.formats import write_yaml
+from fastres.utils.errors import UsageError, expand_user
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
+PATHS = {"model": ("weights",), "data": ("root", "cache"), "run": ("dir", "resume")}  # ~ in these fields is expanded
+
+
+class Section:
+    """A section of the configuration, in whose PATHS ~ is expanded wherever a value comes from."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        for name in PATHS.get(section, ()):
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    object.__setattr__(self, name, expand_user(value))
+                except UsageError as error:
+                    raise UsageError(f"--{section}.{name} {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The network."""
 
     name: str = "resnet20"
@@ -52,7 +67,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """The data set and how its samples reach the device."""
 
     source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = "cifar10"
@@ -243,7 +258,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Folder, seed, checkpoints and logging of the run."""
 
     dir: str | None = None

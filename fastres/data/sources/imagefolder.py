@@ -29,7 +29,7 @@ def imagefolder(config: DataConfig) -> Source:
     Raises:
         UsageError: if a folder is missing or empty, a class has no training images, or a file is bad.
     """
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     if not root.is_dir():
         raise UsageError(f"data.root: no folder {root}; it must hold images in train/CLASS/* and test/CLASS/*")
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
