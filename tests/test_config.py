@@ -15,7 +15,7 @@ from fastres import doctor, evaluate, export, plot, profile, train
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
 from fastres.config.formats import read_json, read_yaml, write_yaml
-from fastres.config.schema import PATHS, Config, differences, dump, model_options, to_dict
+from fastres.config.schema import FIELDS, MAY_CHANGE, PATHS, Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
 from fastres.runs.run_dir import RunDir
 from fastres.utils.errors import user_path
@@ -172,6 +172,26 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
     older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
     assert differences(older, old) == []  # written before the field existed
     assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == ["optim.nesterov: False -> True"]
+
+
+def test_the_fields_that_may_change_are_fields_with_reasons() -> None:
+    assert set(MAY_CHANGE) <= set(FIELDS) and all(MAY_CHANGE.values())
+    changed = ("--data.root=x --data.mirror=http://x --data.download=false --data.cache=x --data.workers=7 "
+               "--train.eval_batch_size=7 --train.log_every=7 --run.checkpoint_every=7 --run.keep_checkpoints=7 "
+               "--run.tensorboard=true --run.timeout_s=7")  # fmt: skip
+    assert differences(to_dict(parse([])), to_dict(parse(changed.split()))) == []
+    for kept in ("--data.validation=7", "--data.loader=dataloader", "--train.eval_every=7", "--run.seed=7"):
+        assert len(differences(to_dict(parse([])), to_dict(parse([kept])))) == 1
+
+
+def test_initial_weights_are_the_same_file_in_any_spelling(tmp_path: Path, in_an_empty_folder: Path) -> None:
+    def weights(path: object) -> dict[str, Any]:
+        return to_dict(parse([f"--model.weights={path}"]))
+
+    for spelling in ("./w.pt", in_an_empty_folder / "w.pt", "../here/w.pt"):
+        assert differences(weights("w.pt"), weights(spelling)) == []
+    assert differences(weights("w.pt"), weights("v.pt")) == ["model.weights: w.pt -> v.pt"]
+    assert differences(weights("w.pt"), to_dict(parse([]))) == ["model.weights: w.pt -> None"]
 
 
 # ---- values that were renamed -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -19,6 +20,23 @@ from fastres.utils.errors import UsageError, expand_user
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
 PATHS = {"model": ("weights",), "data": ("root", "cache"), "run": ("dir", "resume")}  # ~ in these fields is expanded
+
+# Fields that a resumed run may change, with the reason why the run stays the same run. A path is not compared:
+# data.root may be spelled in many ways and data may move, so only the data itself can tell whether it is the same.
+MAY_CHANGE = {
+    "data.root": "a place; the data decides, whatever its path",
+    "data.mirror": "a place; checksums decide which files are accepted",
+    "data.download": "the same files, downloaded or not",
+    "data.cache": "a place of copies, which fingerprints compare with the data",
+    "data.workers": "batches are functions of (seed, step), whoever prepares them",
+    "train.eval_batch_size": "every sample is evaluated once, whatever its batch",
+    "train.log_every": "rows of the log; the curve has steps of its own, train.eval_every",
+    "run.checkpoint_every": "steps at which the state is saved, which does not change it",
+    "run.keep_checkpoints": "files that are kept",
+    "run.tensorboard": "a copy of the metrics",
+    "run.wandb": "a copy of the metrics",
+    "run.timeout_s": "the end of a run that hangs",
+}
 
 
 class Section:
@@ -268,8 +286,9 @@ class RunConfig(Section):
     """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto: continue the run in run.dir if it has the same configuration; never: fail if run.dir contains a run; or the
-    path of a checkpoint to continue from, with its step and optimizer, in a new run.dir."""
+    """auto: continue the run in run.dir if it is the same run, whatever its paths, workers, log lines and checkpoints;
+    never: fail if run.dir contains a run; or the path of a checkpoint to continue from, with its step and optimizer, in
+    a new run.dir."""
 
     checkpoint_every: PositiveInt = 2_000
     """Steps between checkpoints; the last step is always saved."""
@@ -329,14 +348,21 @@ def dump(config: Config) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the differences between two to_dict() as `section.field: old -> new`; the recipe's name is not compared.
+    """Return the differences between two to_dict() as `section.field: old -> new`.
 
-    A field that an earlier version did not write counts as having its present default.
+    The recipe's name and MAY_CHANGE are not compared, and model.weights is the same file in any spelling. A field that
+    an earlier version did not write counts as having its present default.
     """
     lines, defaults = [], to_dict(Config())
     for section in SECTIONS:
         a, b = defaults[section] | old.get(section, {}), new.get(section, {})
         for name in sorted(set(a) | set(b)):
-            if a.get(name) != b.get(name):
-                lines.append(f"{section}.{name}: {a.get(name)} -> {b.get(name)}")
+            key, before, after = f"{section}.{name}", a.get(name), b.get(name)
+            if key not in MAY_CHANGE and before != after and not (key == "model.weights" and _same_file(before, after)):
+                lines.append(f"{key}: {before} -> {after}")
     return lines
+
+
+def _same_file(one: Any, other: Any) -> bool:
+    """Return True if two values are spellings of one path."""
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()

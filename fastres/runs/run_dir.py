@@ -59,9 +59,15 @@ class RunDir:
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
+            newest = next(iter(checkpoint.found(self.checkpoints)), None)
             raise UsageError(
                 f"run.dir {self.folder}: holds a run that differs in {', '.join(changed[:5])}; "
-                "choose another --run.dir, or give the values that the run was started with"
+                + (
+                    f"to continue its state with these values, use --run.dir NEW --run.resume {newest}; "
+                    if newest
+                    else ""
+                )
+                + "otherwise choose another --run.dir, or give the values that the run was started with"
             )
         return self._finished_summary()
 
@@ -93,10 +99,12 @@ class RunDir:
         self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Write configuration and environment, and drop the metrics of steps after `step`, which will run again."""
+        """Write configuration and environment, and drop the metrics of steps after `step`, which will run again.
+
+        A resumed run writes its configuration again, because fields of MAY_CHANGE, such as data.root, may have changed.
+        """
         with self.writing():
-            if not (self.folder / "config.yaml").exists():
-                write_text(self.folder / "config.yaml", dump(self.config))
+            write_text(self.folder / "config.yaml", dump(self.config))
             write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
             rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
