@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fastres.config.formats import write_yaml
+from fastres.config.length import Length
 from fastres.utils.errors import UsageError, expand_user
 
 DEFAULT_RECIPE = "cifar10-resnet20"
@@ -154,7 +155,12 @@ class TrainConfig:
     """The length of the run, in optimizer steps."""
 
     steps: NonNegativeInt = 64_000
-    """Optimizer steps of the run. schedule.milestones do not change with it."""
+    """Optimizer steps of the run. Milestones and warm-up steps that the recipe or an earlier file has set are scaled
+    with it."""
+
+    epochs: PositiveFloat | None = None
+    """Length of the run in epochs, instead of train.steps: passes over the training samples, such as 10 or 0.5 (null:
+    train.steps). It becomes train.steps once the data is open."""
 
     batch_size: PositiveInt = 128
     """Global batch size: samples of one step over all processes."""
@@ -319,9 +325,12 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    given_for: dict[str, Length] = field(default_factory=dict)
+    """Length for which a value of the schedule was given, if the run has another: config.length.in_steps scales it."""
 
 
-SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name != "recipe"]
+NO_SECTIONS = {"recipe", "given_for"}
+SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name not in NO_SECTIONS]
 FIELDS = [  # `section.field` for every field
     f"{section}.{field.name}"
     for section in SECTIONS
@@ -335,8 +344,11 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain dicts and lists, without LOCAL_FIELDS."""
+    """Return the configuration as plain dicts and lists, without LOCAL_FIELDS; train.epochs replaces train.steps."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    del plain["given_for"]
+    if config.train.epochs is not None:
+        del plain["train"]["steps"]
     for name in LOCAL_FIELDS:
         del plain["run"][name]
     return plain

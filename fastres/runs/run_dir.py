@@ -59,15 +59,11 @@ class RunDir:
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
-            newest = next(iter(checkpoint.found(self.checkpoints)), None)
+            newest = checkpoint.found(self.checkpoints)[:1]
+            way = f"continue from its checkpoint with --run.dir NEW --run.resume {newest[0]}, " if newest else ""
             raise UsageError(
                 f"run.dir {self.folder}: holds a run that differs in {', '.join(changed[:5])}; "
-                + (
-                    f"to continue its state with these values, use --run.dir NEW --run.resume {newest}; "
-                    if newest
-                    else ""
-                )
-                + "otherwise choose another --run.dir, or give the values that the run was started with"
+                f"{way}choose another --run.dir, or give the values that the run was started with"
             )
         return self._finished_summary()
 
