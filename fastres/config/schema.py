@@ -40,21 +40,19 @@ MAY_CHANGE = {
 }
 
 
-class Section:
-    """A section of the configuration, in whose PATHS ~ is expanded wherever a value comes from."""
-
-    def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Config").lower()
-        for name in PATHS.get(section, ()):
-            if isinstance(value := getattr(self, name), str):
-                try:
-                    object.__setattr__(self, name, expand_user(value))
-                except UsageError as error:
-                    raise UsageError(f"--{section}.{name} {error}") from None
+def expand_paths(section: Any) -> None:
+    """Expand ~ in the PATHS of a new section, wherever their values come from. Raise UsageError for an unknown user."""
+    section_name = type(section).__name__.removesuffix("Config").lower()
+    for name in PATHS[section_name]:
+        if isinstance(value := getattr(section, name), str):
+            try:
+                object.__setattr__(section, name, expand_user(value))
+            except UsageError as error:
+                raise UsageError(f"--{section_name}.{name} {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
+class ModelConfig:
     """The network."""
 
     name: str = "resnet20"
@@ -84,9 +82,12 @@ class ModelConfig(Section):
     """Further options of build_model, such as {stem: small, zero_init_residual: true}; or one by one, such as
     --model.options.stem small."""
 
+    def __post_init__(self) -> None:
+        expand_paths(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
+class DataConfig:
     """The data set and how its samples reach the device."""
 
     source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = "cifar10"
@@ -148,6 +149,9 @@ class DataConfig(Section):
 
     workers: NonNegativeInt = 2
     """Worker processes per rank for the dataloader; threads for DALI and for decoding."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +286,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
+class RunConfig:
     """Folder, seed, checkpoints and logging of the run."""
 
     dir: str | None = None
@@ -311,6 +315,9 @@ class RunConfig(Section):
     timeout_s: PositiveFloat = 600.0
     """Seconds without a step after which a run of several processes ends with an error that names the process that
     hangs."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass(frozen=True, kw_only=True)
