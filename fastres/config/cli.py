@@ -111,8 +111,9 @@ def _parser(prog: str) -> ArgumentParser:
         usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
-        "their order < flags. Exit status: 0 done, 1 failed, 2 invalid input, 128 + N stopped by signal N after "
-        "saving; torchrun reports its own exit status.",
+        "their order < flags. If train.steps is set later than the schedule, milestones and warm-up are scaled. In "
+        "files and flags, yes and on are true, no and off are false. Exit status: 0 done, 1 failed, 2 invalid input, "
+        "128 + N stopped by signal N after saving; torchrun reports its own exit status.",
     )
     _add_file_arguments(parser)
     parser.add_class_arguments(Config, None, skip=NO_SECTIONS)
