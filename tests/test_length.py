@@ -48,12 +48,12 @@ def schedule_of(config: Config) -> tuple[int, list[int], int]:
 
 def test_a_shortened_recipe_has_a_shortened_schedule_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule_of(parse(["--train.steps", "7800"])) == (7_800, [3_900, 5_850], 0)
-    said = "fastres: schedule.milestones: [32000, 48000] -> [3900, 5850], because train.steps is 7800, not 64000\n"
-    assert capsys.readouterr().err == said
+    said = "schedule.milestones: [32000, 48000] -> [3900, 5850], because train.steps is 7800, not 64000\n"
+    assert capsys.readouterr().out == said
     config = parse(["--recipe", "digits", "--train.steps=50"])
     assert config.schedule.warmup_steps == 8  # 100 * 50 / 600
     assert config.schedule.milestones == (32_000, 48_000)  # triangular does not use them
-    assert capsys.readouterr().err == "fastres: schedule.warmup_steps: 100 -> 8, because train.steps is 50, not 600\n"
+    assert capsys.readouterr().out == "schedule.warmup_steps: 100 -> 8, because train.steps is 50, not 600\n"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_layers_decide(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert schedule_of(parsed(here, MULTISTEP)) == (100, [50, 75], 10)  # the same layer
     assert schedule_of(parsed(here, MULTISTEP, steps)) == (20, [10, 15], 2)
     assert schedule_of(parsed(here, MULTISTEP, later, steps)) == (20, [10, 15], 1)
-    assert capsys.readouterr().err.count("fastres: schedule.") == 4
+    assert capsys.readouterr().out.count("schedule.") == 4
     assert schedule_of(parsed(here, MULTISTEP, steps, later)) == (20, [10, 15], 7)  # warmup_steps is later
     assert schedule_of(parsed(here, steps, MULTISTEP)) == (100, [50, 75], 10)
     assert schedule_of(parsed(here, MULTISTEP, flags="--train.steps 20 --schedule.milestones [3]")) == (20, [3], 2)
@@ -100,7 +100,7 @@ def test_the_layers_decide(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     )
     capsys.readouterr()
     assert schedule_of(parsed(here, MULTISTEP, steps, flags="--train.steps 100")) == (100, [50, 75], 10)
-    assert capsys.readouterr().err == ""  # nothing has changed in the end
+    assert capsys.readouterr().out == ""  # nothing has changed in the end
 
 
 def test_given_values_are_checked_as_before(here: Path) -> None:
@@ -124,7 +124,7 @@ def test_config_yaml_holds_scaled_values_and_is_not_scaled_again(
     assert yaml.safe_load(dump(config))["schedule"]["warmup_steps"] == 8
     capsys.readouterr()
     assert parse(["--config", "config.yaml"]) == config
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
     assert parse(["--config", "config.yaml", "--train.steps", "25"]).schedule.warmup_steps == 4
 
 
@@ -174,6 +174,14 @@ def test_any_layers_scale_what_was_given_before_the_steps(tmp_path_factory: Any,
     assert schedule_of(config) == (steps[-1], milestones, warmup_steps)
     (folder / "config.yaml").write_text(dump(config))
     assert parse(["--config", str(folder / "config.yaml")]) == config
+
+
+def test_print_config_prints_only_the_configuration_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--train.steps", "640", "--print_config"])
+    printed = capsys.readouterr()
+    assert yaml.safe_load(printed.out)["schedule"]["milestones"] == [320, 480]
+    assert printed.err == "schedule.milestones: [32000, 48000] -> [320, 480], because train.steps is 640, not 64000\n"
 
 
 # ---- epochs -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -62,7 +62,8 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     sections = parser.instantiate(namespace)
     config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
     lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
-    config = _with_length(config, lengths)
+    # The lines belong to the run's log, but --print_config prints nothing else on stdout.
+    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout)
     if files.print_config:
         if needs_data(config):
             print("fastres: the data decides train.steps and scales the schedule; the run's config.yaml has both",
@@ -85,8 +86,8 @@ def _lengths_of_flags(flags: list[str], config: Config) -> dict[str, Any]:
     }
 
 
-def _with_length(config: Config, lengths: Layers) -> Config:
-    """Return the checked configuration with its length, scaled to it unless that needs the data; say what is scaled."""
+def _with_length(config: Config, lengths: Layers, log: TextIO) -> Config:
+    """Return the checked configuration with its length, scaled to it unless that needs the data; log what is scaled."""
     config = lengths.apply(config)
     lines: list[str] = []
     scaled = "milestones" in lengths.from_a_run
@@ -97,7 +98,7 @@ def _with_length(config: Config, lengths: Layers) -> Config:
         config, lines = in_steps(config)
         check(config, scaled)
     for line in lines if ranks.rank() == 0 else ():
-        print(f"fastres: {line}", file=sys.stderr)
+        print(line, file=log)
     return config
 
 
