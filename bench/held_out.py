@@ -25,7 +25,7 @@ from bench.lib.runs import run
 from fastres.config.cli import parse
 from fastres.data.sources.load import load_source
 from fastres.training.step import raise_recompile_limit
-from fastres.utils.errors import UsageError, run_command
+from fastres.utils.errors import UsageError, run_command, user_path
 
 
 @dataclass
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="FLAGS are those of fastres.train: before the first + for all settings, after a + for one setting.",
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every accuracy and time to this file")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write every accuracy and time to this file")
     options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     settings = settings_of(arguments)
     data, *others = [parse(setting.flags).data for setting in settings]  # a UsageError comes before anything runs

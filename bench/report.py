@@ -25,7 +25,7 @@ from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from bench.lib import targets
 from bench.lib.tables import Row, consumer_rate, tables
-from fastres.utils.errors import UsageError, run_command
+from fastres.utils.errors import UsageError, run_command, user_path
 
 HERE = Path(__file__).parent
 
@@ -234,7 +234,7 @@ PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Show results as text and plots.")
     add = parser.add_argument
-    add("files", nargs="*", type=Path, help="results to show (default: all, into bench/RESULTS.md)")
+    add("files", nargs="*", type=user_path, help="results to show (default: all, into bench/RESULTS.md)")
     add("--targets", action="store_true", help="show the GPU targets next to the measurements")
     add("--claims", action="store_true", help=argparse.SUPPRESS)  # the old name of --targets
     args = parser.parse_args(argv)

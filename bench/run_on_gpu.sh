@@ -92,7 +92,7 @@ only=()
 called_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 record=bench/results/on_gpu logs=runs/on_gpu
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$called_in/$1" ;; esac }
+absolute() { case $1 in /*) echo "$1" ;; '~/'*) echo "$HOME/${1#*/}" ;; *) echo "$called_in/$1" ;; esac }
 
 while (($#)); do
     case $1 in

@@ -21,7 +21,7 @@ from rich.console import Console
 from fastres import training
 from fastres.config.schema import Config, EngineConfig, OptimConfig
 from fastres.runs.environment import DALI, version
-from fastres.utils.errors import Parser, UsageError, first_line, run_command
+from fastres.utils.errors import Parser, UsageError, first_line, run_command, user_path
 
 # Other packages, and torch, are imported by the check that needs them, so that a broken package is a finding and not
 # the end.
@@ -177,7 +177,7 @@ def disk() -> Findings:
 
 def data(root: Path) -> Findings:
     """Report which data sets are under `root`; nothing is read or downloaded."""
-    found = [name for name, folder in LAYOUTS.items() if (root.expanduser() / folder).is_dir()]
+    found = [name for name, folder in LAYOUTS.items() if (root / folder).is_dir()]
     yield (
         (OK if found else NOTE),
         f"under {root}: {', '.join(found) or 'nothing'}; digits and synthetic need no files",
@@ -187,7 +187,7 @@ def data(root: Path) -> Findings:
 def main(argv: list[str] | None = None) -> int:
     """Run all checks and print their findings. Return the exit status."""
     parser = Parser(prog="python -m fastres.doctor", description=__doc__.partition(": ")[2])
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), metavar="DIR",
+    parser.add_argument("--data.root", dest="root", type=user_path, default=Path("data"), metavar="DIR",
                         help="folder to search for data sets (default: %(default)s)")  # fmt: skip
     root: Path = parser.parse_args(argv).root
     checks: dict[str, Callable[[], Findings]] = {

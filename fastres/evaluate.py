@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastres import data, runs, training
 from fastres.config.schema import Config, DataConfig, EngineConfig
 from fastres.utils import ranks
-from fastres.utils.errors import Parser, UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +69,8 @@ def agreement(totals: training.Metrics, path: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
     parser = Parser(prog="python -m fastres.evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):

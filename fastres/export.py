@@ -12,17 +12,17 @@ from pathlib import Path
 
 from fastres import runs
 from fastres.runs.exporting import FORMATS, export
-from fastres.utils.errors import Parser, UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
 def main(argv: list[str] | None = None) -> None:
     """Export the run that the command line names."""
     parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: export.safetensors, "
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="file to write (default: export.safetensors, "
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="side of images (default: the run's)")
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastres.runs.history import AGAINST, plot_curves, read_history
-from fastres.utils.errors import Parser, UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
 def table_of(runs: list[Path]) -> Table:
@@ -42,9 +42,9 @@ def table_of(runs: list[Path]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     """Plot the runs that the command line names."""
     parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: history.png in the "
-                        "run, or comparison.png in this directory for several)")  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="picture to write (default: history.png in "
+                        "the run, or comparison.png in this directory for several)")  # fmt: skip
     parser.add_argument("--against", choices=AGAINST, default="step", help="x-axis of the curves (default: step)")
     arguments = parser.parse_args(argv)
     runs: list[Path] = arguments.runs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 # These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
 from fastres import data, runs
 from fastres.utils.atomic_io import write_text
-from fastres.utils.errors import Parser, UsageError, complain, positive, run_command
+from fastres.utils.errors import Parser, UsageError, complain, positive, run_command, user_path
 
 if TYPE_CHECKING:
     from fastres.runs.predicting import Predictor
@@ -26,16 +26,16 @@ COLUMNS = ("file", "class", "probability")
 def main(argv: list[str] | None = None) -> int:
     """Predict the classes of the images that the command line names, and return the exit status."""
     parser = Parser(prog="python -m fastres.predict", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or an exported .safetensors, .pt2 or "
-                        ".onnx file")  # fmt: skip
-    parser.add_argument("images", nargs="+", type=Path, metavar="FILE", help="image files, and folders of them")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run, or an exported .safetensors, "
+                        ".pt2 or .onnx file")  # fmt: skip
+    parser.add_argument("images", nargs="+", type=user_path, metavar="FILE", help="image files, and folders of them")
     parser.add_argument("--top", type=positive, default=1, metavar="K", help="classes for each file, the most probable "
                         "first (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of columns")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the columns to this file too")
+    parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the columns to this file too")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (default: "
                         "%(default)s)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
     parser.add_argument("--engine.device", dest="device", default="auto", help="auto, cpu, cuda or cuda:N, for a run "
                         "(default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
+from fastres.config.formats import read_yaml
 from fastres.config.validation import check_device
 from fastres.models.registry import find
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils.atomic_io import write_text
-from fastres.utils.errors import Parser, UsageError, positive, run_command
+from fastres.utils.errors import Parser, UsageError, positive, run_command, user_path
 
 if TYPE_CHECKING:
     from fastres.profiling.workloads import Workload
@@ -36,9 +36,9 @@ def option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as stem=small")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML") from None
+        return name, read_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value cannot be read as YAML: {error}") from None
 
 
 def parser() -> Parser:
@@ -82,7 +82,9 @@ def parser() -> Parser:
     made.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
                       help="steps of a round (default: as many as take the baseline half a second)")  # fmt: skip
-    made.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)")
+    made.add_argument(
+        "--out", type=user_path, metavar="DIR", help="folder to write (default: profiles/NAME, or NAME-2 ...)"
+    )
     made.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True,
                       help="keep the traces, for ui.perfetto.dev (default: --trace)")  # fmt: skip
     return made

@@ -49,7 +49,9 @@ def train(
         stop: holds the number of a signal once one has come.
         source: replaces the configured source.
     """
-    is_main, steps = ranks.rank() == 0, config.train.steps
+    is_main = ranks.rank() == 0
+    config, source = training.fix_length(config, group, source, say=print if is_main else lambda _: None)
+    steps = config.train.steps
     run = runs.RunDir(config)
     if (summary := group.broadcast_from_rank0(run.check_resumable)) is not None:
         return _report_finished(run, summary)

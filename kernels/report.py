@@ -153,6 +153,14 @@ def main() -> int:
     return 1 if wrong else 0
 
 
+def user_path(text: str) -> Path:
+    """Return the path that an argument names, ~ expanded. Raise ArgumentTypeError if a user has no home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: no such home folder; give the whole path") from None
+
+
 def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Return the parser, for error messages, and the parsed options."""
     parser = argparse.ArgumentParser(
@@ -165,7 +173,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar="TEXT",
         help="compile only kernels whose name contains one of these texts",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results and versions to FILE")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all results and versions to FILE")
     return parser, parser.parse_args()
 
 

@@ -73,6 +73,21 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     assert latest is not None and latest["step"] == 1_000
 
 
+def test_checkpoints_of_more_than_eight_digits_are_the_newest(tmp_path: Path) -> None:
+    steps = [99_999_999, 1_000_000_000, 100_000_000, 12_345_678_901]
+    for step in steps:
+        checkpoint.save(tmp_path, step, a_state(step), keep=9)
+    for other in ("step-1.pt", "step-00000001.pt.tmp", "step-0000000x.pt", "step-best.pt"):
+        (tmp_path / other).touch()
+    assert [path.name for path in checkpoint.found(tmp_path)] == [
+        "step-12345678901.pt", "step-1000000000.pt", "step-100000000.pt", "step-99999999.pt",
+    ]  # fmt: skip
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and latest["step"] == 12_345_678_901
+    checkpoint.save(tmp_path, 12_345_678_902, a_state(), keep=2)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-12345678902.pt", "step-12345678901.pt"]
+
+
 def test_without_a_save_there_is_no_latest_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "nowhere") is None

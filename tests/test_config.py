@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
+from fastres import doctor, evaluate, export, plot, profile, train
 from fastres.config.cli import parse
 from fastres.config.files import recipe_names
-from fastres.config.schema import Config, differences, dump, model_options, to_dict
+from fastres.config.formats import read_json, read_yaml, write_yaml
+from fastres.config.schema import FIELDS, MAY_CHANGE, PATHS, Config, differences, dump, model_options, to_dict
 from fastres.models.registry import build_model
 from fastres.runs.run_dir import RunDir
+from fastres.utils.errors import user_path
 from tests.fixtures import rejected
 
 RECIPES = {
@@ -170,6 +173,26 @@ def test_differences_name_the_fields_and_ignore_names_and_places() -> None:
     older = {**old, "optim": {k: v for k, v in old["optim"].items() if k != "nesterov"}}
     assert differences(older, old) == []  # written before the field existed
     assert differences(older, to_dict(parse(["--optim.nesterov", "true"]))) == ["optim.nesterov: False -> True"]
+
+
+def test_the_fields_that_may_change_are_fields_with_reasons() -> None:
+    assert set(MAY_CHANGE) <= set(FIELDS) and all(MAY_CHANGE.values())
+    changed = ("--data.root=x --data.mirror=http://x --data.download=false --data.cache=x --data.workers=7 "
+               "--train.eval_batch_size=7 --train.log_every=7 --run.checkpoint_every=7 --run.keep_checkpoints=7 "
+               "--run.tensorboard=true --run.timeout_s=7")  # fmt: skip
+    assert differences(to_dict(parse([])), to_dict(parse(changed.split()))) == []
+    for kept in ("--data.validation=7", "--data.loader=dataloader", "--train.eval_every=7", "--run.seed=7"):
+        assert len(differences(to_dict(parse([])), to_dict(parse([kept])))) == 1
+
+
+def test_initial_weights_are_the_same_file_in_any_spelling(tmp_path: Path, in_an_empty_folder: Path) -> None:
+    def weights(path: object) -> dict[str, Any]:
+        return to_dict(parse([f"--model.weights={path}"]))
+
+    for spelling in ("./w.pt", in_an_empty_folder / "w.pt", "../here/w.pt"):
+        assert differences(weights("w.pt"), weights(spelling)) == []
+    assert differences(weights("w.pt"), weights("v.pt")) == ["model.weights: w.pt -> v.pt"]
+    assert differences(weights("w.pt"), to_dict(parse([]))) == ["model.weights: w.pt -> None"]
 
 
 # ---- values that were renamed -------------------------------------------------------------------------------
@@ -427,3 +450,175 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, file: Any) -> Non
 def test_a_folder_may_have_the_name_of_a_section(flags: str) -> None:
     config = parse(flags.split())
     assert (config.data.root, config.run.dir) == ("data", "run")
+
+
+# ---- ~ in paths ---------------------------------------------------------------------------------------------
+
+PATH_FLAGS = [f"{section}.{name}" for section, names in PATHS.items() for name in names]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder that ~ stands for."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+def value_of(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize("key", PATH_FLAGS)
+def test_a_tilde_is_expanded_in_every_path_of_flags_files_and_python(key: str, home: Path, tmp_path: Path) -> None:
+    section, _, name = key.partition(".")
+    assert value_of(parse([f"--{key}=~/x/y"]), key) == str(home / "x/y")
+    (home / "c.yaml").write_text(f"{section}: {{{name}: ~/x}}")
+    assert value_of(parse(["--config=~/c.yaml"]), key) == str(home / "x")
+    kind = type(getattr(Config(), section))
+    assert getattr(kind(**{name: "~"}), name) == str(home)
+    assert getattr(kind(**{name: "a/~"}), name) == "a/~"
+    assert getattr(kind(**{name: f"{tmp_path}/~x/"}), name) == f"{tmp_path}/~x/"
+    with rejected(key, "~nosuchuser", "./~nosuchuser"):
+        parse([f"--{key}", "~nosuchuser/x"])
+
+
+def test_a_tilde_in_front_of_an_unknown_user_is_one_line(home: Path) -> None:
+    with rejected("~nosuchuser/c.yaml", "no home folder"):
+        parse(["--config", "~nosuchuser/c.yaml"])
+    for command in (evaluate.main, export.main, plot.main):
+        with rejected("~nosuchuser/run", "no home folder"):
+            command(["~nosuchuser/run"])
+    with rejected("~nosuchuser/out", "no home folder"):
+        profile.main(["--out", "~nosuchuser/out"])
+    with rejected("~nosuchuser/data", "no home folder"):
+        doctor.main(["--data.root", "~nosuchuser/data"])
+
+
+def test_every_command_expands_a_tilde(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "c.json").write_text(json.dumps(TUTORIAL | {"num_layer": 1, "height": 8, "width": 8}))
+    flags = "--recipe digits --train.steps 2 --train.batch_size 8 --schedule.warmup_steps 1 --train.eval_every 2"
+    assert train.main([*flags.split(), "--config=~/c.json", "--run.dir=~/run"]) == 0
+    evaluate.main(["~/run", "--checkpoint=~/run/checkpoints/step-00000002.pt", "--data.root=~/d", "--data.cache=~/c"])
+    export.main(["~/run", "--output=~/net.safetensors"])
+    plot.main(["~/run", "--output=~/curves.png"])
+    assert {path.name for path in home.iterdir()} == {"c.json", "run", "net.safetensors", "curves.png"}
+    assert profile.parser().parse_args(["--out=~/p"]).out == home / "p"
+    (home / "data/MNIST/raw").mkdir(parents=True)
+    assert f"under {home / 'data'}: mnist" in "".join(text for _, text in doctor.data(user_path("~/data")))
+
+
+# ---- JSON and YAML, read strictly ---------------------------------------------------------------------------
+
+
+def written(path: Path, content: str) -> list[str]:
+    """Write a configuration file and return the flags that name it."""
+    path.write_text(content, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.JSON"])
+def test_a_json_file_is_read_as_json(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    config = parse(written(path, json.dumps({"optim": {"lr": 1e-05}, "data": {"root": "a\tb"}}, indent="\t")))
+    assert (config.optim.lr, config.data.root) == (1e-05, "a\tb")
+    assert parse(written(path, '{"data": {"root": "\\/a\\ud83d\\ude00"}}')).data.root == "/a\U0001f600"
+    assert parse(written(path, "\ufeff" + json.dumps(TUTORIAL, indent="\t"))).model.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{\n\t"optim": {"lr": 0.1},\n}', "line 3 column 1"),
+        ("{'optim': {}}", "line 1 column 2"),
+        ("optim: {lr: 0.1}", "line 1 column 1"),
+        ('{"optim": {"lr": 0.1} // faster\n}', "line 1 column 23"),
+        ('{"optim": {"lr": 010}}', "line 1 column 19"),
+        ("", "line 1 column 1"),
+        ('{"optim": {\n"momentum": NaN}}', "NaN is not a number in JSON; give a finite number: line 2 column 13"),
+        ('{"optim": {"lr": -Infinity}}', "-Infinity is not a number in JSON; give a finite number: line 1 column 18"),
+        ('{"run": {"seed": 1,\n\t"dir": "{\\"seed", "s\\u0065ed": 2}}', "'seed' is given twice, first in line 1"),
+        (
+            '{"optim": {"lr": 1},\n"run": {},\n"optim": {}}',
+            "'optim' is given twice, first in line 1; remove one: line 3",
+        ),
+    ],
+)
+def test_a_json_file_is_read_strictly(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with rejected(path, "cannot be read as JSON", said):
+        parse(written(path, content))
+
+
+def test_objects_side_by_side_may_have_equal_keys(tmp_path: Path) -> None:
+    content = '{"train": {"steps": 3, "batch_size": 8}, "schedule": {"warmup_steps": 0}, "data": {}}'
+    assert parse(written(tmp_path / "config.json", content)).train.steps == 3
+    path = tmp_path / "config.yaml"
+    merged = "train: &t {steps: 3, log_every: 7}\nschedule: {warmup_steps: 0}\n"
+    assert parse(written(path, merged)).train.log_every == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("optim: {lr: 1}\nrun: {}\noptim: {}", "line 3, column 1: 'optim' is given twice, first in line 1; remove one"),
+        ("run:\n  seed: 3\n  seed: 3", "line 3, column 3: 'seed' is given twice, first in line 2; remove one"),
+        ("model: {options: {stem: small, 'stem': 1}}", "line 1, column 32: 'stem' is given twice, first in line 1"),
+        ("run: {seed: 010}", "line 1, column 13: 010 would be a number in base 8; write 10, or '010' for text"),
+        ("run: {seed: 019}", "write 19"),
+        ("run: {seed: 000}", "write 0,"),
+        ("run: {dir: 0012}", "'0012' for text"),
+        ("run: {seed: 1:30}", "line 1, column 13: 1:30 would be a number in base 60; write it in decimal"),
+        ("optim: {lr: 1:30.5}", "1:30.5 would be a number in base 60"),
+        ("schedule: {milestones: [010, 020]}", "line 1, column 25: 010 would be a number in base 8"),
+        ("optim:\n\tlr: 1", "line 2, column 1"),
+    ],
+)  # fmt: skip
+def test_ambiguous_yaml_is_rejected_with_its_place(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with rejected(path, "cannot be read as YAML", said):
+        parse(written(path, content))
+
+
+def test_a_flag_reads_lists_and_mappings_as_strictly_and_a_whole_number_in_decimal() -> None:
+    assert parse(["--run.seed", "010"]).run.seed == 10
+    assert parse(["--run.dir", "010", "--data.root", "1:30"]).run.dir == "010"
+    with rejected("schedule.milestones", "010 would be a number in base 8"):
+        parse(["--schedule.milestones", "[010, 020]"])
+    with rejected("model.options", "'blocks_per_stage' is given twice"):
+        parse(["--model.options={blocks_per_stage: 1, blocks_per_stage: 2}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("+1e-4", 1e-4), (".5", 0.5), ("0.5", 0.5), ("2", 2.0)]
+)
+def test_numbers_in_yaml_are_those_of_json(text: str, lr: float, tmp_path: Path) -> None:
+    config = parse(written(tmp_path / "c.yaml", f"optim: {{lr: {text}}}"))
+    assert config.optim.lr == lr and type(config.optim.lr) is float
+
+
+def test_an_option_of_the_model_is_a_number_in_every_spelling() -> None:
+    assert read_yaml("{a: 1e-4, b: [0x10, 1_0], c: 0}") == {"a": 1e-4, "b": [16, 10], "c": 0}
+    assert read_json('{"a": 1e-4}') == {"a": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("no", False), ("on", True), ("off", False), ("true", True)]
+)
+def test_yes_and_no_are_true_and_false_in_files_and_flags(text: str, value: bool, tmp_path: Path) -> None:
+    assert parse(written(tmp_path / "c.yaml", f"optim: {{nesterov: {text}}}")).optim.nesterov is value
+    assert parse([f"--optim.nesterov={text}"]).optim.nesterov is value
+    with rejected("data.root", str(value), "in quotes"):
+        parse(written(tmp_path / "c.yaml", f"data: {{root: {text}}}"))
+    assert parse(written(tmp_path / "c.yaml", f"data: {{root: '{text}'}}")).data.root == text
+
+
+@pytest.mark.parametrize("text", "1e3 010 1:30 yes 2026-01-31 .5 0x10 1_0 1e-4 019".split())
+def test_text_of_any_look_survives_config_yaml(text: str, file: Any) -> None:
+    config = parse([])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mirror=text))
+    assert parse(file(dump(config))) == config
+    assert yaml.safe_load(dump(config)) == to_dict(config)  # for other programs too
+    assert read_yaml(write_yaml({"a": text})) == yaml.safe_load(write_yaml({"a": text})) == {"a": text}

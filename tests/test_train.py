@@ -612,6 +612,53 @@ def test_a_folder_that_holds_another_run_is_refused_and_kept(
     assert before == {path: sha256(path) for path in undisturbed.rglob("*") if path.is_file()}
 
 
+TINY = ("--recipe digits --model.name resnet8 --train.steps 8 --train.batch_size 32 --train.eval_every 4 "
+        "--schedule.warmup_steps 2 --run.checkpoint_every 4 --engine.precision fp32").split()  # fmt: skip
+
+
+def test_fields_that_compute_nothing_may_change_when_a_run_is_resumed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "d", train=20, test=4, size=16)
+    flags = [*TINY, "--data.source", "imagefolder", "--data.cache", "c"]
+    assert train(*flags, "--data.root", "d", "--run.dir", "whole") == 0
+    assert train(*flags, "--data.root", "d", "--run.dir", "run") == 0
+    run = tmp_path / "run"
+    run.joinpath("checkpoints/step-00000008.pt").unlink()  # as if it had been killed after step 4
+    run.joinpath("summary.json").unlink()
+    run.joinpath("model.safetensors").unlink()
+    others = ("--data.workers 4 --data.cache other --data.download false --data.mirror http://localhost/ "
+              "--train.log_every 1 --train.eval_batch_size 3 --run.checkpoint_every 3 --run.keep_checkpoints 9 "
+              "--run.timeout_s 60").split()  # fmt: skip
+    capsys.readouterr()
+    assert train(*flags, *others, "--data.root", f"{tmp_path}/d/../d/", "--run.dir", "./run/") == 0
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert sha256(run / "model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
+    accuracies = [
+        json.loads((tmp_path / name / "summary.json").read_text())["test_accuracy"] for name in ("run", "whole")
+    ]
+    assert accuracies[0] == accuracies[1]
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["workers"] == 4  # evaluate finds the moved data
+    for spelling in ("d/", "./d", tmp_path / "d"):
+        assert train(*flags, "--data.root", spelling, "--run.dir", "run") == 0
+        assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_rejected_change_names_the_way_round_which_works(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(*TINY, "--train.steps", 4, "--run.dir", "run") == 0
+    capsys.readouterr()
+    assert train(*TINY, "--optim.lr", "0.05", "--run.dir", "run") == 2
+    line = refusal(capsys)
+    way = "--run.dir NEW --run.resume run/checkpoints/step-00000004.pt"
+    assert "train.steps: 4 -> 8, optim.lr: 0.1 -> 0.05" in line and way in line
+    assert train(*TINY, "--optim.lr", "0.05", *way.split()) == 0
+    assert "resumed at step 4" in capsys.readouterr().out
+
+
 def test_a_second_writer_is_kept_out(
     start: Callable[..., Forked], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

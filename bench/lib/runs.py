@@ -21,6 +21,7 @@ from fastres.distributed.process_group import ProcessGroup
 from fastres.train import train
 from fastres.training.engine import resolve_engine
 from fastres.training.signals import StopSignal
+from fastres.utils.errors import user_path
 
 # By name: the flags that choose the data set, without its folder. The recipe digits chooses its own data set.
 DATA: dict[str, list[str]] = {
@@ -36,14 +37,14 @@ def data_flags(data: str, config: pytest.Config) -> list[str]:
     """Return the flags of a name in DATA. Skip the benchmark if it cannot run here, or is too slow without --full."""
     place: list[str] = []
     if data == "cifar10":
-        root = Path(config.option.data_root).resolve()  # because a benchmark may change the current folder
+        root = user_path(config.option.data_root).resolve()  # because a benchmark may change the current folder
         if not (root / "cifar-10-batches-py").is_dir():
             pytest.skip(f"no cifar-10-batches-py in {root}; give its folder with --data-root")
         place = ["--data.root", str(root)]
     if data == "jpeg_copy":
         if config.option.jpeg_copy is None:
             pytest.skip("no folder of CIFAR-10 as JPEGs; give one with --jpeg-copy")
-        place = ["--data.root", str(Path(config.option.jpeg_copy).resolve())]
+        place = ["--data.root", str(user_path(config.option.jpeg_copy).resolve())]
     if data != "digits":
         skip_if_slow(config)
     return DATA[data] + place

@@ -12,18 +12,22 @@ import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fastres.config.descriptions import describe
 from fastres.config.files import RENAMED_VALUES, load_file, load_recipe, recipe_names, rename_values
-from fastres.config.schema import DEFAULT_RECIPE, FIELDS, SECTIONS, Config, dump
+from fastres.config.formats import read_yaml
+from fastres.config.length import FOLLOWING, Layers, Length, in_steps, needs_data
+from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS, Config, dump
 from fastres.config.validation import check
-from fastres.utils.errors import UsageError
+from fastres.utils import ranks
+from fastres.utils.errors import UsageError, user_path
 from fastres.utils.suggest import did_you_mean
 from fastres.utils.version import __version__
+
+DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
 
 def parse(argv: list[str], prog: str = "fastres.train") -> Config:
@@ -38,29 +42,64 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     """
     files, flags = _split_files_from_flags(argv, prog)
     flags = _rename_flag_values(flags)
+    _check_flow_values(flags)
     parser = _parser(prog)
-    layers = [(name, rename_values(load_file(Path(name)), partial(_note, f"{name}: "))) for name in files.config]
+    layers = [(name, rename_values(load_file(user_path(name)), partial(_note, f"{name}: "))) for name in files.config]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
     merged: dict[str, Any] = {}
+    lengths = Layers(length=DEFAULT_LENGTH)
     for name, layer in layers:
         _reject_errors(partial(parser.parse_object, layer), where=f"{name}: ", given=layer)
-        if layer.keys() >= set(SECTIONS):  # a whole run, as dump() writes it
+        whole = layer.keys() >= set(SECTIONS)  # a whole run, as dump() writes it
+        lengths.add(f"{name}: ", layer, DEFAULT_LENGTH, whole=whole)
+        if whole:
             merged = {}  # a field newer than the dump takes its default, not the value in today's recipe
         merged = _merge(merged, layer)
     merged["recipe"] = recipe
     base = parser.parse_object(merged)
     namespace = _reject_errors(lambda: parser.parse_args(flags, namespace=base), given=flags)
     sections = parser.instantiate(namespace)
-    config = Config(**{f.name: _plain(sections[f.name]) for f in dataclasses.fields(Config)})
-    check(config)
+    config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
+    lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
+    # The lines belong to the run's log, but --print_config prints nothing else on stdout.
+    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout)
     if files.print_config:
+        if needs_data(config):
+            print("fastres: the data decides train.steps and scales the schedule; the run's config.yaml has both",
+                  file=sys.stderr)  # fmt: skip
         print(dump(config), end="")
         raise SystemExit(0)
     return config
 
 
 # ------------------------------------------------------------------------------------------- details
+
+
+def _lengths_of_flags(flags: list[str], config: Config) -> dict[str, Any]:
+    """Return the fields of `config` that the flags set and that concern the run's length, as a nested dict."""
+    given = {flag.partition("=")[0].removeprefix("--").removesuffix("+") for flag in flags if flag.startswith("--")}
+    sections = {"train": ("steps", "epochs"), "schedule": FOLLOWING}
+    return {
+        section: {name: getattr(getattr(config, section), name) for name in names if f"{section}.{name}" in given}
+        for section, names in sections.items()
+    }
+
+
+def _with_length(config: Config, lengths: Layers, log: TextIO) -> Config:
+    """Return the checked configuration with its length, scaled to it unless that needs the data; log what is scaled."""
+    config = lengths.apply(config)
+    lines: list[str] = []
+    scaled = "milestones" in lengths.from_a_run
+    if needs_data(config):
+        check(config, scaled)
+    else:
+        scaled |= "milestones" in config.given_for
+        config, lines = in_steps(config)
+        check(config, scaled)
+    for line in lines if ranks.rank() == 0 else ():
+        print(line, file=log)
+    return config
 
 
 @lru_cache
@@ -73,11 +112,12 @@ def _parser(prog: str) -> ArgumentParser:
         usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
-        "their order < flags. Exit status: 0 done, 1 failed, 2 invalid input, 128 + N stopped by signal N after "
-        "saving; torchrun reports its own exit status.",
+        "their order < flags. If train.steps is set later than the schedule, milestones and warm-up are scaled. In "
+        "files and flags, yes and on are true, no and off are false. Exit status: 0 done, 1 failed, 2 invalid input, "
+        "128 + N stopped by signal N after saving; torchrun reports its own exit status.",
     )
     _add_file_arguments(parser)
-    parser.add_class_arguments(Config, None, skip={"recipe"})
+    parser.add_class_arguments(Config, None, skip=NO_SECTIONS)
     for action in parser._actions:
         if action.dest in SECTIONS:  # jsonargparse's --SECTION FILE, a second way to give --config FILE
             action.help = argparse.SUPPRESS
@@ -91,7 +131,8 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="configuration file (YAML, JSON, or the tutorial's config.json); may be repeated",
+        help="configuration file: JSON if its name ends in .json (the tutorial's config.json too), otherwise YAML; may "
+        "be repeated",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="print the "
@@ -126,6 +167,18 @@ def _rename_flag_values(flags: list[str]) -> list[str]:
             renamed[i if equals else i + 1] = f"{name}={names[value]}" if equals else names[value]
             _note("", name, value, names[value])
     return renamed
+
+
+def _check_flow_values(flags: list[str]) -> None:
+    """Raise UsageError for a flag's list or mapping that has an ambiguous number or a key twice, as in a file."""
+    for flag, following in itertools.pairwise([*flags, ""]):
+        name, equals, attached = flag.partition("=")
+        key = name.removeprefix("--").removesuffix("+")
+        if key in FIELDS and re.search("a list|a mapping", describe(key)):
+            try:
+                read_yaml(attached if equals else following)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{key}: cannot be read as YAML: {error}") from None
 
 
 def _note(where: str, name: str, old: str, new: str) -> None:
@@ -176,8 +229,6 @@ def _given(given: Any, key: str) -> Any:
 
 def _plain(section: Any) -> Any:
     """Return the section with plain ints and floats: jsonargparse's own classes should not reach a file."""
-    if isinstance(section, str):
-        return section
     values = {
         name: int(value) if isinstance(value, int) and not isinstance(value, bool)
         else float(value) if isinstance(value, float)

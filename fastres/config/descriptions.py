@@ -33,7 +33,7 @@ def _describe_type(kind: Any) -> str:
         return "a mapping such as {stem: small}"
     return {
         bool: "true or false",
-        str: "text",
+        str: "text (in quotes, if it looks like a number, true or false)",
         PositiveInt: "a whole number above 0",
         NonNegativeInt: "a whole number, 0 or above",
         PositiveFloat: "a number above 0",

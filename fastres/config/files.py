@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastres.config.descriptions import describe
+from fastres.config.formats import read_json, read_yaml
 from fastres.config.schema import FIELDS, SECTIONS
 from fastres.config.tutorial import TUTORIAL_KEYS, translate_tutorial
 from fastres.utils.errors import UsageError
@@ -21,13 +20,17 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {"engine.conv": {"own": "cpp"}}
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """Return a configuration file (YAML or JSON) as a nested dict; the tutorial's flat config.json is translated.
+    """Return a configuration file as a nested dict; the tutorial's flat config.json is translated.
+
+    Args:
+        path: the file; JSON if its name ends in .json, otherwise YAML.
 
     Raises:
         UsageError: if the file cannot be read, or has an unknown section or field.
     """
+    kind, read = ("JSON", read_json) if path.suffix.lower() == ".json" else ("YAML", read_yaml)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin a file with a mark
         if _count(content) > MOST_VALUES:
             raise UsageError(
                 f"{path}: more than {MOST_VALUES:,} values after expanding YAML aliases; "
@@ -36,8 +39,8 @@ def load_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise UsageError(f"cannot read configuration file {path}: {reason}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold sections such as 'optim: {{lr: 0.1}}', not {type(content).__name__}")
     if set(content) & set(TUTORIAL_KEYS):

@@ -9,13 +9,46 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fastres.config.formats import write_yaml
+from fastres.config.length import Length
+from fastres.utils.errors import UsageError, expand_user
 
 DEFAULT_RECIPE = "cifar10-resnet20"
 LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
+PATHS = {"model": ("weights",), "data": ("root", "cache"), "run": ("dir", "resume")}  # ~ in these fields is expanded
+
+# Fields that a resumed run may change, with the reason why the run stays the same run. A path is not compared:
+# data.root may be spelled in many ways and data may move, so only the data itself can tell whether it is the same.
+MAY_CHANGE = {
+    "data.root": "a place; the data decides, whatever its path",
+    "data.mirror": "a place; checksums decide which files are accepted",
+    "data.download": "the same files, downloaded or not",
+    "data.cache": "a place of copies, which fingerprints compare with the data",
+    "data.workers": "batches are functions of (seed, step), whoever prepares them",
+    "train.eval_batch_size": "every sample is evaluated once, whatever its batch",
+    "train.log_every": "rows of the log; the curve has steps of its own, train.eval_every",
+    "run.checkpoint_every": "steps at which the state is saved, which does not change it",
+    "run.keep_checkpoints": "files that are kept",
+    "run.tensorboard": "a copy of the metrics",
+    "run.wandb": "a copy of the metrics",
+    "run.timeout_s": "the end of a run that hangs",
+}
+
+
+def expand_paths(section: Any) -> None:
+    """Expand ~ in the PATHS of a new section, wherever their values come from. Raise UsageError for an unknown user."""
+    section_name = type(section).__name__.removesuffix("Config").lower()
+    for name in PATHS[section_name]:
+        if isinstance(value := getattr(section, name), str):
+            try:
+                object.__setattr__(section, name, expand_user(value))
+            except UsageError as error:
+                raise UsageError(f"--{section_name}.{name} {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +87,9 @@ class ModelConfig:
     options: dict[str, bool | int | float | list[bool | int] | str | None] = field(default_factory=dict)
     """Further options of build_model, such as {stem: small, zero_init_residual: true}; or one by one, such as
     --model.options.stem small."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +156,21 @@ class DataConfig:
     workers: NonNegativeInt = 2
     """Worker processes per rank for the dataloader; threads for DALI and for decoding."""
 
+    def __post_init__(self) -> None:
+        expand_paths(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The length of the run, in optimizer steps."""
 
     steps: NonNegativeInt = 64_000
-    """Optimizer steps of the run. schedule.milestones do not change with it."""
+    """Optimizer steps of the run. Milestones and warm-up steps that the recipe or an earlier file has set are scaled
+    with it."""
+
+    epochs: PositiveFloat | None = None
+    """Length of the run in epochs, instead of train.steps: passes over the training samples, such as 10 or 0.5 (null:
+    train.steps). It becomes train.steps once the data is open."""
 
     batch_size: PositiveInt = 128
     """Global batch size: samples of one step over all processes."""
@@ -258,8 +302,9 @@ class RunConfig:
     """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto: continue the run in run.dir if it has the same configuration; never: fail if run.dir contains a run; or the
-    path of a checkpoint to continue from, with its step and optimizer, in a new run.dir."""
+    """auto: continue the run in run.dir if it is the same run, whatever its paths, workers, log lines and checkpoints;
+    never: fail if run.dir contains a run; or the path of a checkpoint to continue from, with its step and optimizer, in
+    a new run.dir."""
 
     checkpoint_every: PositiveInt = 2_000
     """Steps between checkpoints; the last step is always saved."""
@@ -277,6 +322,9 @@ class RunConfig:
     """Seconds without a step after which a run of several processes ends with an error that names the process that
     hangs."""
 
+    def __post_init__(self) -> None:
+        expand_paths(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -290,9 +338,12 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    given_for: dict[str, Length] = field(default_factory=dict)
+    """Length for which a value of the schedule was given, if the run has another: config.length.in_steps scales it."""
 
 
-SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name != "recipe"]
+NO_SECTIONS = {"recipe", "given_for"}
+SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name not in NO_SECTIONS]
 FIELDS = [  # `section.field` for every field
     f"{section}.{field.name}"
     for section in SECTIONS
@@ -306,8 +357,11 @@ def model_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain dicts and lists, without LOCAL_FIELDS."""
+    """Return the configuration as plain dicts and lists, without LOCAL_FIELDS; train.epochs replaces train.steps."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    del plain["given_for"]
+    if config.train.epochs is not None:
+        del plain["train"]["steps"]
     for name in LOCAL_FIELDS:
         del plain["run"][name]
     return plain
@@ -315,18 +369,25 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML, which --config accepts to repeat the run."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return write_yaml(to_dict(config))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the differences between two to_dict() as `section.field: old -> new`; the recipe's name is not compared.
+    """Return the differences between two to_dict() as `section.field: old -> new`.
 
-    A field that an earlier version did not write counts as having its present default.
+    The recipe's name and MAY_CHANGE are not compared, and model.weights is the same file in any spelling. A field that
+    an earlier version did not write counts as having its present default.
     """
     lines, defaults = [], to_dict(Config())
     for section in SECTIONS:
         a, b = defaults[section] | old.get(section, {}), new.get(section, {})
         for name in sorted(set(a) | set(b)):
-            if a.get(name) != b.get(name):
-                lines.append(f"{section}.{name}: {a.get(name)} -> {b.get(name)}")
+            key, before, after = f"{section}.{name}", a.get(name), b.get(name)
+            if key not in MAY_CHANGE and before != after and not (key == "model.weights" and _same_file(before, after)):
+                lines.append(f"{key}: {before} -> {after}")
     return lines
+
+
+def _same_file(one: Any, other: Any) -> bool:
+    """Return True if two values are spellings of one path."""
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()

@@ -6,18 +6,23 @@ import importlib.util
 import math
 import re
 
-from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, ScheduleConfig, model_options
+from fastres.config.length import needs_data
+from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, model_options
 from fastres.models.registry import build_model, find
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError, first_line
 
 
-def check(config: Config) -> None:
-    """Raise UsageError for the first value that is out of range or incompatible with another."""
-    _check_numbers(config)
+def check(config: Config, scaled: bool = False) -> None:
+    """Raise UsageError for the first value that is out of range or incompatible with another.
+
+    Args:
+        config: the configuration.
+        scaled: True if the milestones have been scaled to the run's steps, so that they may be 0 or equal.
+    """
+    check_length(config, scaled)
     _check_training(config)
     _check_batch(config.train.batch_size, config.train.accumulate)
-    _check_schedule(config.schedule, config.train.steps)
     check_device(config.engine.device)
     _check_data(config.data)
     for extra in ("tensorboard", "wandb"):
@@ -26,6 +31,30 @@ def check(config: Config) -> None:
             f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
         )
     _check_model(config.model)
+
+
+def check_length(config: Config, scaled: bool) -> None:
+    """Raise UsageError for a number out of range, or a schedule that does not fit the run's steps, if they are known.
+
+    Args:
+        config: the configuration.
+        scaled: as for check.
+    """
+    _check_numbers(config)
+    schedule, steps = config.schedule, config.train.steps
+    least = 0 if scaled else 1
+    _reject_if(
+        list(schedule.milestones) != sorted(schedule.milestones if scaled else set(schedule.milestones))
+        or min(schedule.milestones, default=1) < least,
+        f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
+    )
+    _reject_if(
+        schedule.warmup_steps > steps and not needs_data(config),
+        f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({steps})",
+    )
+    for name in ("warmup_scale", "final_scale"):
+        share = getattr(schedule, name)
+        _reject_if(share > 1, f"schedule.{name}: {share} is more than 1; give a fraction of optim.lr")
 
 
 def check_device(name: str) -> None:
@@ -77,20 +106,6 @@ def _check_batch(batch_size: int, accumulate: int) -> None:
         f"train.batch_size: {batch_size} cannot be split equally over {sharers}; "
         f"use --train.batch_size {max(parts, batch_size // parts * parts)} or another number of processes",
     )
-
-
-def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
-    _reject_if(
-        list(schedule.milestones) != sorted(set(schedule.milestones)) or min(schedule.milestones, default=1) < 1,
-        f"schedule.milestones: {list(schedule.milestones)} must be ascending steps above 0",
-    )
-    _reject_if(
-        schedule.warmup_steps > steps,
-        f"schedule.warmup_steps: {schedule.warmup_steps} is more than train.steps ({steps})",
-    )
-    for name in ("warmup_scale", "final_scale"):
-        share = getattr(schedule, name)
-        _reject_if(share > 1, f"schedule.{name}: {share} is more than 1; give a fraction of optim.lr")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def load(path: Path) -> State:
 
 
 def found(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, newest first."""
-    return sorted(folder.glob("step-????????.pt"), reverse=True)
+    """Return the checkpoints of a folder, newest first: by step, which has more than eight digits in a long run."""
+    steps = {path: match for path in folder.glob("step-*.pt") if (match := re.fullmatch(r"step-(\d{8,})", path.stem))}
+    return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
 
 
 def latest(folder: Path) -> State | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from fastres.config.files import rename_values
+from fastres.config.formats import read_yaml
 from fastres.config.schema import Config, differences, dump, to_dict
 from fastres.data.description import DataDescription
 from fastres.runs import checkpoint
@@ -56,14 +56,16 @@ class RunDir:
                 "or choose another --run.dir"
             )
         try:
-            old = rename_values(yaml.safe_load(known.read_text(encoding="utf-8")))
+            old = rename_values(read_yaml(known.read_text(encoding="utf-8")))
             changed = differences(old, to_dict(self.config))
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
+            newest = checkpoint.found(self.checkpoints)[:1]
+            way = f"continue from its checkpoint with --run.dir NEW --run.resume {newest[0]}, " if newest else ""
             raise UsageError(
                 f"run.dir {self.folder}: holds a run that differs in {', '.join(changed[:5])}; "
-                "choose another --run.dir, or give the values that the run was started with"
+                f"{way}choose another --run.dir, or give the values that the run was started with"
             )
         return self._finished_summary()
 
@@ -95,10 +97,12 @@ class RunDir:
         self.check_resumable()  # again, because another process may have written here meanwhile
 
     def begin(self, engine: Engine, step: int) -> None:
-        """Write configuration, data and environment, and drop the metrics after `step`, whose steps will run again."""
+        """Write configuration, data and environment, and drop the metrics after `step`, whose steps will run again.
+
+        A resumed run writes its configuration again, because fields of MAY_CHANGE, such as data.root, may have changed.
+        """
         with self.writing():
-            if not (self.folder / "config.yaml").exists():
-                write_text(self.folder / "config.yaml", dump(self.config))
+            write_text(self.folder / "config.yaml", dump(self.config))
             if self.data is not None:
                 write_text(self.folder / "data.json", json.dumps(self.data.to_dict(), indent=2) + "\n")
             write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")

@@ -1,6 +1,7 @@
 from .build import Parts as Parts
 from .build import build_parts as build_parts
 from .build import fit_whitening as fit_whitening
+from .build import fix_length as fix_length
 from .build import warm_up as warm_up
 from .cuda_graph import CudaRecorder as CudaRecorder
 from .cuda_graph import GraphedStep as GraphedStep

@@ -10,7 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from fastres.config.length import in_steps, needs_data
 from fastres.config.schema import Config, model_options
+from fastres.config.validation import check_length
 from fastres.data.loaders.build import Loader, build_loader, classes_of, image_size, sample_images
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source, Split, hold_out
@@ -58,18 +60,46 @@ class Parts:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+def fix_length(
+    config: Config, group: ProcessGroup, source: Source | None = None, say: Callable[[str], None] = print
+) -> tuple[Config, Source | None]:
+    """Return the configuration with its length in steps, and the source, which is loaded if needed for it. Collective.
+
+    Args:
+        config: the run's configuration.
+        group: the run's processes.
+        source: replaces the configured source.
+        say: is called with lines about the length and the schedule.
+
+    Raises:
+        UsageError: if the data is bad, or the schedule does not fit the steps.
+    """
+    if not needs_data(config):
+        return config, source
+    source = source or group.rank0_first(lambda: load_source(config.data))
+    # build_data rejects a validation set that leaves no sample.
+    config, lines = in_steps(config, max(1, len(source.train) - config.data.validation))
+    check_length(config, scaled=True)  # milestones that were not scaled have been checked with the command line
+    for line in lines:
+        say(line)
+    return config, source
+
+
 def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Source | None = None) -> Parts:
     """Build all parts of a run. Collective.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, with its length in steps (fix_length).
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
         source: replaces the configured source.
 
     Raises:
         UsageError: if the data is bad, or the data or the weights do not fit the network.
+        ValueError: if the configuration's length is in epochs.
     """
+    if needs_data(config):
+        raise ValueError("train.epochs: fix_length() must translate it to steps first")
     data = build_data(config, engine, group, source)
     model = build_network(config, engine, data.source)
     notes = [*engine.reasons, *data.source.notes]

@@ -52,6 +52,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def expand_user(text: str) -> str:
+    """Return a path with ~ or ~USER at its beginning replaced by that user's home folder.
+
+    Raises:
+        UsageError: if there is no such user or home folder.
+    """
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        user = text.partition("/")[0]
+        raise UsageError(
+            f"{text}: {user} has no home folder here; give the whole path, or ./{user} for a folder of that name"
+        ) from None
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a command's argument names, ~ expanded. Raise UsageError as expand_user does."""
+    return Path(expand_user(text))
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of the error's message, or its type name if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -40,7 +40,7 @@ def imagefolder(config: DataConfig) -> Source:
     Raises:
         UsageError: if a folder is missing or empty, a class has no training images, or a file is bad.
     """
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     parts, notes = _parts(root, config)
     classes = tuple(parts["train"])
     for part, files in parts.items():

@@ -30,5 +30,5 @@ def load_source(config: DataConfig) -> Source:
     """
     try:
         return SOURCES[config.source](config)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ for a user who does not exist
+    except OSError as error:
         raise UsageError(f"cannot read {config.source} under --data.root {config.root}: {error}") from error

@@ -32,7 +32,7 @@ def cifar100(config: DataConfig) -> Source:
 
 def read_cifar(name: str, published: Any, label_key: str, config: DataConfig) -> Source:
     """Read CIFAR in torchvision's layout, which the tables of its class `published` describe."""
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     folder = root / published.base_folder
     meta = folder / published.meta["filename"]
     train = [folder / file for file, _ in published.train_list]
@@ -86,7 +86,7 @@ def fashion_mnist(config: DataConfig) -> Source:
 
 def read_mnist(name: str, published: Any, classes: tuple[str, ...], config: DataConfig) -> Source:
     """Read IDX files, .gz or not, in torchvision's layout, which the tables of its class `published` describe."""
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     arrays, paths = [], []
     for file, md5 in published.resources:
         packed = root / published.__name__ / "raw" / file
