@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastres.utils import ranks
+from fastres.utils import process, ranks
 from fastres.utils.version import __version__
 
 
@@ -87,7 +87,11 @@ def complain(what: str, said: bool = False) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr."""
+    """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr.
+
+    The exit status does not depend on the command's output: see process.guard_streams().
+    """
+    process.guard_streams()
     try:
         status = main() or 0
     except (UsageError, RunError) as error:
