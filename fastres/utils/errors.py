@@ -79,7 +79,7 @@ def complain(what: str, said: bool = False) -> None:
     # The message may quote a file, so characters that move the terminal's cursor or cannot be encoded are escaped.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
     if not said:
-        who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
+        who = f"rank {ranks.rank()}: " if ranks.fault() is None and ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
@@ -92,6 +92,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     The exit status does not depend on the command's output: see process.guard_streams().
     """
     process.guard_streams()
+    if fault := ranks.fault():
+        complain(fault)
+        sys.exit(UsageError.status)
     try:
         status = main() or 0
     except (UsageError, RunError) as error:
