@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = training.resolve_engine(config, ranks.local_rank())
     engine.apply_torch_settings()
     with (
-        training.stop_on_signal() as stop,
+        training.catch_signals() as stop,
         distributed.join_process_group(engine.device, config.run.timeout_s) as group,
     ):
         return train(config, engine, group, stop)
@@ -46,7 +46,7 @@ def train(
         config: the run's configuration.
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
-        stop: holds the number of a signal once one has come.
+        stop: the signal that stops the run.
         source: replaces the configured source.
     """
     is_main, steps = ranks.rank() == 0, config.train.steps
@@ -85,6 +85,7 @@ def train(
         # -------------------------------------------------------------------- train
         timer.start()
         for i, batch in enumerate(group.with_heartbeat(train_batches.train(start, steps)), start):
+            stop.saves = True  # until the first batch is here, a signal ends the process at once
             lr = lr_at(i)
             run_step(*batch, lr, i)
             done = i + 1
@@ -99,10 +100,11 @@ def train(
                     log.evaluation(done, lr, evaluator(group.with_heartbeat(curve_batches.evaluate())))
                 if log.checkpoint_due(done) or stopping:
                     runs.resume.save(run, group, done, step, timer, log.since_eval)
-            if stopping and done < steps:
+            if stopping:
                 log.stopped(done, stopping)
                 return 128 + stopping
         timer.stop()
+        stop.nothing_to_save()
 
         # -------------------------------------------------------------------- result
         final = log.last_eval if log.final_is_known() else None

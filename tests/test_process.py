@@ -1,18 +1,28 @@
-"""The process of a command: its streams."""
+"""The process of a command: its streams, its signals, and the variables that torchrun sets."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
+from PIL import Image
 
+from fastres.config.schema import DataConfig
+from fastres.data.sources.cache import _entry
 from fastres.train import main
-from tests.commands import ROOT, Forked, run_module, run_python, start_module, users_environment
+from tests.commands import ROOT, Forked, children, run_module, run_python, start_module, users_environment
+from tests.fixtures import write_image_folder
 
 TINY = ("--recipe digits --model.name resnet8 --train.steps 6 --train.batch_size 32 --schedule.warmup_steps 3 "
         "--train.eval_every 3 --train.log_every 1 --run.checkpoint_every 2").split()  # fmt: skip
@@ -165,3 +175,204 @@ def test_help_to_a_reader_that_has_gone_is_no_error(flag: str) -> None:
     code = f"import sys; sys.argv[1:] = ['{flag}']; from fastres.train import main, run_command; run_command(main)"
     done = run_python("-c", f"import os\nr, w = os.pipe(); os.dup2(w, 1); os.close(r)\n{code}", cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- torchrun's variables ------------------------------------------------------------------------------------
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is not a whole number, 1 or above; unset WORLD_SIZE for one process"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is not"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE is 2; unset WORLD_SIZE for one process"),
+        ({**TWO, "RANK": "x"}, "RANK: 'x' is not a whole number, 0 or above"),
+        ({**TWO, "RANK": "-1"}, "RANK: '-1' is not"),
+        ({**TWO, "RANK": "2"}, "RANK: 2 is not below WORLD_SIZE, 2"),
+        ({"RANK": "1"}, "RANK: 1 is not below WORLD_SIZE, which is not set; unset RANK for one process"),
+        ({**TWO, "LOCAL_RANK": "0,1"}, "LOCAL_RANK: '0,1' is not"),
+        ({**TWO, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK: 1 is not below LOCAL_WORLD_SIZE, 1"),
+        ({"LOCAL_WORLD_SIZE": "²"}, "LOCAL_WORLD_SIZE: '²' is not"),
+        ({**TWO, "MASTER_ADDR": None}, "MASTER_ADDR is not set, but WORLD_SIZE is 2"),
+        ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR is not set, but WORLD_SIZE is 2"),
+        ({**TWO, "MASTER_PORT": None}, "MASTER_PORT is not set, but WORLD_SIZE is 2"),
+        ({**TWO, "MASTER_PORT": "auto"}, "MASTER_PORT: 'auto' is not a port"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT: 'x' is not"),
+    ],
+)
+def test_a_wrong_variable_of_torchruns_is_named_in_one_line(env: dict[str, str | None], line: str) -> None:
+    done = run_module("fastres.train", *TINY, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"fastres: error: {line}") and done.stderr.count("\n") == 1
+    assert "torchrun" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_a_wrong_variable(name: str, tmp_path: Path) -> None:
+    done = run_module(*command(name, tmp_path, tmp_path), env={"WORLD_SIZE": ""}, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("fastres: error: WORLD_SIZE: ")
+
+
+def test_variables_that_slurm_sets_for_one_process_change_nothing(tmp_path: Path) -> None:
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "MASTER_ADDR": "node1"}
+    done = run_module("fastres.train", *TINY, "--run.dir", tmp_path / "ü", env=slurm)
+    assert done.returncode == 0 and has_done_its_work("train", tmp_path)
+
+
+# ---- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("line", "module"),  # the module that is being imported when the signal comes
+    [
+        ("fastres.train --recipe digits", "jsonargparse"),
+        ("fastres.train --recipe digits", "torch.autograd"),
+        ("fastres.evaluate {run}", "yaml"),
+        ("fastres.export {run}", "torch.nn"),
+        ("fastres.plot {run}", "rich.table"),
+        ("fastres.profile --block basic", "torch.optim"),
+        ("fastres.doctor", "torch.autograd"),
+        ("bench.report --targets", "matplotlib.figure"),
+    ],
+)
+def test_a_signal_during_the_imports_ends_a_command_in_one_line(
+    finished: Path, line: str, module: str, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", *(word.format(run=finished) for word in line.split())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=users_environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert process.stderr is not None and process.stdout is not None
+    for row in process.stderr:
+        if f" {module}" in row:
+            process.send_signal(number)
+            break
+    said = [row for row in process.stderr if not row.startswith("import time:")]
+    assert process.wait(60) == 128 + number
+    assert said == [f"fastres: stopped by {number.name}\n"] and process.stdout.read() == ""
+
+
+IMAGES = "--data.source imagefolder --data.image_size 32 --model.name resnet20".split()
+
+
+def write_slow_images(folder: Path, *, size: int = 4000) -> None:
+    """Replace the images below `folder` by large ones, each of which takes a fraction of a second to decode."""
+    image = io.BytesIO()
+    Image.new("RGB", (size, size)).save(image, "png")
+    for file in folder.rglob("*.*"):
+        file.write_bytes(image.getvalue())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_images_are_decoded_ends_the_run_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    write_image_folder(tmp_path / "data", size=32)
+    write_slow_images(tmp_path / "data/train")
+    flags = [*IMAGES, "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache"]
+    flags += ["--data.workers", 1, "--run.dir", tmp_path / "run"]
+    process = start_module("fastres.train", *flags, stdout=tmp_path / "out")
+    wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")), process)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert (tmp_path / "out").read_text() == f"fastres: stopped by {number.name}\n"
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_signal_while_another_process_decodes_ends_the_run_at_once(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "data", size=32)
+    cache = tmp_path / "cache"
+    entry = _entry(tmp_path / "data/train", DataConfig(cache=str(cache)))
+    flags = (*IMAGES, "--data.root", tmp_path / "data", "--data.cache", cache, "--run.dir", tmp_path / "run")
+    with filelock.FileLock(entry.with_suffix(".lock")):
+        process = start_module("fastres.train", *flags, stdout=tmp_path / "out")
+        wait_for(lambda: "waiting for another process" in text_of(tmp_path / "out"), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert text_of(tmp_path / "out").splitlines()[1:] == ["fastres: stopped by SIGINT"]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_signal_while_the_dataloader_waits_for_its_first_batch_ends_the_run_at_once(
+    tmp_path: Path, part: str
+) -> None:
+    """Images of test/ are first decoded when the evaluation is warmed up, those of train/ before step 1."""
+    write_image_folder(tmp_path / "data", size=32)
+    flags = [*IMAGES, "--data.root", tmp_path / "data", "--data.loader", "dataloader", "--data.workers", 2]
+    flags += ["--data.augment", "resized_crop", "--train.batch_size", 4, "--engine.compile", "false"]
+    write_slow_images(tmp_path / "data" / part)
+    process = start_module("fastres.train", *flags, "--run.dir", tmp_path / "run", stdout=tmp_path / "out")
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and children(process.pid), process)
+    for pid in (process.pid, *children(process.pid)):  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert text_of(tmp_path / "out").splitlines()[-1] == "fastres: stopped by SIGINT"
+    assert text_of(tmp_path / "out").count("SIGINT") == 1 and "Traceback" not in text_of(tmp_path / "out")
+
+
+def test_a_signal_during_a_step_is_announced_before_the_step_ends(tmp_path: Path) -> None:
+    flags = [*TINY, "--train.steps", 1_000_000, "--run.checkpoint_every", 1_000_000, "--run.dir", tmp_path / "run"]
+    process = start_module("fastres.train", *flags, stdout=tmp_path / "out", stderr=tmp_path / "err")
+    wait_for(lambda: '"step": 3' in text_of(tmp_path / "run/metrics.jsonl"), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert text_of(tmp_path / "err") == "fastres: SIGINT: the run finishes its step, saves and stops\n"
+    last = text_of(tmp_path / "out").splitlines()[-1]
+    assert last.startswith("stopped by SIGINT at step ") and len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+
+
+def test_a_signal_during_one_long_call_is_announced_and_ends_the_command() -> None:
+    """Python's handler waits for the end of the call; here it never comes, as with the name of a server."""
+    code = (
+        "import ctypes, os, signal, threading\n"
+        "from fastres.utils.errors import run_command\n"
+        "def main():\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    mutex = (ctypes.c_long * 8)()\n"
+        "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"
+    )
+    done = run_python("-c", code + "run_command(main)", cwd=ROOT, timeout_s=60)
+    assert (done.returncode, done.stderr) == (130, "fastres: stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize("delay_s", [0.1, 0.3, pytest.param(0.6, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_leaves_a_run_that_the_same_command_finishes(tmp_path: Path, delay_s: float) -> None:
+    process = start_module("fastres.train", *TINY, "--run.dir", tmp_path / "ü", stdout=tmp_path / "out")
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (0, 130)
+    assert "Traceback" not in text_of(tmp_path / "out")
+    done = run_module("fastres.train", *TINY, "--run.dir", tmp_path / "ü")
+    assert done.returncode == 0 and has_done_its_work("train", tmp_path)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_main_trains_in_a_thread_without_handlers(tmp_path: Path, times: int) -> None:
+    statuses: list[int] = []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        statuses.append(main([*TINY, "--run.dir", str(tmp_path / f"{len(statuses)}")]))
+
+    for _ in range(times):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert statuses == [0] * times
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def text_of(path: Path) -> str:
+    """Return the file's text, or nothing if the file does not exist yet."""
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: Callable[[], object], process: Forked) -> None:
+    """Return when the condition is true."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stdout.read_text()
+        assert time.monotonic() < deadline, process.stdout.read_text()
+        time.sleep(0.01)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -89,17 +90,40 @@ def complain(what: str, said: bool = False) -> None:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr.
 
-    The exit status does not depend on the command's output: see process.guard_streams().
+    The exit status does not depend on the command's output: see process.guard_streams(). If signal N stops the command,
+    the status is 128 + N.
     """
     process.guard_streams()
     if fault := ranks.fault():
         complain(fault)
         sys.exit(UsageError.status)
+    stopped = False
     try:
-        status = main() or 0
+        with process.catch_signals():
+            status = _status(main)
+    except KeyboardInterrupt as signalled:
+        stopped, number = True, getattr(signalled, "number", signal.SIGINT)
+        if not isinstance(signalled, process.Stopped):  # which has printed the line
+            process.say_stopped(number)
+        status = 128 + number
+    if stopped or ranks.world_size() > 1:
+        # Skip the interpreter's shutdown, because it waits for threads that are still decoding, and because any
+        # reference to the process group leaves threads that nobody joins: 9 of 26 runs of a script that kept a network
+        # with shared statistics ended with SIGABRT after their work was done (torch 2.14, gloo). After a failure,
+        # destroying the group would wait for processes that have ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(main: Callable[[], int | None]) -> int:
+    """Return the exit status of a command's main(), after printing the line of an error."""
+    try:
+        return main() or 0
     except (UsageError, RunError) as error:
         complain(str(error), error.said)
-        status = error.status
+        return error.status
     except Exception as error:
         if out_of_memory(error):
             remedy = "use a smaller batch, or in training --train.accumulate 2 for micro-batches of the same batch"
@@ -110,11 +134,4 @@ def run_command(main: Callable[[], int | None]) -> None:
         else:
             raise
         complain(line, getattr(error, "said", False))
-    if ranks.world_size() > 1:
-        # Skip the interpreter's shutdown, because any reference to the process group leaves threads that nobody joins:
-        # 9 of 26 runs of a script that kept a network with shared statistics ended with SIGABRT after their work was
-        # done (torch 2.14, gloo). After a failure, destroying the group would wait for processes that have ended.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        return status

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,17 +276,22 @@ def _decoded(paths: Sequence[Path], workers: int) -> tuple[tuple[int, ...], Iter
 
 def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Iterator[list[T]]:
     """Yield the results of `work` for each path, in their order, in blocks of BLOCK, by `workers` threads."""
+    ended = threading.Event()
 
     def block(start: int) -> list[T]:
-        return [work(path) for path in paths[start : start + BLOCK]]
+        return [work(path) for path in paths[start : start + BLOCK] if not ended.is_set()]
 
     show = ProgressLine("decoding", len(paths), enabled=ranks.rank() == 0, stderr=True)
-    done = 0
-    with show as progress, ThreadPoolExecutor(max(workers, 1)) as pool:
-        for results in pool.map(block, range(0, len(paths), BLOCK)):
-            done += len(results)
-            progress.update(done)
-            yield results
+    done, pool = 0, ThreadPoolExecutor(max(workers, 1))
+    with show as progress:
+        try:
+            for results in pool.map(block, range(0, len(paths), BLOCK)):
+                done += len(results)
+                progress.update(done)
+                yield results
+        finally:  # after an error or a signal, do not wait for the threads
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _say(line: str) -> None:
