@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.utils import process, ranks
+from fastres.utils.atomic_io import json_of
 from fastres.utils.version import __version__
 
 
@@ -84,7 +84,7 @@ def complain(what: str, said: bool = False) -> None:
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
-            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
+            Path(report).write_text(json_of({"message": line, "timestamp": int(time.time())}), "utf-8")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

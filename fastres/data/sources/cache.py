@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -33,7 +32,7 @@ import numpy as np
 from fastres.config.schema import DataConfig
 from fastres.data.sources.formats import check_size, decode, size_or_reason
 from fastres.utils import ranks
-from fastres.utils.atomic_io import atomic_write
+from fastres.utils.atomic_io import atomic_write, json_of, parse_json
 from fastres.utils.progress import ProgressLine
 
 VERSION = 1  # of the cache; raise it when decode() returns other pixels
@@ -195,13 +194,13 @@ def _write(path: Path, content: bytes) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON atomically."""
-    _write(path, json.dumps(content).encode())
+    _write(path, json_of(content).encode())
 
 
 def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
     """Return the file's content, or None if it is missing, damaged, or has another fingerprint."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return content if content["fingerprint"] == wanted else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
