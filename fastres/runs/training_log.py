@@ -105,7 +105,13 @@ class TrainingLog:
         speed = (done - self._logged) * self.config.train.batch_size / seconds
         self._logged, self._logged_s = done, self.timer.train_time_s
         self.progress.update(
-            done, f"loss {metrics.mean_loss:.4f}  accuracy {metrics.accuracy:.2%}  lr {lr:.4g}  {speed:,.0f} images/s"
+            done,
+            (
+                f"loss {metrics.mean_loss:.4f}",
+                f"accuracy {metrics.accuracy:.2%}",
+                f"{speed:,.0f} images/s",
+                f"lr {lr:.4g}",
+            ),
         )
         self._append(
             {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
