@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastres import distributed, runs, training, utils
 from fastres.config.cli import parse
 from fastres.utils import ranks
-from fastres.utils.errors import run_command
+from fastres.utils.errors import printed_once_per_host, run_command
 from fastres.utils.run_timer import RunTimer
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the command line describes, and return the exit status."""
-    config = parse(sys.argv[1:] if argv is None else argv)
+    with printed_once_per_host():
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if ranks.local_rank() > 0:
+            training.resolve_engine(config)  # raises what local rank 0 raises
     engine = training.resolve_engine(config, ranks.local_rank())
     engine.apply_torch_settings()
     with (

@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastres.utils import process, ranks
 from fastres.utils.atomic_io import json_of
 from fastres.utils.version import __version__
+
+LAUNCHER_S = 3.0  # time for a launcher to notice that a process has ended, and to end the others
 
 
 class UsageError(Exception):
@@ -85,6 +87,22 @@ def complain(what: str, said: bool = False) -> None:
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
             Path(report).write_text(json_of({"message": line, "timestamp": int(time.time())}), "utf-8")
+
+
+@contextlib.contextmanager
+def printed_once_per_host() -> Iterator[None]:
+    """Let one process of each host print the block's UsageError, which all processes of a host raise.
+
+    The others wait until the launcher ends them, because a launcher that sees them end first would end the one that
+    prints.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if ranks.local_rank() > 0:
+            error.said = True
+            time.sleep(LAUNCHER_S)
+        raise
 
 
 def run_command(main: Callable[[], int | None]) -> None:
