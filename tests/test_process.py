@@ -242,18 +242,40 @@ def test_variables_that_slurm_sets_for_one_process_change_nothing(tmp_path: Path
 def test_a_signal_during_the_imports_ends_a_command_in_one_line(
     finished: Path, line: str, module: str, number: signal.Signals
 ) -> None:
+    assert stopped_during_imports(line.format(run=finished).split(), module, 0, number) == (
+        128 + number, [f"fastres: stopped by {number.name}\n"]
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_signal_during_any_import_ends_a_command_in_one_line(tmp_path: Path) -> None:
+    """Some modules in C++ would abort the process if Python raised an exception during their initialisation."""
+    words = ["fastres.train", "--recipe", "digits", "--run.dir", str(tmp_path / "run")]
+    for after in range(0, 1600, 100):
+        status, said = stopped_during_imports(words, "fastres", after, signal.SIGINT)
+        assert (status, said) == (130, ["fastres: stopped by SIGINT\n"]), after
+
+
+def stopped_during_imports(words: list[str], module: str, after: int, number: signal.Signals) -> tuple[int, list[str]]:
+    """Start a command in a new Python, and send the signal when it has imported the module and `after` more.
+
+    Return the exit status, and the lines that the command has printed on stderr.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", *(word.format(run=finished) for word in line.split())],
+        [sys.executable, "-X", "importtime", "-m", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=users_environment(), cwd=ROOT,
     )  # fmt: skip
-    assert process.stderr is not None and process.stdout is not None
-    for row in process.stderr:
-        if f" {module}" in row:
-            process.send_signal(number)
+    assert process.stderr is not None
+    rows = iter(process.stderr)
+    for row in rows:
+        if row.split("|")[-1].strip().startswith(module) and "fastres.utils" not in row:
             break
-    said = [row for row in process.stderr if not row.startswith("import time:")]
-    assert process.wait(60) == 128 + number
-    assert said == [f"fastres: stopped by {number.name}\n"] and process.stdout.read() == ""
+    for _ in range(after):
+        next(rows, "")
+    process.send_signal(number)
+    said = [row for row in rows if not row.startswith("import time:")]
+    process.communicate()
+    return process.returncode, said
 
 
 IMAGES = "--data.source imagefolder --data.image_size 32 --model.name resnet20".split()

@@ -20,7 +20,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 10.0  # time after a signal to finish the step and save
-LEAVE_S = 1.0  # time after a signal to remove temporary files, if there is nothing to save
+LEAVE_S = 0.8  # time after a signal to remove temporary files, if there is nothing to save
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------
@@ -110,9 +110,10 @@ class StopSignal:
         self.saves = False
         self._since_s = 0.0
         self._pid = os.getpid()
-        self._line = _thread.allocate_lock()  # acquired by the thread that prints the line
+        self._said = False
+        self._line = _thread.allocate_lock()  # held by the thread that prints the line
 
-    def handle(self, number: int, _: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the first signal, or raise Stopped. A second one within GRACE_S changes nothing; a later one ends all.
 
         On Ctrl-C, both the terminal and torchrun send a signal. Worker processes inherit the handler and ignore
@@ -128,6 +129,8 @@ class StopSignal:
         self.number, self._since_s = number, time.monotonic()
         self._announce(number)
         if not self.saves:
+            if _is_importing(frame):  # some modules in C++ abort if an exception interrupts their initialisation
+                os._exit(128 + number)
             sys.unraisablehook = _ignore  # Stopped may be raised in a destructor, where Python prints and drops it
             raise Stopped(number)
 
@@ -148,8 +151,10 @@ class StopSignal:
         os.close(pipe)
 
     def _announce(self, number: int) -> None:
-        if self._line.acquire(blocking=False):
-            say_stopped(number, saves=self.saves)
+        with self._line:  # the handler waits until the line is printed, because it may end the process
+            if not self._said:
+                self._said = True
+                say_stopped(number, saves=self.saves)
 
 
 @contextlib.contextmanager
@@ -200,6 +205,15 @@ def say_stopped(number: int, *, saves: bool = False) -> None:
 def _leave(number: int, _: FrameType | None) -> None:
     say_stopped(number)
     os._exit(128 + number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return True if the interrupted code runs inside an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _ignore(_: Any) -> None:
