@@ -481,7 +481,7 @@ def main() -> int:
             values = {name: seen.value for name, seen in counts.items()}
             stored = {name: value if value % 1 else int(value) for name, value in values.items()}
             expected.setdefault(key_of(group), {})[group] = stored
-        EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True) + "\n")
+        EXPECTED.write_text(json.dumps(expected, indent=2, sort_keys=True, allow_nan=False) + "\n")
     print(shown)
     wrong, notes = judge(counted, expected) if options.check else ([], [])
     for line in notes:

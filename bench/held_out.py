@@ -13,7 +13,6 @@ overfits, otherwise it underfits), and the median training time, in this process
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from bench.lib.runs import run
 from fastres.config.cli import parse
 from fastres.data.sources.load import load_source
 from fastres.training.step import raise_recompile_limit
+from fastres.utils.atomic_io import parse_json, write_json
 from fastres.utils.errors import UsageError, run_command, user_path
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory() as folder:
                     summary = run(setting.flags, seed, Path(folder), source)
                     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                held_out = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+                held_out = [row for row in map(parse_json, lines) if row["split"] == "validation"]
                 setting.accuracies.append(held_out[-1]["accuracy"])
                 setting.training.append(held_out[-1]["train_accuracy"])
                 setting.seconds.append(summary["train_time_s"])
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
         if options.json:
             stored = [setting.to_dict() for setting in done]
-            options.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, stored)
     return 0
 
 

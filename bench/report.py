@@ -11,7 +11,6 @@ be trusted. Nothing is compared or summed across devices.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from bench.lib import targets
 from bench.lib.tables import Row, consumer_rate, tables
+from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError, run_command, user_path
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def read(paths: Sequence[Path]) -> list[SuiteRun]:
     runs = []
     for path in paths:
         try:
-            run = SuiteRun(path, json.loads(path.read_text(encoding="utf-8")))
+            run = SuiteRun(path, parse_json(path.read_text(encoding="utf-8")))
             if not (run.device and run.line and isinstance(run.rows, list)):
                 raise ValueError("an entry is empty")
         except (OSError, ValueError, KeyError, TypeError):

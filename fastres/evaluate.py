@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastres import data, runs, training
 from fastres.config.schema import Config, DataConfig, EngineConfig
 from fastres.utils import ranks
+from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def agreement(totals: training.Metrics, path: Path) -> str:
     if not path.exists():
         return f"not compared, because {path} does not exist"
     try:
-        accuracy = float(json.loads(path.read_text(encoding="utf-8"))["test_accuracy"])
+        accuracy = float(parse_json(path.read_text(encoding="utf-8"))["test_accuracy"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{path}: is not a summary of fastres; remove it, and evaluate again") from None
     if totals.accuracy == accuracy:

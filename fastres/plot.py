@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastres.runs.history import AGAINST, plot_curves, read_history
+from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
@@ -21,7 +21,7 @@ def table_of(runs: list[Path]) -> Table:
         table.add_column(column, justify="left" if column in ("run", "model") else "right", no_wrap=column == "run")
     for run in runs:
         try:
-            s = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            s = parse_json((run / "summary.json").read_text(encoding="utf-8"))
             cells = [
                 str(s["model"]),
                 f"{s['parameters']:,}",

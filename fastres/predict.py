@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
 from fastres import data, runs
-from fastres.utils.atomic_io import write_text
+from fastres.utils.atomic_io import json_of, write_text
 from fastres.utils.errors import Parser, UsageError, complain, positive, run_command, user_path
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.json:
             print(as_csv(found), end="", flush=True)
     if arguments.json:
-        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=2))
+        print(json_of([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=2))
     if arguments.csv is not None:
         try:
             write_text(arguments.csv, ",".join(COLUMNS) + "\n" + as_csv(rows))

@@ -7,7 +7,6 @@ report.py (files and tables).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from fastres.config.formats import read_yaml
 from fastres.config.validation import check_device
 from fastres.models.registry import find
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
-from fastres.utils.atomic_io import write_text
+from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import Parser, UsageError, positive, run_command, user_path
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_of(profile)
     write_csv(rows, folder / "profile.csv")
     plot(profile, folder / "profile.png")
-    write_text(folder / "profile.json", json.dumps(raw(profile), indent=2) + "\n")
+    write_json(folder / "profile.json", raw(profile))
     show(profile, console)
     print(f"{folder}: profile.json, profile.csv, profile.png" + (", trace-*.json.gz" if arguments.trace else ""))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastres import data, distributed, runs, training, utils
 from fastres.config.cli import parse
 from fastres.utils import ranks
-from fastres.utils.errors import run_command
+from fastres.utils.errors import printed_once_per_host, run_command
 from fastres.utils.run_timer import RunTimer
 
 if TYPE_CHECKING:
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the command line describes, and return the exit status."""
-    config = parse(sys.argv[1:] if argv is None else argv)
+    with printed_once_per_host():
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if ranks.local_rank() > 0:
+            training.resolve_engine(config)  # raises what local rank 0 raises
     engine = training.resolve_engine(config, ranks.local_rank())
     engine.apply_torch_settings()
     with (
-        training.stop_on_signal() as stop,
+        training.catch_signals() as stop,
         distributed.join_process_group(engine.device, config.run.timeout_s) as group,
     ):
         return train(config, engine, group, stop)
@@ -46,7 +49,7 @@ def train(
         config: the run's configuration.
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
-        stop: holds the number of a signal once one has come.
+        stop: the signal that stops the run.
         source: replaces the configured source.
     """
     is_main = ranks.rank() == 0
@@ -88,6 +91,7 @@ def train(
         # -------------------------------------------------------------------- train
         timer.start()
         for i, batch in enumerate(group.with_heartbeat(train_batches.train(start, steps)), start):
+            stop.saves = True  # until the first batch is here, a signal ends the process at once
             lr = lr_at(i)
             run_step(*batch, lr, i)
             done = i + 1
@@ -102,10 +106,11 @@ def train(
                     log.evaluation(done, lr, evaluator(group.with_heartbeat(curve_batches.evaluate())))
                 if log.checkpoint_due(done) or stopping:
                     runs.resume.save(run, group, done, step, timer, log.since_eval)
-            if stopping and done < steps:
+            if stopping:
                 log.stopped(done, stopping)
                 return 128 + stopping
         timer.stop()
+        stop.nothing_to_save()
 
         # -------------------------------------------------------------------- result
         final = log.last_eval if log.final_is_known() else None

@@ -147,7 +147,7 @@ def main() -> int:
     print(cooperative_shapes())
     if options.json:
         result = {"versions": versions, "kernels": [asdict(kernel) for kernel in kernels], "blocks": blocks}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for fault in wrong:
         print(fault, file=sys.stderr)
     return 1 if wrong else 0

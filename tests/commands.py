@@ -79,7 +79,14 @@ class Forked:
     """A forked command, with the methods of subprocess.Popen that tests use."""
 
     def __init__(
-        self, module: str, *args: object, stdout: Path, stderr: Path, env: Mapping[str, str | None] | None, cwd: Path
+        self,
+        module: str,
+        *args: object,
+        stdout: Path,
+        stderr: Path,
+        env: Mapping[str, str | None] | None,
+        cwd: Path,
+        closed: Sequence[int],
     ) -> None:
         self.args = ["python", "-m", module, *map(str, args)]
         self.stdout, self.stderr = stdout, stderr
@@ -90,6 +97,7 @@ class Forked:
             cwd=str(cwd.absolute()),
             stdout=str(stdout.absolute()),
             stderr=str(stderr.absolute()),
+            closed=list(closed),
         )
 
     def poll(self) -> int | None:
@@ -135,9 +143,15 @@ def start_module(
     stderr: Path | None = None,
     env: Mapping[str, str | None] | None = None,
     cwd: Path | None = None,
+    closed: Sequence[int] = (),
 ) -> Forked:
-    """Start `python -m MODULE ARGS`, forked, and append its output to the files; stderr goes to stdout's by default."""
-    return Forked(module, *args, stdout=stdout, stderr=stderr or stdout, env=env, cwd=cwd or Path.cwd())
+    """Start `python -m MODULE ARGS`, forked, and append its output to the files; stderr goes to stdout's by default.
+
+    The standard streams whose descriptors are in `closed` are closed, as by `>&-` in a shell. A file may also be a
+    pipe with a name, a terminal or a device.
+    """
+    where = cwd or Path.cwd()
+    return Forked(module, *args, stdout=stdout, stderr=stderr or stdout, env=env, cwd=where, closed=closed)
 
 
 def run_module(
@@ -147,13 +161,14 @@ def run_module(
     cwd: Path | None = None,
     timeout_s: float = 300,
     fresh: bool = False,
+    closed: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ARGS` in a user's environment; `env` overrides variables, and None removes one."""
     if fresh:
         return run_python("-m", module, *args, env=env, cwd=cwd, timeout_s=timeout_s)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = start_module(module, *args, stdout=out, stderr=err, env=env, cwd=cwd)
+        process = start_module(module, *args, stdout=out, stderr=err, env=env, cwd=cwd, closed=closed)
         status = process.wait(timeout_s)
         return subprocess.CompletedProcess(process.args, status, out.read_text(), err.read_text())
 

@@ -358,5 +358,23 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(job: Callable[..., J
     run = job("run", *LONG, "--train.batch_size", 126, "--train.accumulate", 4)
     assert run.end() != 0
     remedy = "2 processes with --train.accumulate 4; use --train.batch_size 120 or another number of processes"
-    assert all(f"train.batch_size: 126 cannot be split equally over {remedy}" in line for line in run.errors())
-    assert run.errors() and not run.folder.exists()
+    (line,) = run.errors()
+    assert f"train.batch_size: 126 cannot be split equally over {remedy}" in line and not run.folder.exists()
+
+
+@pytest.mark.parametrize("flag", ["--optim.lrr", "--engine.cuda_graph"])
+def test_a_usage_error_is_printed_once(job: Callable[..., Job], flag: str) -> None:
+    """The first error is one of the command line, the second one of the machine."""
+    run = job("run", *LONG, flag, "true")
+    assert run.end() == 2
+    assert run.text().count("\n") == 1 and run.errors()[0].startswith("fastres: error: rank 0: ")
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_usage_error_is_printed_once_and_without_a_traceback_of_fastres(
+    job: Callable[..., Job],
+) -> None:
+    run = job("run", *LONG, "--optim.lrr", 1, launcher=True)
+    assert run.end() == 1
+    assert len(run.errors()) == 1 and "/fastres/" not in run.text()
+    assert run.text().count("did you mean optim.lr?") == 2  # fastres's line, and torchrun's report of it

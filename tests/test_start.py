@@ -6,6 +6,7 @@ The tests look at sys.modules and not at a clock. torch takes 1.6 s to import, t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ HEAVY = {
 }
 
 
-def imported(*command: object, status: int = 0) -> set[str]:
+def imported(*command: object, status: int = 0, env: Mapping[str, str] | None = None) -> set[str]:
     """Run a command, check its exit status, and return the modules that it imported."""
-    done = run_python("-m", "tests.workers.imported", *command, cwd=ROOT)
+    done = run_python("-m", "tests.workers.imported", *command, cwd=ROOT, env=env)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["status"] == status, done.stdout + done.stderr
     return set(found["modules"])
@@ -73,6 +74,10 @@ def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str
 def test_an_error_of_names_types_and_ranges_imports_no_torch(command: str) -> None:
     module, *arguments = command.split()
     assert not imported(f"fastres.{module}", *arguments, status=2) & HEAVY
+
+
+def test_a_wrong_variable_of_torchruns_is_reported_without_torch() -> None:
+    assert not imported("fastres.train", status=2, env={"WORLD_SIZE": "2"}) & HEAVY
 
 
 def test_importing_fastres_imports_nothing_heavy() -> None:

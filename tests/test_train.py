@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -29,11 +31,13 @@ from fastres.evaluate import evaluate_run
 from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.runs.history import read_history, read_metrics, write_history
 from fastres.runs.loading import load_run
 from fastres.runs.run_dir import RunDir
 from fastres.train import main
 from fastres.training.engine import resolve_engine
 from fastres.training.signals import stop_on_signal
+from fastres.utils.atomic_io import json_of, parse_json
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import Forked, run_fastres, start_module, users_environment
 from tests.fixtures import rejected, sha256, write_image_folder, write_mnist_idx
@@ -430,6 +434,52 @@ def test_a_non_finite_loss_ends_the_run_with_its_step_and_the_checkpoint_kept(
     assert not (tmp_path / "run/summary.json").exists()
 
 
+NAN_AT_THE_END = ("--train.steps 1 --schedule.name constant --optim.lr 1e30 --schedule.warmup_steps 0 "
+                  "--model.name resnet8").split()  # fmt: skip
+
+
+def strict(text: str) -> Any:
+    """Return the value of JSON without NaN and infinity."""
+
+    def fail(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=fail)
+
+
+@pytest.mark.parametrize("validation", [0, 237])
+def test_a_non_finite_last_evaluation_is_a_failure_without_a_summary(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], validation: int
+) -> None:
+    flags = [*SHORT, *NAN_AT_THE_END, "--data.validation", validation, "--run.dir", tmp_path / "run"]
+    for _ in range(2):  # the same command fails again
+        assert train(*flags) == 1
+        assert "loss is not finite after the last step; there is no checkpoint yet; try a smaller" in refusal(capsys)
+        assert not (tmp_path / "run/summary.json").exists() and not (tmp_path / "run/model.safetensors").exists()
+    rows = [strict(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] is None for row in rows] == [False, True]
+    assert strict((tmp_path / "run/env.json").read_text())["precision"] == "fp32"
+
+
+def test_a_non_finite_point_of_the_curve_is_null_in_json_and_a_gap_in_the_plot(tmp_path: Path) -> None:
+    row = {"step": 1, "split": "test", "loss": math.inf, "accuracy": 0.1, "train_loss": 2.0, "train_accuracy": 0.1,
+           "lr": 0.1, "train_time_s": 1.0}  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text(json_of(row) + "\n" + json_of(row | {"step": 2, "loss": 2.0}) + "\n")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [None, 2.0]
+    write_history(rows, tmp_path)
+    assert [str(row["eval_loss"]) for row in read_history(tmp_path)] == ["nan", "2.0"]
+    assert (tmp_path / "history.png").exists()
+
+
+def test_json_is_strict_in_both_directions() -> None:
+    value = {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}}
+    assert json_of(value) == '{"a": [null, [null, 1.5]], "b": {"c": null}}'
+    for text in ("NaN", "[Infinity]", '{"a": -Infinity}'):
+        with pytest.raises(ValueError, match="is not JSON"):
+            parse_json(text)
+
+
 # ---- disks --------------------------------------------------------------------------------------------------
 
 DISK = [*SHORT, "--model.name", "resnet8", "--train.log_every", "1"]
@@ -657,6 +707,32 @@ def test_a_rejected_change_names_the_way_round_which_works(
     assert "train.steps: 4 -> 8, optim.lr: 0.1 -> 0.05" in line and way in line
     assert train(*TINY, "--optim.lr", "0.05", *way.split()) == 0
     assert "resumed at step 4" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_checkpoint_may_be_used_with_other_settings(train: Train, tmp_path: Path) -> None:
+    """A run that failed before its first checkpoint has left nothing to lose."""
+    write_image_folder(tmp_path / "data", size=32)
+    flags = ["--data.source", "imagefolder", "--data.root", tmp_path / "data", "--train.batch_size", 4]
+    flags += ["--model.name", "resnet8", "--run.dir", tmp_path / "run", "--data.loader", "dataloader"]
+    flags += ["--train.steps", 4, "--train.eval_every", 4, "--schedule.warmup_steps", 1, "--engine.compile", "false"]
+    for victim in sorted((tmp_path / "data/train").rglob("*.*"))[1::4]:
+        victim.write_bytes(victim.read_bytes()[:100])
+    assert train(*flags) == 1
+    assert (tmp_path / "run/config.yaml").exists() and not checkpoint.found(tmp_path / "run/checkpoints")
+    assert train(*flags, "--data.skip_bad", "true", "--run.resume", "never") == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["skip_bad"] is True
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("left", ["summary.json", "model.safetensors", "checkpoints/step-00000040.pt"])
+def test_a_folder_with_any_result_is_protected(
+    train: Train, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", left):
+        shutil.copy(undisturbed / name, tmp_path / "run" / name)
+    assert train(*SHORT, "--optim.lr", 0.2, "--run.dir", tmp_path / "run") == 2
+    assert "optim.lr: 0.1 -> 0.2" in refusal(capsys)
 
 
 def test_a_second_writer_is_kept_out(

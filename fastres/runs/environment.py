@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -48,16 +49,29 @@ def environment(engine: Engine) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the checkout's commit, with -dirty if it has changes, or None for an installed package."""
-    here = Path(__file__).parent
+    """Return the checkout's commit, with -dirty if it has changes, or None for an installed package.
+
+    An installed package may lie in the working tree of another repository, for example in a .venv. The commit counts
+    only if the repository's root is the checkout and the repository tracks this file.
+    """
+    file = Path(__file__).resolve()
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        root = _git("rev-parse", "--show-toplevel", folder=file.parent)
+        if Path(root).resolve() != file.parents[2]:
+            return None
+        _git("ls-files", "--error-unmatch", file.name, folder=file.parent)
+        return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*", folder=file.parent) or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    """Return what git prints about a folder, whatever repository the environment names, as it does in a hook."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout.removesuffix("\n")
 
 
 def device_name(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastres.config.schema import Config, model_options
 from fastres.models.registry import METADATA, check_input_shape
-from fastres.utils.atomic_io import write_text
+from fastres.utils.atomic_io import parse_json, write_json
 from fastres.utils.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def export(
             os.fsync(file.fileno())
         temporary.replace(output)
         if data is not None:
-            write_text(card, json.dumps(timm_card(config, data), indent=2) + "\n")
+            write_json(card, timm_card(config, data))
     except OSError as error:
         raise UsageError(f"--output {output}: cannot be written ({error.strerror or error}); choose another") from None
     finally:
@@ -200,7 +200,7 @@ def timm_card(config: Config, data: DataDescription) -> dict[str, Any]:
 def _is_card(path: Path) -> bool:
     """Return True if the file is a config.json that an export has written."""
     try:
-        return METADATA in json.loads(path.read_text(encoding="utf-8"))
+        return METADATA in parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastres.utils.atomic_io import atomic_write, write_text
+from fastres.utils.atomic_io import atomic_write, parse_json, write_text
 from fastres.utils.errors import UsageError
 
 HISTORY = ("step", "train_loss", "train_accuracy", "eval_split", "eval_loss", "eval_accuracy", "lr", "train_time_s")
@@ -72,7 +72,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str 
         axes.set_title(title.format(split))
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-        if "loss" in column and all(row[column] > 0 for rows in runs.values() for row in rows):
+        if "loss" in column and not any(row[column] <= 0 for rows in runs.values() for row in rows):
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -88,7 +88,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, RecursionError):
-            if _is_row(row := json.loads(line)):
+            if _is_row(row := parse_json(line)):
                 rows.append(row)
     return rows
 
@@ -97,9 +97,11 @@ def _is_row(row: Any) -> bool:
     """Return True if the row has every value that a history needs."""
     if not isinstance(row, dict) or row.get("split") not in ("train", "test", "validation"):
         return False
-    numbers = ["loss", "accuracy", "lr", "train_time_s"]
+    numbers = ["accuracy", "lr", "train_time_s"]
     numbers += ["train_loss", "train_accuracy"] if row["split"] != "train" else []
-    return type(row.get("step")) is int and all(type(row.get(name)) in (int, float) for name in numbers)
+    if type(row.get("step")) is not int or not all(type(row.get(name)) in (int, float) for name in numbers):
+        return False
+    return "loss" in row and type(row["loss"]) in (int, float, type(None))  # None if it was not finite
 
 
 def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
@@ -114,7 +116,8 @@ def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
     """
     rows = [
         {name: row[name] for name in HISTORY if name in row}
-        | {"eval_split": row["split"], "eval_loss": row["loss"], "eval_accuracy": row["accuracy"]}
+        | {"eval_split": row["split"], "eval_accuracy": row["accuracy"]}
+        | {"eval_loss": math.nan if row["loss"] is None else row["loss"]}
         for row in evaluations
     ]
     table = io.StringIO(newline="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fastres.config.schema import Config, model_options
 from fastres.data.description import DataDescription, from_dict
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
+from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def load_description(folder: Path) -> DataDescription | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+        return from_dict(parse_json(path.read_text(encoding="utf-8")), path)
     except (OSError, ValueError, RecursionError):
         raise UsageError(f"{path}: cannot be read; restore it") from None
 

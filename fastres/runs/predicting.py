@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastres.runs.exporting import METADATA_FILE, reload_onnx, reload_program
 from fastres.runs.loading import load_description, load_run, rebuild
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.step import ForwardLoss
+from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError, first_line
 
 
@@ -133,7 +133,7 @@ def _of_onnx(path: Path) -> Predictor:
 
 def _described(text: str | None, path: Path) -> tuple[DataDescription, dict[str, Any]]:
     """Return the description of the data in a file's metadata, and all of the metadata."""
-    content = json.loads(text or "{}")
+    content = parse_json(text or "{}")
     if "data" not in content:
         raise UsageError(f"{path}: does not say what its classes are; export the run again with this version")
     return from_dict(content["data"], path), content

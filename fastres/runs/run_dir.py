@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from fastres.runs.history import read_metrics, write_history
 from fastres.runs.trackers import TRACKERS, Tracker, start_tracker
 from fastres.training.engine import Engine
 from fastres.utils import ranks
-from fastres.utils.atomic_io import write_text
+from fastres.utils.atomic_io import json_of, parse_json, write_json, write_text
 from fastres.utils.errors import RunError, UsageError
 
 
@@ -38,6 +37,8 @@ class RunDir:
     def check_resumable(self) -> dict[str, Any] | None:
         """Return the summary if the folder holds this run and the run is finished, otherwise None. Nothing is written.
 
+        A run that ended before its first checkpoint has left nothing to lose, so another may use its folder.
+
         Raises:
             UsageError: if the folder holds another run or cannot be used.
         """
@@ -49,6 +50,8 @@ class RunDir:
                 raise UsageError(
                     f"run.dir {self.folder} holds checkpoints without a config.yaml; choose another folder"
                 )
+            return None
+        if not self._holds_results():
             return None
         if self.config.run.resume != "auto" and not ranks.restarted():
             raise UsageError(
@@ -69,13 +72,18 @@ class RunDir:
             )
         return self._finished_summary()
 
+    def _holds_results(self) -> bool:
+        """Return True if the folder holds a checkpoint or a finished run's weights or summary."""
+        final = ("summary.json", "model.safetensors")
+        return bool(checkpoint.found(self.checkpoints)) or any((self.folder / name).exists() for name in final)
+
     def _finished_summary(self) -> dict[str, Any] | None:
         """Return the content of summary.json, or None if it does not exist. Raise UsageError if it is no summary."""
         summary = self.folder / "summary.json"
         if not summary.exists():
             return None
         try:
-            content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parse_json(summary.read_text(encoding="utf-8"))
             float(content["test_accuracy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"{summary}: is not a summary of fastres; remove it to finish the run again") from None
@@ -104,10 +112,10 @@ class RunDir:
         with self.writing():
             write_text(self.folder / "config.yaml", dump(self.config))
             if self.data is not None:
-                write_text(self.folder / "data.json", json.dumps(self.data.to_dict(), indent=2) + "\n")
-            write_text(self.folder / "env.json", json.dumps(environment(engine), indent=2) + "\n")
+                write_json(self.folder / "data.json", self.data.to_dict())
+            write_json(self.folder / "env.json", environment(engine))
             rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.folder / "metrics.jsonl", "".join(json_of(row) + "\n" for row in rows))
         for name in TRACKERS:
             if getattr(self.config.run, name):
                 self._trackers.append(start_tracker(name, self.config, self.folder))
@@ -137,7 +145,7 @@ class RunDir:
         """Append a line to metrics.jsonl and pass it to the trackers."""
         with self.writing():
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_of(row) + "\n")
             for tracker in self._trackers:
                 tracker.log(row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,4 +69,8 @@ def start_tracker(name: str, config: Config, folder: Path) -> Tracker:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(f"{row['split']}/{name}", value) for name, value in row.items() if name not in ("step", "split")]
+    return [
+        (f"{row['split']}/{name}", value)
+        for name, value in row.items()
+        if name not in ("step", "split") and value is not None and math.isfinite(value)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fastres.runs.exporting import metadata
 from fastres.runs.run_dir import RunDir
 from fastres.training.build import Parts
 from fastres.training.metrics import Metrics
-from fastres.utils.atomic_io import write_text
+from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import RunError
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import RunTimer
@@ -106,7 +106,13 @@ class TrainingLog:
         speed = (done - self._logged) * self.config.train.batch_size / seconds
         self._logged, self._logged_s = done, self.timer.train_time_s
         self.progress.update(
-            done, f"loss {metrics.mean_loss:.4f}  accuracy {metrics.accuracy:.2%}  lr {lr:.4g}  {speed:,.0f} images/s"
+            done,
+            (
+                f"loss {metrics.mean_loss:.4f}",
+                f"accuracy {metrics.accuracy:.2%}",
+                f"{speed:,.0f} images/s",
+                f"lr {lr:.4g}",
+            ),
         )
         self._append(
             {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
@@ -114,7 +120,13 @@ class TrainingLog:
         )  # fmt: skip
 
     def evaluation(self, done: int, lr: float, metrics: Metrics) -> None:
-        """Log a point of the curve after `done` steps."""
+        """Log a point of the curve after `done` steps.
+
+        An earlier point may be non-finite, for example in fp16 while running statistics lag behind.
+
+        Raises:
+            RunError: if the loss of the last point is not finite.
+        """
         split = self.parts.data.curve_split
         self.progress.say(f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}")
         self._append(
@@ -123,6 +135,8 @@ class TrainingLog:
              "lr": lr, "train_time_s": self.timer.train_time_s}
         )  # fmt: skip
         self.since_eval, self.last_eval = Metrics(), metrics
+        if done == self.config.train.steps:
+            self._check_finite(split, metrics)
 
     def stopped(self, done: int, number: int) -> None:
         """Log that signal `number` stopped the run after `done` steps."""
@@ -130,6 +144,14 @@ class TrainingLog:
             self.run.write_history()
             name = signal.Signals(number).name
             self.progress.say(f"stopped by {name} at step {done:,}; {self.run.checkpoint_hint()}")
+
+    def _check_finite(self, split: str, final: Metrics) -> None:
+        """Raise RunError if the loss of the last evaluation is not finite, before anything is saved with it."""
+        if not math.isfinite(final.mean_loss):
+            raise RunError(
+                f"the {split} loss is not finite after the last step; {self.run.checkpoint_hint()}; "
+                "try a smaller --optim.lr or --engine.precision fp32"
+            )
 
     def _append(self, row: dict[str, Any]) -> None:
         if self.is_main:
@@ -147,14 +169,18 @@ class TrainingLog:
         Args:
             final: metrics of the test set after the last step.
             captured: True if the steps were replayed from a CUDA graph.
+
+        Raises:
+            RunError: if the loss is not finite.
         """
+        self._check_finite("test", final)
         if not self.is_main:
             return
         folder: Path = self.run.folder
         with self.run.writing():
             save_weights(self.parts.model, folder / "model.safetensors", metadata(self.config, self.run.data))
             self.run.write_history()
-            write_text(folder / "summary.json", json.dumps(self._summary(final, captured), indent=2) + "\n")
+            write_json(folder / "summary.json", self._summary(final, captured))
         self.progress.say(
             f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {self.config.train.steps:,} "
             f"steps in {self.timer.train_time_s:.1f} s of training; curves: {folder / 'history.png'}"

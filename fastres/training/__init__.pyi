@@ -18,6 +18,6 @@ from .optim import build_optimizer as build_optimizer
 from .schedule import SCHEDULES as SCHEDULES
 from .schedule import lr_scale as lr_scale
 from .signals import StopSignal as StopSignal
+from .signals import catch_signals as catch_signals
 from .signals import polls_signals as polls_signals
-from .signals import stop_on_signal as stop_on_signal
 from .step import TrainStep as TrainStep

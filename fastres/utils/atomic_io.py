@@ -1,12 +1,17 @@
-"""Atomic writes: a file is complete or unchanged, whenever the process or the power fails."""
+"""Atomic writes: a file is complete or unchanged, whenever the process or the power fails. JSON is strict.
+
+Strict JSON (RFC 8259) has no NaN and no infinity, which most other readers reject.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -32,6 +37,34 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as strict JSON atomically."""
+    write_text(path, json_of(value, indent=2) + "\n")
+
+
+def json_of(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON, in which a number that is not finite is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of strict JSON. Raise ValueError for any other text."""
+    return json.loads(text, parse_constant=_reject)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reject(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastres.utils import ranks
+from fastres.utils import process, ranks
+from fastres.utils.atomic_io import json_of
 from fastres.utils.version import __version__
+
+LAUNCHER_S = 3.0  # time for a launcher to notice that a process has ended, and to end the others
 
 
 class UsageError(Exception):
@@ -108,20 +111,66 @@ def complain(what: str, said: bool = False) -> None:
     # The message may quote a file, so characters that move the terminal's cursor or cannot be encoded are escaped.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
     if not said:
-        who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
+        who = f"rank {ranks.rank()}: " if ranks.fault() is None and ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
-            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), "utf-8")
+            Path(report).write_text(json_of({"message": line, "timestamp": int(time.time())}), "utf-8")
+
+
+@contextlib.contextmanager
+def printed_once_per_host() -> Iterator[None]:
+    """Let one process of each host print the block's UsageError, which all processes of a host raise.
+
+    The others wait until the launcher ends them, because a launcher that sees them end first would end the one that
+    prints.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if ranks.local_rank() > 0:
+            error.said = True
+            time.sleep(LAUNCHER_S)
+        raise
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr."""
+    """Run a command's main() and exit with its return value (None is 0), or with 2 or 1 after one line on stderr.
+
+    The exit status does not depend on the command's output: see process.guard_streams(). If signal N stops the command,
+    the status is 128 + N.
+    """
+    process.guard_streams()
+    if fault := ranks.fault():
+        complain(fault)
+        sys.exit(UsageError.status)
+    stopped = False
     try:
-        status = main() or 0
+        with process.catch_signals():
+            status = _status(main)
+    except KeyboardInterrupt as signalled:
+        stopped, number = True, getattr(signalled, "number", signal.SIGINT)
+        if not isinstance(signalled, process.Stopped):  # which has printed the line
+            process.say_stopped(number)
+        status = 128 + number
+    if stopped or ranks.world_size() > 1:
+        # Skip the interpreter's shutdown, because it waits for threads that are still decoding, and because any
+        # reference to the process group leaves threads that nobody joins: 9 of 26 runs of a script that kept a network
+        # with shared statistics ended with SIGABRT after their work was done (torch 2.14, gloo). After a failure,
+        # destroying the group would wait for processes that have ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(main: Callable[[], int | None]) -> int:
+    """Return the exit status of a command's main(), after printing the line of an error."""
+    try:
+        return main() or 0
     except (UsageError, RunError) as error:
         complain(str(error), error.said)
-        status = error.status
+        return error.status
     except Exception as error:
         if out_of_memory(error):
             remedy = "use a smaller batch, or in training --train.accumulate 2 for micro-batches of the same batch"
@@ -132,11 +181,4 @@ def run_command(main: Callable[[], int | None]) -> None:
         else:
             raise
         complain(line, getattr(error, "said", False))
-    if ranks.world_size() > 1:
-        # Skip the interpreter's shutdown, because any reference to the process group leaves threads that nobody joins:
-        # 9 of 26 runs of a script that kept a network with shared statistics ended with SIGABRT after their work was
-        # done (torch 2.14, gloo). After a failure, destroying the group would wait for processes that have ended.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        return status

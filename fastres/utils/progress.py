@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, Progress, Task, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0  # between lines if the output is not a terminal
 
@@ -26,18 +29,8 @@ class ProgressLine:
         self.console = Console(soft_wrap=True, stderr=stderr)
         self.live = enabled and self.console.is_terminal
         self._printed_at = time.monotonic()
-        self._bar = Progress(
-            TextColumn(what),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            disable=not self.live,
-            transient=stderr,
-        )
-        self._task = self._bar.add_task("", total=total, completed=done, figures="")
+        self._bar = _Bar(console=self.console, disable=not self.live, transient=stderr)
+        self._task = self._bar.add_task(what, total=total, completed=done, figures=())
 
     def __enter__(self) -> ProgressLine:
         self._bar.start()
@@ -46,14 +39,53 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, done: int, figures: str = "") -> None:
-        """Show that `done` steps of the total are done, followed by `figures`."""
+    def update(self, done: int, figures: Sequence[str] = ()) -> None:
+        """Show that `done` steps of the total are done, followed by `figures`, the most important first."""
         self._bar.update(self._task, completed=done, figures=figures)
         if not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
             self._printed_at = time.monotonic()
-            self.say(f"{self.what} {done:,}/{self.total:,}  {figures}".rstrip())
+            self.say(f"{self.what} {done:,}/{self.total:,}  {'  '.join(figures)}".rstrip())
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if self.enabled:
             self._bar.console.print(line, highlight=False, markup=False)
+
+
+class _Bar(Progress):
+    """A progress bar on one line."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the line of each task."""
+        for task in self.tasks:
+            yield _Line(task)
+
+
+class _Line:
+    """The line of a task: what, bar, steps and total, figures, time left.
+
+    In a narrow terminal the bar goes first, and then the figures from the last to the first.
+    """
+
+    left, bar = TimeRemainingColumn(), BarColumn(bar_width=20)
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as much as fits."""
+        task = self.task
+        steps = Text(f"{int(task.completed):,}/{int(task.total or 0):,}", style="progress.download")
+        figures = [Text(figure) for figure in task.fields["figures"]]
+        left = self.left.render(task) + Text(" left")
+        cells: list[RenderableType] = [Text(task.description), self.bar.render(task), steps, *figures, left]
+        widths = [len(task.description), 20, len(steps), *map(len, figures), len(left)]
+        # The bar is the second cell, and the last figure the one before the last cell.
+        for gone in [1, *[-2] * len(figures)]:
+            if sum(widths) + len(widths) - 1 > options.max_width:
+                del cells[gone], widths[gone]
+        line = Table.grid(padding=(0, 1))
+        for _ in cells:
+            line.add_column(no_wrap=True)
+        line.add_row(*cells)
+        yield line

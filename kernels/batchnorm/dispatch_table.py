@@ -40,7 +40,7 @@ def write(capability: tuple[int, int], measured: Table) -> None:
         "{}.{}".format(*device): [[*shape, algorithm] for shape, algorithm in sorted(table.items())]
         for device, table in sorted(tables.items())
     }
-    FILE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 FASTEST = read()

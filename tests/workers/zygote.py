@@ -2,7 +2,7 @@
 
 `python -m tests.workers.zygote` reads one request per line from stdin and answers each with a line of JSON:
 
-    {"fork": [MODULE, ARGUMENTS...], "env": …, "cwd": …, "stdout": FILE, "stderr": FILE}
+    {"fork": [MODULE, ARGUMENTS...], "env": …, "cwd": …, "stdout": FILE, "stderr": FILE, "closed": DESCRIPTORS}
         runs `python -m MODULE ARGUMENTS` in a new process with this environment; the answer is its pid
     {"poll": PID}
         the answer is null if it has not ended, otherwise its exit status and CPU seconds, its descendants' included
@@ -56,11 +56,16 @@ def fork(request: dict[str, Any]) -> int:
     if pid := os.fork():
         return pid
     module, *arguments = request["fork"]
-    output = [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("stdout", "stderr")]
-    for source, target in zip((os.open(os.devnull, os.O_RDONLY), *output), (0, 1, 2), strict=True):
+    files = {request["stdout"], request["stderr"]}  # one if they are equal, because a pipe is opened once
+    output = {file: os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in files}
+    sources = (os.open(os.devnull, os.O_RDONLY), output[request["stdout"]], output[request["stderr"]])
+    for source, target in zip(sources, (0, 1, 2), strict=True):
         os.dup2(source, target)
+    for source in {*sources}:
+        os.close(source)
     os.environ.clear()
     os.environ.update(request["env"])
+    open_streams(request["closed"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     sys.argv = [module, *arguments]
@@ -68,6 +73,18 @@ def fork(request: dict[str, Any]) -> int:
     run_timer.STARTED = time.perf_counter()
     warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
     os._exit(run(module))
+
+
+def open_streams(closed: list[int]) -> None:
+    """Set up the standard streams as Python does at its start."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if descriptor in closed:
+            os.close(descriptor)
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+        elif descriptor and (encoding := os.environ.get("PYTHONIOENCODING")):
+            stream.reconfigure(encoding=encoding, errors="backslashreplace" if name == "stderr" else "strict")
 
 
 def run(module: str) -> int:
@@ -85,8 +102,12 @@ def run(module: str) -> int:
         status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        return 120  # as Python does
     return int(status)
 
 

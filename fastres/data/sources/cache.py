@@ -17,10 +17,10 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 from fastres.config.schema import DataConfig
 from fastres.data.sources.formats import check_size, decode, size_or_reason
 from fastres.utils import ranks
-from fastres.utils.atomic_io import atomic_write
+from fastres.utils.atomic_io import atomic_write, json_of, parse_json
 from fastres.utils.progress import ProgressLine
 
 VERSION = 1  # of the cache; raise it when decode() returns other pixels
@@ -200,13 +200,13 @@ def _write(path: Path, content: bytes) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON atomically."""
-    _write(path, json.dumps(content).encode())
+    _write(path, json_of(content).encode())
 
 
 def _read_json(path: Path, wanted: str) -> dict[str, Any] | None:
     """Return the file's content, or None if it is missing, damaged, or has another fingerprint."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return content if content["fingerprint"] == wanted else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -286,17 +286,22 @@ def _decoded(
 
 def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Iterator[list[T]]:
     """Yield the results of `work` for each path, in their order, in blocks of BLOCK, by `workers` threads."""
+    ended = threading.Event()
 
     def block(start: int) -> list[T]:
-        return [work(path) for path in paths[start : start + BLOCK]]
+        return [work(path) for path in paths[start : start + BLOCK] if not ended.is_set()]
 
     show = ProgressLine("decoding", len(paths), enabled=ranks.rank() == 0, stderr=True)
-    done = 0
-    with show as progress, ThreadPoolExecutor(max(workers, 1)) as pool:
-        for results in pool.map(block, range(0, len(paths), BLOCK)):
-            done += len(results)
-            progress.update(done)
-            yield results
+    done, pool = 0, ThreadPoolExecutor(max(workers, 1))
+    with show as progress:
+        try:
+            for results in pool.map(block, range(0, len(paths), BLOCK)):
+                done += len(results)
+                progress.update(done)
+                yield results
+        finally:  # after an error or a signal, do not wait for the threads
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _say(line: str) -> None:
