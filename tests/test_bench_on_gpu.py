@@ -71,6 +71,7 @@ def test_help_explains_the_usage() -> None:
     assert "--data DIR" in done.stdout and "pip install -e '.[dev,peers]'" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_list_has_every_stage_and_the_essential_part_is_within_25_minutes() -> None:
     everything, essential = script("--list"), script("--list", "--essential")
     assert everything.returncode == essential.returncode == 0, everything.stderr + essential.stderr

@@ -410,7 +410,7 @@ def test_progress_is_a_bar_on_a_terminal(many: Path, store: Path) -> None:
             seen += chunk
     os.close(terminal)
     assert len(loading.end()) == 3
-    assert b"1026/1026" in seen and b"2/2" in seen
+    assert b"1,026/1,026" in seen and b"2/2" in seen
     assert seen.count(b"decoding") > seen.count(b"\n") == 2  # a line for each part, which moves and then disappears
 
 

@@ -504,7 +504,7 @@ def test_every_command_expands_a_tilde(home: Path, capsys: pytest.CaptureFixture
     evaluate.main(["~/run", "--checkpoint=~/run/checkpoints/step-00000002.pt", "--data.root=~/d", "--data.cache=~/c"])
     export.main(["~/run", "--output=~/net.safetensors"])
     plot.main(["~/run", "--output=~/curves.png"])
-    assert {path.name for path in home.iterdir()} == {"c.json", "run", "net.safetensors", "curves.png"}
+    assert {path.name for path in home.iterdir()} == {"c.json", "run", "net.safetensors", "config.json", "curves.png"}
     assert profile.parser().parse_args(["--out=~/p"]).out == home / "p"
     (home / "data/MNIST/raw").mkdir(parents=True)
     assert f"under {home / 'data'}: mnist" in "".join(text for _, text in doctor.data(user_path("~/data")))

@@ -112,7 +112,7 @@ RUNS = {
     "frozen stages, in parts": "--model.freeze [conv1,bn1,layer1] --train.accumulate 2 --train.steps 16",
     "more than an epoch a step": "--data.source synthetic --data.synthetic_samples 40 --data.image_size 8",
 }  # fmt: skip
-COSTLY = ("fp16", "resnet18")
+COSTLY = ("fp16", "resnet18", "fp64, NCHW")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, t
     assert losses(several) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("writers", "readers"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     one: Path, tmp_path: Path, writers: int, readers: int
 ) -> None:
@@ -219,6 +219,7 @@ def test_a_frozen_backbone_stays_and_several_processes_have_the_losses_of_one(
             assert all(torch.all(tensor == value) for name, value in statistics.items() if key.endswith(name)), key
 
 
+@pytest.mark.slow
 def test_compressed_gradients_differ_and_still_train(tmp_path: Path) -> None:
     flags = [*DIGITS, "--optim.scale_lr", "true", "--engine.precision", "fp32", "--train.batch_size", 32,
              "--train.steps", 10]  # fmt: skip

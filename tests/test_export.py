@@ -64,7 +64,7 @@ def test_safetensors_are_the_final_weights(run: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "logits differ by at most 0" in done.stdout
     assert (tmp_path / "digits.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["digits.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.safetensors", "config.json"}
 
 
 def test_safetensors_load_in_torchvision(resnet18: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_onnx_runs_for_any_batch(
 
 
 def test_a_file_of_other_logits_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_wrong(model: nn.Module, _: Tensor, path: Path) -> None:
+    def write_wrong(model: nn.Module, images: Tensor, path: Path, metadata: str) -> None:
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         state["fc.bias"][0] += 1
         safetensors.torch.save_file(state, path)
@@ -128,7 +128,9 @@ def test_numbers_that_are_not_finite_are_not_equal(run: Path, tmp_path: Path) ->
 def test_the_side_of_images_is_required_if_the_run_has_none(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Runs of earlier versions have no data.json."""
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "data.json").unlink()
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("source: digits", "source: imagefolder"))
     output = tmp_path / "program.pt2"

@@ -59,7 +59,11 @@ PARTS: list[str | list[str]] = ["backbone", ["conv1", "bn1", "layer1"], ["layer2
 # Triton's interpreter runs the fused norm, so its cases are few.
 @pytest.mark.parametrize(
     ("parts", "norm", "accumulate"),
-    [*((parts, "torch", n) for parts in PARTS for n in (1, 2)), (PARTS[0], "fused", 2), (PARTS[1], "fused", 1)],
+    [
+        *((parts, "torch", n) for parts in PARTS for n in (1, 2)),
+        (PARTS[0], "fused", 2),
+        pytest.param(PARTS[1], "fused", 1, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_frozen_parts_stay_bitwise_and_the_rest_trains_as_in_pytorch(

@@ -340,7 +340,9 @@ class small_tiles:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("channels", [1, 2, 5, 16, 33, 64, 100, 128, 1000, pytest.param(2048, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "channels", [1, 2, 5, 16, 33, 64, 100, 128, *(pytest.param(c, marks=pytest.mark.slow) for c in (1000, 2048))]
+)
 def test_any_number_of_channels(channels: int, algorithm: str) -> None:
     shape = (2, channels, 3, 3)
     inputs = [random(shape, torch.float32, 3, scale=2, shift=1), random(shape, torch.float32, 4)]
@@ -625,7 +627,8 @@ def test_importing_the_package_under_another_name_raises() -> None:
 # ---- several processes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [pytest.param("kernels", marks=pytest.mark.slow), "reference"])
+@pytest.mark.parametrize("path", ["kernels", "reference"])
+@pytest.mark.slow
 def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(path: str) -> None:
     if path == "reference":
         done = run_worker("kernels_sync_stats", path, processes=2)

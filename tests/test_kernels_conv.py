@@ -426,6 +426,7 @@ def test_it_compiles_in_one_graph(backend: str) -> None:
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_opcheck_where_nothing_interprets() -> None:
     """Check the ops on a user's CPU, where they run the reference."""
     done = run_module("tests.workers.kernels_opcheck", cwd=CHECKOUT, fresh=True)

@@ -446,6 +446,7 @@ def ask(**environment: str) -> list[str]:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None:
     assert ask(CXX="no-such-g++")[0] == "False no C++ compiler no-such-g++ on the PATH: apt-get install g++"
     broken = tmp_path / "g++"

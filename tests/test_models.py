@@ -20,7 +20,7 @@ from fastres.models.registry import MODELS, build_model
 from fastres.models.speedrun import EPSILON, PooledConv, SpeedStage, WhiteningConv
 from fastres_kernels import BatchNormAct2d
 
-LARGE = ("resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+LARGE = ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 TORCHVISION = [name for name in MODELS if hasattr(torchvision.models, name)]
 SIDE = {"resnet18": 64, "resnet34": 64, "resnet50": 64}  # pixels; 33 for the big networks, which is odd at every stage
 

@@ -306,7 +306,7 @@ def test_a_signal_while_images_are_decoded_ends_the_run_at_once(tmp_path: Path, 
 def test_a_signal_while_another_process_decodes_ends_the_run_at_once(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "data", size=32)
     cache = tmp_path / "cache"
-    entry = _entry(tmp_path / "data/train", DataConfig(cache=str(cache)))
+    entry = _entry(tmp_path / "data/train", "train", DataConfig(cache=str(cache)))
     flags = (*IMAGES, "--data.root", tmp_path / "data", "--data.cache", cache, "--run.dir", tmp_path / "run")
     with filelock.FileLock(entry.with_suffix(".lock")):
         process = start_module("fastres.train", *flags, stdout=tmp_path / "out")

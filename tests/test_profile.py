@@ -153,6 +153,7 @@ def test_traces_have_the_ranges_of_each_step(raw: dict[str, Any], folder: Path) 
         assert [e["name"] for e in ranges] == list(PARTS) * raw["traced_steps"]
 
 
+@pytest.mark.slow
 def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: Path) -> None:
     found, why = can_compile(CPU)
     if not found:

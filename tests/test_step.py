@@ -281,6 +281,7 @@ def compiled() -> Iterator[tuple[TrainStep, Evaluator]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_and_evaluation_uses_the_present_weights(compiled: Any) -> None:
     step, evaluate = compiled
     counters = torch._dynamo.utils.counters

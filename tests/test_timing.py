@@ -127,6 +127,7 @@ def test_a_stopwatch_on_a_gpu_waits_only_when_it_is_read(monkeypatch: pytest.Mon
     assert done[-1] == "wait"
 
 
+@pytest.mark.slow
 def test_timings_are_recorded_as_a_benchmark(tmp_path: Path) -> None:
     """Timings go through pytest-benchmark, with the names that the tables and the committed results use."""
     (tmp_path / "bench_turns.py").write_text(

@@ -36,7 +36,7 @@ from fastres.runs.loading import load_run
 from fastres.runs.run_dir import RunDir
 from fastres.train import main
 from fastres.training.engine import resolve_engine
-from fastres.training.signals import stop_on_signal
+from fastres.training.signals import catch_signals
 from fastres.utils.atomic_io import json_of, parse_json
 from fastres.utils.errors import out_of_memory, run_command
 from tests.commands import Forked, run_fastres, start_module, users_environment
@@ -109,7 +109,7 @@ def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> N
 def test_a_run_writes_all_the_documented_files(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()} - {".lock"}
     assert left == {
-        "config.yaml", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json", "checkpoints",
+        "config.yaml", "data.json", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json", "checkpoints",
         "model.safetensors",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
@@ -398,8 +398,9 @@ def test_a_signal_saves_names_the_checkpoint_and_exits_with_128_plus_its_number(
 
 def test_the_first_of_two_signals_counts() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signal() as stop:
+    with catch_signals() as stop:
         assert stop.number == 0
+        stop.saves = True
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # as torchrun sends one after the terminal's
         assert stop.number == signal.SIGTERM
