@@ -109,8 +109,8 @@ def test_the_digits_recipe_reaches_97_percent(train: Train, tmp_path: Path) -> N
 def test_a_run_writes_all_the_documented_files(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()} - {".lock"}
     assert left == {
-        "config.yaml", "data.json", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json", "checkpoints",
-        "model.safetensors",
+        "config.yaml", "data.json", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json",
+        "checkpoints", "model.safetensors",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
