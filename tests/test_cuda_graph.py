@@ -131,7 +131,7 @@ def test_a_replayed_run_is_the_run_bit_for_bit(flags: str, tmp_path: Path) -> No
     assert [summary["cuda_graph"] for summary in summaries] == [False, True]
 
 
-@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize("step", [8, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_graphed_and_ungraphed_runs_resume_from_each_others_checkpoints(
     step: int, precision: str, tmp_path: Path

@@ -156,7 +156,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "norm"), [(2, "fused"), pytest.param(4, "fused", marks=pytest.mark.slow), (2, "torch")]
+    ("processes", "norm"),
+    [pytest.param(2, "fused", marks=pytest.mark.slow), pytest.param(4, "fused", marks=pytest.mark.slow), (2, "torch")],
 )
 def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_checkpoints(
     one: Path, tmp_path: Path, processes: int, norm: str
@@ -203,6 +204,7 @@ def test_micro_batches_and_processes_give_the_same_gradient(one: Path, tmp_path:
     assert losses(both) == pytest.approx(losses(four), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_and_several_processes_have_the_losses_of_one(
     job: Callable[..., Job], tmp_path: Path
 ) -> None:
@@ -256,7 +258,8 @@ def test_a_killed_process_is_started_again_and_the_weights_are_those_of_an_undis
     assert weights_hash(run.folder) == weights_hash(undisturbed)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(
     job: Callable[..., Job], undisturbed: Path, number: signal.Signals
 ) -> None:

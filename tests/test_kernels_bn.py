@@ -607,6 +607,7 @@ def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_s
     assert worker("kernels_compile", TRITON_INTERPRET=interpret).split() == expected
 
 
+@pytest.mark.slow
 def test_without_triton_the_modules_run_through_the_reference() -> None:
     assert worker("kernels_without_triton", TRITON_INTERPRET=None) == "equal\n"
 

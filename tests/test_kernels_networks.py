@@ -46,7 +46,8 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
         ("resnet20", {}, 16),  # all convolutions but the stem and the two with a stride
         ("plain8", {}, 4),
         ("resnet8", {"shortcut": "conv1x1"}, 4),
-        ("resnet50", {"stem": "small"}, 33 + 3),  # 1×1 convolutions without a stride, and layer1's 3×3 of 64 channels
+        # 1×1 convolutions without a stride, and layer1's 3×3 of 64 channels
+        pytest.param("resnet50", {"stem": "small"}, 33 + 3, marks=pytest.mark.slow),
     ],
 )
 def test_fused_networks_equal_the_plain_networks_in_float64(

@@ -201,7 +201,7 @@ def test_norm_act_is_relu_of_norm_plus_residual(norm: type[nn.BatchNorm2d]) -> N
         *(("resnet8", {"shortcut": kind}) for kind in SHORTCUTS),
         ("plain8", {}),
         ("resnet18", {"stem": "small"}),
-        ("resnet50", {"stem": "small"}),
+        pytest.param("resnet50", {"stem": "small"}, marks=pytest.mark.slow),
         ("mini_resnet", {}),
         ("speed_resnet", {}),
     ],
@@ -283,7 +283,7 @@ def test_equals_torchvision(name: str) -> None:
     ("name", "options"),
     [
         ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
-        ("resnet50", {"replace_stride_with_dilation": [True, False, True]}),
+        pytest.param("resnet50", {"replace_stride_with_dilation": [True, False, True]}, marks=pytest.mark.slow),
         ("resnet50", {"groups": 2, "width_per_group": 32}),
         ("resnet18", {"norm_layer": partial(nn.GroupNorm, 8)}),
         ("resnet18", {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.3)}),
@@ -431,14 +431,14 @@ def test_the_speed_nets_statistics_follow_norm_momentum(norm: str) -> None:
 
 # ---- memory format and compilation -------------------------------------------------------------------------
 
-FAMILIES: list[tuple[str, dict[str, Any]]] = [
+FAMILIES: list[Any] = [
     *(("resnet8", {"shortcut": kind}) for kind in SHORTCUTS),
     ("plain8", {}),
     ("resnet18", {}),
     ("resnet50", {}),
-    ("resnet50", {"stem": "small", "v1": True}),
-    ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
-    ("resnext50_32x4d", {}),
+    pytest.param("resnet50", {"stem": "small", "v1": True}, marks=pytest.mark.slow),
+    pytest.param("resnet50", {"replace_stride_with_dilation": [False, True, True]}, marks=pytest.mark.slow),
+    pytest.param("resnext50_32x4d", {}, marks=pytest.mark.slow),
     ("mini_resnet", {}),
     ("speed_resnet", {}),
     ("speed_resnet", {"widths": [8, 16]}),

@@ -306,6 +306,7 @@ def test_nothing_recompiles_and_evaluation_uses_the_present_weights(compiled: An
     assert len(set(losses)) == len(losses)
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_steps_agree(compiled: Any) -> None:
     step, _ = compiled
     eager = a_step(copy.deepcopy(step.model))
