@@ -53,6 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     all_reports = [report for reports in terminalreporter.stats.values() for report in reports]
     reports = [report for report in all_reports if isinstance(report, pytest.TestReport) and report.when == "teardown"]
     times = sorted(((dict(report.user_properties)["cpu_s"], report) for report in reports), key=lambda row: -row[0])
+    if not times:
+        return
     terminalreporter.section("CPU time")
     terminalreporter.write_line(f"{sum(used for used, _ in times):.0f} s in {len(times)} tests")
     for used, report in times:
