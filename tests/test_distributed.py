@@ -33,8 +33,8 @@ from tests.fixtures import sha256
 # The smallest ResNet on the digits, in small batches; log_every 1 makes the metrics the losses.
 DIGITS = ("--recipe digits --model.name resnet8 --schedule.name constant --schedule.warmup_steps 0 --optim.lr 0.01 "
           "--train.log_every 1 --train.eval_every 1000").split()  # fmt: skip
-EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.batch_size", "32", "--train.steps", "40",
-         "--run.checkpoint_every", "20"]  # fmt: skip
+EXACT = [*DIGITS, "--engine.precision", "fp64", "--train.batch_size", "32", "--train.steps", "24",
+         "--run.checkpoint_every", "12"]  # fmt: skip
 SHARED = ["--model.sync_norm", "true"]
 # Long enough for every event to happen in its middle.
 LONG = [*DIGITS, "--engine.precision", "fp32", "--train.batch_size", "32", "--run.checkpoint_every", "5",
@@ -151,7 +151,7 @@ def finished(folder: Path, *flags: object, processes: int) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, 40 steps in float64."""
+    """One process, 24 steps in float64."""
     return finished(tmp_path_factory.mktemp("one") / "run", *EXACT, *SHARED, processes=1)
 
 
@@ -164,7 +164,7 @@ def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_
 ) -> None:
     several = finished(tmp_path / "run", *EXACT, *SHARED, "--model.norm", norm, processes=processes)
     expected = losses(one)
-    assert len(expected) == 40
+    assert len(expected) == 24
     assert losses(several) == pytest.approx(expected, rel=1e-8)
     ours, alone = (json.loads((run / "summary.json").read_text()) for run in (several, one))
     assert ours["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-8)
@@ -186,10 +186,10 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(
     one: Path, tmp_path: Path, writers: int, readers: int
 ) -> None:
     run = one if writers == 1 else finished(tmp_path / "run", *EXACT, *SHARED, processes=writers)
-    state = run / "checkpoints/step-00000020.pt"
+    state = run / "checkpoints/step-00000012.pt"
     again = finished(tmp_path / "again", *EXACT, *SHARED, "--run.resume", state, processes=readers)
-    rest = {step: loss for step, loss in losses(one).items() if step > 20}
-    assert len(rest) == 20 and losses(again) == pytest.approx(rest, rel=1e-8)
+    rest = {step: loss for step, loss in losses(one).items() if step > 12}
+    assert len(rest) == 12 and losses(again) == pytest.approx(rest, rel=1e-8)
 
 
 @pytest.mark.slow
