@@ -31,17 +31,17 @@ def evaluate_run(
         config: the run's configuration.
         engine: the resolved engine.
         weights: the state_dict of the run's network.
-        run_data: the run's data; its classes are matched by name.
+        run_data: the run's data, whose classes are matched by name; None for a run of an earlier version.
 
     Raises:
         UsageError: if the data has classes or channels that the run's network has not.
     """
     model = engine.place(runs.rebuild(config, weights, engine.norm))
     source = data.load_source(config.data)
+    classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
     if run_data is not None:
         source = data.with_classes_of(source, run_data)
-    classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
-    if len(source.classes) > classes or source.channels != channels:
+    elif len(source.classes) > classes or source.channels != channels:
         raise UsageError(
             f"data.source: {source.name} has {len(source.classes)} classes and {source.channels} channels, the run's "
             f"network {classes} and {channels}; point --data.root and --data.source at the run's data"

@@ -15,7 +15,7 @@ from fastres.runs.loading import load_run
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError, run_command
 from tests.commands import run_fastres
-from tests.fixtures import rejected
+from tests.fixtures import rejected, write_image_folder
 
 TINY = "--recipe digits --train.steps 40 --train.eval_every 40 --train.batch_size 64 --schedule.warmup_steps 10"
 
@@ -119,6 +119,20 @@ def test_refuses_data_and_weights_that_do_not_fit(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=reason):
         evaluate.main([str(run), *flags.split()])
+
+
+def test_refuses_images_of_other_channels_although_their_classes_are_the_runs(run: Path, tmp_path: Path) -> None:
+    coloured = write_image_folder(tmp_path, classes=tuple("0123456789"), train=1, test=1, size=8)
+    with rejected("imagefolder has 3 channels", "the run's network has 1 channels"):
+        evaluate.main([str(run), "--data.source", "imagefolder", "--data.root", str(coloured)])
+
+
+def test_refuses_data_of_another_shape_for_a_run_without_data_json(run: Path, tmp_path: Path) -> None:
+    """Runs of earlier versions do not describe their data."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "data.json").unlink()
+    with rejected("synthetic has 10 classes and 3 channels, the run's network 10 and 1"):
+        evaluate.main([str(copy), "--data.source", "synthetic", "--data.image_size", "8"])
 
 
 def test_a_run_with_apex_is_evaluated_without_apex(run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastres.config.schema import Config
 from fastres.data.loaders.build import image_size
 from fastres.data.sources.source import Source, Split, hold_out
 from fastres.utils.errors import UsageError
+from fastres.utils.suggest import few
 
 SHOWN = 5  # classes named in a message
 PROBED = 256  # images of an array that the fingerprint reads
@@ -79,7 +80,7 @@ def changes(old: DataDescription, new: DataDescription) -> list[str]:
     """Return what changed from one description to the other, in the words of an error message."""
     found = []
     if old.classes != new.classes:
-        found.append(f"the classes are {_few(new.classes)}, and were {_few(old.classes)}")
+        found.append(f"the classes are {few(new.classes, SHOWN)}, and were {few(old.classes, SHOWN)}")
     for part, count in new.samples.items():
         if count != old.samples.get(part):
             found.append(f"{part} has {count:,} images, and had {old.samples.get(part, 0):,}")
@@ -101,9 +102,9 @@ def with_classes_of(source: Source, run: DataDescription) -> Source:
     unknown = [name for name in source.classes if name not in run.classes]
     if unknown or source.channels != run.channels:
         raise UsageError(
-            f"data.source: {source.name} has {source.channels} channels and the classes {_few(source.classes)}; the "
-            f"run's network has {run.channels} channels and the classes {_few(run.classes)}"
-            + (f", without {_few(unknown)}" if unknown else "")
+            f"data.source: {source.name} has {source.channels} channels and the classes {few(source.classes, SHOWN)}; "
+            f"the run's network has {run.channels} channels and the classes {few(run.classes, SHOWN)}"
+            + (f", without {few(unknown, SHOWN)}" if unknown else "")
             + "; point --data.root and --data.source at data with the run's classes"
         )
     outputs = np.array([run.classes.index(name) for name in source.classes], np.int64)
@@ -130,9 +131,3 @@ def _of_array(split: Split) -> str:
     assert split.images is not None
     probed = split.images[:: max(1, len(split) // PROBED)]
     return f"{split.images.shape[1:]} {split.images.dtype} {zlib.crc32(probed.tobytes()):08x}\n"
-
-
-def _few(names: tuple[str, ...] | list[str]) -> str:
-    """Return the first names and the number of the others."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

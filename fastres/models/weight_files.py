@@ -13,7 +13,7 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from fastres.utils.errors import UsageError, first_line
-from fastres.utils.suggest import did_you_mean
+from fastres.utils.suggest import did_you_mean, few
 
 PICKLED = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")  # written by torch.save; .tar as in model.pth.tar
 KINDS = "a .safetensors, .pth, .pt, .th, .tar, .ckpt or .bin file"
-SHOWN = 3  # names in a message
 # Keys under which programs store a state_dict, and fastres's own. Averaged weights come last, and are read only if a
 # file has no others.
 WRAPPERS = (
@@ -120,7 +119,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         )
     if odd := [key for key, tensor in state.items() if not _is_dense(tensor)]:
         raise UsageError(
-            f"weights file {path}: {few(odd)} is sparse, quantized or without values; save an ordinary "
+            f"weights file {path}: {few(sorted(odd))} is sparse, quantized or without values; save an ordinary "
             "model.state_dict() into it"
         )
     return dict(state)
@@ -207,8 +206,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         names = [name for name in _named_in(path) if not TENSORS.fullmatch(name)]
     if names:
         return (
-            f"{type(error).__name__}; beside tensors it holds {few(names)}, and nothing in a file is executed); if you "
-            "trust it, save model.state_dict() alone in the program that wrote it"
+            f"{type(error).__name__}; beside tensors it holds {few(sorted(names))}, and nothing in a file is executed); "
+            "if you trust it, save model.state_dict() alone in the program that wrote it"
         )
     return f"{type(error).__name__}; it is damaged); download it again, or save model.state_dict() into it"
 
@@ -242,7 +241,9 @@ def _described(content: Any) -> str:
     """Return the content in words."""
     if not isinstance(content, Mapping):
         return _kind(content)
-    return f"the keys {few(f'{key} ({_kind(value)})' for key, value in content.items())}" if content else "nothing"
+    return (
+        f"the keys {few(sorted(f'{key} ({_kind(value)})' for key, value in content.items()))}" if content else "nothing"
+    )
 
 
 def _kind(value: Any) -> str:
@@ -255,10 +256,3 @@ def _kind(value: Any) -> str:
 def _is_dense(tensor: Tensor) -> bool:
     """Return True for a tensor that is dense, in memory and not quantized."""
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
-
-
-def few(names: Iterable[str]) -> str:
-    """Return the first SHOWN names and the number of the others."""
-    listed = sorted(map(str, names))
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more

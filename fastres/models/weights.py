@@ -10,9 +10,10 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fastres.models.registry import METADATA
-from fastres.models.weight_files import few, read_weights
+from fastres.models.weight_files import read_weights
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.errors import UsageError
+from fastres.utils.suggest import few
 
 HEAD = ("fc.weight", "fc.bias")
 
@@ -44,7 +45,7 @@ def load_weights(model: nn.Module, weights: str | Path, network: str = "") -> li
             f"{key} {_shape(state[key])} for {_shape(wanted[key])}" for key in reshaped if key not in replaced
         ],
     }
-    if found := [f"{fault} {few(keys)}" for fault, keys in faults.items() if keys]:
+    if found := [f"{fault} {few(sorted(keys))}" for fault, keys in faults.items() if keys]:
         raise UsageError(
             f"{weights} does not fit the model: it {'; it '.join(found)}; name the model it was saved from"
         )

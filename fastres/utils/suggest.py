@@ -17,6 +17,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close}?)" if close else ""
 
 
+def few(names: Iterable[str], shown: int = 3) -> str:
+    """Return the first `shown` names, and the number of the others."""
+    listed = list(names)
+    more = f" and {len(listed) - shown:,} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
+
+
 def unknown(what: str, value: object, choices: Iterable[str], near: str | None = None) -> ValueError:
     """Return the error for an unknown value, in one line with the nearest choice and all choices."""
     choices = list(choices)
