@@ -44,7 +44,7 @@ def commit_of(folder: Path) -> str:
 
 @pytest.mark.parametrize("place", [".venv/lib/python3/site-packages", "."])
 def test_a_package_inside_another_repository_has_no_commit(tmp_path: Path, place: str) -> None:
-    """In the second place the repository's root holds the package, but the repository does not track it."""
+    """The second place is the repository's root, but the repository does not track the package."""
     repository(tmp_path / "other")
     folder = tmp_path / "other" / place
     folder.mkdir(parents=True, exist_ok=True)

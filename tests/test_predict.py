@@ -170,7 +170,7 @@ def copy_of(photos: Path, place: Path) -> Path:
 
 
 def test_evaluate_matches_classes_by_name(run: Path, photos: Path, tmp_path: Path) -> None:
-    """Without the class ant, bee and cat would take its place and be counted wrong."""
+    """If the class ant is missing, bee and cat would take other places and be counted wrong."""
     fewer = copy_of(photos, tmp_path / "fewer")
     for part in ("train", "test"):
         shutil.rmtree(fewer / part / "ant")

@@ -206,8 +206,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         names = [name for name in _named_in(path) if not TENSORS.fullmatch(name)]
     if names:
         return (
-            f"{type(error).__name__}; beside tensors it holds {few(sorted(names))}, and nothing in a file is executed); "
-            "if you trust it, save model.state_dict() alone in the program that wrote it"
+            f"{type(error).__name__}; beside tensors it holds {few(sorted(names))}, and nothing in a file is executed)"
+            "; if you trust it, save model.state_dict() alone in the program that wrote it"
         )
     return f"{type(error).__name__}; it is damaged); download it again, or save model.state_dict() into it"
 

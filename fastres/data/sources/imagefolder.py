@@ -25,7 +25,7 @@ ClassFiles = dict[str, list[Path]]  # the files of a part, by class
 
 @dataclass
 class Seen:
-    """What a search for images came across besides images."""
+    """Count what a search for images came across besides images."""
 
     outside: list[Path] = field(default_factory=list)  # links that lead out of the root
     left_out: Counter[str] = field(default_factory=Counter)  # other files, by suffix
