@@ -155,10 +155,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(tmp_path_factory.mktemp("one") / "run", *EXACT, *SHARED, processes=1)
 
 
-@pytest.mark.parametrize(
-    ("processes", "norm"),
-    [pytest.param(2, "fused", marks=pytest.mark.slow), pytest.param(4, "fused", marks=pytest.mark.slow), (2, "torch")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "norm"), [(2, "fused"), (4, "fused"), (2, "torch")])
 def test_processes_that_share_statistics_have_the_losses_of_one_and_each_others_checkpoints(
     one: Path, tmp_path: Path, processes: int, norm: str
 ) -> None:
