@@ -179,7 +179,8 @@ def test_a_compiled_step_in_several_processes_has_the_losses_of_one(one: Path, t
     assert losses(several) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize(("writers", "readers"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(
     one: Path, tmp_path: Path, writers: int, readers: int
 ) -> None:
