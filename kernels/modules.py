@@ -126,7 +126,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             shape, with torch's own operations for shapes that it does not name.
 
     Raises:
-        NotImplementedError: on differentiating a gradient.
+        NotImplementedError: if gradients of gradients are computed.
     """
 
     forks = True  # forward has an argument `fork`

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastres.config.schema import Config
 from fastres.data.loaders.build import image_size
-from fastres.data.sources.source import Source, Split, hold_out
+from fastres.data.sources.source import Source, Split
 from fastres.utils.errors import UsageError
 from fastres.utils.suggest import few
 
@@ -44,9 +44,8 @@ class DataDescription:
 
 def describe(config: Config, source: Source) -> DataDescription:
     """Return the description of a source under a run's configuration."""
-    train, validation = source.train, source.validation
-    if config.data.validation:
-        train, validation = hold_out(source.train, config.data.validation)
+    held_out: int = config.data.validation  # from the training samples
+    validation = held_out or len(source.validation or ())
     return DataDescription(
         source=source.name,
         classes=source.classes,
@@ -55,7 +54,7 @@ def describe(config: Config, source: Source) -> DataDescription:
         image_size=image_size(config, source),
         channels=source.channels,
         resize=config.data.augment == "resized_crop",
-        samples={"train": len(train), "validation": len(validation or ()), "test": len(source.test)},
+        samples={"train": len(source.train) - held_out, "validation": validation, "test": len(source.test)},
         fingerprint=fingerprint(source),
     )
 

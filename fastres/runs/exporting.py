@@ -80,16 +80,26 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: str) -> N
     program.save(path, external_data=False)
 
 
-def reload_onnx(path: Path, _: Config | None = None) -> Network:
+def reload_onnx(path: Path, _: Config) -> Network:
     """Return the network of an ONNX file, run by onnxruntime on the CPU."""
+    return run_onnx(onnx_session(path))
+
+
+def onnx_session(path: Path) -> Any:
+    """Return onnxruntime's session of an ONNX file, on the CPU."""
     import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(session: Any) -> Network:
+    """Return the network of a session."""
     import torch
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def reload_program(path: Path, _: Config | None = None) -> Network:
+def reload_program(path: Path, _: Config) -> Network:
     """Return the network of a torch.export program."""
     import torch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.data.augment import normalize, resize_and_center_crop, tile_row
 from fastres.data.description import DataDescription, from_dict
 from fastres.models.registry import METADATA, build_model
-from fastres.runs.exporting import METADATA_FILE, reload_onnx, reload_program
+from fastres.runs.exporting import METADATA_FILE, onnx_session, run_onnx
 from fastres.runs.loading import load_description, load_run, rebuild
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.step import ForwardLoss
@@ -116,19 +116,18 @@ def _of_safetensors(path: Path) -> Predictor:
 
 def _of_program(path: Path) -> Predictor:
     extra = {METADATA_FILE: ""}
-    torch.export.load(path, extra_files=extra)
+    program = torch.export.load(path, extra_files=extra)
     data, _ = _described(extra[METADATA_FILE], path)
-    return Predictor(data=data, logits=reload_program(path))
+    return Predictor(data=data, logits=program.module())
 
 
 def _of_onnx(path: Path) -> Predictor:
     try:
-        import onnxruntime
+        session = onnx_session(path)
     except ImportError:
         raise UsageError(f"{path}: onnxruntime is not installed; pip install '.[export]'") from None
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     data, _ = _described(session.get_modelmeta().custom_metadata_map.get(METADATA), path)
-    return Predictor(data=data, logits=reload_onnx(path))
+    return Predictor(data=data, logits=run_onnx(session))
 
 
 def _described(text: str | None, path: Path) -> tuple[DataDescription, dict[str, Any]]:
