@@ -28,7 +28,7 @@ from typing import Any
 
 from fastres.config.schema import Config
 from fastres.config.validation import check
-from fastres.utils import run_timer
+from fastres.utils import process, run_timer
 
 IMPORTED = (
     "matplotlib.backends.backend_agg",
@@ -122,6 +122,8 @@ def main() -> None:
     for module in IMPORTED:
         import_module(module)
     check(Config())  # builds a network, which imports some more of torch
+    sys.argv[0] = "-m"  # as when Python starts `python -m`, so that a signal ends a command before its first line, too
+    process.leave_while_importing()
     gc.freeze()  # so that a collection in a child does not copy the pages that it shares with this process
     for line in sys.stdin:
         request = json.loads(line)
