@@ -52,6 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config
+from fastres.data.loaders.build import classes_of
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source
 from fastres.models.registry import build_model
@@ -191,7 +192,7 @@ def build(config: Config, engine: Engine) -> tuple[TrainStep, Evaluator]:
     """Build the step and the evaluator, as training/build.py does."""
     model = build_network(config, engine, the_source())
     step = TrainStep(model, engine, config.optim, config.train.label_smoothing)
-    return step, Evaluator(model, engine)
+    return step, Evaluator(model, engine, classes_of(config, the_source()))
 
 
 def a_batch(engine: Engine) -> tuple[Tensor, Tensor]:
@@ -340,7 +341,7 @@ def network() -> Counts:
             model = build_model(config.model.name, in_channels=inductor_counts.SHAPE[1], **options)
             model = model.to(memory_format=engine.memory_format)
             compiled = replace(engine, compile=True)
-            self.forward_loss = ForwardLoss(model, compiled, "mean", config.train.label_smoothing)
+            self.forward_loss = ForwardLoss(model, compiled, config.train.label_smoothing)
             self.register_buffer("labels", torch.zeros(inductor_counts.SHAPE[0], dtype=torch.int64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

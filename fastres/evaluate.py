@@ -1,4 +1,7 @@
-"""`python -m fastres.evaluate RUN`: evaluate a run on the test set and compare the accuracy with its summary."""
+"""`python -m fastres.evaluate RUN`: evaluate a run on the test set and compare the accuracy with its summary.
+
+It prints loss and accuracy, the top-5 accuracy for ten classes or more, and the classes with the lowest accuracies.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # sections that may d
 
 def evaluate_run(
     config: Config, engine: training.Engine, weights: dict[str, Tensor], run_data: DataDescription | None = None
-) -> training.Metrics:
-    """Return loss and accuracy over the whole test set, every sample once.
+) -> tuple[training.Evaluation, list[str]]:
+    """Return the evaluation of the whole test set, every sample once, and the names of the network's outputs.
 
     Args:
         config: the run's configuration.
@@ -47,7 +50,8 @@ def evaluate_run(
             f"network {classes} and {channels}; point --data.root and --data.source at the run's data"
         )
     test = data.build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
-    return training.Evaluator(model, engine, config.train.eval_mirrored)(test.evaluate())
+    evaluator = training.Evaluator(model, engine, classes, config.train.eval_mirrored)
+    return evaluator(test.evaluate()), runs.output_names(source.classes, classes)
 
 
 def agreement(totals: training.Metrics, path: Path) -> str:
@@ -70,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
     parser = Parser(prog="python -m fastres.evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="write the accuracy of each class and the "
+                        "confusion matrix there: classes.csv, confusion.csv, confusion.png")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
@@ -89,12 +95,22 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = training.resolve_engine(config)
     engine.apply_torch_settings()
-    totals = evaluate_run(config, engine, weights, runs.load_description(arguments.run))
+    totals, names = evaluate_run(config, engine, weights, runs.load_description(arguments.run))
+    if arguments.output is not None:
+        try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            runs.write_classes(totals, names, arguments.output, config.model.name)
+        except OSError as error:
+            raise UsageError(
+                f"--output {arguments.output}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
     print(
         f"{arguments.checkpoint or arguments.run}: test accuracy {totals.accuracy:.4f}, loss {totals.mean_loss:.4f}, "
         f"{totals.samples:,} images, on {runs.device_name(engine.device)} in {engine.precision}; "
         + agreement(totals, arguments.run / "summary.json")
     )
+    for line in runs.accuracy_lines(totals, names):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,19 @@ def train(
     # ------------------------------------------------------------------------ resume
     # Restore a named checkpoint before acquiring the folder, so that a checkpoint that does not fit leaves no folder.
     named = runs.resume.load_named(config, run, group)
-    start, since_eval = runs.resume.restore(named, run, step, timer)
+    position = runs.resume.restore(named, run, step, timer)
     with ExitStack() as stack:
         group.broadcast_from_rank0(run.acquire)
         stack.callback(run.release)
         if named is None:
-            start, since_eval = runs.resume.restore(runs.resume.load_latest(run, group), run, step, timer)
+            position = runs.resume.restore(runs.resume.load_latest(run, group), run, step, timer)
+        start = position.step
         if start == 0 and not config.model.weights:
             training.fit_whitening(config, engine, parts)
         progress = stack.enter_context(utils.ProgressLine("step", steps, start, enabled=is_main))
         group.broadcast_from_rank0(lambda: run.begin(engine, start))
-        log = runs.TrainingLog(config, run, parts, timer, progress, start=start, since_eval=since_eval, is_main=is_main)
-        log.begin(start)
+        log = runs.TrainingLog(config, run, parts, timer, progress, position, is_main=is_main)
+        log.begin()
 
         # -------------------------------------------------------------------- compile, capture
         training.warm_up(parts, say=progress.say)
@@ -105,7 +106,7 @@ def train(
                 if log.evaluation_due(done):
                     log.evaluation(done, lr, evaluator(group.with_heartbeat(curve_batches.evaluate())))
                 if log.checkpoint_due(done) or stopping:
-                    runs.resume.save(run, group, done, step, timer, log.since_eval)
+                    runs.resume.save(run, group, log.position(done), step, timer)
             if stopping:
                 log.stopped(done, stopping)
                 return 128 + stopping

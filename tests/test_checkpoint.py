@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -73,6 +74,34 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     assert latest is not None and latest["step"] == 1_000
 
 
+def test_the_best_is_kept_and_linked_beside_the_last(tmp_path: Path) -> None:
+    def links() -> dict[str, str]:
+        return {link.name: link.readlink().name for link in tmp_path.iterdir() if link.is_symlink()}
+
+    checkpoint.save(tmp_path, 1, a_state(1), keep=1)
+    assert links() == {"last": "step-00000001.pt"}
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, a_state(step), keep=1, best=2)
+        assert links() == {"last": f"step-{step:08}.pt", "best": "step-00000002.pt"}
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000004.pt", "step-00000002.pt"]
+    assert_same(checkpoint.load(tmp_path / "best"), a_state(2))
+    checkpoint.save(tmp_path, 5, a_state(5), keep=1, best=5)
+    assert links() == {"last": "step-00000005.pt", "best": "step-00000005.pt"}
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000005.pt"]
+    checkpoint.save(tmp_path, 6, a_state(6), keep=1, best=3)  # it was chosen in another folder, or removed
+    assert links() == {"last": "step-00000006.pt"}
+
+
+def test_a_file_system_without_links_keeps_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", no_links)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, a_state(step), keep=1, best=1)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001.pt", "step-00000003.pt"]  # noqa: PTH208
+
+
 def test_checkpoints_of_more_than_eight_digits_are_the_newest(tmp_path: Path) -> None:
     steps = [99_999_999, 1_000_000_000, 100_000_000, 12_345_678_901]
     for step in steps:
@@ -101,7 +130,7 @@ def test_files_that_a_kill_left_behind_are_ignored(tmp_path: Path) -> None:
     latest = checkpoint.latest(tmp_path)
     assert latest is not None and latest["step"] == 1
     checkpoint.save(tmp_path, 2, a_state(2), keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001.pt", "step-00000002.pt"]  # noqa: PTH208
+    assert sorted(os.listdir(tmp_path)) == ["last", "step-00000001.pt", "step-00000002.pt"]  # noqa: PTH208
 
 
 # ---- damage -------------------------------------------------------------------------------------------------
@@ -180,7 +209,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         checkpoint.save(tmp_path, 2, a_state(2), keep=1)
     assert "\n" not in str(caught.value) and "step-00000002.pt" in str(caught.value)
-    assert os.listdir(tmp_path) == ["step-00000001.pt"]  # noqa: PTH208
+    assert sorted(os.listdir(tmp_path)) == ["last", "step-00000001.pt"]  # noqa: PTH208
+    assert (tmp_path / "last").readlink() == Path("step-00000001.pt")
 
 
 # ---- the digest ---------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def build(*flags: str, recordable: bool = True) -> tuple[TrainStep, ResidentLoad
     if not recordable:
         model = nn.Sequential(model, Scaled())
     step = TrainStep(model, engine, config.optim)
-    return step, loader, Evaluator(model, engine)
+    return step, loader, Evaluator(model, engine, len(source.classes))
 
 
 class Scaled(nn.Module):

@@ -35,16 +35,28 @@ def summary_of(run: Path) -> dict[str, Any]:
 def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     capsys.readouterr()
     evaluate.main([str(arg) for arg in args])
-    (line,) = capsys.readouterr().out.splitlines()
+    line, top5, by_class = capsys.readouterr().out.splitlines()
+    assert top5.startswith("top-5 accuracy 0.") and by_class.startswith("lowest accuracies of 10 classes: ")
     return line
 
 
 def test_evaluation_is_the_summary_to_the_last_digit(run: Path) -> None:
     config, weights = load_run(run)
-    totals, summary = evaluate_run(config, resolve_engine(config), weights), summary_of(run)
+    (totals, names), summary = evaluate_run(config, resolve_engine(config), weights), summary_of(run)
     assert totals.accuracy == summary["test_accuracy"] > 0.15  # an untrained network has 10 %
     assert totals.mean_loss == summary["test_loss"]
     assert totals.samples == summary["test_samples"] == 360
+    assert totals.top_accuracy == summary["test_top5"] > 0.5
+    assert names == [str(digit) for digit in range(10)]
+
+
+def test_the_files_by_class_are_those_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, run, "--output", tmp_path / "new/result")
+    for name in ("classes.csv", "confusion.csv", "confusion.png"):
+        assert (tmp_path / "new/result" / name).read_bytes() == (run / name).read_bytes(), name
+    (tmp_path / "file").touch()
+    with rejected(f"--output {tmp_path / 'file'}: cannot be written", "choose another folder"):
+        evaluate.main([str(run), "--output", str(tmp_path / "file")])
 
 
 def test_command_prints_the_figures_and_that_they_agree(run: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_frozen_parts_stay_bitwise_and_the_rest_trains_as_in_pytorch(
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     trained = [p for name, p in oracle.named_parameters() if not is_frozen(name, parts)]
     sgd = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1)
-    evaluator = Evaluator(model, engine())
+    evaluator = Evaluator(model, engine(), 10)
     for i in range(2):
         images, labels = a_batch(i, 4)
         step(images, labels, 0.05, i)
@@ -149,7 +149,7 @@ def test_a_compiled_step_keeps_frozen_parts_too(precision: str) -> None:
         images, labels = a_batch(i)
         for step in steps:
             step(images.to(step.engine.dtype), labels, 0.05, i)
-            Evaluator(step.model, engine(precision=precision))([a_batch(50)] if precision == "fp32" else [])
+            Evaluator(step.model, engine(precision=precision), 10)([a_batch(50)] if precision == "fp32" else [])
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]) == is_frozen(key, ["conv1", "bn1", "layer1"]), key
         torch.testing.assert_close(tensor, eager.state_dict()[key], rtol=0.05, atol=0.02, msg=key)

@@ -9,23 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.config.schema import OptimConfig
+from fastres.config.schema import Config, DataConfig, OptimConfig
 from fastres.data.spec import IGNORED
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
-from fastres.training.build import warm_up
+from fastres.training.build import loss_weights, warm_up
 from fastres.training.channels_last import check_channels_last
 from fastres.training.evaluator import Evaluator
 from fastres.training.metrics import DeviceMetrics
 from fastres.training.optim import build_optimizer, orthogonal
 from fastres.training.step import ForwardLoss, TrainStep, raise_recompile_limit
-from tests.fixtures import engine
+from tests.fixtures import engine, rejected
 
 Batch = tuple[Tensor, Tensor]
 
@@ -277,7 +278,7 @@ def compiled() -> Iterator[tuple[TrainStep, Evaluator]]:
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     model, how = a_net(), engine(compile=True)
-    yield TrainStep(model, how, OptimConfig()), Evaluator(model, how)
+    yield TrainStep(model, how, OptimConfig()), Evaluator(model, how, 10)
     torch._dynamo.reset()
 
 
@@ -286,7 +287,7 @@ def test_nothing_recompiles_and_evaluation_uses_the_present_weights(compiled: An
     step, evaluate = compiled
     counters = torch._dynamo.utils.counters
     test_set = [a_batch(seed=100), a_batch(seed=101)]
-    eager = Evaluator(step.model, engine())
+    eager = Evaluator(step.model, engine(), 10)
 
     def assert_up_to_date() -> float:
         seen, truth = evaluate(test_set), eager(test_set)
@@ -327,7 +328,7 @@ def test_weights_that_are_cast_in_one_batch_are_cast_as_autocast_does(name: str,
 
     def run(batched: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
-        forward_loss = ForwardLoss(model, engine(precision=precision), "mean")
+        forward_loss = ForwardLoss(model, engine(precision=precision))
         forward_loss.cast_together = batched
         loss, _ = forward_loss(images, labels)
         loss.backward()
@@ -337,7 +338,7 @@ def test_weights_that_are_cast_in_one_batch_are_cast_as_autocast_does(name: str,
     assert torch.equal(loss, expected) and grads.keys() == by_autocast.keys()
     for parameter, grad in by_autocast.items():
         assert torch.equal(grads[parameter], grad) and grads[parameter].stride() == grad.stride(), parameter
-    aligned = [cast for cast in ForwardLoss(model, engine(precision=precision), "mean")._cast_weights().values()
+    aligned = [cast for cast in ForwardLoss(model, engine(precision=precision))._cast_weights().values()
                if cast.numel() % 8 == 0]  # fmt: skip
     assert aligned and all(cast.storage_offset() % 8 == 0 for cast in aligned)
 
@@ -363,7 +364,7 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_requested(asked_for:
     model, how = a_net(), engine(compile=True, compile_may_fall_back=not asked_for)
     oracle = copy.deepcopy(model)
     step = TrainStep(model, how, OptimConfig())
-    evaluate, said = Evaluator(model, how), list[str]()
+    evaluate, said = Evaluator(model, how, 10), list[str]()
     if asked_for:
         with pytest.raises(Exception, match="nowhere"):
             warm_up_with(step, evaluate, a_batch(), said.append)
@@ -375,7 +376,8 @@ def test_a_broken_compiler_means_eager_unless_compiling_was_requested(asked_for:
     run_steps(step, 2)
     run_steps(eager := a_step(oracle), 2)
     assert_equal_weights(model, oracle)
-    assert evaluate([a_batch()]) == Evaluator(eager.model, engine())([a_batch()])
+    found, expected = evaluate([a_batch()]), Evaluator(eager.model, engine(), 10)([a_batch()])
+    assert found.loss == expected.loss and found.confusion.tolist() == expected.confusion.tolist()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -384,7 +386,7 @@ def test_warming_up_leaves_no_trace(precision: str) -> None:
     run_steps(step, 2)
     before = checkpoint.digest(step.state_dict())
     images, labels = a_batch(seed=9)
-    warm_up_with(step, Evaluator(step.model, step.engine), (images.to(step.engine.dtype), labels), print)
+    warm_up_with(step, Evaluator(step.model, step.engine, 10), (images.to(step.engine.dtype), labels), print)
     assert checkpoint.digest(step.state_dict()) == before
     assert all(p.grad is None for p in step.model.parameters())
 
@@ -457,19 +459,21 @@ def test_evaluation_is_exact_and_ignores_padding_of_a_batch() -> None:
     run_steps(a_step(model), 3)
     images, labels = a_batch(21, seed=7)
     model.eval()
-    losses, right = [], 0
+    losses, right, in_top, confusion = [], 0, 0, torch.zeros(10, 10, dtype=torch.int64)
     with torch.no_grad():
         for image, label in zip(images, labels, strict=True):
             logits = model(image[None])
             losses.append(F.cross_entropy(logits, label[None]).item())
             right += int(logits.argmax() == label)
+            in_top += int((logits > logits[0, label]).sum() < 5)
+            confusion[label, logits.argmax()] += 1
     model.train()
     before = checkpoint.digest(model.state_dict())
 
     filled_images = torch.cat([images, torch.full_like(images[:3], 9)])
     filled_labels = torch.cat([labels, torch.full_like(labels[:3], IGNORED)])
     nothing = (filled_images[:8], torch.full_like(labels[:8], IGNORED))
-    evaluate = Evaluator(model, engine())
+    evaluate = Evaluator(model, engine(), 10)
     for batches in (
         [(images, labels)],
         list(zip(filled_images.split(8), filled_labels.split(8), strict=True)),
@@ -478,14 +482,58 @@ def test_evaluation_is_exact_and_ignores_padding_of_a_batch() -> None:
         metrics = evaluate(batches)
         assert (metrics.correct, metrics.samples) == (right, 21)
         assert metrics.accuracy == right / 21
+        assert metrics.confusion.tolist() == confusion.tolist() and metrics.top_accuracy == in_top / 21
         assert metrics.mean_loss == pytest.approx(math.fsum(losses) / 21, rel=1e-5)
     assert checkpoint.digest(model.state_dict()) == before
+
+
+def test_the_accuracy_of_a_class_is_over_its_samples_and_few_classes_have_no_top_5() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False))  # predicts the largest of three pixels
+    net[1].weight.data = torch.eye(3)
+    images = torch.eye(3)[[0, 0, 1, 0, 1]].reshape(5, 3, 1, 1)
+    found = Evaluator(net, engine(), 3)([(images, torch.tensor([0, 0, 0, 1, 1]))])
+    assert found.confusion.tolist() == [[2, 1, 0], [1, 1, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(found.class_accuracy, [2 / 3, 1 / 2, np.nan])
+    assert (found.correct, found.samples, found.top_accuracy) == (3, 5, None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "shares"])
+def test_class_weights_are_factors_of_each_samples_loss(accumulate: int, mixed: bool) -> None:
+    model, (images, labels) = a_net(), a_batch(8)
+    weights = torch.linspace(0.5, 3, 10)
+    shares = torch.rand(8, 10).softmax(1) if mixed else F.one_hot(labels, 10).float()
+    smooth = 0.9 * shares + 0.1 / 10
+    oracle = copy.deepcopy(model)
+    losses = [-(weights * smooth[rows] * oracle(images[rows]).log_softmax(1)).sum() / 8
+              for rows in torch.arange(8).chunk(accumulate)]  # fmt: skip
+    sum(losses).backward()
+    sgd = torch.optim.SGD(oracle.parameters(), lr=0.1)
+    sgd.step()
+    optim = OptimConfig(momentum=0.0, weight_decay=0.0)
+    step = TrainStep(model, engine(), optim, 0.1, accumulate, class_weights=weights)
+    step(images, shares if mixed else labels, 0.1, 0)
+    for (name, parameter), expected in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, msg=name)
+    assert step.metrics.read()[0].mean_loss == pytest.approx(sum(losses).item(), rel=1e-5)
+
+
+def test_class_weights_have_a_mean_of_1_over_the_samples() -> None:
+    def weights_of(given: Any) -> Any:
+        found = loss_weights(Config(data=DataConfig(class_weights=given)), engine(), np.array([0] * 6 + [1] * 2), 3)
+        return None if found is None else found.tolist()
+
+    assert weights_of(None) is None
+    assert weights_of("balanced") == pytest.approx([8 / 12, 8 / 4, 1])  # the third class has no samples
+    assert weights_of([1.0, 3.0, 5.0]) == pytest.approx([2 / 3, 2, 10 / 3])
+    with rejected("data.class_weights: 2 numbers for 3 classes; give one for each, in order"):
+        weights_of([1.0, 3.0])
 
 
 def test_mirrored_evaluation_is_the_mean_of_the_logits_of_both_views() -> None:
     model = a_net().eval()
     images, labels = a_batch()
-    metrics = Evaluator(model, engine(), mirrored=True)([(images, labels)])
+    metrics = Evaluator(model, engine(), 10, mirrored=True)([(images, labels)])
     with torch.no_grad():
         logits = (model(images) + model(images.flip(3))) / 2
         assert not torch.allclose(logits, model(images), atol=1e-4)

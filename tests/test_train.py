@@ -110,7 +110,7 @@ def test_a_run_writes_all_the_documented_files(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()} - {".lock"}
     assert left == {
         "config.yaml", "data.json", "env.json", "metrics.jsonl", "history.csv", "history.png", "summary.json",
-        "checkpoints", "model.safetensors",
+        "checkpoints", "model.safetensors", "classes.csv", "confusion.csv", "confusion.png",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
@@ -124,10 +124,35 @@ def test_a_run_writes_all_the_documented_files(undisturbed: Path) -> None:
     with (undisturbed / "history.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [20, 40]
     assert (undisturbed / "history.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in checkpoint.found(undisturbed / "checkpoints")] == [
-        "step-00000040.pt", "step-00000032.pt", "step-00000024.pt",
-    ]  # fmt: skip
+    best = max(evaluations, key=lambda row: row["accuracy"])
+    chosen = {"best_step": best["step"], "best_accuracy": best["accuracy"], "best_split": "test"}
+    assert summary.items() >= chosen.items()
+    found = {path.name for path in checkpoint.found(undisturbed / "checkpoints")}
+    assert found == {"step-00000040.pt", "step-00000032.pt", "step-00000024.pt", f"step-{best['step']:08}.pt"}
+    links = {name: (undisturbed / "checkpoints" / name).readlink().name for name in ("last", "best")}
+    assert links == {"last": "step-00000040.pt", "best": f"step-{best['step']:08}.pt"}
+    (counted, *by_class), (header, *confusion) = (
+        list(csv.reader((undisturbed / name).open())) for name in ("classes.csv", "confusion.csv")
+    )
+    assert counted == ["class", "samples", "correct", "accuracy", "most_often_taken_for"]
+    assert header[1:] == [name for name, *_ in by_class] == [name for name, *_ in confusion] == [*"0123456789"]
+    cells = np.array([row[1:] for row in confusion], int)
+    assert [int(row[1]) for row in by_class] == cells.sum(1).tolist() and cells.sum() == 360
+    assert cells.trace() == round(360 * summary["test_accuracy"]) == sum(int(row[2]) for row in by_class)
+    assert 0.5 < summary["test_top5"] <= 1
+    assert (undisturbed / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert {"torch", "device", "commit", "command"} <= json.loads((undisturbed / "env.json").read_text()).keys()
+
+
+def test_class_weights_reach_the_training_loss_alone(train: Train, tmp_path: Path) -> None:
+    flags = [*TINY, "--train.steps", 4, "--train.log_every", 4]
+    losses = {}
+    for name, weights in (("none", "null"), ("equal", "[2,2,2,2,2,2,2,2,2,2]"), ("uneven", "[9,1,1,1,1,1,1,1,1,1]")):
+        assert train(*flags, "--data.class_weights", weights, "--run.dir", tmp_path / name) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows]
+    assert losses["equal"] == pytest.approx(losses["none"], rel=1e-4)
+    assert abs(losses["uneven"][0] - losses["none"][0]) > 0.01
 
 
 def test_the_train_loss_of_the_history_is_the_mean_since_the_last_evaluation(undisturbed: Path) -> None:
@@ -311,7 +336,7 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
     assert torch.equal(stem_of("whole"), expected.conv1.weight)
 
     # A resumed run takes the stem from the checkpoint instead of fitting its own.
-    state = tmp_path / "whole/checkpoints/step-00000008.pt"
+    state = tmp_path / "whole/checkpoints/step-00000016.pt"
     assert train(*flags, "--run.resume", state, "--run.dir", tmp_path / "resumed") == 0
     assert sha256(tmp_path / "resumed/model.safetensors") == sha256(tmp_path / "whole/model.safetensors")
 
@@ -327,7 +352,8 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
     run_config, tensors = load_run(tmp_path / "whole")
     engine = resolve_engine(run_config)
     engine.apply_torch_settings()
-    assert evaluate_run(run_config, engine, tensors).accuracy == summary["test_accuracy"]
+    totals, _ = evaluate_run(run_config, engine, tensors)
+    assert totals.accuracy == summary["test_accuracy"]
     assert export(run_config, tensors, "torch_export", tmp_path / "speed.pt2")[1] == (1, 8, 8)
 
 
@@ -429,8 +455,8 @@ def test_a_non_finite_loss_ends_the_run_with_its_step_and_the_checkpoint_kept(
     jump = "--schedule.name multistep --schedule.milestones [20] --schedule.factor 1e30 --schedule.warmup_steps 0"
     assert train(*SHORT, *jump.split(), "--run.dir", tmp_path / "run") == 1
     message = refusal(capsys)
-    assert "non-finite at step 2" in message and "step-00000016.pt" in message
-    state = checkpoint.load(tmp_path / "run/checkpoints/step-00000016.pt")
+    assert "non-finite at step 2" in message and "step-00000020.pt" in message
+    state = checkpoint.load(tmp_path / "run/checkpoints/step-00000020.pt")
     assert all(tensor.isfinite().all() for tensor in state["trainer"]["model"].values())
     assert not (tmp_path / "run/summary.json").exists()
 
@@ -524,7 +550,7 @@ def test_after_a_full_disk_the_run_resumes_from_the_last_checkpoint(
     finally:
         subprocess.run(["umount", disk], check=True)
     kept = [path.name for path in checkpoint.found(tmp_path / "run/checkpoints")]
-    assert kept == ["step-00000024.pt", "step-00000016.pt", "step-00000008.pt"]
+    assert kept == ["step-00000020.pt", "step-00000016.pt", "step-00000008.pt"]
     assert train(*flags, "--run.dir", tmp_path / "run") == 0
 
 

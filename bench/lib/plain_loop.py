@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bench.lib.workloads import DEVICE, GPU, HE, LR, Batches, Net, Steps, repeated_batch
 from fastres.config.schema import Config, EngineConfig, ModelConfig, OptimConfig
+from fastres.data.loaders.build import classes_of
 from fastres.data.sources.source import Source
 from fastres.training.build import build_network, learning_rate, split_loader
 from fastres.training.cuda_graph import capturing
@@ -147,6 +148,7 @@ class PlainRun:
         )
         self.loader = split_loader(config, engine, source, source.train)
         self.test_loader = split_loader(config, engine, source, source.test)
+        self.classes = classes_of(config, source)
 
     def steps(self, first: int, last: int) -> Tensor:
         """Run the steps [first, last) and return their losses, (last - first,), on the device."""
@@ -165,7 +167,7 @@ class PlainRun:
     def test_accuracy(self) -> float:
         """Return the accuracy on the test images."""
         self.loop.engine.apply_torch_settings()
-        return Evaluator(self.loop.model, self.loop.engine)(self.test_loader.evaluate()).accuracy
+        return Evaluator(self.loop.model, self.loop.engine, self.classes)(self.test_loader.evaluate()).accuracy
 
 
 class GraphedTwin(PlainRun):

@@ -148,16 +148,16 @@ def replayed(step: TrainStep, batches: Any) -> Steps:
 
 
 def engine_inference(net: Net, **fields: Any) -> Steps:
-    """Return the engine's evaluation steps: logits, loss and the number of correct predictions."""
+    """Return the engine's evaluation steps: logits, loss and the outcome of each sample."""
     engine = engine_for(**fields)
     engine.apply_torch_settings()
-    evaluator = Evaluator(engine.place(net.build(engine.norm)).eval(), engine)
+    evaluator = Evaluator(engine.place(net.build(engine.norm)).eval(), engine, net.classes)
     images, labels = net.batch_for(engine)
 
     @torch.no_grad()
     def steps(n: int) -> None:
         engine.apply_torch_settings()
         for _ in range(n):
-            evaluator.forward_loss(images, labels)
+            evaluator.forward(images, labels)
 
     return steps

@@ -146,6 +146,10 @@ class DataConfig:
     """Paste a box of one image into another and mix the labels by area, from Beta(cutmix, cutmix) (0: off; the paper
     uses 1). If mixup is on too, a coin toss decides for each image."""
 
+    class_weights: Literal["balanced"] | list[PositiveFloat] | None = None
+    """Weights of the classes in the training loss, for classes of uneven size: balanced for the inverse of the number
+    of a class's samples, or one number for each class, in order. They are scaled to a mean of 1 over the samples."""
+
     image_size: PositiveInt | None = None
     """Side in pixels of the network's input (null: the side of the data's images, 32 for synthetic; required for
     resized_crop)."""

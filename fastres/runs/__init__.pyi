@@ -1,4 +1,7 @@
 from . import resume as resume
+from .classes import accuracy_lines as accuracy_lines
+from .classes import output_names as output_names
+from .classes import write_classes as write_classes
 from .environment import device_name as device_name
 from .loading import load_description as load_description
 from .loading import load_run as load_run

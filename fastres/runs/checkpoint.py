@@ -6,6 +6,7 @@ with weights_only, so nothing in it runs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
@@ -18,16 +19,25 @@ from torch import Tensor
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.errors import RunError, UsageError
 
+LAST, BEST = "last", "best"  # links beside the checkpoints: the newest, and the one with the best evaluation
+
 State = dict[str, Any]
 
 
-def save(folder: Path, step: int, state: State, keep: int) -> Path:
-    """Write the state after `step` steps, remove all but the newest `keep` checkpoints, and return the new path.
+def save(folder: Path, step: int, state: State, keep: int, best: int | None = None) -> Path:
+    """Write the state after `step` steps, with the links LAST and BEST, and return the new path.
+
+    Args:
+        folder: the folder of a run's checkpoints.
+        step: the steps that are done.
+        state: the state after them.
+        keep: the number of newest checkpoints that stay; others are removed, except for the best.
+        best: the step of the best checkpoint, or None if no evaluation has chosen one.
 
     Raises:
         RunError: if the checkpoint cannot be written; earlier checkpoints are intact.
     """
-    path = folder / f"step-{step:08d}.pt"
+    path = _path(folder, step)
     # Serialise to memory first, because torch's writer answers a full disk with an assertion about positions.
     content = io.BytesIO()
     torch.save({"state": state, "sha256": digest(state)}, content)
@@ -37,9 +47,30 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
             file.write(content.getbuffer())
     except OSError as error:
         raise RunError(f"cannot write checkpoint {path}: {error.strerror}; earlier checkpoints are intact") from None
+    chosen = None if best is None else _path(folder, best)
     for old in found(folder)[keep:]:
-        old.unlink()
+        if old != chosen:
+            old.unlink()
+    _link(folder / LAST, path)
+    _link(folder / BEST, chosen)
     return path
+
+
+def _path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def _link(link: Path, target: Path | None) -> None:
+    """Make a link to a checkpoint in its own folder, or remove the link if there is no such checkpoint."""
+    with contextlib.suppress(OSError):  # some file systems have no links, and nothing depends on them
+        if target is None or not target.exists():
+            link.unlink(missing_ok=True)
+            return
+        new = link.with_name(f".{link.name}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.name)
+        new.replace(link)
 
 
 def load(path: Path) -> State:

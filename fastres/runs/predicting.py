@@ -20,7 +20,7 @@ from fastres.models.registry import METADATA, build_model
 from fastres.runs.exporting import METADATA_FILE, onnx_session, run_onnx
 from fastres.runs.loading import load_description, load_run, rebuild
 from fastres.training.engine import Engine, resolve_engine
-from fastres.training.step import ForwardLoss
+from fastres.training.step import Forward
 from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError, first_line
 
@@ -90,12 +90,10 @@ def _of_run(folder: Path, checkpoint: Path | None, flags: Sequence[str]) -> Pred
     engine = resolve_engine(config)
     engine.apply_torch_settings()
     model = engine.place(rebuild(config, weights, engine.norm)).eval()
-    return Predictor(
-        data=data, logits=_on(engine, ForwardLoss(model, engine, "sum", mirrored=config.train.eval_mirrored))
-    )
+    return Predictor(data=data, logits=_on(engine, Forward(model, engine, config.train.eval_mirrored)))
 
 
-def _on(engine: Engine, forward: ForwardLoss) -> Callable[[Tensor], Tensor]:
+def _on(engine: Engine, forward: Forward) -> Callable[[Tensor], Tensor]:
     """Return the network's logits as a function of float32 images on the CPU."""
     return lambda images: forward.logits(images.to(engine.device, engine.dtype).to(memory_format=engine.memory_format))
 

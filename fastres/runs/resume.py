@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastres.config.schema import Config
@@ -18,6 +18,24 @@ from fastres.utils.errors import UsageError, first_line
 from fastres.utils.run_timer import RunTimer
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best point of the evaluation curve."""
+
+    step: int
+    accuracy: float
+    split: str  # "test" or "validation": the samples that chose it
+
+
+@dataclass(frozen=True)
+class Position:
+    """The position of a run: the steps that are done and what the log knows of them."""
+
+    step: int = 0
+    since_eval: Metrics = field(default_factory=Metrics)  # metrics of the steps since the last evaluation
+    best: Best | None = None
+
+
 def load_named(config: Config, run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
     """Return the state of the checkpoint that run.resume names, or None if it names none. Collective.
 
@@ -27,7 +45,8 @@ def load_named(config: Config, run: RunDir, group: ProcessGroup) -> checkpoint.S
         return None
     if ranks.restarted() and group.broadcast_from_rank0(lambda: checkpoint.found(run.checkpoints)):
         return None
-    return group.broadcast_from_rank0(lambda: checkpoint.load(Path(config.run.resume)))
+    # The best checkpoint so far stays in the other run's folder, so this run chooses among its own.
+    return group.broadcast_from_rank0(lambda: checkpoint.load(Path(config.run.resume)) | {"best": None})
 
 
 def load_latest(run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
@@ -35,8 +54,8 @@ def load_latest(run: RunDir, group: ProcessGroup) -> checkpoint.State | None:
     return group.broadcast_from_rank0(lambda: checkpoint.latest(run.checkpoints))
 
 
-def restore(state: checkpoint.State | None, run: RunDir, step: TrainStep, timer: RunTimer) -> tuple[int, Metrics]:
-    """Copy a checkpoint's state into the step and the timer.
+def restore(state: checkpoint.State | None, run: RunDir, step: TrainStep, timer: RunTimer) -> Position:
+    """Copy a checkpoint's state into the step and the timer, and return the position of the run.
 
     Args:
         state: a checkpoint's state; None starts from the beginning.
@@ -44,24 +63,22 @@ def restore(state: checkpoint.State | None, run: RunDir, step: TrainStep, timer:
         step: the step.
         timer: the run's timer.
 
-    Returns:
-        The number of steps that are done, and their metrics since the last evaluation.
-
     Raises:
         UsageError: if the checkpoint belongs to other data or another model, or is beyond the run's last step.
     """
     if state is None:
-        return 0, Metrics()
+        return Position()
     _check_data(state, run)
     try:
         step.load_state_dict(state["trainer"])
         timer.load_state_dict(state["clock"])
-        start, since_eval = state["step"], Metrics(**state["window"])
+        best = state.get("best")  # checkpoints of earlier versions have none
+        position = Position(state["step"], Metrics(**state["window"]), best and Best(**best))
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"run.resume: the checkpoint belongs to another model ({first_line(error)})") from None
-    if start > (steps := run.config.train.steps):
-        raise UsageError(f"run.resume: the checkpoint is of step {start:,}, beyond train.steps {steps:,}")
-    return start, since_eval
+    if position.step > (steps := run.config.train.steps):
+        raise UsageError(f"run.resume: the checkpoint is of step {position.step:,}, beyond train.steps {steps:,}")
+    return position
 
 
 def _check_data(state: checkpoint.State, run: RunDir) -> None:
@@ -75,8 +92,8 @@ def _check_data(state: checkpoint.State, run: RunDir) -> None:
         )
 
 
-def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: RunTimer, since_eval: Metrics) -> None:
-    """Write a checkpoint of `done` steps. Collective.
+def save(run: RunDir, group: ProcessGroup, position: Position, step: TrainStep, timer: RunTimer) -> None:
+    """Write a checkpoint of the run's position. Collective.
 
     Raises:
         RunError: if the ranks' weights differ, or the checkpoint cannot be written.
@@ -85,6 +102,10 @@ def save(run: RunDir, group: ProcessGroup, done: int, step: TrainStep, timer: Ru
     trainer = step.state_dict()
     group.watchdog.heartbeat("saves a checkpoint")
     if ranks.rank() == 0:
-        state = {"step": done, "window": asdict(since_eval), "clock": timer.state_dict(), "trainer": trainer}
+        best = position.best
+        state = {"step": position.step, "window": asdict(position.since_eval), "best": best and asdict(best)}
+        state |= {"clock": timer.state_dict(), "trainer": trainer}
         state |= {} if run.data is None else {"data": run.data.to_dict()}
-        checkpoint.save(run.checkpoints, done, state, run.config.run.keep_checkpoints)
+        checkpoint.save(
+            run.checkpoints, position.step, state, run.config.run.keep_checkpoints, best.step if best else None
+        )

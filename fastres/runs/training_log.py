@@ -9,11 +9,14 @@ from typing import Any
 
 from fastres.config.schema import Config
 from fastres.models.weights import save_weights
+from fastres.runs.checkpoint import BEST
+from fastres.runs.classes import accuracy_lines, output_names, write_classes
 from fastres.runs.environment import device_name
 from fastres.runs.exporting import metadata
+from fastres.runs.resume import Best, Position
 from fastres.runs.run_dir import RunDir
 from fastres.training.build import Parts
-from fastres.training.metrics import Metrics
+from fastres.training.metrics import Evaluation, Metrics
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import RunError
 from fastres.utils.progress import ProgressLine
@@ -29,8 +32,7 @@ class TrainingLog:
         parts: the run's parts.
         timer: the run's timer.
         progress: the line in the terminal.
-        start: steps that were done before.
-        since_eval: metrics of these steps since the last evaluation.
+        position: the run's position at its start.
         is_main: True on rank 0, which writes.
     """
 
@@ -41,16 +43,15 @@ class TrainingLog:
         parts: Parts,
         timer: RunTimer,
         progress: ProgressLine,
+        position: Position,
         *,
-        start: int,
-        since_eval: Metrics,
         is_main: bool,
     ) -> None:
         self.config, self.run, self.parts, self.timer, self.progress = config, run, parts, timer, progress
         self.is_main = is_main
-        self.since_eval = since_eval
-        self.last_eval: Metrics | None = None
-        self._logged, self._logged_s = start, timer.train_time_s  # step and time of the last log line
+        self.start, self.since_eval, self.best = position.step, position.since_eval, position.best
+        self.last_eval: Evaluation | None = None
+        self._logged, self._logged_s = self.start, timer.train_time_s  # step and time of the last log line
 
     # -------------------------------------------------------------------------------- when something is due
 
@@ -59,8 +60,8 @@ class TrainingLog:
         return self._due(done, self.config.train.eval_every)
 
     def checkpoint_due(self, done: int) -> bool:
-        """Return True if a checkpoint is saved after `done` steps."""
-        return self._due(done, self.config.run.checkpoint_every)
+        """Return True if a checkpoint is saved after `done` steps: at its interval, and after the best evaluation."""
+        return self._due(done, self.config.run.checkpoint_every) or (self.best is not None and self.best.step == done)
 
     def line_due(self, done: int) -> bool:
         """Return True if the training metrics are logged after `done` steps."""
@@ -71,7 +72,11 @@ class TrainingLog:
 
     # -------------------------------------------------------------------------------- lines and rows
 
-    def begin(self, start: int) -> None:
+    def position(self, done: int) -> Position:
+        """Return the run's position after `done` steps."""
+        return Position(done, self.since_eval, self.best)
+
+    def begin(self) -> None:
         """Print the notes, and a line with the run's network, data, length, device and folder."""
         for note in self.parts.notes:
             self.progress.say(note)
@@ -81,7 +86,7 @@ class TrainingLog:
             f"{config.model.name}, {self.parts.parameters:,} parameters, {data.source.name}: "
             f"{len(data.training):,} training images, {config.train.steps:,} steps of {config.train.batch_size} "
             f"on {device_name(engine.device)} in {engine.precision}, {self.run.folder}"
-            + (f", resumed at step {start:,}" if start else "")
+            + (f", resumed at step {self.start:,}" if self.start else "")
         )
 
     def read_metrics(self) -> Metrics:
@@ -119,8 +124,8 @@ class TrainingLog:
              "lr": lr, "images_per_s": speed, "train_time_s": self.timer.train_time_s}
         )  # fmt: skip
 
-    def evaluation(self, done: int, lr: float, metrics: Metrics) -> None:
-        """Log a point of the curve after `done` steps.
+    def evaluation(self, done: int, lr: float, metrics: Evaluation) -> None:
+        """Log a point of the curve after `done` steps, and remember the best one.
 
         An earlier point may be non-finite, for example in fp16 while running statistics lag behind.
 
@@ -135,6 +140,8 @@ class TrainingLog:
              "lr": lr, "train_time_s": self.timer.train_time_s}
         )  # fmt: skip
         self.since_eval, self.last_eval = Metrics(), metrics
+        if self.best is None or metrics.accuracy > self.best.accuracy:
+            self.best = Best(done, metrics.accuracy, split)
         if done == self.config.train.steps:
             self._check_finite(split, metrics)
 
@@ -163,8 +170,8 @@ class TrainingLog:
         """Return True if the last point of the curve is the result on the test set."""
         return self.last_eval is not None and self.parts.data.curve_split == "test"
 
-    def finish(self, final: Metrics, *, captured: bool) -> None:
-        """Write the weights, the curves and the summary, and print the result.
+    def finish(self, final: Evaluation, *, captured: bool) -> None:
+        """Write the weights, the curves, the result by class and the summary, and print the result.
 
         Args:
             final: metrics of the test set after the last step.
@@ -180,15 +187,32 @@ class TrainingLog:
         with self.run.writing():
             save_weights(self.parts.model, folder / "model.safetensors", metadata(self.config, self.run.data))
             self.run.write_history()
+            write_classes(final, self.class_names, folder, self.config.model.name)
             write_json(folder / "summary.json", self._summary(final, captured))
+        for line in (*accuracy_lines(final, self.class_names), *self._best_line()):
+            self.progress.say(line)
         self.progress.say(
             f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {self.config.train.steps:,} "
             f"steps in {self.timer.train_time_s:.1f} s of training; curves: {folder / 'history.png'}"
         )
 
-    def _summary(self, final: Metrics, captured: bool) -> dict[str, Any]:
+    @property
+    def class_names(self) -> list[str]:
+        """Return the names of the network's outputs."""
+        return output_names(self.parts.data.source.classes, self.parts.evaluator.sums.classes)
+
+    def _best_line(self) -> list[str]:
+        """Return the line about the best checkpoint, unless it is that of the last step."""
+        best = self.best
+        if best is None or best.step == self.config.train.steps:
+            return []
+        path = self.run.checkpoints / BEST
+        return [f"best checkpoint by {best.split} accuracy: step {best.step:,}, {best.accuracy:.4f}, {path}"]
+
+    def _summary(self, final: Evaluation, captured: bool) -> dict[str, Any]:
         config, parts, timer = self.config, self.parts, self.timer
         steps, engine = config.train.steps, parts.step.engine
+        best, top5 = self.best, final.top_accuracy
         at_90 = next((row for row in self.run.evaluations() if row["accuracy"] >= 0.9), None)
         return {
             "recipe": config.recipe,
@@ -196,6 +220,7 @@ class TrainingLog:
             "data": parts.data.source.name,
             "test_accuracy": final.accuracy,
             "test_loss": final.mean_loss,
+            **({} if top5 is None else {"test_top5": top5}),
             "test_samples": final.samples,
             "test_views": 1 + config.train.eval_mirrored,  # views of an image whose logits are averaged
             "steps": steps,
@@ -207,6 +232,9 @@ class TrainingLog:
             "first_step_at_90": at_90 and at_90["step"],
             "first_train_time_s_at_90": at_90 and at_90["train_time_s"],
             "curve": parts.data.curve_split,
+            "best_step": best and best.step,
+            "best_accuracy": best and best.accuracy,
+            "best_split": best and best.split,  # the samples that chose it
             "device": device_name(engine.device),
             "precision": engine.precision,
             "compile": parts.step.inner.compiled,

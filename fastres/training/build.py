@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastres.config.length import in_steps, needs_data
 from fastres.config.schema import Config, model_options
@@ -122,12 +123,20 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
             notes.append(f"channels_last is lost: {error}")
     if replaced:
         notes.append(f"weights: head replaced ({', '.join(replaced)})")
-    step = TrainStep(model, engine, config.optim, config.train.label_smoothing, config.train.accumulate)
+    classes = classes_of(config, data.source)
+    step = TrainStep(
+        model,
+        engine,
+        config.optim,
+        config.train.label_smoothing,
+        config.train.accumulate,
+        loss_weights(config, engine, data.training.labels, classes),
+    )
     return Parts(
         data=data,
         model=model,
         step=step,
-        evaluator=Evaluator(model, engine, config.train.eval_mirrored),
+        evaluator=Evaluator(model, engine, classes, config.train.eval_mirrored),
         lr_at=partial(learning_rate, config),
         dummy_batch=dummy,
         notes=tuple(notes),
@@ -190,6 +199,33 @@ def build_network(config: Config, engine: Engine, source: Source) -> nn.Module:
     return engine.place(model)
 
 
+def loss_weights(config: Config, engine: Engine, labels: np.ndarray, classes: int) -> Tensor | None:
+    """Return the factors of data.class_weights, (classes,) on the engine's device, or None without that option.
+
+    Their mean over the training samples is 1, so that the loss keeps its scale.
+
+    Args:
+        config: the run's configuration.
+        engine: the resolved engine.
+        labels: (N,) int64, of the training samples.
+        classes: outputs of the network.
+
+    Raises:
+        UsageError: if there is not one number for each class.
+    """
+    given = config.data.class_weights
+    if given is None:
+        return None
+    counts = np.bincount(labels, minlength=classes)
+    if given == "balanced":  # inversely proportional to a class's samples; 1 for a class without any
+        weights = np.where(counts > 0, len(labels) / np.maximum(counts, 1) / np.count_nonzero(counts), 1.0)
+    elif len(given) != classes:
+        raise UsageError(f"data.class_weights: {len(given)} numbers for {classes} classes; give one for each, in order")
+    else:
+        weights = np.array(given) * len(labels) / (counts @ np.array(given))
+    return torch.tensor(weights, dtype=torch.promote_types(engine.dtype, torch.float32), device=engine.device)
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Return the learning rate of step number `step`, from 0, for the global batch."""
     peak: float = config.optim.lr * (ranks.world_size() if config.optim.scale_lr else 1)
@@ -239,5 +275,5 @@ def warm_up(parts: Parts, say: Callable[[str], None]) -> None:
             raise
         say(f"compile: false (the compiler failed: {first_line(error)})")
         step.run_eagerly()
-        evaluator.forward_loss.run_eagerly()
+        evaluator.forward.run_eagerly()
         step.warm_up(*parts.dummy_batch)

@@ -43,7 +43,7 @@ def check_channels_last(model: nn.Module, engine: Engine, batch: Batch) -> None:
     try:
         with preserving(model.buffers()):
             training_mode(model)
-            forward_loss = ForwardLoss(model, engine, "mean")
+            forward_loss = ForwardLoss(model, engine)
             forward_loss.run_eagerly()
             loss, _ = forward_loss(batch[0][:2], batch[1][:2])
             # Not backward(), because DDP's hooks would count it as the first step and never average a gradient again.

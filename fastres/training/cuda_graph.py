@@ -235,9 +235,9 @@ class GraphedStep:
 
 
 class GraphedEvaluation:
-    """An evaluation captured for one batch and replayed for each batch: `metrics = evaluator(graphed.evaluate())`.
+    """An evaluation captured for one batch and replayed for each batch: `found = evaluator(graphed.evaluate())`.
 
-    The replays add to the metrics of the evaluator that was captured, so pass evaluate() to that one. They compute in
+    The replays add to the sums of the evaluator that was captured, so pass evaluate() to that one. They compute in
     eval mode, whatever the model's `training` flag says.
 
     Args:
@@ -249,9 +249,9 @@ class GraphedEvaluation:
     def __init__(self, evaluator: Evaluator, batches: Evaluations, recorder: Recorder) -> None:
         self.evaluator, self.batches = evaluator, batches
         columns = batches.eval_draws()  # they are the same at every evaluation
-        self._table = DeviceTable(columns, len(columns["index"]), evaluator.metrics.loss.device)
+        self._table = DeviceTable(columns, len(columns["index"]), evaluator.sums.loss.device)
         self._table.fill(columns)
-        self.recording = recorder.record(self._work, [*evaluator.metrics.tensors, *self._table.mutated_tensors])
+        self.recording = recorder.record(self._work, [*evaluator.sums.tensors, *self._table.mutated_tensors])
 
     def evaluate(self) -> Iterator[NoBatch]:
         """Replay the evaluation for each batch of the split, and yield an empty batch after each replay."""
@@ -262,7 +262,7 @@ class GraphedEvaluation:
 
     @torch.no_grad()
     def _work(self) -> None:
-        """Evaluate the next row's batch and add it to the evaluator's metrics."""
+        """Evaluate the next row's batch and add it to the evaluator's sums."""
         self.evaluator.model.eval()
         row = self._table.next_row()
         self.evaluator.add(*self.batches.eval_batch(row["index"], row["count"]))

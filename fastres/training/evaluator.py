@@ -1,4 +1,4 @@
-"""Measure loss and accuracy over a whole split."""
+"""Measure loss, accuracy and confusion matrix over a whole split."""
 
 from __future__ import annotations
 
@@ -6,47 +6,72 @@ import time
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.data.spec import IGNORED
 from fastres.distributed import process_group
 from fastres.training.engine import Engine
-from fastres.training.metrics import DeviceMetrics, Metrics
-from fastres.training.step import Batch, ForwardLoss
+from fastres.training.metrics import TOP, TOP_FROM, DeviceEvaluation, Evaluation
+from fastres.training.step import Batch, Forward
 
 
-class Evaluator:
-    """Measure loss and accuracy over all samples of a loader, on all ranks.
+class ForwardOutcomes(Forward):
+    """Forward, loss and outcomes of an evaluation: (images, labels) -> arguments of DeviceEvaluation.add().
 
     Args:
         model: the network.
         engine: the resolved engine.
+        classes: outputs of the network.
         mirrored: average the logits of each image and of its mirror image.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, mirrored: bool = False) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, classes: int, mirrored: bool = False) -> None:
+        super().__init__(model, engine, mirrored)
+        self.classes = classes
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return loss, cells and samples in the top. Samples with the label IGNORED count in none of them."""
+        logits = self.logits(images)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        cells = torch.where(labels == IGNORED, self.classes**2, labels * self.classes + logits.argmax(1))
+        if self.classes < TOP_FROM:
+            return loss, cells, None
+        return loss, cells, (logits.topk(TOP).indices == labels[:, None]).sum()
+
+
+class Evaluator:
+    """Measure loss, accuracy and confusion matrix over all samples of a loader, on all ranks.
+
+    Args:
+        model: the network.
+        engine: the resolved engine.
+        classes: outputs of the network.
+        mirrored: average the logits of each image and of its mirror image.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine, classes: int, mirrored: bool = False) -> None:
         self.model = model
-        self.metrics = DeviceMetrics(engine.device)
+        self.sums = DeviceEvaluation(classes, engine.device)
         self.time_s = 0.0  # of the last evaluation
-        self.forward_loss = ForwardLoss(model, engine, "sum", mirrored=mirrored)
+        self.forward = ForwardOutcomes(model, engine, classes, mirrored)
         if engine.compile:
-            self.forward_loss.compile(fullgraph=True, dynamic=False)
+            self.forward.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Metrics:
+    def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Evaluation:
         """Return the sums over all batches of all ranks. Collective."""
         start = time.perf_counter()
         self.model.eval()
         process_group.broadcast_buffers(self.model)  # because each rank has its own running statistics
-        self.metrics.reset()
+        self.sums.reset()
         for batch in batches:
             if batch:  # an empty batch stands for a replay, which has added its own samples
                 self.add(*batch)
-        metrics, _ = self.metrics.read()  # synchronises with the device
+        found = self.sums.read()  # synchronises with the device
         self.time_s = time.perf_counter() - start
-        return metrics
+        return found
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Add a batch: images (b, C, S, S), labels (b,) int64; samples labelled IGNORED do not count."""
-        loss, correct = self.forward_loss(images, labels)
-        self.metrics.add(loss, correct, (labels != IGNORED).sum())
+        self.sums.add(*self.forward(images, labels))

@@ -1,9 +1,10 @@
-"""Loss and accuracy: sums that grow on the device, and the same sums on the host."""
+"""Loss, accuracy and confusion matrix: sums that grow on the device, and the same sums on the host."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,31 @@ class Metrics:
     def accuracy(self) -> float:
         """Return the fraction of correct predictions."""
         return self.correct / max(1, self.samples)
+
+
+TOP = 5  # classes of the top-k accuracy
+TOP_FROM = 10  # classes that a network must have for it to say something
+
+
+@dataclass(eq=False)
+class Evaluation(Metrics):
+    """Sums over a split, on the host."""
+
+    confusion: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    """Samples by class and predicted class, (classes, classes) int64."""
+
+    in_top: int | None = None  # samples whose class is among the TOP most probable; None below TOP_FROM classes
+
+    @property
+    def top_accuracy(self) -> float | None:
+        """Return the fraction of samples whose class is among the TOP most probable ones."""
+        return None if self.in_top is None else self.in_top / max(1, self.samples)
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """Return the accuracy over the samples of each class, (classes,) float64; NaN for a class without samples."""
+        samples = self.confusion.sum(1)
+        return np.where(samples > 0, self.confusion.diagonal() / np.maximum(samples, 1), np.nan)
 
 
 class DeviceMetrics:
@@ -81,3 +107,56 @@ class DeviceMetrics:
             self.loss.copy_(state["loss"])
             self.correct.copy_(state["counts"][0])
             self.samples.copy_(state["counts"][1])
+
+
+class DeviceEvaluation:
+    """An Evaluation that grows on the device. Only reading it synchronises the host with the device.
+
+    Args:
+        classes: outputs of the network.
+        device: the device of the sums.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.classes = classes
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.in_top = torch.zeros((), dtype=torch.int64, device=device)
+        # The confusion matrix, row by row, and one cell for the samples that do not count.
+        self.cells = torch.zeros(classes**2 + 1, dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor, cells: Tensor, in_top: Tensor | None) -> None:
+        """Add a batch of b samples.
+
+        Args:
+            loss: () summed over the samples.
+            cells: (b,) int64, class * classes + predicted class, or classes**2 for a sample that does not count.
+            in_top: () int64, samples whose class is among the TOP most probable; None below TOP_FROM classes.
+        """
+        self.loss += loss
+        self.cells.scatter_add_(0, cells, torch.ones_like(cells))
+        if in_top is not None:
+            self.in_top += in_top
+
+    def read(self) -> Evaluation:
+        """Return the sums over all ranks since the last reset. Collective."""
+        loss, counts = self.loss.clone(), torch.cat([self.cells[:-1], self.in_top[None]])
+        process_group.all_sum(loss, counts)
+        cells, in_top = counts.cpu().split([self.classes**2, 1])
+        confusion = cells.numpy().reshape(self.classes, self.classes)
+        return Evaluation(
+            loss=loss.item(),
+            correct=int(confusion.trace()),
+            samples=int(confusion.sum()),
+            confusion=confusion,
+            in_top=int(in_top) if self.classes >= TOP_FROM else None,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all tensors that change."""
+        return self.loss, self.in_top, self.cells
+
+    def reset(self) -> None:
+        """Set the sums to zero."""
+        for tensor in self.tensors:
+            tensor.zero_()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.config.schema import OptimConfig
-from fastres.data.spec import IGNORED
 from fastres.distributed import process_group
 from fastres.models.freeze import training_mode
 from fastres.training.engine import Engine
@@ -79,44 +78,21 @@ class BatchedCast(torch.autograd.Function):
         return None, *torch._foreach_mul(list(grads), [one.view((1,) * grad.ndim) for grad in grads])
 
 
-class ForwardLoss(nn.Module):
-    """Forward and loss: (images, labels) -> (loss, number of correct predictions), both () and on the device.
+class Forward(nn.Module):
+    """The forward pass in the engine's precision. Subclasses add the loss and what they count, and may be compiled.
 
     Args:
         model: the network.
         engine: the resolved engine.
-        reduction: how the loss is reduced over the samples, "mean" or "sum".
-        label_smoothing: label smoothing of the loss, in [0, 1).
         mirrored: average the logits of each image and of its mirror image.
     """
 
-    def __init__(
-        self, model: nn.Module, engine: Engine, reduction: str, label_smoothing: float = 0.0, mirrored: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, mirrored: bool = False) -> None:
         super().__init__()
-        self.model = model
-        self.engine, self.reduction, self.label_smoothing = engine, reduction, label_smoothing
-        self.mirrored = mirrored
+        self.model, self.engine, self.mirrored = model, engine, mirrored
         self.mixed = engine.precision in ("bf16", "fp16")
         self.cast_together = self.mixed and engine.compile  # eager execution gains nothing: autocast casts
         self.deferred_stats = defer_running_stats(model)
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, () float32 or wider, and the number of correct predictions, () int64.
-
-        Samples with the label IGNORED are left out of both.
-        """
-        logits = self.logits(images)
-        loss = F.cross_entropy(
-            logits,
-            labels.to(logits.dtype) if labels.is_floating_point() else labels,
-            ignore_index=IGNORED,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
-        # The correct class of a mixed sample is the class with the largest share.
-        target = labels.argmax(1) if labels.is_floating_point() else labels
-        return loss, (logits.argmax(1) == target).sum()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits, (b, classes) float32 or wider, of images (b, C, S, S)."""
@@ -175,6 +151,38 @@ class ForwardLoss(nn.Module):
         self.cast_together = False
 
 
+class ForwardLoss(Forward):
+    """Forward and training loss: (images, labels) -> (loss, number of correct predictions), both () on the device.
+
+    Args:
+        model: the network.
+        engine: the resolved engine.
+        label_smoothing: label smoothing of the loss, in [0, 1).
+        class_weights: (classes,) factors of the loss of each class's samples; None for 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+    ) -> None:
+        super().__init__(model, engine)
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over the samples, () float32 or wider, and the correct predictions, () int64."""
+        logits = self.logits(images)
+        mixed = labels.is_floating_point()
+        target = labels.to(logits.dtype) if mixed else labels
+        if self.class_weights is None:
+            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        else:
+            # torch's mean would divide by the weights of these samples, so the gradient of a batch would depend on how
+            # it is divided into micro-batches and processes.
+            weights, smoothing = self.class_weights, self.label_smoothing
+            loss = F.cross_entropy(logits, target, weights, reduction="sum", label_smoothing=smoothing) / len(labels)
+        # The correct class of a mixed sample is the class with the largest share.
+        return loss, (logits.argmax(1) == (labels.argmax(1) if mixed else labels)).sum()
+
+
 class TrainStep:
     """One optimizer step: forward, loss, backward, update.
 
@@ -187,10 +195,17 @@ class TrainStep:
         label_smoothing: label smoothing of the training loss, in [0, 1).
         accumulate: number of micro-batches per step. It must divide the per-rank batch. Only one micro-batch at a time
             has to fit in memory.
+        class_weights: (classes,) factors of the loss of each class's samples, on the device; None for 1.
     """
 
     def __init__(
-        self, model: nn.Module, engine: Engine, optim: OptimConfig, label_smoothing: float = 0.0, accumulate: int = 1
+        self,
+        model: nn.Module,
+        engine: Engine,
+        optim: OptimConfig,
+        label_smoothing: float = 0.0,
+        accumulate: int = 1,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
@@ -203,7 +218,7 @@ class TrainStep:
         self.learning_rates = learning_rates(self.optimizer)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.precision == "fp16")
         self.metrics = DeviceMetrics(engine.device)
-        self.inner = ForwardLoss(model, engine, "mean", label_smoothing)
+        self.inner = ForwardLoss(model, engine, label_smoothing, class_weights)
         if engine.compile:
             self.inner.compile(fullgraph=True, dynamic=False)
         self.add_to_metrics = compiled(self._add_to_metrics) if engine.compile else self._add_to_metrics

@@ -1,4 +1,4 @@
-"""Suggest the nearest valid name in errors about an unknown one."""
+"""Parts of messages: suggestions of the nearest valid name, shortened lists, names of files in one line."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def unknown(what: str, value: object, choices: Iterable[str], near: str | None =
     near = near or nearest(str(value).lower(), choices)
     hint = f"did you mean {near!r}? " if near else ""
     return ValueError(f"unknown {what} {value!r}; {hint}choose from {', '.join(choices)}")
+
+
+def one_line(text: str) -> str:
+    """Return the text in one line that can be encoded, although it may quote the name of a file."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

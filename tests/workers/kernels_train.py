@@ -18,7 +18,7 @@ def losses(norm: str, backend: Callable[..., Any] | None = None) -> Iterator[flo
     torch.manual_seed(0)
     model = build_model("resnet20", norm=norm).to(memory_format=torch.channels_last)
     engine = resolve_engine(Config(engine=EngineConfig(precision="fp32", device="cpu")))
-    forward_loss = ForwardLoss(model, engine, "mean")
+    forward_loss = ForwardLoss(model, engine)
     if backend:
         forward_loss.compile(fullgraph=True, dynamic=False, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -16,6 +16,7 @@ from fastres.data.sources.cache import Size, kept_images, sizes_and_reasons, wri
 from fastres.data.sources.formats import image_suffixes
 from fastres.data.sources.source import HOLD_OUT_SEED, NORMALIZATION, Source, Split
 from fastres.utils.errors import UsageError
+from fastres.utils.suggest import one_line
 
 NAMED = 3  # files that a note names; the .bad file of the cache lists all
 TEST_SHARE = 0.1  # of each class, if there are class folders alone
@@ -111,7 +112,7 @@ def _parts(root: Path, config: DataConfig) -> tuple[dict[str, ClassFiles], list[
             f"{seen.left_out.total():,} files under {root} are left out, because their names are not those of images: "
             f"{kinds}{more}"
         )
-    return parts, [_one_line(note) for note in notes]
+    return parts, [one_line(note) for note in notes]
 
 
 def _divided(files: ClassFiles) -> dict[str, ClassFiles]:
@@ -184,12 +185,7 @@ def _bad_note(folder: Path, part: str, bad: dict[Path, str], total: int, config:
     note = f"{len(lines):,} of the {total:,} images of {folder} are left out: {', '.join(lines[:NAMED])}{more}" + (
         f"; all are listed in {listed}" if listed else ""
     )
-    return _one_line(note)
-
-
-def _one_line(note: str) -> str:
-    """Return the note in one line that can be encoded, although a file may have any name."""
-    return " ".join(note.encode("utf-8", "backslashreplace").decode().split())
+    return one_line(note)
 
 
 def _class_files(root: Path, folder: Path, broken: bool, seen: Seen) -> ClassFiles:
