@@ -142,8 +142,9 @@ def encoded(path: Path, *, exif: bool = False) -> tuple[np.ndarray, tuple[int, i
     """Return an image file's bytes for another decoder, which sees the same pixels in them as decode().
 
     Files that decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a
-    PNG with wrong checksums) go through decode() and come as PNG. So do files that EXIF turns, because decoders differ
-    in where they look for an orientation (Pillow reads that of XMP too, DALI does not).
+    PNG with wrong checksums) go through decode() and come as BMP, which is written in a fraction of the time that a PNG
+    takes to compress. So do files that EXIF turns, because decoders differ in where they look for an orientation
+    (Pillow reads that of XMP too, DALI does not).
 
     Args:
         path: the file.
@@ -174,9 +175,9 @@ def encoded(path: Path, *, exif: bool = False) -> tuple[np.ndarray, tuple[int, i
             return data, size, True
     except Exception:  # PIL raises many types; decode() below reports the reason
         pass
-    pixels, png = decode(path, exif=exif), io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG", compress_level=1)
-    return np.frombuffer(png.getbuffer(), np.uint8), pixels.shape[:2], False
+    pixels, bitmap = decode(path, exif=exif), io.BytesIO()
+    Image.fromarray(pixels).save(bitmap, "BMP")
+    return np.frombuffer(bitmap.getbuffer(), np.uint8), pixels.shape[:2], False
 
 
 class _Dtype:
