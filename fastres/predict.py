@@ -86,7 +86,7 @@ def predict(predictor: Predictor, files: list[Path], top: int) -> tuple[list[tup
     images, read = [], []
     for path in files:
         try:
-            images.append(predictor.prepare(data.decode(path)))
+            images.append(predictor.prepare(data.decode(path, exif=predictor.data.exif)))
             read.append(path)
         except UsageError as error:
             complain(str(error))

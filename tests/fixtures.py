@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fastres.data.sources.builtin import DIGITS
 from fastres.training.engine import Engine
@@ -112,6 +112,19 @@ def write_image_folder(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     return root
+
+
+def write_turned(path: Path, upright: Image.Image, orientation: int, **options: Any) -> Path:
+    """Write a file whose pixels are turned, and whose EXIF orientation makes them `upright` again; return the path."""
+    # Each turn is its own inverse, except for the quarter turns, 6 and 8.
+    turns = (None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE",
+             "ROTATE_270")  # fmt: skip
+    name, exif = turns[orientation - 1], Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = upright if name is None else upright.transpose(Image.Transpose[name])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored.save(path, exif=exif, **options)
+    return path
 
 
 def engine(**overrides: Any) -> Engine:

@@ -30,7 +30,7 @@ from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source, Split, hold_out
 from fastres.utils import progress
 from tests.commands import users_environment
-from tests.fixtures import rejected, write_image_folder
+from tests.fixtures import rejected, write_image_folder, write_turned
 
 
 @pytest.fixture
@@ -164,6 +164,25 @@ def test_a_folder_that_has_changed_is_decoded_again(change: str, root: Path, sto
     assert len(again.notes) == 1
     assert kept(store, "train", ".npy")  # it replaces the older one
     assert load(root, store).notes == ()
+
+
+def test_upright_images_are_kept_apart_from_those_as_stored(root: Path, store: Path) -> None:
+    photo = root / "train" / "cat" / "00002.jpg"
+    write_turned(photo, Image.open(photo), 6)
+    stored, upright = decode(photo), decode(photo, exif=True)
+    assert not np.array_equal(stored, upright)
+    for exif, made in ((False, 1), (False, 0), (True, 1), (True, 0), (False, 1)):
+        source = load(root, store, exif=exif)
+        assert np.array_equal(source.train.images[2], upright if exif else stored) and len(source.notes) == made
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_sizes_of_upright_images_are_kept_apart_from_those_as_stored(first: bool, root: Path, store: Path) -> None:
+    wide = root / "train" / "cat" / "00002.jpg"
+    write_turned(wide, Image.open(wide).resize((8, 6)), 6)
+    for exif in (first, not first, first):
+        (note,) = load(root, store, exif=exif, skip_bad=True, loader="dataloader").notes
+        assert ("8x6 pixels" if exif else "6x8 pixels") in note
 
 
 def flip_a_bit(path: Path) -> None:

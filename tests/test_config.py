@@ -411,6 +411,7 @@ IMPOSSIBLE = {
     "--engine.device cuda:-1": ("engine.device", "cuda:N"),
     "--data.augment resized_crop --data.loader dataloader": ("resized_crop", "data.image_size"),
     "--data.augment resized_crop --data.image_size 32": ("resized_crop", "--data.loader dataloader or dali"),
+    "--recipe digits --data.exif true": ("data.exif", "image files only", "--data.source imagefolder"),
     "--data.source synthetic --data.image_size 4": ("data.image_size", "4"),
     "--model.name plain20 --model.shortcut pad": ("plain20", "shortcut"),
     "--model.name cifar_resnet": ("cifar_resnet", "blocks_per_stage"),

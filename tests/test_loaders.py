@@ -22,7 +22,7 @@ from fastres.data.sampling import SampleOrder
 from fastres.data.sources.imagefolder import imagefolder
 from fastres.data.sources.source import Source, Split
 from fastres.data.spec import IGNORED, BatchSpec
-from tests.fixtures import rejected, write_image_folder
+from tests.fixtures import rejected, write_image_folder, write_turned
 
 MEAN, STD = (0.49, 0.1, 0.3), (0.25, 0.5, 0.1)
 Batches = list[tuple[Tensor, Tensor]]
@@ -340,6 +340,42 @@ def test_dali_and_pil_see_the_same_photographs(photographs: Path, fields: dict[s
             assert levels.quantile(0.999) < 16
             compared += len(labels_a)
     assert compared > 40
+
+
+def turned_copies(root: Path, to: Path, suffix: str) -> Path:
+    """Write the images below `root` to `to`, turned by every orientation of EXIF; return `to`."""
+    for number, path in enumerate(sorted(root.rglob("*.*"))):
+        place = to / path.relative_to(root).with_suffix(suffix)
+        write_turned(place, Image.open(path), 1 + number % 8)
+    return to
+
+
+@every_loader
+def test_every_loader_turns_images_upright(loader: str, tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "upright", train=8, size=8, suffix=".png")
+    upright, split = folder(root).train, folder(turned_copies(root, tmp_path / "turned", ".png"), exif=True).train
+    assert_equal(list(make(loader, split).train(0, 6)), expected(upright, 0, 6))
+    assert_equal(list(make(loader, split).evaluate()), list(make(loader, upright).evaluate()))
+    ignoring = folder(tmp_path / "turned").train
+    ((images, _), *_), ((stored, _), *_) = (make(loader, one, augment="none").evaluate() for one in (split, ignoring))
+    equal = [torch.equal(a, b) for a, b in zip(images, stored, strict=True)]
+    assert len(equal) == 8 and sum(equal) == 1  # one of the eight orientations
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_crops_of_turned_photographs_are_crops_of_upright_ones(photographs: Path, suffix: str, tmp_path: Path) -> None:
+    """Boxes lie in the upright image, whose sides differ from those in the header of its file."""
+    fields = {"augment": "resized_crop", "image_size": 48}
+    split = folder(turned_copies(photographs, tmp_path, suffix), exif=True).train
+    theirs, ours = (make(loader, split, **fields) for loader in ("dataloader", "dali"))
+    batches = [*theirs.train(0, 4), *theirs.evaluate()]
+    if suffix == ".png":  # without loss, so the upright files have the same pixels
+        upright = make("dataloader", folder(photographs).train, **fields)
+        assert_equal(batches, [*upright.train(0, 4), *upright.evaluate()])
+    for (a, labels_a), (b, labels_b) in zip(batches, [*ours.train(0, 4), *ours.evaluate()], strict=True):
+        assert torch.equal(labels_a, labels_b)
+        levels = (a - b).abs() * torch.tensor(STD)[:, None, None] * 255
+        assert levels.mean() < 1 and levels.quantile(0.999) < 16
 
 
 def test_dali_sees_in_rare_formats_what_pil_sees(tmp_path: Path) -> None:

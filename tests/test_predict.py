@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastres import export, train
+from fastres import export, predict, train
 from fastres.config.schema import DataConfig
 from fastres.data.augment import resize_and_center_crop
 from fastres.data.sources.builtin import digits
 from fastres.runs.loading import load_description
 from fastres.runs.predicting import load_predictor
 from tests.commands import run_fastres
-from tests.fixtures import rejected, write_image_folder
+from tests.fixtures import rejected, write_image_folder, write_turned
 
 QUICK = (
     "--model.name resnet8 --train.steps 20 --train.batch_size 8 --train.eval_every 20 --schedule.name constant "
@@ -217,3 +217,69 @@ def test_a_resumed_run_rejects_data_that_changed(photos: Path, tmp_path: Path, c
     change(root)  # type: ignore[operator]
     with rejected("the data has changed since the checkpoint of step 20", said, "--model.weights"):
         train.main([*flags, "--run.dir", str(run)])
+
+
+# EXIF --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def upright_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train with data.exif and stop after the checkpoint of the last step."""
+    folder = tmp_path_factory.mktemp("upright") / "run"
+    flags = [*QUICK, "--train.steps", "2", "--data.source", "imagefolder", "--data.root", str(photos)]
+    assert train.main([*flags, "--data.exif", "true", "--run.dir", str(folder)]) == 0
+    return folder
+
+
+def probabilities(capsys: pytest.CaptureFixture[str], model: Path, *files: Path) -> list[str]:
+    capsys.readouterr()
+    assert predict.main([str(model), *map(str, files), "--engine.device", "cpu"]) == 0
+    return [row["class"] + row["probability"] for row in rows(capsys.readouterr().out)]
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_turned_photo_is_predicted_as_the_upright_one(
+    upright_run: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], exported: bool
+) -> None:
+    ramp = np.linspace(0, 255, 40, dtype=np.uint8)
+    photo = Image.fromarray(
+        np.stack([np.tile(ramp, (64, 1)), np.zeros((64, 40), np.uint8), np.eye(64, 40) * 255], 2).astype(np.uint8)
+    )
+    photo.save(tmp_path / "upright.png")
+    turned = [write_turned(tmp_path / f"{number}.png", photo, number) for number in range(2, 9)]
+    models = {"upright": upright_run, "as stored": run}
+    if exported:
+        models = {name: tmp_path / f"{name}.safetensors" for name in models}
+        for name, folder in (("upright", upright_run), ("as stored", run)):
+            export.main([str(folder), "--output", str(models[name])])
+            (tmp_path / "config.json").unlink()
+    first, *others = probabilities(capsys, models["upright"], tmp_path / "upright.png", *turned)
+    assert others == [first] * 7
+    first, *others = probabilities(capsys, models["as stored"], tmp_path / "upright.png", *turned)
+    assert first not in others
+
+
+def test_a_run_that_turns_images_is_not_resumed_by_one_that_does_not(
+    upright_run: Path, run: Path, photos: Path, tmp_path: Path
+) -> None:
+    data = ["--data.source", "imagefolder", "--data.root", str(photos)]
+    for folder, steps, value, other in ((upright_run, "2", "False", "True"), (run, "20", "True", "False")):
+        again = [*QUICK, "--train.steps", steps, *data, "--data.exif", value.lower()]
+        copy = shutil.copytree(folder, tmp_path / f"exif {value}")
+        (copy / "summary.json").unlink()  # as if it had been stopped before its end
+        with rejected(f"data.exif: {other} -> {value}"):
+            train.main([*again, "--run.dir", str(copy)])
+        (checkpoint,) = (copy / "checkpoints").iterdir()
+        with rejected(f"the data has changed since the checkpoint of step {steps}: exif is {value}, and was {other};"):
+            train.main([*again, "--run.dir", str(tmp_path / f"new {value}"), "--run.resume", str(checkpoint)])
+
+
+def test_a_description_of_an_earlier_version_has_no_exif_and_means_false(upright_run: Path, tmp_path: Path) -> None:
+    described = json.loads((upright_run / "data.json").read_text())
+    assert described["exif"] is True and load_description(upright_run).exif is True
+    (tmp_path / "data.json").write_text(json.dumps(described | {"exif": "no"}))
+    with rejected(tmp_path / "data.json", "does not describe the data of a run"):
+        load_description(tmp_path)
+    del described["exif"]
+    (tmp_path / "data.json").write_text(json.dumps(described))
+    assert load_description(tmp_path).exif is False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
@@ -27,7 +28,7 @@ from torchvision.datasets import CIFAR10, MNIST
 from fastres.config.schema import DataConfig
 from fastres.data.sources import torchvision_sets
 from fastres.data.sources.download import extract, fetch
-from fastres.data.sources.formats import decode, read_pickle
+from fastres.data.sources.formats import decode, encoded, read_pickle, size_or_reason
 from fastres.data.sources.load import SOURCES, load_source
 from fastres.data.sources.source import NORMALIZATION, Source, Split, hold_out, normalization
 from tests.fixtures import (
@@ -41,6 +42,7 @@ from tests.fixtures import (
     write_image_folder,
     write_mnist_idx,
     write_pickle,
+    write_turned,
 )
 
 
@@ -432,6 +434,112 @@ def test_every_mode_of_image_becomes_rgb(tmp_path: Path, name: str) -> None:
     pixels = decode(tmp_path / name)
     assert pixels.shape == (6, 5, 3) and pixels.dtype == np.uint8
     assert (pixels == colour).all()
+
+
+# EXIF --------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+TURNED: dict[str, tuple[Image.Image, dict[str, Any]]] = {  # six high and five wide, without any symmetry
+    "rgb.png": (Image.fromarray(NOISE), {}),
+    "rgb.jpg": (Image.fromarray(NOISE), {}),
+    "grey.jpg": (Image.fromarray(NOISE[..., 0]), {}),
+    "cmyk.jpg": (Image.fromarray(NOISE).convert("CMYK"), {}),
+    "rgb.webp": (Image.fromarray(NOISE), {"lossless": True}),
+    "rgb.tif": (Image.fromarray(NOISE), {}),
+    "rgb.avif": (Image.fromarray(NOISE), {}),
+    "grey16.png": (Image.fromarray(NOISE[..., 0].astype(np.uint16) * 256 + 7), {}),
+    "palette-key.png": (Image.fromarray(NOISE).quantize(16), {"transparency": 1}),
+}
+
+
+def as_pillow_says(path: Path, turned: bool) -> np.ndarray:
+    with Image.open(path) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image) if turned else image
+        if upright.mode.startswith("I"):  # 16 bits
+            return np.repeat((np.array(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.array(upright.convert("RGBA").convert("RGB"))
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_of_exif_is_applied_on_request_only(tmp_path: Path, name: str, orientation: int) -> None:
+    upright, options = TURNED[name]
+    path = write_turned(tmp_path / name, upright, orientation, **options)
+    for exif in (False, True):
+        pixels = decode(path, exif=exif)
+        assert np.array_equal(pixels, as_pillow_says(path, exif))
+        assert size_or_reason(path, exif=exif) == pixels.shape[:2]
+        data, size, as_it_is = encoded(path, exif=exif)
+        assert np.array_equal(np.array(Image.open(io.BytesIO(data.tobytes())).convert("RGB")), pixels)
+        assert size == pixels.shape[:2]
+        plain = name in ("rgb.png", "rgb.jpg", "grey.jpg")
+        assert as_it_is == (plain and (orientation == 1 or not exif))
+    assert np.array_equal(decode(path), decode(path, exif=False))
+    assert decode(path, exif=True).shape == (6, 5, 3)
+    if name in ("rgb.png", "rgb.webp", "rgb.tif"):
+        assert np.array_equal(decode(path, exif=True), NOISE)
+
+
+def exif_of(*entries: bytes) -> bytes:
+    """Return EXIF in little-endian order with these entries of 12 bytes."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + b"".join(entries) + bytes(4)
+
+
+ORIENTATION_6 = bytes.fromhex("1201 0300 01000000 06000000")
+ODD_EXIF: dict[str, tuple[dict[str, Any], bool]] = {  # how it is saved, and whether it turns the image
+    "of XMP": ({"xmp": b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'}, True),
+    "beside a value that cannot be written again": (
+        {"exif": exif_of(ORIENTATION_6, bytes.fromhex("2801 0200 04000000 61626300"))},
+        True,
+    ),
+    "out of range": ({"exif": exif_of(ORIENTATION_6.replace(b"\x06", b"\x09"))}, False),
+    "of text": ({"exif": exif_of(bytes.fromhex("1201 0200 02000000 36000000"))}, False),
+    "cut short": ({"exif": exif_of(ORIENTATION_6)[:20]}, False),
+    "no EXIF": ({"exif": b"Exif\0\0nothing of the kind"}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("odd", ODD_EXIF)
+def test_an_odd_exif_turns_an_image_or_leaves_it_as_it_is(tmp_path: Path, odd: str, suffix: str) -> None:
+    options, turned = ODD_EXIF[odd]
+    path = tmp_path / f"photo{suffix}"
+    Image.fromarray(NOISE).save(path, **options)
+    plain = as_pillow_says(path, False)
+    turned = turned and not (suffix == ".png" and "xmp" in options)  # Pillow writes no XMP into a PNG
+    assert np.array_equal(decode(path, exif=True), np.rot90(plain, -1) if turned else plain)
+    data, _, as_it_is = encoded(path, exif=True)
+    assert np.array_equal(np.array(Image.open(io.BytesIO(data.tobytes()))), decode(path, exif=True))
+    assert as_it_is == (suffix != ".webp" and not turned)
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_the_splits_of_a_folder_have_the_size_of_upright_images(tmp_path: Path, exif: bool) -> None:
+    """skip_bad keeps the files of the most common size, of the stored or the upright images."""
+    photo = Image.fromarray(NOISE)
+    for part in ("train", "test"):
+        for kind in ("cat", "dog"):
+            for number in range(4):
+                write_turned(tmp_path / part / kind / f"{number}.png", photo, 6)
+            photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / part / kind / "stored.png")
+    store = str(tmp_path / "store")
+    source = load("imagefolder", tmp_path, exif=exif, skip_bad=True, cache=store, image_size=32)
+    assert len(source.train) == (8 if exif else 10)
+    height, width = (6, 5) if exif else (5, 6)
+    first, second = hold_out(source.train, 3)
+    resident = load("imagefolder", tmp_path, exif=exif, skip_bad=True, cache=store, loader="resident")
+    assert np.array_equal(source.train.array(1), resident.train.images)
+    for split in (source.train, source.test, first, second, resident.test):
+        assert split.exif is exif
+        assert np.array_equal(split.sized_image(0, height, width), split.array(1)[0])
+        assert np.array_equal(split.image(0), NOISE if exif else np.rot90(NOISE))
+    with rejected(source.train.paths[2], f"{width}x{height}", "9x9"):
+        source.train.sized_image(2, 9, 9)
+
+
+# Damaged files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

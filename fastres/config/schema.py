@@ -116,6 +116,10 @@ class DataConfig:
     """Skip image files that cannot be decoded. Without resized_crop, also skip images whose size differs from the most
     common one. The first run decodes every file to find them."""
 
+    exif: bool = False
+    """Turn image files upright, by the orientation in their EXIF. The default ignores it, as torchvision's ImageFolder
+    does."""
+
     validation: NonNegativeInt = 0
     """Training samples to hold out, by a fixed seed, for the evaluation curve (0: the curve uses the test set)."""
 

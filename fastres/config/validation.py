@@ -124,10 +124,11 @@ def _check_data(data: DataConfig) -> None:
             data.augment == "none" and getattr(data, name) > 0,
             f"data.{name}: cannot be combined with data.augment none; leave one of them out",
         )
-    _reject_if(
-        data.skip_bad and data.source != "imagefolder",
-        "data.skip_bad: skips image files only; use --data.source imagefolder, or leave it out",
-    )
+    for name, does in (("skip_bad", "skips"), ("exif", "turns")):
+        _reject_if(
+            getattr(data, name) and data.source != "imagefolder",
+            f"data.{name}: {does} image files only; use --data.source imagefolder, or leave it out",
+        )
     _reject_if(
         data.image_size is not None and (resizes or data.source == "synthetic") and data.image_size < 8,
         f"data.image_size: {data.image_size} is below 8",

@@ -36,6 +36,7 @@ class DataDescription:
     resize: bool  # an evaluation resizes images and takes the centre (data.augment resized_crop)
     samples: dict[str, int]  # images for train, validation and test
     fingerprint: str  # of the files' names and sizes, or of arrays; a data set's path is not part of it
+    exif: bool = False  # image files are turned upright; earlier versions do not write it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as values of JSON."""
@@ -56,18 +57,22 @@ def describe(config: Config, source: Source) -> DataDescription:
         resize=config.data.augment == "resized_crop",
         samples={"train": len(source.train) - held_out, "validation": validation, "test": len(source.test)},
         fingerprint=fingerprint(source),
+        exif=config.data.exif,
     )
 
 
 def from_dict(content: Any, what: object) -> DataDescription:
     """Return the description that `to_dict` wrote. Raise UsageError, naming `what`, if the content is another."""
     try:
+        content = {"exif": False} | content
         fields = {field.name: content[field.name] for field in dataclasses.fields(DataDescription)}
         fields |= {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
         found = DataDescription(**fields)
         numbers = [*found.mean, *found.std, found.image_size, found.channels, *found.samples.values()]
-        if not all(isinstance(name, str) for name in found.classes) or not all(
-            isinstance(number, int | float) for number in numbers
+        if (
+            not all(isinstance(name, str) for name in found.classes)
+            or not all(isinstance(number, int | float) for number in numbers)
+            or not all(isinstance(flag, bool) for flag in (found.resize, found.exif))
         ):
             raise TypeError("a value has another type")
     except (KeyError, TypeError, AttributeError) as error:
@@ -83,7 +88,7 @@ def changes(old: DataDescription, new: DataDescription) -> list[str]:
     for part, count in new.samples.items():
         if count != old.samples.get(part):
             found.append(f"{part} has {count:,} images, and had {old.samples.get(part, 0):,}")
-    for name in ("source", "image_size", "channels", "mean", "std", "resize"):
+    for name in ("source", "image_size", "channels", "mean", "std", "resize", "exif"):
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             found.append(f"{name} is {now}, and was {before}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastres.data.augment import BatchTransform, center_view, crop_box, to_device_async
 from fastres.data.sampling import Samples, sample_generator
-from fastres.data.sources.formats import decode, encoded
+from fastres.data.sources.formats import encoded
 from fastres.data.sources.source import Split
 from fastres.data.spec import IGNORED, BatchSpec
 from fastres.utils.errors import UsageError
@@ -126,7 +126,7 @@ class DaliLoader:
             stamp = status.st_mtime_ns, status.st_size
             if stamp == tuple(self.stamps[index]):
                 return np.frombuffer(file.readall(), np.uint8)
-        data, self.sizes[index], as_it_is = encoded(path)
+        data, self.sizes[index], as_it_is = encoded(path, exif=self.split.exif)
         self.stamps[index] = stamp if as_it_is else 0
         return data
 
@@ -163,7 +163,7 @@ class DaliLoader:
                     fed = [samples_of(item) for item in ahead] if self.split.images is None else []
                     for batch in fed:  # the bad file is in one of these; DALI does not tell which
                         for index in batch:
-                            decode(self.split.paths[index])
+                            self.split.image(int(index))
                     raise UsageError(self._error_line(str(error), fed)) from error
                 batch = out.as_tensor()
                 pixels = torch.empty(batch.shape(), dtype=torch.uint8, device=self.spec.device)
@@ -226,7 +226,10 @@ class DaliLoader:
         return pipeline
 
     def _decoded(self, given: dict[str, Any]) -> Any:
-        """Return the files as RGB, cropped to their boxes if given. EXIF's orientation is ignored, as in decode()."""
+        """Return the files as RGB, cropped to their boxes if given.
+
+        DALI ignores EXIF, because encoded() has turned the files that are to be turned.
+        """
         from nvidia.dali import fn, types
 
         device = "mixed" if self.spec.device.type == "cuda" else "cpu"

@@ -7,8 +7,8 @@ For each part of a folder (train, test) the cache has up to four files and a loc
     train-a3c5f20e91b07d44.sizes   the size of every file, or the reason why it cannot be decoded (data.skip_bad)
     train-a3c5f20e91b07d44.bad     the files that were left out last, with the reasons (data.skip_bad)
 
-Each is written atomically, by one process at a time, and used only if the files it was made from have not changed. If
-the cache cannot be written, everything works without it, and a note reports it.
+Each is written atomically, by one process at a time, and used only if the files it was made from and data.exif have not
+changed. If the cache cannot be written, everything works without it, and a note reports it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ def kept_images(
     Raises:
         UsageError: if a file cannot be decoded or has another size than the first.
     """
-    wanted = _fingerprint(folder, paths)
+    wanted = _fingerprint(folder, paths, config)
     notes = []
     try:
         entry = _entry(folder, part, config)
@@ -79,7 +80,8 @@ def sizes_and_reasons(
 
     All paths are below `folder`.
     """
-    wanted = _fingerprint(folder, paths)
+    wanted = _fingerprint(folder, paths, config)
+    measured = partial(size_or_reason, exif=config.exif)
     found: list[Size | str] = []
     try:
         entry = _entry(folder, part, config)
@@ -93,12 +95,12 @@ def sizes_and_reasons(
             return [one if isinstance(one, str) else tuple(one) for one in files]
 
         def make() -> None:
-            found.extend(itertools.chain.from_iterable(_each(size_or_reason, paths, config.workers)))
+            found.extend(itertools.chain.from_iterable(_each(measured, paths, config.workers)))
             _write_json(file, {"folder": str(_real(folder)), "fingerprint": wanted, "files": found})
 
         return _once(entry, folder, read, make), []
     except OSError as error:
-        found = found or list(itertools.chain.from_iterable(_each(size_or_reason, paths, config.workers)))
+        found = found or list(itertools.chain.from_iterable(_each(measured, paths, config.workers)))
         return found, [_not_kept(error, config)]
 
 
@@ -116,9 +118,9 @@ def write_bad_list(folder: Path, part: str, lines: Iterable[str], config: DataCo
         return None
 
 
-def decode_all(paths: Sequence[Path], workers: int, asked_size: int | None = None) -> np.ndarray:
+def decode_all(paths: Sequence[Path], workers: int, asked_size: int | None = None, *, exif: bool = False) -> np.ndarray:
     """Return the images of `paths` in memory, (N, H, W, 3) uint8. Raise UsageError as kept_images() does."""
-    shape, blocks = _decoded(paths, workers, asked_size)
+    shape, blocks = _decoded(paths, workers, asked_size, exif)
     images = np.empty(shape, np.uint8)
     for start, block in zip(range(0, len(paths), BLOCK), blocks, strict=True):
         images[start : start + BLOCK] = block
@@ -148,9 +150,11 @@ def _real(folder: Path) -> Path:
     return Path(os.path.realpath(folder))
 
 
-def _fingerprint(folder: Path, paths: Iterable[Path]) -> str:
-    """Return a hash of names, sizes and modification times, which differs if any of the files has changed."""
+def _fingerprint(folder: Path, paths: Iterable[Path], config: DataConfig) -> str:
+    """Return a hash of data.exif and of names, sizes and times of modification, which changes with any of the files."""
     digest, start = hashlib.sha256(b"%d\n" % VERSION), len(os.fsencode(folder)) + 1
+    if config.exif:  # without it, the hash is the one of versions that had no data.exif
+        digest.update(b"exif\n")
     for path in paths:
         digest.update(os.fsencode(path)[start:] + b"\0")
         with contextlib.suppress(OSError):  # a link to nothing has only a name
@@ -223,7 +227,7 @@ def _write_images(entry: Path, folder: Path, paths: Sequence[Path], fingerprint:
     """Write the array and then its description, because an array without a description does not count."""
     for suffix in (".json", ".npy"):  # the previous version, because its space may be needed
         entry.with_suffix(suffix).unlink(missing_ok=True)
-    shape, blocks = _decoded(paths, config.workers, config.image_size)
+    shape, blocks = _decoded(paths, config.workers, config.image_size, config.exif)
     header, digest = io.BytesIO(), hashlib.sha256()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     pieces: Iterable[bytes | memoryview] = itertools.chain(
@@ -268,16 +272,16 @@ def _not_kept(error: OSError, config: DataConfig) -> str:
 
 
 def _decoded(
-    paths: Sequence[Path], workers: int, asked_size: int | None
+    paths: Sequence[Path], workers: int, asked_size: int | None, exif: bool
 ) -> tuple[tuple[int, ...], Iterator[list[np.ndarray]]]:
     """Return the shape of all images together, and an iterator over the images, (H, W, 3) uint8, in blocks of BLOCK.
 
     `asked_size` is data.image_size, for the error about images of unequal size.
     """
-    height, width, channels = decode(paths[0]).shape
+    height, width, channels = decode(paths[0], exif=exif).shape
 
     def sized(path: Path) -> np.ndarray:
-        image = decode(path)
+        image = decode(path, exif=exif)
         check_size(path, image.shape[:2], (height, width), asked_size)
         return image
 

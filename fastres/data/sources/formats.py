@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fastres.utils.errors import UsageError
 
@@ -23,6 +23,18 @@ from fastres.utils.errors import UsageError
 NOT_DECODED = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 JPEG_END = b"\xff\xd9"
 PNG_BITS = 24  # the offset of the bits per channel in a PNG
+
+# The transposition that makes an image upright, by EXIF's orientation. PIL's ImageOps.exif_transpose has the same, but
+# it also writes the EXIF again, and raises for values that cannot be written.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @cache
@@ -47,25 +59,43 @@ def damaged(path: Path, reason: object) -> NoReturn:
     )
 
 
-def decode(path: Path) -> np.ndarray:
+def decode(path: Path, *, exif: bool = False) -> np.ndarray:
     """Return an image file as (H, W, 3) uint8 RGB: grey is repeated, alpha dropped, 16 bits cut to the upper 8.
 
-    EXIF's orientation is ignored, as in torchvision.
+    Args:
+        path: the file.
+        exif: turn the image upright, by EXIF's orientation. False ignores it, as torchvision does; Pillow applies that
+            of a TIFF anyway.
 
     Raises:
         UsageError: if the file cannot be decoded.
     """
     try:
         with Image.open(path, formats=formats()) as image:
-            if image.mode == "RGB":
-                return np.array(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which some versions of convert() clip at 255
-                return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if "transparency" in image.info:  # a palette's alpha: convert() warns if it is not asked for it
-                return np.array(image.convert("RGBA").convert("RGB"))
-            return np.array(image.convert("RGB"))
+            pixels = _rgb(image)
+            turn = _turn(image) if exif else None  # after _rgb, because a TIFF is upright once it is loaded
+            return np.array(pixels if turn is None else pixels.transpose(turn))
     except Exception as error:  # PIL raises a dozen types of errors for damaged files
         raise UsageError(f"cannot read the image {path}: {_reason(path, error)}; replace or delete it") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, with its pixels loaded."""
+    image.load()
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, which some versions of convert() clip at 255
+        return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:  # a palette's alpha: convert() warns if it is not asked for it
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return the transposition that makes an image upright, or None if it is upright or its EXIF cannot be read."""
+    with contextlib.suppress(Exception):  # PIL raises many types for a damaged EXIF
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
 
 
 def _reason(path: Path, error: BaseException) -> str:
@@ -78,10 +108,10 @@ def _reason(path: Path, error: BaseException) -> str:
     return str(error).replace(f" {str(path)!r}", "")
 
 
-def size_or_reason(path: Path) -> tuple[int, int] | str:
-    """Return height and width of an image file, or the reason if decode() rejects it."""
+def size_or_reason(path: Path, *, exif: bool = False) -> tuple[int, int] | str:
+    """Return height and width of an image file as decode() returns it, or the reason if decode() rejects it."""
     try:
-        height, width, _ = decode(path).shape
+        height, width, _ = decode(path, exif=exif).shape
         return height, width
     except UsageError as error:
         return _reason(path, error.__cause__ or error)
@@ -108,11 +138,17 @@ def resizing_flags(asked: int | None) -> str:
     return f"--data.loader dataloader (or dali) --data.augment resized_crop --data.image_size {asked or 224}"
 
 
-def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
+def encoded(path: Path, *, exif: bool = False) -> tuple[np.ndarray, tuple[int, int], bool]:
     """Return an image file's bytes for another decoder, which sees the same pixels in them as decode().
 
     Files that decoders disagree about (palettes, alpha, CMYK, 16 bits, rarer formats, a JPEG or PNG without its end, a
-    PNG with wrong checksums) go through decode() and come as PNG.
+    PNG with wrong checksums) go through decode() and come as BMP, which is written in a fraction of the time that a PNG
+    takes to compress. So do files that EXIF turns, because decoders differ in where they look for an orientation
+    (Pillow reads that of XMP too, DALI does not).
+
+    Args:
+        path: the file.
+        exif: as for decode. The other decoder ignores EXIF in either case.
 
     Returns:
         The bytes, (n,) uint8; height and width; and True if the bytes are the file's own.
@@ -122,7 +158,8 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
     """
     try:
         data = np.fromfile(path, np.uint8)
-        with Image.open(io.BytesIO(data.tobytes()), formats=formats()) as image:
+        file = io.BytesIO(data.tobytes())
+        with Image.open(file, formats=formats()) as image:
             size = image.height, image.width
             plain = image.mode in ("RGB", "L") and "transparency" not in image.info
             if image.format == "PNG":
@@ -130,13 +167,17 @@ def encoded(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
                 image.verify()
             else:
                 plain = plain and image.format == "JPEG" and JPEG_END in data[-64:].tobytes()
+        if plain and exif:
+            file.seek(0)
+            with Image.open(file, formats=formats()) as image:  # again, because nothing may follow verify()
+                plain = _turn(image) is None
         if plain:
             return data, size, True
     except Exception:  # PIL raises many types; decode() below reports the reason
         pass
-    pixels, png = decode(path), io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG", compress_level=1)
-    return np.frombuffer(png.getbuffer(), np.uint8), pixels.shape[:2], False
+    pixels, bitmap = decode(path, exif=exif), io.BytesIO()
+    Image.fromarray(pixels).save(bitmap, "BMP")
+    return np.frombuffer(bitmap.getbuffer(), np.uint8), pixels.shape[:2], False
 
 
 class _Dtype:

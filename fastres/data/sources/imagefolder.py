@@ -57,12 +57,11 @@ def imagefolder(config: DataConfig) -> Source:
         index = np.array([classes.index(name) for name in parts[part]], np.int64)
         labels = np.repeat(index, [len(paths) for paths in parts[part].values()])
         paths = _flat(parts[part])
+        images = None
         if config.loader == "resident":
             images, said = kept_images(_folder(root, part), part, paths, config)
             notes.extend(said)
-            if images is not None:
-                return Split(labels=labels, images=images, paths=paths, asked_size=config.image_size)
-        return Split(labels=labels, paths=paths, asked_size=config.image_size)
+        return Split(labels=labels, images=images, paths=paths, asked_size=config.image_size, exif=config.exif)
 
     splits = {part: split(part) for part in parts}
     mean, std = NORMALIZATION["imagefolder"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Split:
     images: np.ndarray | None = None  # (N, H, W, C) uint8
     paths: tuple[Path, ...] = ()  # N files: those to decode, or those that the images came from; empty for arrays
     asked_size: int | None = None  # data.image_size, for the error about images of unequal size
+    exif: bool = False  # data.exif: files are decoded upright
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +45,7 @@ class Split:
 
     def image(self, index: int) -> np.ndarray:
         """Return sample `index` as (H, W, C) uint8. Raise UsageError if its file cannot be decoded."""
-        return decode(self.paths[index]) if self.images is None else self.images[index]
+        return decode(self.paths[index], exif=self.exif) if self.images is None else self.images[index]
 
     def sized_image(self, index: int, height: int, width: int) -> np.ndarray:
         """Return sample `index` as (height, width, C) uint8. Raise UsageError if it has another size."""
@@ -63,15 +64,17 @@ class Split:
         Raises:
             UsageError: if a file cannot be decoded or has another size than the first.
         """
-        return decode_all(self.paths, workers, self.asked_size) if self.images is None else self.images
+        if self.images is not None:
+            return self.images
+        return decode_all(self.paths, workers, self.asked_size, exif=self.exif)
 
     def subset(self, indices: np.ndarray) -> Split:
         """Return the samples at `indices`, (M,) integers, in that order."""
-        return Split(
+        return replace(
+            self,
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
             paths=tuple(self.paths[index] for index in indices) if self.paths else (),
-            asked_size=self.asked_size,
         )
 
 
