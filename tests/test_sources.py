@@ -23,7 +23,8 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastres.config.schema import DataConfig
 from fastres.data.sources import torchvision_sets
@@ -323,6 +324,34 @@ def test_every_format_that_pillow_decodes_is_an_image_at_any_depth(tmp_path: Pat
     Image.new("RGB", (32, 32), "red").save(deep / f"photo{suffix}")
     source = load("imagefolder", root)
     assert deep / f"photo{suffix}" in source.train.paths and len(source.train) == 9 and source.notes == ()
+
+
+def test_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
+    classes = ["ant", "Bee", "10", "9", "über ant", "a.b", "with\nline", "-dash", "$x_{", "犬"]
+    names = [
+        *(f"1{suffix}" for suffix in IMG_EXTENSIONS), "UPPER.JPG", "Mixed.JpEg", "two.dots.png", "not.jpg.txt", "notes",
+        "sp ace.png", " .png", "ümläut.png", "10.png", "9.png", "-rf.png", "a\nb.png", "%s.png", "犬.png",
+        "x" * 200 + ".png", "deep/1.png", "deep/deeper/UP.PNG", "deep.jpg/in a folder named as a file.png", "png",
+    ]  # fmt: skip
+    for part in ("train", "test"):
+        for name in classes:
+            for file in names:
+                path = tmp_path / part / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"nobody decodes it here")
+        (tmp_path / part / "outside of a class.png").touch()
+        (tmp_path / "elsewhere" / part).mkdir(parents=True)
+        (tmp_path / "elsewhere" / part / "linked.png").touch()
+        (tmp_path / part / "ant/link").symlink_to(tmp_path / "elsewhere" / part)
+        (tmp_path / part / "ant/link.png").symlink_to(tmp_path / "elsewhere" / part / "linked.png")
+        (tmp_path / part / "linked class").symlink_to(tmp_path / "elsewhere" / part)
+
+    source = load("imagefolder", tmp_path)
+    for part, split in (("train", source.train), ("test", source.test)):
+        theirs = ImageFolder(tmp_path / part)
+        assert list(source.classes) == theirs.classes and len(theirs.classes) == len(classes) + 1
+        ours = [(str(path), label) for path, label in zip(split.paths, split.labels.tolist(), strict=True)]
+        assert sorted(ours) == sorted(theirs.samples) and len(ours) > 250
 
 
 def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
