@@ -179,7 +179,7 @@ def test_starts_from_a_checkpoint_or_a_folder_of_a_run(tmp_path: Path) -> None:
     state = {"step": 3, "window": {}, "clock": {}, "trainer": step.state_dict()}
     written = checkpoint.save(tmp_path / "checkpoints", 3, state, keep=1)
     save_weights(saved, tmp_path / "model.safetensors")
-    for source in (written, tmp_path, str(tmp_path / "model.safetensors")):
+    for source in (written, written.with_name("last"), tmp_path, str(tmp_path / "model.safetensors")):
         loaded = build_model("resnet8")
         assert load_weights(loaded, source) == []
         assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in saved.state_dict().items())

@@ -97,7 +97,7 @@ def _from_torchvision(name: str, network: str) -> dict[str, Tensor]:
 
 def _from_file(path: Path) -> dict[str, Tensor]:
     """Return the state_dict of a file. Raise UsageError if it has none."""
-    suffix = path.suffix.lower()
+    suffix = (path.suffix or path.resolve().suffix).lower()  # checkpoints/best is a link to a .pt
     if suffix != ".safetensors" and suffix not in PICKLED:
         raise UsageError(f"weights file {path}: unknown kind {path.suffix!r}; give {KINDS}")
     if not path.is_file():
