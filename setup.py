@@ -14,7 +14,7 @@ EXTRAS = {
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
-    {package for name in ("bench", "dali", "export", "tensorboard") for package in EXTRAS[name]}
+    {package for name in ("bench", "dali", "export", "tensorboard", "wandb") for package in EXTRAS[name]}
     | {"hypothesis>=6.100", "mypy>=1.15", "pytest-xdist>=3.6", "ruff>=0.11", "types-PyYAML"}
 )
 

@@ -108,17 +108,20 @@ class RunDir:
         """Write configuration, data and environment, and drop the metrics after `step`, whose steps will run again.
 
         A resumed run writes its configuration again, because fields of MAY_CHANGE, such as data.root, may have changed.
+        A run in a folder without results is another run than the failed one before it, even if it continues from a
+        checkpoint elsewhere, so none of the metrics in the folder are its own.
         """
+        done = step if self._holds_results() else 0
         with self.writing():
             write_text(self.folder / "config.yaml", dump(self.config))
             if self.data is not None:
                 write_json(self.folder / "data.json", self.data.to_dict())
             write_json(self.folder / "env.json", environment(engine))
-            rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
+            rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= done]
             write_text(self.folder / "metrics.jsonl", "".join(json_of(row) + "\n" for row in rows))
         for name in TRACKERS:
             if getattr(self.config.run, name):
-                self._trackers.append(start_tracker(name, self.config, self.folder))
+                self._trackers.append(start_tracker(name, self.config, self.folder, rows, done))
 
     def checkpoint_hint(self) -> str:
         """Return a phrase that names the newest checkpoint."""
