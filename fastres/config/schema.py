@@ -324,7 +324,7 @@ class RunConfig:
     """Write TensorBoard events too (extra: tensorboard)."""
 
     wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb)."""
+    """Log to Weights & Biases too (extra: wandb). A resumed run continues the run whose id is in wandb.json."""
 
     timeout_s: PositiveFloat = 600.0
     """Seconds without a step after which a run of several processes ends with an error that names the process that

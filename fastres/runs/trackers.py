@@ -53,8 +53,9 @@ class WandbTracker:
     """Send scalars to Weights & Biases.
 
     The file wandb.json in the run's folder has the id of the W&B run, which a resumed run continues, and the last row
-    that was sent when a process closed the W&B run. W&B accepts no row of an earlier step, and a kill may lose rows
-    that were logged. Therefore the server's last step decides which rows are sent again, and offline, wandb.json does.
+    that was sent when a process closed the W&B run. A kill loses rows that were logged but had not left the process,
+    so a resumed run passes on all earlier rows, and the tracker leaves out those that W&B has: online those up to the
+    last step on the server, and offline those that wandb.json says were sent.
     """
 
     def __init__(self, config: Config, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
@@ -62,28 +63,26 @@ class WandbTracker:
 
         self.file = folder / "wandb.json"
         known = _read_state(self.file) if step else None  # a run that starts from the beginning is another W&B run
+        id_, sent = known or (None, NO_ROW)
         self.run = wandb.init(
             project="fastres",
             name=folder.name,
             dir=str(folder),
             config=to_dict(config),
-            id=known["id"] if known else None,
-            resume="allow" if known else None,
+            id=id_,
+            resume="allow" if id_ else None,
         )
-        if self.run.offline:
-            self.sent = (known["step"], known["split"] != "train") if known else NOTHING
-        else:
-            self.sent = (self.run.starting_step - 1, True)
-        self.last: dict[str, Any] = {"step": self.sent[0], "split": "test" if self.sent[1] else "train"}
+        self.sent = sent if self.run.offline else (self.run.starting_step - 1, True)
         self._write_state()
         for row in rows:
             self.log(row)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Pass on a row of metrics.jsonl, unless it was sent before; the training row of a step is its first."""
-        if (row["step"], row["split"] != "train") > self.sent:
+        """Pass on a row of metrics.jsonl, unless W&B has it already."""
+        place = (row["step"], row["split"] != "train")  # the training row of a step precedes its evaluation
+        if place > self.sent:
             self.run.log(dict(_scalars(row)), step=row["step"])
-            self.last = row
+            self.sent = place
 
     def close(self) -> None:
         """Send all rows that are still buffered."""
@@ -92,20 +91,21 @@ class WandbTracker:
 
     def _write_state(self) -> None:
         if not self.run.disabled:
-            write_json(self.file, {"id": self.run.id, "step": self.last["step"], "split": self.last["split"]})
+            write_json(self.file, {"id": self.run.id, "step": self.sent[0], "evaluated": self.sent[1]})
 
 
-NOTHING = (-1, True)  # (step, evaluation) before the first row
+NO_ROW = (-1, True)  # the place before the first row
 
 
-def _read_state(file: Path) -> dict[str, Any] | None:
-    """Return the content of wandb.json, or None if the file is missing or damaged."""
+def _read_state(file: Path) -> tuple[str, tuple[int, bool]] | None:
+    """Return the id and the place of the last row of wandb.json, or None if the file is missing or damaged."""
     try:
         state = parse_json(file.read_text(encoding="utf-8"))
-        right = isinstance(state["id"], str) and type(state["step"]) is int and isinstance(state["split"], str)
+        id_, step, evaluated = state["id"], state["step"], state["evaluated"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return state if right else None
+    right = isinstance(id_, str) and type(step) is int and isinstance(evaluated, bool)
+    return (id_, (step, evaluated)) if right else None
 
 
 # By their field in RunConfig.
