@@ -95,11 +95,14 @@ def _picture(evaluation: Evaluation, names: Sequence[str], title: str) -> Any:
     short = [name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…" for name in names]
     # Inches, because matplotlib's own layouts draw everything twice.
     side = min(max(1.5 + 0.45 * classes, 4.5), 13.0)
-    margin = 0.7 + (0.085 * max(map(_width, short)) if classes <= LABELLED else 0.3)
-    width, height = margin + side + 1.3, margin + side + 0.5
+    longest = max(map(_width, short)) if classes <= LABELLED else 4
+    upright = longest * classes > 40  # names below the columns are turned
+    left = 0.7 + 0.085 * longest
+    below = left if upright else 0.7
+    width, height = left + side + 1.3, below + side + 0.5
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+    axes = figure.add_axes((left / width, below / height, side / width, side / height))
     norm = PowerNorm(0.5, 0, 100)  # the square root, so that an error of a few per cent can be seen
     image = axes.imshow(percent, cmap="Blues", norm=norm)
     axes.set_title(title, fontsize=11, parse_math=False)
@@ -108,7 +111,7 @@ def _picture(evaluation: Evaluation, names: Sequence[str], title: str) -> Any:
     if classes <= LABELLED:
         # No formulas in names, which may have a dollar sign.
         style: dict[str, Any] = {"fontsize": 9 if classes <= NUMBERED else 7, "parse_math": False}
-        axes.set_xticks(range(classes), short, rotation=90 if max(map(_width, short)) * classes > 40 else 0, **style)
+        axes.set_xticks(range(classes), short, rotation=90 if upright else 0, **style)
         axes.set_yticks(range(classes), short, **style)
     if classes <= NUMBERED:
         for row, column in np.argwhere(counts):
@@ -116,7 +119,7 @@ def _picture(evaluation: Evaluation, names: Sequence[str], title: str) -> Any:
             text = f"{value:.0f}" if value >= 0.95 else f"{value:.1f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8,
                       color="white" if norm(value) > 0.6 else "black")  # fmt: skip
-    beside = figure.add_axes(((margin + side + 0.2) / width, margin / height, 0.2 / width, side / height))
+    beside = figure.add_axes(((left + side + 0.2) / width, below / height, 0.2 / width, side / height))
     bar = figure.colorbar(image, cax=beside, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     bar.set_label("share of the class's images, %")
     return figure
