@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import batchnorm
 from .batchnorm.dispatch_table import fastest
 from .cpu import ops as cpu_ops
-from .triton_launch import INTERPRETED
+from .triton_launch import INTERPRETED, runs_kernels
 
 # batchnorm.ops is imported at its first use, because registering an op with Triton kernels imports torch's compiler,
 # which takes a second. The C++ kernels and torch's own operations do without it.
@@ -116,8 +116,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """act(BatchNorm2d(x) + residual) in one operation, with the parameters and state_dict of torch.nn.BatchNorm2d.
 
     (N, C, H, W) channels-last -> (N, C, H, W) channels-last, of x's dtype. On a GPU, Triton kernels take bf16, fp16
-    and fp32. On a CPU, C++ takes bf16 in training if cpu/ops.py finds the instructions it needs. The reference takes
-    everything else. Parameters and statistics are float32.
+    and fp32. On a CPU, C++ takes bf16 in training if cpu/ops.py finds the instructions it needs. torch's own operations
+    take everything else. Parameters and statistics are float32.
 
     Args:
         act: "relu" or "none".
@@ -181,13 +181,16 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def _backend(self, x: Tensor, has_residual: bool) -> str:
         """Return "cpp", "torch", or the algorithm of the op batch_norm_act: "two_pass" or "cooperative".
 
-        The op itself falls back to the reference if there is no kernel for x.
+        torch's operations take what no kernel takes, unless the ranks share statistics, which they cannot do on a CPU.
+        The op itself then falls back to the reference.
         """
         # The C++ kernels cannot share statistics between ranks, and must not replace interpreted Triton kernels.
         wants_cpp = (self.algorithm == "measured" or not INTERPRETED) and not self.group_name
         if wants_cpp and cpu_ops.can_normalise(self, x):
             return "cpp"
-        return fastest(x, has_residual) if self.algorithm == "measured" else self.algorithm
+        if self.algorithm == "measured":
+            return fastest(x, has_residual)
+        return self.algorithm if x.is_cuda or self.group_name or runs_kernels(x) else "torch"
 
     def _fused(
         self,

@@ -24,7 +24,7 @@ from fastres.training.engine import _faster_norm, resolve_engine
 from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu import ops
-from tests.commands import run_fastres, run_module
+from tests.commands import ROOT, run_fastres, run_module, run_python
 
 CHECKOUT = Path(__file__).parent.parent
 HERE, WHY = ops.available()
@@ -229,6 +229,41 @@ def test_what_the_norm_does_not_take_is_torchs_to_the_bit() -> None:
         x = random(*shape).to(dtype)
         assert torch.equal(ours(x), F.relu(plain(x))), (channels, shape, dtype, training)
         assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
+def test_on_a_cpu_the_module_never_runs_the_reference() -> None:
+    """The reference is an oracle, and slow. Here Triton's interpreter would run instead, so ask another process."""
+    code = """
+import torch, torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastres_kernels import BatchNormAct2d
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert not str(op).startswith("fastres_kernels.batch_norm_act"), op
+        return op(*args, **kwargs or {})
+
+for algorithm in ("two_pass", "cooperative", "measured"):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for training in (True, False):
+            ours, plain = BatchNormAct2d(24, algorithm=algorithm).train(training), nn.BatchNorm2d(24).train(training)
+            if dtype == torch.float64:
+                ours, plain = ours.double(), plain.double()
+            x, r = (torch.randn(4, 24, 6, 6, dtype=dtype, requires_grad=True) for _ in range(2))
+            with Ops():
+                first, skip = ours(x, fork=True)
+                y = ours(first, residual=skip) + ours(x, residual=r)
+                grads = torch.autograd.grad(y.sum(), (x, r))
+            one = F.relu(plain(x))
+            expected = F.relu(plain(one) + one) + F.relu(plain(x) + r)
+            torch.testing.assert_close(y, expected)
+            for a, b in zip(grads, torch.autograd.grad(expected.sum(), (x, r))):
+                torch.testing.assert_close(a, b)
+print("done")
+"""
+    done = run_python("-c", code, cwd=ROOT)
+    assert done.stdout == "done\n", done.stderr
 
 
 @needs_kernels
