@@ -39,9 +39,9 @@ def evaluate_run(
     Raises:
         UsageError: if the data has classes or channels that the run's network has not.
     """
-    model = engine.place(runs.rebuild(config, weights, engine.norm))
+    model = engine.place(runs.rebuild(config, weights, run_data, engine.norm))
     source = data.load_source(config.data)
-    classes, channels = weights["fc.weight"].shape[0], weights["conv1.weight"].shape[1]
+    classes, channels = runs.outputs_and_channels(config, weights, run_data)
     if run_data is not None:
         source = data.with_classes_of(source, run_data)
     elif len(source.classes) > classes or source.channels != channels:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     # Run eagerly by default, because one pass does not earn back the time to compile.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
     flags |= {k: v for k, v in vars(arguments).items() if "." in k}
-    config, weights = runs.load_run(
+    config, weights = runs.read_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )
     # Without apex, use another norm, which computes the same.

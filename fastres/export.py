@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
         raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
     flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
-    config, weights = runs.load_run(arguments.run, arguments.checkpoint, flags)
+    config, weights = runs.read_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():
         raise UsageError(f"--output {output}: already exists; choose another or remove it")

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                         "(default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)
     files = image_files(arguments.images)
-    predictor = runs.load_predictor(arguments.run, arguments.checkpoint, [f"--engine.device={arguments.device}"])
+    predictor = runs.load_run(arguments.run, arguments.checkpoint, [f"--engine.device={arguments.device}"])
     top = min(arguments.top, len(predictor.data.classes))
     rows: list[tuple[str, str, float]] = []
     failed = 0

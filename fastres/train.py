@@ -17,6 +17,8 @@ from fastres.utils.errors import printed_once_per_host, run_command
 from fastres.utils.run_timer import RunTimer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastres.config.schema import Config
     from fastres.data.sources.source import Source
 
@@ -42,6 +44,7 @@ def train(
     group: distributed.ProcessGroup,
     stop: training.StopSignal,
     source: Source | None = None,
+    network: nn.Module | None = None,
 ) -> int:
     """Run the training and return the exit status: 0, or 128 + N if signal N stopped it.
 
@@ -51,6 +54,7 @@ def train(
         group: the run's processes.
         stop: the signal that stops the run.
         source: replaces the configured source.
+        network: replaces the configured network.
     """
     is_main = ranks.rank() == 0
     config, source = training.fix_length(config, group, source, say=print if is_main else lambda _: None)
@@ -60,7 +64,7 @@ def train(
         return _report_finished(run, summary)
 
     # ------------------------------------------------------------------------ data, model, step, schedule
-    parts = training.build_parts(config, engine, group, source)
+    parts = training.build_parts(config, engine, group, source, network)
     step, evaluator, lr_at = parts.step, parts.evaluator, parts.lr_at
     run.data = group.broadcast_from_rank0(lambda: data.describe(config, parts.data.source))
     timer = RunTimer(engine.device.type)

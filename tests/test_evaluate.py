@@ -11,7 +11,7 @@ import pytest
 
 from fastres import evaluate, train
 from fastres.evaluate import evaluate_run
-from fastres.runs.loading import load_run
+from fastres.runs.loading import read_run
 from fastres.training.engine import resolve_engine
 from fastres.utils.errors import UsageError, run_command
 from tests.commands import run_fastres
@@ -41,7 +41,7 @@ def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 
 def test_evaluation_is_the_summary_to_the_last_digit(run: Path) -> None:
-    config, weights = load_run(run)
+    config, weights = read_run(run)
     (totals, names), summary = evaluate_run(config, resolve_engine(config), weights), summary_of(run)
     assert totals.accuracy == summary["test_accuracy"] > 0.15  # an untrained network has 10 %
     assert totals.mean_loss == summary["test_loss"]

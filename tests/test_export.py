@@ -19,7 +19,7 @@ from fastres import export, train
 from fastres.models.registry import build_model
 from fastres.models.weights import save_weights
 from fastres.runs.exporting import FORMATS
-from fastres.runs.loading import load_run, rebuild
+from fastres.runs.loading import read_run, rebuild
 from fastres.utils.errors import RunError, UsageError, run_command
 from tests.commands import run_fastres
 
@@ -47,7 +47,7 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def original(run: Path) -> nn.Module:
-    return rebuild(*load_run(run)).eval()
+    return rebuild(*read_run(run)).eval()
 
 
 def assert_same_logits(network: Callable[[Tensor], Tensor], run: Path, *shape: int) -> None:

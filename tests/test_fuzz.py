@@ -42,7 +42,7 @@ from fastres.models.registry import build_model
 from fastres.models.weights import load_weights
 from fastres.runs import checkpoint
 from fastres.runs.history import HISTORY, PANELS, read_history, read_metrics
-from fastres.runs.loading import load_run, rebuild
+from fastres.runs.loading import read_run, rebuild
 from fastres.runs.run_dir import RunDir
 from fastres.training.metrics import Metrics
 from fastres.utils.errors import RunError, UsageError, run_command
@@ -340,7 +340,7 @@ def test_a_forged_checkpoint_is_read_or_refused(data: DataObject, place: Path, r
     with contextlib.suppress(Exception):  # torch need not read what it cannot write
         torch.save({"state": state, "sha256": checksum}, packed)
     if read_checkpoint(place, packed.getvalue()) is not None:
-        found = outcome(lambda: load_run(run, place))
+        found = outcome(lambda: read_run(run, place))
         if found is not None:
             outcome(lambda: rebuild(*found))
 
@@ -490,7 +490,7 @@ def test_a_damaged_run_is_read_or_refused_and_left_alone(data: DataObject, run: 
     summary = outcome(lambda: RunDir(config_of(folder)).check_resumable())
     assert summary is None or f"{summary['test_accuracy']:.4f}"
     if name in ("config.yaml", "model.safetensors"):
-        found = outcome(lambda: load_run(folder))
+        found = outcome(lambda: read_run(folder))
         if found is not None:
             outcome(lambda: rebuild(*found))
     rows = read_metrics(folder / "metrics.jsonl")

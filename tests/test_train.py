@@ -32,7 +32,7 @@ from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
 from fastres.runs.history import read_history, read_metrics, write_history
-from fastres.runs.loading import load_run
+from fastres.runs.loading import read_run
 from fastres.runs.run_dir import RunDir
 from fastres.train import main
 from fastres.training.engine import resolve_engine
@@ -349,7 +349,7 @@ def test_the_whitening_stem_is_fitted_once_and_kept(train: Train, tmp_path: Path
     assert torch.equal(stem_of("started"), stem_of("whole"))
 
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
-    run_config, tensors = load_run(tmp_path / "whole")
+    run_config, tensors = read_run(tmp_path / "whole")
     engine = resolve_engine(run_config)
     engine.apply_torch_settings()
     totals, _ = evaluate_run(run_config, engine, tensors)

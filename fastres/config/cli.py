@@ -30,12 +30,13 @@ from fastres.utils.version import __version__
 DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
 
-def parse(argv: list[str], prog: str = "fastres.train") -> Config:
+def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool = True) -> Config:
     """Return the configuration that a command line describes.
 
     Args:
         argv: the flags.
         prog: the command's name in --help.
+        builds_network: check that model.name and its options can be built; False if the caller has the network.
 
     Raises:
         UsageError: if a file, a flag or their combination is invalid.
@@ -63,7 +64,7 @@ def parse(argv: list[str], prog: str = "fastres.train") -> Config:
     config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
     lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
     # The lines belong to the run's log, but --print_config prints nothing else on stdout.
-    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout)
+    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout, builds_network)
     if files.print_config:
         if needs_data(config):
             print("fastres: the data decides train.steps and scales the schedule; the run's config.yaml has both",
@@ -86,17 +87,17 @@ def _lengths_of_flags(flags: list[str], config: Config) -> dict[str, Any]:
     }
 
 
-def _with_length(config: Config, lengths: Layers, log: TextIO) -> Config:
+def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: bool) -> Config:
     """Return the checked configuration with its length, scaled to it unless that needs the data; log what is scaled."""
     config = lengths.apply(config)
     lines: list[str] = []
     scaled = "milestones" in lengths.from_a_run
     if needs_data(config):
-        check(config, scaled)
+        check(config, scaled, builds_network=builds_network)
     else:
         scaled |= "milestones" in config.given_for
         config, lines = in_steps(config)
-        check(config, scaled)
+        check(config, scaled, builds_network=builds_network)
     for line in lines if ranks.rank() == 0 else ():
         print(line, file=log)
     return config

@@ -96,8 +96,11 @@ class ModelConfig:
 class DataConfig:
     """The data set and how its samples reach the device."""
 
-    source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic"] = "cifar10"
-    """Data set. digits is built in: scikit-learn's 1,797 handwritten digits, 8x8."""
+    source: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "imagefolder", "synthetic", "arrays"] = (
+        "cifar10"
+    )
+    """Data set. digits is built in: scikit-learn's 1,797 handwritten digits, 8x8. arrays are given in Python, to
+    fastres.fit."""
 
     root: str = "data"
     """Folder of the data set, in torchvision's layout, or with train/CLASS/* and test/CLASS/* for imagefolder."""

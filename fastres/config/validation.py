@@ -13,12 +13,13 @@ from fastres.utils import ranks
 from fastres.utils.errors import UsageError, first_line
 
 
-def check(config: Config, scaled: bool = False) -> None:
+def check(config: Config, scaled: bool = False, *, builds_network: bool = True) -> None:
     """Raise UsageError for the first value that is out of range or incompatible with another.
 
     Args:
         config: the configuration.
         scaled: True if the milestones have been scaled to the run's steps, so that they may be 0 or equal.
+        builds_network: False if the caller has the network, so that model.name need not be one that can be built.
     """
     check_length(config, scaled)
     _check_training(config)
@@ -30,7 +31,8 @@ def check(config: Config, scaled: bool = False) -> None:
             getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
             f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
         )
-    _check_model(config.model)
+    if builds_network:
+        _check_model(config.model)
 
 
 def check_length(config: Config, scaled: bool) -> None:

@@ -4,6 +4,7 @@ from .description import with_classes_of as with_classes_of
 from .loaders.build import LOADERS as LOADERS
 from .loaders.build import Loader as Loader
 from .loaders.build import build_loader as build_loader
+from .sources.arrays import arrays as arrays
 from .sources.formats import decode as decode
 from .sources.formats import image_suffixes as image_suffixes
 from .sources.load import SOURCES as SOURCES

@@ -38,6 +38,10 @@ class DataDescription:
     fingerprint: str  # of the files' names and sizes, or of arrays; a data set's path is not part of it
     exif: bool = False  # image files are turned upright; earlier versions do not write it
 
+    def outputs(self, num_classes: int | None) -> int:
+        """Return the number of a network's outputs, given model.num_classes: at least that of the classes."""
+        return num_classes or len(self.classes)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the description as values of JSON."""
         return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in ("classes", "mean", "std")}

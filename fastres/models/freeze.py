@@ -13,7 +13,6 @@ from torch import nn
 from fastres.utils.suggest import nearest, unknown
 
 BACKBONE = "backbone"  # everything but the head
-HEAD = "fc"  # the head's name in all networks
 
 
 def freeze(model: nn.Module, parts: str | Sequence[str]) -> None:
@@ -34,8 +33,9 @@ def freeze(model: nn.Module, parts: str | Sequence[str]) -> None:
             children = [child for child, _ in model.named_children()]
             near = next((known for known in modules if known.lower() == name.lower()), None)
             raise unknown("module", name, [BACKBONE, *children], near or nearest(name, modules))
+    head = head_of(model) if BACKBONE in names else ""
     for name, parameter in model.named_parameters():
-        if any(_contains(part, name) for part in names):
+        if any(not name.startswith(f"{head}.") if part == BACKBONE else name.startswith(f"{part}.") for part in names):
             parameter.requires_grad = False
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{', '.join(names)} leaves nothing to train; freeze less")
@@ -43,9 +43,16 @@ def freeze(model: nn.Module, parts: str | Sequence[str]) -> None:
         training_mode(model)
 
 
-def _contains(part: str, parameter: str) -> bool:
-    """Return True if the parameter of this name belongs to the part."""
-    return not parameter.startswith(f"{HEAD}.") if part == BACKBONE else parameter.startswith(f"{part}.")
+def head_of(model: nn.Module) -> str:
+    """Return the name of the layer that makes the logits, the last fully connected one: fc in fastres's own networks.
+
+    Raises:
+        ValueError: if the network has none.
+    """
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ValueError("the network has no fully connected layer, so its head is not known")
+    return names[-1]
 
 
 def training_mode(model: nn.Module) -> None:

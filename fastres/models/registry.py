@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 METADATA = "fastres"  # the key of our metadata in files of weights
+GIVEN = "python/"  # begins the names of networks that were given as objects
 
 # torch is imported only when a network is built, so that a wrong name is rejected before it.
 
@@ -137,6 +138,8 @@ def find(name: str) -> Network:
     """Return the network of this name. Raise ValueError with the nearest name if there is none."""
     if name in MODELS:
         return MODELS[name]
+    if name.startswith(GIVEN):
+        raise ValueError(f"{name} was given in Python; use fastres.fit, or fastres.load_run with `model`")
     near = None
     if family := re.fullmatch(r"(resnet|plain)([1-9]\d{0,5})", name):
         blocks, rest = divmod(int(family[2]) - 2, 6)

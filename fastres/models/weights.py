@@ -9,13 +9,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from fastres.models.freeze import head_of
 from fastres.models.registry import METADATA
 from fastres.models.weight_files import read_weights
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.errors import UsageError
 from fastres.utils.suggest import few
-
-HEAD = ("fc.weight", "fc.bias")
 
 
 def load_weights(model: nn.Module, weights: str | Path, network: str = "") -> list[str]:
@@ -37,7 +36,8 @@ def load_weights(model: nn.Module, weights: str | Path, network: str = "") -> li
     state, wanted = read_weights(weights, network), model.state_dict()
     common = state.keys() & wanted.keys()
     reshaped = [key for key in common if state[key].shape != wanted[key].shape]
-    replaced = [key for key in HEAD if key in reshaped and state[key].shape[1:] == wanted[key].shape[1:]]
+    head = [f"{head_of(model)}.{kind}" for kind in ("weight", "bias")] if reshaped else []
+    replaced = [key for key in head if key in reshaped and state[key].shape[1:] == wanted[key].shape[1:]]
     faults = {
         "lacks": [key for key in wanted.keys() - common if not key.endswith(".num_batches_tracked")],
         "has unknown": state.keys() - common,

@@ -4,9 +4,10 @@ from .classes import output_names as output_names
 from .classes import write_classes as write_classes
 from .environment import device_name as device_name
 from .loading import load_description as load_description
-from .loading import load_run as load_run
+from .loading import outputs_and_channels as outputs_and_channels
+from .loading import read_run as read_run
 from .loading import rebuild as rebuild
 from .predicting import Predictor as Predictor
-from .predicting import load_predictor as load_predictor
+from .predicting import load_run as load_run
 from .run_dir import RunDir as RunDir
 from .training_log import TrainingLog as TrainingLog

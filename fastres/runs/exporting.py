@@ -36,7 +36,7 @@ SIDES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100
 
 def metadata(config: Config, data: DataDescription | None) -> dict[str, Any]:
     """Return what a reader of a run's weights has to know: the network and its data, without paths or times."""
-    described = {} if data is None else {"data": data.to_dict()}
+    described = {} if data is None else {"data": data.to_dict(), "num_classes": data.outputs(config.model.num_classes)}
     return {"model": config.model.name, "options": model_options(config.model), **described}
 
 
@@ -150,10 +150,11 @@ def export(
     """
     import torch
 
-    from fastres.runs.loading import rebuild
+    from fastres.runs.loading import outputs_and_channels, rebuild
 
-    format_, model = FORMATS[name], rebuild(config, weights).eval()
-    shape = (weights["conv1.weight"].shape[1], *[data.image_size if data else side_of(config, format_)] * 2)
+    format_, model = FORMATS[name], rebuild(config, weights, data).eval()
+    _, channels = outputs_and_channels(config, weights, data)
+    shape = (channels, *[data.image_size if data else side_of(config, format_)] * 2)
     card = output.with_name("config.json")
     if data is not None and card.exists() and not _is_card(card):
         raise UsageError(f"--output {output}: {card} exists and is not from an export; choose another folder")
@@ -189,7 +190,7 @@ def timm_card(config: Config, data: DataDescription) -> dict[str, Any]:
     """Return the content of a config.json as timm writes it for a network, with fastres's own under METADATA."""
     return {
         "architecture": config.model.name,
-        "num_classes": len(data.classes),
+        "num_classes": data.outputs(config.model.num_classes),
         "label_names": list(data.classes),
         "pretrained_cfg": {
             "input_size": [data.channels, data.image_size, data.image_size],
@@ -199,7 +200,7 @@ def timm_card(config: Config, data: DataDescription) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(data.mean),
             "std": list(data.std),
-            "num_classes": len(data.classes),
+            "num_classes": data.outputs(config.model.num_classes),
             "classifier": "fc",
             "first_conv": "conv1",
         },

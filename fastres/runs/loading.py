@@ -18,13 +18,16 @@ from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError
 
 
-def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) -> tuple[Config, dict[str, Tensor]]:
+def read_run(
+    folder: Path, file: Path | None = None, flags: Sequence[str] = (), *, given: bool = False
+) -> tuple[Config, dict[str, Tensor]]:
     """Return a run's configuration and weights.
 
     Args:
         folder: the run's folder.
         file: a checkpoint, to load its weights; None loads the final weights.
         flags: flags of fastres.train, applied over the run's configuration.
+        given: the caller has the network, so the configuration need not name one that can be built.
 
     Raises:
         UsageError: if the folder holds no run, the file is no checkpoint, or the run is not finished.
@@ -35,7 +38,8 @@ def load_run(folder: Path, file: Path | None = None, flags: Sequence[str] = ()) 
             f"{folder}: is not the folder of a run (it holds no config.yaml); give one that fastres.train has written"
         )
     # Trackers are off, because reading a run does not need their packages.
-    config = parse([f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags])
+    flags = [f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags]
+    config = parse(flags, builds_network=not given)
     if file is not None:
         try:
             return config, _checked(checkpoint.load(file)["trainer"]["model"])
@@ -70,26 +74,48 @@ def load_description(folder: Path) -> DataDescription | None:
 
 
 def _checked(weights: Any) -> dict[str, Tensor]:
-    """Return the weights if they have conv1.weight and fc.weight, whose shapes give channels and classes.
-
-    Raises:
-        KeyError: if one of the two is missing.
-        TypeError: if the weights are not tensors or one of the two has another number of dimensions.
-    """
+    """Return the weights. Raise TypeError if they are not a dict of tensors."""
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise TypeError("its weights are not all tensors")
-    if weights["conv1.weight"].ndim != 4 or weights["fc.weight"].ndim != 2:
-        raise TypeError("a tensor has another shape")
     return weights
 
 
-def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> nn.Module:
-    """Return the run's network with these weights, whose shapes give its channels and classes.
+def outputs_and_channels(config: Config, weights: dict[str, Tensor], data: DataDescription | None) -> tuple[int, int]:
+    """Return the outputs and the input channels of a run's network.
+
+    Args:
+        config: the run's configuration.
+        weights: the run's weights, whose shapes say it for a run of an earlier version.
+        data: the run's data, or None for such a run.
+
+    Raises:
+        UsageError: if neither says it.
+    """
+    if data is not None:
+        return data.outputs(config.model.num_classes), data.channels
+    head, first = weights.get("fc.weight"), weights.get("conv1.weight")
+    if head is None or first is None or head.ndim != 2 or first.ndim != 4:
+        raise UsageError(
+            "the weights do not have fc.weight and conv1.weight of a fastres network; give files of one run"
+        )
+    return head.shape[0], first.shape[1]
+
+
+def rebuild(
+    config: Config,
+    weights: dict[str, Tensor],
+    data: DataDescription | None = None,
+    norm: str = "torch",
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """Return the run's network with these weights.
 
     Args:
         config: the run's configuration.
         weights: a state_dict.
+        data: the run's data; None for a run of an earlier version.
         norm: one of models.blocks.NORMS.
+        model: the network itself, to be given the weights; None builds it.
 
     Raises:
         UsageError: if the weights belong to another network.
@@ -97,14 +123,10 @@ def rebuild(config: Config, weights: dict[str, Tensor], norm: str = "torch") -> 
     options = model_options(config.model)
     if norm != "fused":
         options.pop("fused_convolutions", None)  # the same network, computed in another way
+    outputs, channels = outputs_and_channels(config, weights, data)
     try:
-        model = build_model(
-            config.model.name,
-            num_classes=weights["fc.weight"].shape[0],
-            in_channels=weights["conv1.weight"].shape[1],
-            norm=norm,
-            **options,
-        )
+        if model is None:
+            model = build_model(config.model.name, num_classes=outputs, in_channels=channels, norm=norm, **options)
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]

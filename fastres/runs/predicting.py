@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import safetensors
 import safetensors.torch
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastres.data.augment import normalize, resize_and_center_crop, tile_row
 from fastres.data.description import DataDescription, from_dict
+from fastres.data.sources.formats import decode
 from fastres.models.registry import METADATA, build_model
 from fastres.runs.exporting import METADATA_FILE, onnx_session, run_onnx
-from fastres.runs.loading import load_description, load_run, rebuild
+from fastres.runs.loading import load_description, read_run, rebuild
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.step import Forward
 from fastres.utils.atomic_io import parse_json
@@ -27,10 +28,58 @@ from fastres.utils.errors import UsageError, first_line
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """A network with what its inputs and outputs mean."""
+    """A network with what its inputs and outputs mean.
 
-    data: DataDescription  # of the run
-    logits: Callable[[Tensor], Tensor]  # (b, C, S, S) float32 on the CPU -> (b, classes)
+    Attributes:
+        data: the description of the run's data.
+        logits: the network as a function: images (b, C, S, S) float32 on the CPU -> logits (b, outputs).
+        model: the network in eval mode, on the engine's device; None for a file of torch.export or ONNX.
+    """
+
+    data: DataDescription
+    logits: Callable[[Tensor], Tensor]
+    model: nn.Module | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes, in the order of the network's outputs."""
+        return self.data.classes
+
+    def predict(self, images: Iterable[Any], top: int = 1, batch_size: int = 64) -> list[list[tuple[str, float]]]:
+        """Return the `top` most probable classes of each image with their probabilities, the most probable first.
+
+        Args:
+            images: paths of files, or arrays (H, W, 3), (H, W, 1) or (H, W) uint8; of any sizes.
+            top: classes for each image.
+            batch_size: images at once.
+
+        Raises:
+            UsageError: if a file cannot be read or an array is no image.
+        """
+        prepared = [self.prepare(self._pixels(image)) for image in images]
+        found = []
+        for start in range(0, len(prepared), batch_size):
+            for row in self.probabilities(prepared[start : start + batch_size]):
+                best = (-row).argsort(kind="stable")[: min(top, len(self.classes))]
+                found.append([(self.classes[index], float(row[index])) for index in best])
+        return found
+
+    def preprocess(self, image: Any) -> Tensor:
+        """Return one image, as predict() takes them, as the network's input: (C, S, S) float32, normalised."""
+        return self._normalised([self.prepare(self._pixels(image))])[0]
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        """Return an image as (H, W, 3) uint8 RGB."""
+        if isinstance(image, str | Path):
+            return decode(Path(image), exif=self.data.exif)
+        pixels = np.asarray(image)
+        if pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
+            raise UsageError(
+                f"an image is {pixels.dtype} of shape {pixels.shape}; give a path, or uint8 of (H, W, 3) or (H, W)"
+            )
+        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Return an image, (H, W, 3) uint8 RGB of any size, as the run's evaluation sees it: (S, S, C) uint8.
@@ -47,27 +96,39 @@ class Predictor:
     @torch.no_grad()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probabilities of the classes, (b, classes) float32, of b prepared images."""
-        shift, scale = (tile_row(torch.tensor(of), self.data.image_size) for of in (self.data.mean, self.data.std))
-        inputs = normalize(torch.from_numpy(np.stack(images)), shift, scale, torch.float32)
-        outputs = self.logits(inputs)[:, : len(self.data.classes)]  # model.num_classes may be larger
+        outputs = self.logits(self._normalised(images))[:, : len(self.data.classes)]  # model.num_classes may be larger
         return np.asarray(outputs.float().softmax(1).cpu())
 
+    def _normalised(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return b prepared images as (b, C, S, S) float32."""
+        shift, scale = (tile_row(torch.tensor(of), self.data.image_size) for of in (self.data.mean, self.data.std))
+        return normalize(torch.from_numpy(np.stack(images)), shift, scale, torch.float32)
 
-def load_predictor(path: Path, checkpoint: Path | None = None, flags: Sequence[str] = ()) -> Predictor:
+
+def load_run(
+    path: str | Path,
+    checkpoint: str | Path | None = None,
+    flags: Sequence[str] = (),
+    model: nn.Module | None = None,
+) -> Predictor:
     """Return the predictor of a run's folder, or of a file that fastres.export has written.
 
     Args:
         path: a run's folder, or a .safetensors, .pt2 or .onnx file.
         checkpoint: a checkpoint of the run, to take its weights; None takes the final ones.
         flags: flags of fastres.train, such as --engine.device=cpu, applied over the run's configuration.
+        model: the run's network, if it was given to fastres.fit as an object. It gets the run's weights.
 
     Raises:
         UsageError: if the path is neither, or does not say what its classes are.
     """
+    path = Path(path).expanduser()
     if path.is_dir():
-        return _of_run(path, checkpoint, flags)
+        return _of_run(path, None if checkpoint is None else Path(checkpoint), flags, model)
     if checkpoint is not None:
         raise UsageError(f"--checkpoint {checkpoint}: belongs to the folder of a run, and {path} is a file")
+    if model is not None:
+        raise UsageError(f"{path}: is a file, which has its own network; leave out `model`")
     load = {".safetensors": _of_safetensors, ".pt2": _of_program, ".onnx": _of_onnx}.get(path.suffix.lower())
     if not path.exists() or load is None:
         raise UsageError(
@@ -81,16 +142,18 @@ def load_predictor(path: Path, checkpoint: Path | None = None, flags: Sequence[s
         raise UsageError(f"{path}: cannot be read ({first_line(error)}); export it again") from None
 
 
-def _of_run(folder: Path, checkpoint: Path | None, flags: Sequence[str]) -> Predictor:
+def _of_run(folder: Path, checkpoint: Path | None, flags: Sequence[str], model: nn.Module | None) -> Predictor:
     # Run eagerly, because few images do not earn back the time to compile.
-    config, weights = load_run(folder, checkpoint, ["--engine.compile=false", "--engine.cuda_graph=false", *flags])
+    flags = ["--engine.compile=false", "--engine.cuda_graph=false", *flags]
+    config, weights = read_run(folder, checkpoint, flags, given=model is not None)
     data = load_description(folder)
     if data is None:
         raise UsageError(f"{folder}: has no data.json, because an earlier version has written it; train it again")
     engine = resolve_engine(config)
     engine.apply_torch_settings()
-    model = engine.place(rebuild(config, weights, engine.norm)).eval()
-    return Predictor(data=data, logits=_on(engine, Forward(model, engine, config.train.eval_mirrored)))
+    model = engine.place(rebuild(config, weights, data, engine.norm, model)).eval()
+    forward = Forward(model, engine, config.train.eval_mirrored)
+    return Predictor(data=data, logits=_on(engine, forward), model=model)
 
 
 def _on(engine: Engine, forward: Forward) -> Callable[[Tensor], Tensor]:
@@ -104,12 +167,12 @@ def _of_safetensors(path: Path) -> Predictor:
     weights = safetensors.torch.load_file(path)
     model = build_model(
         content["model"],
-        num_classes=weights["fc.weight"].shape[0],
+        num_classes=content["num_classes"],
         in_channels=data.channels,
         **{name: value for name, value in content["options"].items() if name != "fused_convolutions"},
     )
     model.load_state_dict(weights)
-    return Predictor(data=data, logits=model.eval())
+    return Predictor(data=data, logits=model.eval(), model=model)
 
 
 def _of_program(path: Path) -> Predictor:

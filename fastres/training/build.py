@@ -86,7 +86,13 @@ def fix_length(
     return config, source
 
 
-def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Source | None = None) -> Parts:
+def build_parts(
+    config: Config,
+    engine: Engine,
+    group: ProcessGroup,
+    source: Source | None = None,
+    network: nn.Module | None = None,
+) -> Parts:
     """Build all parts of a run. Collective.
 
     Args:
@@ -94,6 +100,7 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
         engine: the resolved engine, whose torch settings are applied.
         group: the run's processes.
         source: replaces the configured source.
+        network: replaces the configured network; model.num_classes is the number of its outputs.
 
     Raises:
         UsageError: if the data is bad, or the data or the weights do not fit the network.
@@ -102,20 +109,14 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
     if needs_data(config):
         raise ValueError("train.epochs: fix_length() must translate it to steps first")
     data = build_data(config, engine, group, source)
-    model = build_network(config, engine, data.source)
+    model, replaced = _build_and_load(config, engine, group, data.source, network)
     notes = [*engine.reasons, *data.source.notes]
-    replaced: list[str] = []
-    if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
-        weights = config.model.weights
-        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, config.model.name))
-    process_group.broadcast_buffers(model)
-    if config.model.sync_norm:
-        process_group.enable_sync_batchnorm(model)
     if config.model.freeze:
         freeze(model, config.model.freeze)
         notes.append(_frozen_note(model))
     dummy = dummy_batch(config, data.source, engine)
-    _check_batch_shape(config, dummy)
+    if network is None:
+        _check_batch_shape(config, dummy)
     if engine.channels_last:
         try:
             check_channels_last(model, engine, dummy)
@@ -124,23 +125,32 @@ def build_parts(config: Config, engine: Engine, group: ProcessGroup, source: Sou
     if replaced:
         notes.append(f"weights: head replaced ({', '.join(replaced)})")
     classes = classes_of(config, data.source)
-    step = TrainStep(
-        model,
-        engine,
-        config.optim,
-        config.train.label_smoothing,
-        config.train.accumulate,
-        loss_weights(config, engine, data.training.labels, classes),
-    )
+    weights = loss_weights(config, engine, data.training.labels, classes)
+    train = config.train
     return Parts(
         data=data,
         model=model,
-        step=step,
-        evaluator=Evaluator(model, engine, classes, config.train.eval_mirrored),
+        step=TrainStep(model, engine, config.optim, train.label_smoothing, train.accumulate, weights),
+        evaluator=Evaluator(model, engine, classes, train.eval_mirrored),
         lr_at=partial(learning_rate, config),
         dummy_batch=dummy,
         notes=tuple(notes),
     )
+
+
+def _build_and_load(
+    config: Config, engine: Engine, group: ProcessGroup, source: Source, network: nn.Module | None
+) -> tuple[nn.Module, list[str]]:
+    """Return the network, equal on all ranks, and the keys of its head if model.weights has another. Collective."""
+    model = build_network(config, engine, source) if network is None else engine.place(network)
+    replaced: list[str] = []
+    if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
+        weights = config.model.weights
+        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, config.model.name))
+    process_group.broadcast_buffers(model)
+    if config.model.sync_norm:
+        process_group.enable_sync_batchnorm(model)
+    return model, replaced
 
 
 def _frozen_note(model: nn.Module) -> str:

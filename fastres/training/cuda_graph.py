@@ -234,6 +234,24 @@ class GraphedStep:
         self.step.run_on_device(images.detach().requires_grad_(images.requires_grad), labels)
 
 
+def capture(step: TrainStep, loader: Batches, lr_at: Callable[[int], float]) -> GraphedStep:
+    """Capture a step and its batches as one CUDA graph, for a loop of one's own.
+
+        step = capture(step, loader, lr_at)
+        for i, batch in enumerate(step.train(first, last), first):
+            step(*batch, lr_at(i), i)
+
+    Args:
+        step: the step, on a GPU.
+        loader: the training loader, build_loader()'s with data.loader resident.
+        lr_at: returns the learning rate of a step.
+
+    Raises:
+        RuntimeError: if the step cannot be captured. torch raises its own types of it.
+    """
+    return GraphedStep(step, loader, lr_at, CudaRecorder(step.engine.device))
+
+
 class GraphedEvaluation:
     """An evaluation captured for one batch and replayed for each batch: `found = evaluator(graphed.evaluate())`.
 

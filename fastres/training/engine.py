@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +81,23 @@ class Engine:
                 module.algorithm = self.conv
         weights_dtype = torch.promote_types(self.dtype, torch.float32)
         return model.to(self.device, weights_dtype).to(memory_format=self.memory_format)
+
+
+@contextmanager
+def preserved_torch_settings() -> Iterator[None]:
+    """Restore, after the block, the process-wide switches that Engine.apply_torch_settings() changes."""
+    precision = torch.get_float32_matmul_precision()
+    tf32, benchmark = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 class _Choices:

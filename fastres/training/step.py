@@ -225,18 +225,21 @@ class TrainStep:
         # DDP wraps the compiled module, because DDP's hooks inside the compiled module would cause graph breaks.
         self.forward_loss = process_group.wrap(self.inner, engine.device, engine.compress_gradients)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int) -> None:
-        """Run training step number `step` on this rank's batch.
+    def __call__(self, images: Tensor, labels: Tensor, lr: float, step: int | None = None) -> None:
+        """Run a training step on this rank's batch.
 
         Args:
             images: (b, C, S, S) in the engine's dtype and memory format, on its device.
             labels: (b,) int64, or (b, classes) float32 shares.
             lr: the schedule's learning rate. Each parameter group multiplies it by its own scale.
-            step: the step's number, for the report of a non-finite loss.
+            step: the step's number, for the report of a non-finite loss; None for the next one, from 0.
         """
         for tensor, scale in self.learning_rates.items():
             tensor.fill_(lr * scale)
-        self.metrics.step.fill_(step)
+        if step is None:
+            self.metrics.step += 1
+        else:
+            self.metrics.step.fill_(step)
         self.run_on_device(images, labels)
 
     def run_on_device(self, images: Tensor, labels: Tensor) -> None:

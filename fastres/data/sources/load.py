@@ -11,6 +11,12 @@ from fastres.data.sources.source import Source
 from fastres.data.sources.torchvision_sets import cifar10, cifar100, fashion_mnist, mnist
 from fastres.utils.errors import UsageError
 
+
+def _arrays(config: DataConfig) -> Source:
+    """Reject the source of a run whose data was given in Python."""
+    raise UsageError("data.source arrays: this data is given in Python, to fastres.fit; choose another --data.source")
+
+
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
@@ -19,6 +25,7 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "digits": digits,
     "imagefolder": imagefolder,
     "synthetic": synthetic,
+    "arrays": _arrays,
 }
 
 
