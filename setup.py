@@ -14,12 +14,13 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=1.50; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
+    "timm": ["timm>=1.0"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
     "bench": ["nvidia-ml-py>=12.535", "pytest>=8", "pytest-benchmark>=5.2", "scikit-learn>=1.4"],
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
-    {package for name in ("bench", "dali", "export", "tensorboard", "wandb") for package in EXTRAS[name]}
+    {package for name in ("bench", "dali", "export", "tensorboard", "timm", "wandb") for package in EXTRAS[name]}
     | {"hypothesis>=6.100", "mypy>=1.15", "pytest-xdist>=3.6", "ruff>=0.11", "types-PyYAML"}
 )
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastres.config.cli import parse
 from fastres.config.schema import Config, ModelConfig, TrainConfig
@@ -25,10 +24,11 @@ from fastres.models.registry import GIVEN
 from fastres.models.weights import load_weights
 from fastres.runs.run_dir import RunDir
 from fastres.train import train as train_run
+from fastres.training.build import outputs_of
 from fastres.training.engine import preserved_torch_settings, resolve_engine
 from fastres.utils import ranks
 from fastres.utils.atomic_io import parse_json
-from fastres.utils.errors import UsageError, first_line
+from fastres.utils.errors import UsageError
 from fastres.utils.process import StopSignal
 from fastres.utils.suggest import did_you_mean
 
@@ -167,7 +167,7 @@ def _with_network(config: Config, network: nn.Module, source: Source) -> Config:
         UsageError: if the network does not map images of the source to at least as many outputs as there are classes.
     """
     side = config.data.image_size or source.train.image(0).shape[0]
-    outputs = _outputs(network, (1, source.channels, side, side))
+    outputs = outputs_of(network, (1, source.channels, side, side))
     wanted = config.model.num_classes or outputs
     if wanted != outputs or outputs < len(source.classes):
         raise UsageError(
@@ -177,28 +177,6 @@ def _with_network(config: Config, network: nn.Module, source: Source) -> Config:
         )
     name = f"{GIVEN}{type(network).__name__}"
     return replace(config, model=replace(config.model, name=name, num_classes=outputs))
-
-
-@torch.no_grad()
-def _outputs(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Return the number of the network's outputs for images of this shape, without changing it."""
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UsageError(f"model: {type(network).__name__} has no parameters to train; give another network")
-    modes = {module: module.training for module in network.modules()}
-    example = next(network.parameters())
-    try:
-        found = network.eval()(torch.zeros(shape, dtype=example.dtype, device=example.device))
-    except Exception as error:  # a network may raise anything
-        raise UsageError(f"model: {type(network).__name__} cannot take images {shape}: {first_line(error)}") from None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise UsageError(
-            f"model: {type(network).__name__} returns {kind} for images {shape}; it must return (N, classes)"
-        )
-    return found.shape[1]
 
 
 def _new_folder() -> Path:

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=user_path, metavar="FOLDER", help="write the accuracy of each class and the "
                         "confusion matrix there: classes.csv, confusion.csv, confusion.png")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_trust_code()
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{ranks.world_size()} processes would each evaluate everything; run without torchrun")
     # Run eagerly by default, because one pass does not earn back the time to compile.
     flags = {"engine.compile": "false", "engine.cuda_graph": "false"}
-    flags |= {k: v for k, v in vars(arguments).items() if "." in k}
+    flags |= {k: v for k, v in vars(arguments).items() if "." in k} | {"model.trust_code": arguments.trust_code}
     config, weights = runs.read_run(
         arguments.run, arguments.checkpoint, [f"--{name}={value}" for name, value in flags.items()]
     )

@@ -23,12 +23,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=user_path, metavar="FILE", help="file to write (default: export.safetensors, "
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_trust_code()
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="side of images (default: the run's)")
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
         raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
-    flags = [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
+    flags = [f"--model.trust_code={arguments.trust_code}"]
+    flags += [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = runs.read_run(arguments.run, arguments.checkpoint, flags)
     output: Path = arguments.output or arguments.run / f"export{format_.suffix}"
     if output.exists():

@@ -35,11 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (default: "
                         "%(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_trust_code()
     parser.add_argument("--engine.device", dest="device", default="auto", help="auto, cpu, cuda or cuda:N, for a run "
                         "(default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)
     files = image_files(arguments.images)
-    predictor = runs.load_run(arguments.run, arguments.checkpoint, [f"--engine.device={arguments.device}"])
+    predictor = runs.load_run(
+        arguments.run,
+        arguments.checkpoint,
+        [f"--engine.device={arguments.device}"],
+        trust_code=arguments.trust_code == "true",
+    )
     top = min(arguments.top, len(predictor.data.classes))
     rows: list[tuple[str, str, float]] = []
     failed = 0

@@ -83,6 +83,8 @@ def rename_values(content: dict[str, Any], note: Callable[[str, str, str], None]
 
 def _check_fields(content: dict[str, Any], path: Path) -> None:
     """Raise UsageError for fields that jsonargparse would accept: command-line flags, unknown sections, any null."""
+    if isinstance(model := content.get("model"), dict) and "trust_code" in model:
+        raise UsageError(f"{path}: model.trust_code: a file cannot allow it; give --model.trust_code true as a flag")
     for section, fields in content.items():
         if section == "recipe":
             if not isinstance(fields, str):

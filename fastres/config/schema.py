@@ -19,7 +19,8 @@ from fastres.config.length import Length
 from fastres.utils.errors import UsageError, expand_user
 
 DEFAULT_RECIPE = "cifar10-resnet20"
-LOCAL_FIELDS = ("dir", "resume")  # fields of RunConfig that do not describe the run itself
+# Fields that do not describe the run itself, so that no file of a run has them.
+LOCAL_FIELDS = {"model": ("trust_code",), "run": ("dir", "resume")}
 PATHS = {"model": ("weights",), "data": ("root", "cache"), "run": ("dir", "resume")}  # ~ in these fields is expanded
 
 # Fields that a resumed run may change, with the reason why the run stays the same run. A path is not compared:
@@ -58,7 +59,12 @@ class ModelConfig:
     name: str = "resnet20"
     """Network: resnetN or plainN (N = 6n+2, CIFAR family), resnet18 to resnet152, resnext50_32x4d,
     resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2 (ImageNet family), cifar_resnet
-    (with options.blocks_per_stage), mini_resnet, speed_resnet (with options.widths)."""
+    (with options.blocks_per_stage), mini_resnet, speed_resnet (with options.widths); torchvision/NAME, timm/NAME, or
+    package.module:function, which returns a network for num_classes and the options."""
+
+    trust_code: bool = False
+    """Allow model.name package.module:function to import that module, which runs its code. Only the command line can
+    allow it, in every command that builds the network."""
 
     shortcut: Literal["pad", "maxpool_pad", "conv1x1"] | None = None
     """Shortcut of the CIFAR family for blocks that change the shape (null: pad, as in the paper)."""
@@ -373,8 +379,9 @@ def to_dict(config: Config) -> dict[str, Any]:
     del plain["given_for"]
     if config.train.epochs is not None:
         del plain["train"]["steps"]
-    for name in LOCAL_FIELDS:
-        del plain["run"][name]
+    for section, names in LOCAL_FIELDS.items():
+        for name in names:
+            del plain[section][name]
     return plain
 
 

@@ -8,7 +8,7 @@ import re
 
 from fastres.config.length import needs_data
 from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, model_options
-from fastres.models.registry import build_model, find
+from fastres.models.registry import build_model, check_foreign, find, is_foreign
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError, first_line
 
@@ -143,21 +143,27 @@ def _check_model(model: ModelConfig) -> None:
         model.sync_norm and bool(model.options.get("fused_convolutions")),
         "model.sync_norm: fused_convolutions do not share their statistics; leave one of them out",
     )
+    _reject_if("trust_code" in model.options, "model.options: trust_code is a flag of its own, --model.trust_code true")
     for name in ("num_classes", "in_channels"):
         _reject_if(
             name in model.options,
             f"model.options: {name} comes from the data; --model.num_classes sets the size of the head",
         )
+    network = None
     try:
-        find(model.name)  # needs no torch, whose import takes a second or two
-        import torch
+        if is_foreign(model.name):  # it is built once the data is known, because its code may need a real device
+            check_foreign(model.name, model.trust_code)
+        else:
+            find(model.name)  # needs no torch, whose import takes a second or two
+            import torch
 
-        with torch.device("meta"):
-            norm = "fused" if model.norm == "fused" else "torch"
-            network = build_model(model.name, norm=norm, num_classes=model.num_classes or 10, **model_options(model))
+            with torch.device("meta"):
+                norm = "fused" if model.norm == "fused" else "torch"
+                classes = model.num_classes or 10
+                network = build_model(model.name, norm=norm, num_classes=classes, **model_options(model))
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"model: {first_line(error)}") from None
-    if model.freeze:
+    if model.freeze and network is not None:
         from fastres.models.freeze import freeze
 
         try:

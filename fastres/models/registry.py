@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -10,13 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastres.utils.errors import UsageError, first_line
-from fastres.utils.suggest import unknown
+from fastres.utils.suggest import nearest, unknown
 
 if TYPE_CHECKING:
     from torch import nn
 
 METADATA = "fastres"  # the key of our metadata in files of weights
 GIVEN = "python/"  # begins the names of networks that were given as objects
+TORCHVISION, TIMM = "torchvision/", "timm/"  # begin the names of these packages' networks
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 # torch is imported only when a network is built, so that a wrong name is rejected before it.
 
@@ -60,22 +63,27 @@ def build_model(
     in_channels: int = 3,
     norm: str = "torch",
     fused_convolutions: bool = False,
+    trust_code: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build a network: (N, in_channels, H, W) -> (N, num_classes) logits.
 
     Args:
-        name: one of MODELS, or `resnetN` or `plainN` with N = 6n+2 (CIFAR family).
+        name: one of MODELS, `resnetN` or `plainN` with N = 6n+2 (CIFAR family), `torchvision/NAME`, `timm/NAME`, or
+            `package.module:function`.
         num_classes: outputs of the head.
         in_channels: channels of the images.
         norm: one of NORMS. The option `norm_layer`, a callable as torchvision's, overrides it.
         fused_convolutions: experimental and only with norm "fused"; convolutions normalise their own input, see
             fastres_kernels.experimental.
+        trust_code: allow `package.module:function` to import the module.
         **options: the network's own options.
 
     Raises:
         ValueError: if an argument is unknown or impossible; the message is one line.
     """
+    if is_foreign(name):
+        return _build_foreign(name, num_classes, in_channels, trust_code, options)
     network = find(name)
     from fastres.models.blocks import NORMS
 
@@ -95,6 +103,68 @@ def build_model(
 
         model = fuse_convolutions(model)
     return model
+
+
+def is_foreign(name: str) -> bool:
+    """Return True for the name of a network that is not fastres's own."""
+    return name.startswith((TORCHVISION, TIMM)) or FUNCTION.fullmatch(name) is not None
+
+
+def check_foreign(name: str, trust_code: bool) -> None:
+    """Raise ValueError if a foreign network may not be imported, or its package is not installed."""
+    if FUNCTION.fullmatch(name) and not trust_code:
+        raise ValueError(f"{name} imports code; if you trust it, add --model.trust_code true")
+    package = re.split("[/.:]", name)[0]
+    if importlib.util.find_spec(package) is None:
+        install = "pip install timm" if name.startswith(TIMM) else "install it, or start in the folder that has it"
+        raise ValueError(f"{name}: {package} is not installed; {install}")
+
+
+def _build_foreign(
+    name: str, num_classes: int, in_channels: int, trust_code: bool, options: dict[str, Any]
+) -> nn.Module:
+    """Return a foreign network. Raise ValueError, in one line, if it cannot be built."""
+    from torch import nn
+
+    check_foreign(name, trust_code)
+    builder, fixed = _foreign_builder(name, in_channels)
+    try:
+        model: Any = builder(num_classes=num_classes, **fixed, **options)
+    except Exception as error:  # foreign code may raise anything
+        raise ValueError(f"{name}: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returns {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def _foreign_builder(name: str, in_channels: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a foreign network's function and the arguments that its package needs. Raise ValueError if it has none."""
+    if name.startswith(TORCHVISION):
+        from torchvision.models import get_model_builder, list_models
+
+        _check_choice("torchvision", choice := name.removeprefix(TORCHVISION), list_models())
+        if in_channels != 3:
+            raise ValueError(f"{name} takes images of 3 channels, not the {in_channels} of the data; choose another")
+        auxiliary = {"aux_logits": False, "init_weights": True} if choice in ("googlenet", "inception_v3") else {}
+        return get_model_builder(choice), {"weights": None, **auxiliary}
+    if name.startswith(TIMM):
+        import timm
+
+        _check_choice("timm", choice := name.removeprefix(TIMM), timm.list_models())
+        return partial(timm.create_model, choice), {"pretrained": False, "in_chans": in_channels}
+    module, _, function = name.partition(":")
+    try:
+        builder = getattr(import_module(module), function)
+    except Exception as error:  # foreign code may raise anything
+        raise ValueError(f"{name}: {first_line(error)}") from error
+    takes = inspect.signature(builder).parameters
+    return builder, {"in_channels": in_channels} if "in_channels" in takes else {}
+
+
+def _check_choice(package: str, choice: str, names: Sequence[str]) -> None:
+    """Raise ValueError with the nearest name if a package has no network of this name."""
+    if choice not in names:
+        raise unknown(f"network of {package}", choice, ["resnet18", "resnet50", "…"], nearest(choice, names))
 
 
 def check_input_shape(name: str, shape: Sequence[int], *, training: bool, **options: Any) -> None:

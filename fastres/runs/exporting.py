@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.config.schema import Config, model_options
-from fastres.models.registry import METADATA, check_input_shape
+from fastres.models.registry import METADATA, check_input_shape, is_foreign
 from fastres.utils.atomic_io import parse_json, write_json
 from fastres.utils.errors import RunError, UsageError
 
@@ -46,7 +46,7 @@ class Format:
 
     suffix: str
     write: Callable[[nn.Module, Tensor, Path, str], None]  # (network, example images, file, metadata as JSON)
-    reload: Callable[[Path, Config], Network]
+    reload: Callable[[Path, Config, DataDescription | None], Network]
     fixes_side: bool = True  # the exported network takes images of one side only
     needs: tuple[str, ...] = ()  # packages of the extra `export`
 
@@ -80,7 +80,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: str) -> N
     program.save(path, external_data=False)
 
 
-def reload_onnx(path: Path, _: Config) -> Network:
+def reload_onnx(path: Path, *_: Any) -> Network:
     """Return the network of an ONNX file, run by onnxruntime on the CPU."""
     return run_onnx(onnx_session(path))
 
@@ -99,7 +99,7 @@ def run_onnx(session: Any) -> Network:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def reload_program(path: Path, _: Config) -> Network:
+def reload_program(path: Path, *_: Any) -> Network:
     """Return the network of a torch.export program."""
     import torch
 
@@ -113,13 +113,13 @@ def write_safetensors(model: nn.Module, _: Tensor, path: Path, metadata: str) ->
     save_weights(model, path, json.loads(metadata))
 
 
-def reload_safetensors(path: Path, config: Config) -> Network:
+def reload_safetensors(path: Path, config: Config, data: DataDescription | None) -> Network:
     """Return the run's network with the weights of the file."""
     import safetensors.torch
 
     from fastres.runs.loading import rebuild
 
-    return rebuild(config, safetensors.torch.load_file(path)).eval()
+    return rebuild(config, safetensors.torch.load_file(path), data).eval()
 
 
 FORMATS: dict[str, Format] = {
@@ -158,13 +158,14 @@ def export(
     card = output.with_name("config.json")
     if data is not None and card.exists() and not _is_card(card):
         raise UsageError(f"--output {output}: {card} exists and is not from an export; choose another folder")
-    check_input_shape(config.model.name, (1, *shape), training=False, **model_options(config.model))
+    if not is_foreign(config.model.name):
+        check_input_shape(config.model.name, (1, *shape), training=False, **model_options(config.model))
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=random) for n in BATCHES]
     temporary = output.with_name(f".{os.getpid()}.{output.name}")  # with the same suffix
     try:
         format_.write(model, batches[0], temporary, json.dumps(metadata(config, data), sort_keys=True))
-        again = format_.reload(temporary, config)
+        again = format_.reload(temporary, config, data)
         with torch.no_grad():
             wanted = torch.cat([model(images) for images in batches])
             difference = (torch.cat([again(images) for images in batches]) - wanted).abs().max().item()

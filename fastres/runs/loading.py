@@ -126,7 +126,14 @@ def rebuild(
     outputs, channels = outputs_and_channels(config, weights, data)
     try:
         if model is None:
-            model = build_model(config.model.name, num_classes=outputs, in_channels=channels, norm=norm, **options)
+            model = build_model(
+                config.model.name,
+                num_classes=outputs,
+                in_channels=channels,
+                norm=norm,
+                trust_code=config.model.trust_code,
+                **options,
+            )
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]

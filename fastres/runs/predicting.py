@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def load_run(
     checkpoint: str | Path | None = None,
     flags: Sequence[str] = (),
     model: nn.Module | None = None,
+    trust_code: bool = False,
 ) -> Predictor:
     """Return the predictor of a run's folder, or of a file that fastres.export has written.
 
@@ -118,18 +120,25 @@ def load_run(
         checkpoint: a checkpoint of the run, to take its weights; None takes the final ones.
         flags: flags of fastres.train, such as --engine.device=cpu, applied over the run's configuration.
         model: the run's network, if it was given to fastres.fit as an object. It gets the run's weights.
+        trust_code: allow a network package.module:function to be imported.
 
     Raises:
         UsageError: if the path is neither, or does not say what its classes are.
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        flags = [*flags, *(["--model.trust_code=true"] if trust_code else [])]
         return _of_run(path, None if checkpoint is None else Path(checkpoint), flags, model)
     if checkpoint is not None:
         raise UsageError(f"--checkpoint {checkpoint}: belongs to the folder of a run, and {path} is a file")
     if model is not None:
         raise UsageError(f"{path}: is a file, which has its own network; leave out `model`")
-    load = {".safetensors": _of_safetensors, ".pt2": _of_program, ".onnx": _of_onnx}.get(path.suffix.lower())
+    loaders: dict[str, Callable[[Path], Predictor]] = {
+        ".safetensors": partial(_of_safetensors, trust_code=trust_code),
+        ".pt2": _of_program,
+        ".onnx": _of_onnx,
+    }
+    load = loaders.get(path.suffix.lower())
     if not path.exists() or load is None:
         raise UsageError(
             f"{path}: is neither the folder of a run nor an exported .safetensors, .pt2 or .onnx file; give one"
@@ -161,16 +170,16 @@ def _on(engine: Engine, forward: Forward) -> Callable[[Tensor], Tensor]:
     return lambda images: forward.logits(images.to(engine.device, engine.dtype).to(memory_format=engine.memory_format))
 
 
-def _of_safetensors(path: Path) -> Predictor:
+def _of_safetensors(path: Path, *, trust_code: bool) -> Predictor:
     with safetensors.safe_open(path, "pt") as file:
         data, content = _described((file.metadata() or {}).get(METADATA), path)
     weights = safetensors.torch.load_file(path)
-    model = build_model(
-        content["model"],
-        num_classes=content["num_classes"],
-        in_channels=data.channels,
-        **{name: value for name, value in content["options"].items() if name != "fused_convolutions"},
-    )
+    options = {name: value for name, value in content["options"].items() if name != "fused_convolutions"}
+    sizes = {"num_classes": content["num_classes"], "in_channels": data.channels}
+    try:
+        model = build_model(content["model"], trust_code=trust_code, **sizes, **options)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
     model.load_state_dict(weights)
     return Predictor(data=data, logits=model.eval(), model=model)
 

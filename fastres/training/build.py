@@ -20,7 +20,7 @@ from fastres.data.sources.source import Source, Split, hold_out
 from fastres.distributed import process_group
 from fastres.distributed.process_group import ProcessGroup
 from fastres.models.freeze import freeze
-from fastres.models.registry import build_model, check_input_shape
+from fastres.models.registry import TORCHVISION, build_model, check_input_shape, is_foreign
 from fastres.models.weights import load_weights
 from fastres.training.channels_last import check_channels_last
 from fastres.training.engine import Engine
@@ -112,10 +112,10 @@ def build_parts(
     model, replaced = _build_and_load(config, engine, group, data.source, network)
     notes = [*engine.reasons, *data.source.notes]
     if config.model.freeze:
-        freeze(model, config.model.freeze)
+        _freeze(model, config.model.freeze)
         notes.append(_frozen_note(model))
     dummy = dummy_batch(config, data.source, engine)
-    if network is None:
+    if network is None and not is_foreign(config.model.name):
         _check_batch_shape(config, dummy)
     if engine.channels_last:
         try:
@@ -146,11 +146,20 @@ def _build_and_load(
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
         weights = config.model.weights
-        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, config.model.name))
+        name = config.model.name.removeprefix(TORCHVISION)
+        replaced = group.broadcast_from_rank0(lambda: load_weights(model, weights, name))
     process_group.broadcast_buffers(model)
     if config.model.sync_norm:
         process_group.enable_sync_batchnorm(model)
     return model, replaced
+
+
+def _freeze(model: nn.Module, parts: str | list[str]) -> None:
+    """Freeze parts of the network. Raise UsageError if it has no such part."""
+    try:
+        freeze(model, parts)
+    except ValueError as error:
+        raise UsageError(f"model.freeze: {error}") from None
 
 
 def _frozen_note(model: nn.Module) -> str:
@@ -197,16 +206,55 @@ def split_loader(config: Config, engine: Engine, source: Source, split: Split) -
 
 
 def build_network(config: Config, engine: Engine, source: Source) -> nn.Module:
-    """Build the network for the source's channels and classes from the run's seed, on the engine's device."""
+    """Build the network for the source's channels and classes from the run's seed, on the engine's device.
+
+    Raises:
+        UsageError: if a network of another package cannot be built for them.
+    """
     torch.manual_seed(config.run.seed)
-    model = build_model(
-        config.model.name,
-        num_classes=classes_of(config, source),
-        in_channels=source.channels,
-        norm=engine.norm,
-        **model_options(config.model),
-    )
+    name, classes = config.model.name, classes_of(config, source)
+    try:
+        model = build_model(
+            name,
+            num_classes=classes,
+            in_channels=source.channels,
+            norm=engine.norm,
+            trust_code=config.model.trust_code,
+            **model_options(config.model),
+        )
+    except ValueError as error:  # fastres's own networks have been built with the command line
+        raise UsageError(f"model.name {error}") from None
+    if is_foreign(name):
+        side = image_size(config, source)
+        if (outputs := outputs_of(model, (1, source.channels, side, side))) != classes:
+            raise UsageError(f"model.name {name}: has {outputs} outputs for {classes} classes; let it take num_classes")
     return engine.place(model)
+
+
+@torch.no_grad()
+def outputs_of(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the number of a network's outputs for images of this shape, (1, C, S, S), without changing the network.
+
+    Raises:
+        UsageError: if the network does not take the images, does not return (N, classes), or has nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UsageError(f"model: {type(network).__name__} has no parameters to train; give another network")
+    modes = {module: module.training for module in network.modules()}
+    example = next(network.parameters())
+    try:
+        found = network.eval()(torch.zeros(shape, dtype=example.dtype, device=example.device))
+    except Exception as error:  # a network may raise anything
+        raise UsageError(f"model: {type(network).__name__} cannot take images {shape}: {first_line(error)}") from None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(
+            f"model: {type(network).__name__} returns {kind} for images {shape}; it must return (N, classes)"
+        )
+    return found.shape[1]
 
 
 def loss_weights(config: Config, engine: Engine, labels: np.ndarray, classes: int) -> Tensor | None:

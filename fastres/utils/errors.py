@@ -43,6 +43,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **how)
         self.add_argument("--version", action="version", version=f"fastres {__version__}")
 
+    def add_trust_code(self) -> None:
+        """Add --model.trust_code, for a command that builds a run's network."""
+        self.add_argument("--model.trust_code", dest="trust_code", choices=("true", "false"), default="false",
+                          help="allow a network package.module:function to import that module "
+                          "(default: %(default)s)")  # fmt: skip
+
     def error(self, message: str) -> Any:
         """Raise UsageError instead of printing the usage and exiting."""
         raise UsageError(f"{message}; --help lists all")
