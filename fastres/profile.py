@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from functools import partial
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from fastres.config.formats import read_yaml
 from fastres.config.validation import check_device
-from fastres.models.registry import find
+from fastres.models.registry import check_foreign, find, is_foreign
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import Parser, UsageError, positive, run_command, user_path
@@ -66,7 +67,8 @@ def parser() -> Parser:
                       help="images of a step (default: %(default)s)")  # fmt: skip
     made.add_argument(
         "--variants", nargs="+", metavar="VARIANT",
-        help="MODE-NORM-LAYOUT-PRECISION of " + " × ".join(f"{{{', '.join(words)}}}" for words in AXES.values())
+        help="MODE-NORM-LAYOUT-PRECISION (NAME+fuse is NAME-fused) of "
+        + " × ".join(f"{{{', '.join(words)}}}" for words in AXES.values())
         + "; an omitted word is the first of its set; a name with * stands for all that match; the first variant is "
         "the baseline (default: "
         + ", ".join(DEFAULTS["cpu"]) + "; on a GPU also " + ", ".join(on_a_gpu) + ")",
@@ -78,6 +80,7 @@ def parser() -> Parser:
         default="auto",
         help="auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
+    made.add_trust_code()
     made.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of each (default: %(default)s)")
     made.add_argument("--steps", type=positive, metavar="N",
                       help="steps of a round (default: as many as take the baseline half a second)")  # fmt: skip
@@ -98,7 +101,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.block is None and arguments.channels is not None:
         raise UsageError("--channels belongs to --block; for a network use --options in_channels=C")
     try:
-        find(arguments.model or "resnet20")
+        name = arguments.model or "resnet20"
+        if is_foreign(name):
+            check_foreign(name, arguments.trust_code == "true")
+        else:
+            find(name)
     except ValueError as error:
         raise UsageError(f"--model: {error}") from None
 
@@ -109,7 +116,8 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
 
     if arguments.block is None:
         name = arguments.model or "resnet20"
-        return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size)
+        trusted = arguments.trust_code == "true"
+        return model_workload(name, dict(arguments.options), arguments.batch_size, arguments.size, trusted)
     return block_workload(arguments.block, arguments.channels or 64, arguments.batch_size, arguments.size or 32)
 
 
@@ -151,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     on_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and torch.cuda.is_available())
     asked = variants_named(arguments.variants or DEFAULTS["cuda" if on_gpu else "cpu"])
     engines, unavailable = resolved(workload, asked, arguments.device)
-    folder = folder_for(arguments.out, workload.name)
+    folder = folder_for(arguments.out, re.sub("[/:]", "-", workload.name))
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     profile = measure(

@@ -198,6 +198,8 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
         ("--batch-size many", "argument --batch-size: 'many' is not a whole number above 0"),
         ("--device tpu", "engine.device: 'tpu' is not auto, cpu, cuda or cuda:N"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
+        ("--model timm/resnet10tt", "unknown network of timm 'resnet10tt'; did you mean 'resnet10t'?"),
+        ("--model nets:build", "--model: nets:build imports code; if you trust it, add --model.trust_code true"),
     ],
 )
 def test_impossible_arguments_are_refused_before_anything_is_written(
@@ -238,6 +240,7 @@ def test_a_folder_that_holds_a_profile_stays_as_it_is(tmp_path: Path, monkeypatc
     [
         (["eager"], ["eager-nchw-fp32"]),
         (["torch"], ["eager-nchw-fp32"]),
+        (["eager-channels_last-bf16+fuse"], ["eager-fused-channels_last-bf16"]),
         (["bf16-channels_last-fused-compile"], ["compile-fused-channels_last-bf16"]),
         (["fp16", "bf16", "eager-fp16"], ["eager-nchw-fp16", "eager-nchw-bf16"]),  # in their order, each once
         (["[ec]*-apex-nchw-fp16"], ["eager-apex-nchw-fp16", "compile-apex-nchw-fp16"]),
@@ -252,6 +255,12 @@ def test_every_variant_has_a_unique_name_that_selects_it() -> None:
     assert len({variant.name for variant in ALL}) == len(ALL) == 3 * 3 * 2 * 4
     for variant in ALL:
         assert variants_named([variant.name]) == [variant]
+
+
+def test_a_network_of_another_package_is_a_workload() -> None:
+    workload = model_workload("timm/resnet10t", {"num_classes": 7}, 2, 32)
+    assert workload.shape == (2, 3, 32, 32) and workload.classes == 7
+    assert workload.build("torch").fc.weight.shape == (7, 512)
 
 
 def test_a_variant_is_what_the_engine_makes_of_it() -> None:

@@ -66,8 +66,8 @@ REFERENCE = ALL[0]
 def variants_named(names: Sequence[str]) -> list[Variant]:
     """Return the variants with these names, each once.
 
-    A name has its words in any order and may leave out the first word of an axis. A pattern with * matches over all
-    full names.
+    A name has its words in any order and may leave out the first word of an axis. NAME+fuse is NAME-fused, which is
+    fastres.fuse for a network of another package. A pattern with * matches over all full names.
 
     Raises:
         UsageError: if a name has an unknown word or two words of one axis, or a pattern matches nothing.
@@ -82,7 +82,7 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
             continue
         chosen = {axis: words[0] for axis, words in AXES.items()}
         given: dict[str, str] = {}
-        for word in name.split("-"):
+        for word in name.replace("+fuse", "-fused").split("-"):
             axis = next((axis for axis, words in AXES.items() if word in words), None)
             if axis is None:
                 words = [word for words in AXES.values() for word in words]

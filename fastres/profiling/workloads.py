@@ -15,9 +15,10 @@ from fastres.models.blocks import NORMS, global_pool, init_weights
 from fastres.models.cifar import CifarResNet
 from fastres.models.imagenet import BLOCKS, ResNet
 from fastres.models.mini import MiniResNet
-from fastres.models.registry import build_model, check_input_shape
+from fastres.models.registry import build_model, check_input_shape, is_foreign
 from fastres.models.speedrun import SpeedResNet
 from fastres.profiling.variants import REFERENCE, Variant
+from fastres.training.build import outputs_of
 from fastres.training.engine import Engine, resolve_engine
 from fastres.utils.errors import UsageError, first_line
 
@@ -55,7 +56,12 @@ INPUTS: dict[type[nn.Module], tuple[int, int, int]] = {  # channels, side and cl
 }
 
 
-def model_workload(name: str, options: dict[str, Any], batch_size: int, size: int | None) -> Workload:
+OF_OTHERS = (3, 224, 1000)  # the same for networks of other packages
+
+
+def model_workload(
+    name: str, options: dict[str, Any], batch_size: int, size: int | None, trust_code: bool = False
+) -> Workload:
     """Return a network's workload.
 
     Args:
@@ -63,6 +69,7 @@ def model_workload(name: str, options: dict[str, Any], batch_size: int, size: in
         options: as in model.options, and num_classes and in_channels.
         batch_size: images of a step.
         size: height and width of an image; None for those of the data of the network's family.
+        trust_code: allow a network package.module:function to be imported.
 
     Raises:
         UsageError: if the network does not take the options, the size or the batch size.
@@ -73,28 +80,44 @@ def model_workload(name: str, options: dict[str, Any], batch_size: int, size: in
         name=name,
         options={key: value for key, value in options.items() if key not in of_data},
         norm="fused" if fuses else "torch",
+        trust_code=trust_code,
     )
     check(Config(model=model))
-    try:
-        with torch.device("meta"):
-            family = type(build_model(name, norm=model.norm, **options))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"model: {first_line(error)}") from None
-    channels, side, classes = INPUTS[family]
+    channels, side, classes = OF_OTHERS if is_foreign(name) else INPUTS[_family(model, options)]
     if options.get("stem") == "small":
         side, classes = INPUTS[CifarResNet][1:]
     channels = options.get("in_channels", channels)
     classes = options.get("num_classes", classes)
 
     def build(norm: str) -> nn.Module:
-        changed = {"num_classes": classes, "in_channels": channels}
+        changed = {"num_classes": classes, "in_channels": channels, "trust_code": trust_code}
         if fuses:
             changed["fused_convolutions"] = norm == "fused"
         return build_model(name, norm=norm, **options | changed)
 
     shape = (batch_size, channels, size or side, size or side)
-    check_input_shape(name, shape, training=True, **options | {"num_classes": classes})
+    if not is_foreign(name):
+        check_input_shape(name, shape, training=True, **options | {"num_classes": classes})
+    elif (outputs := outputs_of(_built(build), (1, *shape[1:]))) != classes:
+        raise UsageError(f"model: {name} has {outputs} outputs for {classes} classes; let it take num_classes")
     return Workload(name, build, shape, classes, False, model)
+
+
+def _built(build: Callable[[str], nn.Module]) -> nn.Module:
+    """Return a network of another package with norm torch. Raise UsageError if it cannot be built."""
+    try:
+        return build("torch")
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+def _family(model: ModelConfig, options: dict[str, Any]) -> type[nn.Module]:
+    """Return the class of one of fastres's networks. Raise UsageError if it does not take the options."""
+    try:
+        with torch.device("meta"):
+            return type(build_model(model.name, norm=model.norm, **options))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"model: {first_line(error)}") from None
 
 
 def block_workload(kind: str, channels: int, batch_size: int, size: int) -> Workload:
