@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,22 +45,36 @@ SHORT = ("--recipe digits --train.steps 4 --train.batch_size 32 --train.eval_eve
 TRUSTED = ("--model.trust_code", "true")
 
 
+NETS = "nets_of_ones_own"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the module NETS, and a run of its network with an export."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / f"{NETS}.py").write_text(CODE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        assert train.main([*SHORT, "--model.name", f"{NETS}:build", "--model.options.width", "6", *TRUSTED]) == 0
+        export.main(["run", *TRUSTED])
+    return folder
+
+
 @pytest.fixture
-def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the name of a module in the current folder, which notes that it was imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    name = f"nets_{abs(hash(tmp_path))}"
-    (tmp_path / f"{name}.py").write_text(CODE)
-    return name
+def nets(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return NETS, which can be imported, and notes in the current folder, a copy of `trained`, that it was."""
+    sys.modules.pop(NETS, None)
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    Path("imported").unlink()
+    return NETS
 
 
 def test_a_function_of_ones_own_is_trained_evaluated_exported_and_predicted(nets: str) -> None:
-    flags = [*SHORT, "--model.name", f"{nets}:build", "--model.options.width", "6", *TRUSTED]
-    assert train.main(flags) == 0
     assert load_file("run/model.safetensors")["0.weight"].shape == (6, 1, 3, 3)
     evaluate.main(["run", *TRUSTED])
-    export.main(["run", *TRUSTED])
     image = digits(DataConfig()).test.image(0)
     expected = load_run("run", flags=["--engine.device=cpu"], trust_code=True).predict([image], top=3)
     assert [name for name, _ in load_run("run/export.safetensors", trust_code=True).predict([image], top=3)[0]] == [
@@ -83,12 +99,6 @@ def test_a_function_of_ones_own_is_trained_evaluated_exported_and_predicted(nets
 )
 def test_no_command_imports_a_module_without_the_flag(nets: str, command: Callable[[str], object]) -> None:
     Path("image.png").touch()
-    assert train.main([*SHORT, "--model.name", f"{nets}:build", *TRUSTED]) == 0
-    export.main(["run", *TRUSTED])
-    Path("imported").unlink()
-    import sys
-
-    del sys.modules[nets]
     with pytest.raises(Exception, match=f"{nets}:build imports code; if you trust it, add --model.trust_code true"):
         command(nets)
     assert not Path("imported").exists() and nets not in sys.modules
@@ -98,21 +108,19 @@ def load_digits() -> object:
     return digits(DataConfig())
 
 
-@pytest.mark.parametrize("kind", ["file", "run", "options", "export"])
+@pytest.mark.parametrize("kind", ["file", "options", "export"])
 def test_no_file_can_give_the_flag(nets: str, kind: str) -> None:
     if kind == "export":
-        assert train.main([*SHORT, "--model.name", f"{nets}:build", *TRUSTED]) == 0
         content = json.dumps({"model": f"{nets}:build", "options": {"trust_code": True}, "num_classes": 10,
                               "data": json.loads(Path("run/data.json").read_text())})  # fmt: skip
         save_file(load_file("run/model.safetensors"), "forged.safetensors", {"fastres": content})
-        Path("imported").unlink()
         with rejected("forged.safetensors"):
             load_run("forged.safetensors")
     else:
-        field = {"file": "trust_code: true", "run": "trust_code: true", "options": "options: {trust_code: true}"}[kind]
+        field = {"file": "trust_code: true", "options": "options: {trust_code: true}"}[kind]
         Path("config.yaml").write_text(f"model: {{name: '{nets}:build', {field}}}\n")
         with rejected("trust_code"):
-            parse(["--config", "config.yaml", *(["--recipe", "digits"] if kind == "run" else [])])
+            parse(["--config", "config.yaml"])
     assert not Path("imported").exists()
 
 
@@ -133,8 +141,8 @@ def test_no_file_can_give_the_flag(nets: str, kind: str) -> None:
 )
 def test_a_network_that_cannot_be_had_is_one_line(nets: str, name: str, words: tuple[str, ...]) -> None:
     with rejected(*(word.replace("NETS", nets) for word in words)):
-        train.main([*SHORT, "--model.name", name.replace("NETS", nets), *TRUSTED])
-    assert not Path("run").exists()
+        train.main([*SHORT, "--run.dir", "other", "--model.name", name.replace("NETS", nets), *TRUSTED])
+    assert not Path("other").exists()
 
 
 def test_names_of_torchvision_and_timm_build_their_networks() -> None:
