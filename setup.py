@@ -21,7 +21,15 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted(
     {package for name in ("bench", "dali", "export", "tensorboard", "timm", "wandb") for package in EXTRAS[name]}
-    | {"hypothesis>=6.100", "mypy>=1.15", "pytest-xdist>=3.6", "ruff>=0.11", "types-PyYAML"}
+    | {
+        "hypothesis>=6.100",
+        "ipykernel>=6",
+        "mypy>=1.15",
+        "nbclient>=0.10",
+        "pytest-xdist>=3.6",
+        "ruff>=0.11",
+        "types-PyYAML",
+    }
 )
 
 VERSION = re.search(

@@ -6,12 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 from PIL import Image
 
 from fastres import export, train
 from tests.commands import ROOT, run_fastres, users_environment
 from tests.fixtures import write_image_folder
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_progress_pictures_and_a_prediction(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "examples/train_on_arrays.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without results
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.get("data", output).get("text/plain", output.get("text", "")) for output in outputs)
+    assert "step 200: test loss" in text and "runs/fit-1" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert float(text.rpartition("test accuracy ")[2].split(",")[0]) > 0.95
 
 
 @pytest.mark.slow
