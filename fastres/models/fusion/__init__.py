@@ -1,0 +1,1 @@
+"""The parts of fastres.fuse: tracing a forward, finding its patterns, and modules that compute them in one operation."""
