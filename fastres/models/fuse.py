@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -80,13 +81,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), RootForward):
             del module.__dict__["forward"]
-        if isinstance(module, FusedNorm) and module.group_name and kind_of(module) is nn.BatchNorm2d:
-            # It shares its statistics between processes, which a BatchNorm2d cannot.
-            module.__class__ = BatchNormAct2d
-            module.act, module.algorithm = "none", "measured"
-        elif isinstance(module, FusedNorm | FusedReLU | Generated):
-            module.__dict__.pop("deferral", None)
-            module.__class__ = kind_of(module)
+        if isinstance(module, FusedNorm | FusedReLU | Generated):
+            _restore(module)
     return model
 
 
@@ -106,6 +102,17 @@ def fusion_report(model: nn.Module) -> FusionReport:
         elif name in found.reasons:
             left[name] = found.reasons[name]
     return FusionReport(tuple(fused), left)
+
+
+def _restore(module: Any) -> None:
+    """Give a module its class back."""
+    module.__dict__.pop("deferral", None)
+    if getattr(module, "group_name", "") and kind_of(module) is nn.BatchNorm2d:
+        # It shares its statistics between processes, as after convert_sync_batchnorm of a network that is not fused.
+        module.__class__, module.act, module.algorithm = BatchNormAct2d, "none", "two_pass"
+    else:
+        module.__dict__.pop("group_name", None)
+        module.__class__ = kind_of(module)
 
 
 def _mark_tails(found: Analysis) -> None:

@@ -1,1 +1,1 @@
-"""The parts of fastres.fuse: tracing a forward, finding its patterns, and modules that compute them in one operation."""
+"""The parts of fastres.fuse: tracing forwards, finding patterns, and the modules that compute a pattern at once."""

@@ -1,7 +1,7 @@
 """Classes with a generated forward, which modules get by `module.__class__ = …`, so that the module stays the object.
 
-A generated class is a subclass of the module's own one and has its name. It can be copied and pickled: what is stored is
-the original class and a `Spec`, from which `generated_class` makes the class again.
+A generated class is a subclass of the module's own one and has its name. Its instances can be copied and pickled: the
+original class and a `Spec` are stored, from which `generated_class` makes the class again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import inspect
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,9 +88,13 @@ def _new(original: type[nn.Module], spec: Spec) -> nn.Module:
     return module
 
 
-@lru_cache(maxsize=None)
-def generated_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
+def generated_class(original: Any, spec: Spec) -> Any:
     """Return the subclass of `original` that `spec` describes. Equal arguments give the same class."""
+    return _made(original, spec)
+
+
+@cache
+def _made(original: Any, spec: Spec) -> Any:
     bases: tuple[type, ...] = (Generated, original)
     contents: dict[str, Any] = {"original": original, "spec": spec, "__doc__": original.__doc__}
     if spec.kind == "norm":
@@ -114,9 +117,14 @@ class RootForward:
         self.module, self.spec = module, spec
         original = type(module)
         sequential = spec.kind == "sequential"
-        self.function = FusedSequential.forward if sequential else spec.function(original)
+        self.function: Any = FusedSequential.forward if sequential else spec.function(original)
         own = list(inspect.signature(original.forward).parameters.values())[1:]
         self.__signature__ = inspect.Signature(own)
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the function, which torch.export asks for."""
+        return self.function.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output."""

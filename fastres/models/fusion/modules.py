@@ -27,9 +27,14 @@ def rectified_sum(y: Any, fused_add: Any, fused_relu: bool) -> Any:
     return F.relu(y) if fused_relu else y
 
 
-def _as_leaf(module: nn.Module, x: Proxy) -> Any:
+def _is_traced(x: object) -> bool:
+    """Return True if torch.fx traces the call."""
+    return isinstance(x, Proxy)
+
+
+def _as_leaf(module: nn.Module, x: Any) -> Any:
     """Return the result of a call of `module` that torch.fx records as one node, as for the modules of torch.nn."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})  # type: ignore[attr-defined]
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 class FusedNorm(BatchNormAct2d):
@@ -41,7 +46,7 @@ class FusedNorm(BatchNormAct2d):
     algorithm = "measured"  # so that it runs torch's own operations unless a kernel was measured to be faster
     group_name = ""
 
-    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(BatchNorm(x) + fused_add), of x's shape (N, C, H, W), without the parts that are None or False.
 
         Args:
@@ -49,7 +54,7 @@ class FusedNorm(BatchNormAct2d):
             fused_add: what the network adds, usually a tensor like x; None for no addition.
             fused_relu: apply ReLU.
         """
-        if isinstance(x, Proxy):
+        if _is_traced(x):
             return rectified_sum(_as_leaf(self, x), fused_add, fused_relu)
         if not fused_relu and not self.group_name:
             return rectified_sum(nn.BatchNorm2d.forward(self, x), fused_add, False)
@@ -59,7 +64,7 @@ class FusedNorm(BatchNormAct2d):
 
     def extra_repr(self) -> str:
         """Return torch's description of the module."""
-        return nn.BatchNorm2d.extra_repr(self)
+        return str(nn.BatchNorm2d.extra_repr(self))
 
 
 def _like(residual: Any, x: Tensor) -> bool:
@@ -75,13 +80,13 @@ class FusedNormAct(FusedNorm):
     If `drop` or `act` is replaced later, timm's own forward runs.
     """
 
-    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(act(BatchNorm(x)) + fused_add), without the parts that are None or False."""
         act: Any = self.act
         if type(self.drop) is nn.Identity and type(act) is nn.Identity:
             return super().forward(x, fused_add, fused_relu)
         fits = type(self.drop) is nn.Identity and type(act) is nn.ReLU
-        if fused_add is None and fits and not isinstance(x, Proxy):
+        if fused_add is None and fits and not _is_traced(x):
             return super().forward(x, None, True)
         return rectified_sum(self.original.forward(self, x), fused_add, fused_relu)
 
@@ -93,7 +98,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor, fused_relu: bool = False) -> Tensor:
         """Return relu(input), or the input if `fused_relu` says that it is rectified."""
-        if isinstance(input, Proxy) and not fused_relu:
+        if _is_traced(input) and not fused_relu:
             y: Tensor = _as_leaf(self, input)
             return y
         return input if fused_relu else super().forward(input)
@@ -107,7 +112,7 @@ class FusedSequential(nn.Sequential):
 
     takes_sum = True
 
-    def forward(self, input: Any, fused_add: Any = None, fused_relu: bool = False) -> Any:  # type: ignore[override]
+    def forward(self, input: Any, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(the last module's output + fused_add), without the parts that are None or False."""
         modules = list(self._modules.values())
         at, value = 0, input
@@ -123,8 +128,8 @@ class FusedSequential(nn.Sequential):
             elif takes_sum and not is_last and type(modules[end]) is FusedReLU:
                 value = module(value, fused_relu=True)
                 for identity in modules[at + 1 : end]:
-                    value = identity(value)  # type: ignore[misc]
-                value = modules[end](value, fused_relu=True)  # type: ignore[misc]
+                    value = identity(value)
+                value = modules[end](value, fused_relu=True)
                 at = end + 1
                 continue
             else:

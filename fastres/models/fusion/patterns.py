@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastres.models.fusion.tracing import Untraceable, Variant, forward_of, trace
+from fastres.models.fusion.tracing import Call, Untraceable, Variant, call_of, forward_of, trace
 
 TIMM_NORM = ("timm.layers.norm_act", "BatchNormAct2d")
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -104,12 +104,7 @@ def analyse(model: nn.Module) -> Analysis:
     norms = {name: module for module, name in names.items() if is_norm(module)}
     for name, norm in norms.items():
         found.reasons[name] = _ineligible(norm) or "no traced forward calls it"
-    for module in reversed(names):
-        has_norms = any(is_norm(child) for child in module.modules())
-        if has_norms and not is_norm(module) and forward_of(module) is not nn.Module.forward:
-            found.owners[names[module]] = _graphs(module, names[module])
-    calls = _calls(found, names)
-    found.owners = {name: owner for name, owner in found.owners.items() if calls[name]}
+    calls = _trace_all(found, names)
     repeated = _repeated(found, names, calls)
     for name in norms:
         if (why := repeated.get(name)) is not None and _ineligible(norms[name]) is None:
@@ -144,9 +139,9 @@ def _ineligible(norm: nn.Module) -> str | None:
     if is_timm_norm(kind):
         act, drop = norm.act, norm.drop
         if type(drop) is not nn.Identity:
-            return f"a {type(drop).__name__} follows"
+            return f"{type(drop).__name__} follows"
         if type(act) not in (nn.ReLU, nn.Identity):
-            return f"a {type(act).__name__} follows"
+            return f"{type(act).__name__} follows"
         if has_hooks(act) or has_hooks(drop):  # type: ignore[arg-type]
             return "its activation has hooks"
     return None
@@ -160,7 +155,27 @@ def _applies_relu(norm: nn.Module) -> bool:
 # ---- graphs ------------------------------------------------------------------------------------------------
 
 
-def _graphs(module: nn.Module, name: str) -> Owner:
+def _trace_all(found: Analysis, names: dict[nn.Module, str]) -> Counter[str]:
+    """Add the owners to the analysis, inner ones first; return how often the network calls each module, at most."""
+    count: Counter[str] = Counter({"": 1})
+    calls: dict[str, set[Call]] = {"": {()}}
+    owners: dict[str, Owner] = {}
+    for module, name in names.items():  # a module's callers come before it
+        has_norms = any(is_norm(child) for child in module.modules())
+        if not count[name] or not has_norms or is_norm(module) or forward_of(module) is nn.Module.forward:
+            continue
+        owners[name] = owner = _graphs(module, name, calls.get(name, {()}))
+        for target, times in _targets(owner).items():
+            count[names[module.get_submodule(target)]] += count[name] * times
+        for node in (node for variant in owner.variants for node in variant.graph.nodes):
+            if node.op == "call_module":
+                child = module.get_submodule(str(node.target))
+                calls.setdefault(names[child], set()).add(call_of(child, node))
+    found.owners = dict(reversed(owners.items()))
+    return count
+
+
+def _graphs(module: nn.Module, name: str, calls: set[Call]) -> Owner:
     """Return the module with the graphs of its forward, or with the reason why there are none."""
     owner = Owner(module, name)
     try:
@@ -168,7 +183,7 @@ def _graphs(module: nn.Module, name: str) -> Owner:
             raise Untraceable("its forward was replaced")
         if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
             raise Untraceable(f"it is a {'GraphModule' if isinstance(module, fx.GraphModule) else 'ScriptModule'}")
-        owner.variants = [_chain(module)] if owner.is_sequential else trace(module)
+        owner.variants = [_chain(module)] if owner.is_sequential else trace(module, sorted(calls, key=repr))
     except Untraceable as error:
         owner.error = str(error)
     owner.sites = [[] for _ in owner.variants]
@@ -182,19 +197,7 @@ def _chain(module: nn.Module) -> Variant:
     for name in module._modules:
         node = graph.call_module(name, (node,))
     graph.output(node)
-    return Variant(graph, (), {"input": "any"}, ())
-
-
-def _calls(found: Analysis, names: dict[nn.Module, str]) -> Counter[str]:
-    """Return how often a forward of the network calls each module, at most, by full name."""
-    calls: Counter[str] = Counter({"": 1})
-    for name in names.values():  # a module's callers come before it
-        owner = found.owners.get(name)
-        if owner is not None and calls[name]:
-            for target, count in _targets(owner).items():
-                child = owner.module.get_submodule(target)
-                calls[names[child]] += calls[name] * count
-    return calls
+    return Variant(graph, (), {"input": "any"})
 
 
 def _repeated(found: Analysis, names: dict[nn.Module, str], calls: Counter[str]) -> dict[str, str]:
@@ -272,21 +275,16 @@ class _Matcher:
     def _search(self, graph: fx.Graph, sites: list[Site]) -> tuple[str, fx.Node] | None:
         """Add the graph's sites; return the norm that is its last operation, and the node that calls it."""
         leaving = None
-        added: dict[fx.Node, Site] = {}
+        added: set[fx.Node] = set()
         called = [(node, norm) for node in graph.nodes if (norm := self._norm_of(node)) is not None]
         direct = [pair for pair in called if self._child(pair[0]) is self.norms.get(pair[1])]
         for node, norm in [*direct, *(pair for pair in reversed(called) if pair not in direct)]:
             try:
-                site = self._site(node, norm)
-                if site.add in added:
-                    raise _Rejected(f"the addition after it is fused with {added[site.add].norm}")
-                sites.append(site)
-                if site.add is not None:
-                    added[site.add] = site
+                sites.append(self._site(node, norm, added))
             except _Rejected as why:
                 self.found.reasons[norm] = str(why)
             except _Leaves:
-                self.found.reasons[norm] = f"{self.owner.name or 'the network'} returns its result"
+                self.found.reasons[norm] = "no ReLU follows"
                 leaving = (norm, node)
         return leaving
 
@@ -305,35 +303,45 @@ class _Matcher:
         fits = name in self.norms and name not in self.repeated and _ineligible(child) is None
         return name if fits and not _applies_relu(child) else None
 
-    def _site(self, node: fx.Node, norm: str) -> Site:
-        """Return the pattern that begins at the node. Raise _Rejected or _Leaves if there is none."""
+    def _site(self, node: fx.Node, norm: str, added: set[fx.Node]) -> Site:
+        """Return the pattern that begins at the node. Raise _Rejected or _Leaves if there is none.
+
+        `added` has the additions that are in a site, and gets this site's.
+        """
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             raise _Rejected("it is called with more than one argument")
         site, at = Site(norm, node, []), node
-        while True:
-            if len(at.users) != 1:
-                raise _Rejected(f"its result has {len(at.users)} uses")
-            user = next(iter(at.users))
-            if user.op == "output":
-                if user.args != (at,) or site.add is not None:
-                    raise _Rejected("no ReLU follows")
-                raise _Leaves
-            site.chain.append(user)
-            if _is_relu(user, self):
-                break
+        while not (site.chain and _is_relu(at, self)):
+            user = self._only_user(at, site)
             if site.add is None and _is_add(user):
                 self._check_addition(user, at)
                 site.add = user
-            elif not (user.op == "call_module" and type(self._child(user)) is nn.Identity):
+            elif not (_is_relu(user, self) or self._is_identity(user)):
                 raise _Rejected(f"{self._described(user)} follows{' the addition' if site.add else ''}")
+            site.chain.append(user)
             at = user
         if site.add is not None:
-            self._check_move(site)
+            self._check_move(site, added)
+            added.add(site.add)
         return site
+
+    def _only_user(self, node: fx.Node, site: Site) -> fx.Node:
+        """Return the only node that uses the node's value. Raise _Rejected or _Leaves if there is none."""
+        if len(node.users) != 1:
+            raise _Rejected(f"its result has {len(node.users)} uses")
+        user = next(iter(node.users))
+        if user.op == "output":
+            if user.args == (node,) and site.add is None:
+                raise _Leaves
+            raise _Rejected("no ReLU follows")
+        return user
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and type(self._child(node)) is nn.Identity
 
     def _described(self, node: fx.Node) -> str:
         if node.op == "call_module":
-            return f"a {type(self._child(node)).__name__}"
+            return type(self._child(node)).__name__
         return str(getattr(node.target, "__name__", node.target))
 
     def _check_addition(self, add: fx.Node, norm: fx.Node) -> None:
@@ -356,24 +364,32 @@ class _Matcher:
             return True
         return node.op == "call_module" and all(map(self._is_new, node.all_input_nodes))
 
-    def _check_move(self, site: Site) -> None:
+    def _check_move(self, site: Site, added: set[fx.Node]) -> None:
         """Raise _Rejected if the norm cannot be computed where the addition is."""
+        if site.add in added:
+            raise _Rejected("the addition after it is fused with another norm")
         is_norm_itself = self._child(site.node) is self.norms[site.norm]
         node, x = site.node.next, site.node.args[0]
         while node is not site.add:
-            calls = node.op in ("call_module", "call_function", "call_method") and node.target is not getattr
-            if calls and node not in site.chain:
-                if not is_norm_itself:
-                    raise _Rejected("other modules are called between it and the addition")
+            if node not in site.chain and node.op in ("call_module", "call_function", "call_method"):
+                if not is_norm_itself and self._draws(node) and self._draws(site.node):
+                    raise _Rejected("another order of the modules would draw other random numbers")
                 if x in node.all_input_nodes and self._may_write(node):
                     raise _Rejected("its input may be changed in place before the addition")
             node = node.next
+
+    def _draws(self, node: fx.Node) -> bool:
+        """Return True if the node may draw random numbers."""
+        modules = self._child(node).modules() if node.op == "call_module" else [node.target]
+        names = [getattr(one, "__name__", type(one).__name__).lower() for one in modules]
+        return any("drop" in name or "stochastic" in name or "rand" in name for name in names)
 
     def _may_write(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return any(getattr(child, "inplace", False) for child in self._child(node).modules())
         name = str(getattr(node.target, "__name__", node.target))
-        return name.endswith("_") or name in operator.__all__ and name.startswith("i") or bool(node.kwargs.get("inplace"))
+        is_operator = name in operator.__all__ and name.startswith("i")
+        return name.endswith("_") or is_operator or bool(node.kwargs.get("inplace"))
 
 
 def _is_relu(node: fx.Node, graph: _Matcher) -> bool:

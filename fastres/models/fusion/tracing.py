@@ -1,9 +1,9 @@
 """Record a module's forward as torch.fx graphs, together with everything that the graphs took for granted.
 
-torch.fx runs the forward with placeholders instead of tensors, so a branch is recorded as it was taken. A graph is valid
-only while its branches would be taken again. Therefore `trace` notes every plain attribute that the forward read, so
-that the generated code can compare them, and rejects forwards that depend on anything else: random numbers, tensors that
-are not computed from the input, the gradient mode, a context manager, attributes that the forward writes.
+torch.fx runs the forward with placeholders instead of tensors, so a graph has only the branches that were taken. It is
+valid as long as they would be taken again. Therefore `trace` records every plain attribute that the forward reads, for
+the generated code to compare. It rejects forwards that depend on anything else: random numbers, tensors that are not
+computed from the input, the gradient mode, a context manager, attributes that the forward writes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Guard = tuple[str, str, Any]  # path of the module below the traced one, attribute, value
 
@@ -38,14 +40,23 @@ class Untraceable(Exception):
     """A forward that no graph can stand for; the message is the reason, as the end of a sentence."""
 
 
+class Given:
+    """The value, in a Call, of a parameter that gets a tensor or another result."""
+
+
+GIVEN = Given()
+Call = tuple[tuple[str, Any], ...]  # the parameters with a default that a call gives: name, and GIVEN or a constant
+
+
 @dataclass(frozen=True)
 class Variant:
     """One graph of a forward, and the conditions under which it is the forward."""
 
     graph: fx.Graph  # all submodules are leaves
     guards: tuple[Guard, ...]
-    inputs: dict[str, str]  # parameter without default -> "tensor", "list" or "any": what it was taken for
-    defaults: tuple[str, ...]  # parameters with a default, which the graph took for granted
+    inputs: dict[str, str]  # the graph's parameters -> "tensor", "list" or "any": what they were taken for
+    constants: tuple[tuple[str, Any], ...] = ()  # parameters that have to be given with this value
+    defaults: tuple[str, ...] = ()  # parameters that have to have their default
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
@@ -54,38 +65,60 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return original.forward
 
 
-def trace(module: nn.Module) -> list[Variant]:
-    """Return the variants of the module's forward: one, or one for each mode and kind of input if they differ.
+def call_of(module: nn.Module, node: fx.Node) -> Call:
+    """Return how the node calls the module: which of its parameters with a default are given."""
+    try:
+        bound = inspect.signature(forward_of(module)).bind(module, *node.args, **node.kwargs)
+    except TypeError:
+        return ()
+    given: list[tuple[str, Any]] = []
+    for name, parameter in bound.signature.parameters.items():
+        if name in bound.arguments and parameter.default is not parameter.empty:
+            value = bound.arguments[name]
+            computed = any(isinstance(leaf, fx.Node) for leaf in tree_leaves(value))
+            given.append((name, GIVEN if computed else value))
+    return tuple(given)
+
+
+def trace(module: nn.Module, calls: Iterable[Call] = ((),)) -> list[Variant]:
+    """Return the variants of the module's forward.
+
+    There is one for each kind of call, and more if the forward differs by mode or by the kind of its input.
+
+    Args:
+        module: unchanged; all modules in it are leaves of the graphs.
+        calls: the ways in which the module is called.
 
     Raises:
-        Untraceable: if no graph can stand for the forward.
+        Untraceable: if no graph can stand for the forward in any of the calls.
     """
-    seen: list[bool] = []
-    variants, error = [], None
-    try:
-        variants = _both_modes(module, "tensor", seen)
-    except Untraceable as caught:
-        error = caught
-    if seen:  # the forward asks whether its input is a tensor
-        try:
-            variants += _both_modes(module, "list", seen)
-        except Untraceable:
-            if error is not None:
-                raise error from None
-    elif error is not None:
-        raise error
+    variants: list[Variant] = []
+    error = None
+    for call in calls:
+        for kind in ("tensor", "list"):
+            seen: list[bool] = []
+            try:
+                variants += _both_modes(module, call, kind, seen)
+            except Untraceable as caught:
+                error = error or caught
+            if not seen:  # the forward does not ask whether its input is a tensor
+                break
+    if not variants:
+        raise error or Untraceable("nothing calls it")
     return variants
 
 
-def _both_modes(module: nn.Module, inputs: str, seen: list[bool]) -> list[Variant]:
+def _both_modes(module: nn.Module, call: Call, inputs: str, seen: list[bool]) -> list[Variant]:
     """Return the variants for inputs of this kind; `seen` is appended to if the forward asks for their type."""
-    train = _trace_once(module, True, True, inputs, seen)
-    evaluate = _trace_once(module, False, True, inputs, seen)
-    if _text(_trace_once(module, False, False, inputs, seen)) != _text(evaluate):
+    train, evaluate, no_grad = (
+        _trace_once(module, call, training, grad, inputs, seen)
+        for training, grad in ((True, True), (False, True), (False, False))
+    )
+    if _text(no_grad) != _text(evaluate):
         raise Untraceable("its forward depends on the gradient mode")
     if _text(train) == _text(evaluate):
         unmoded = tuple(guard for guard in train.guards if guard[1] != "training")
-        return [Variant(train.graph, unmoded, train.inputs, train.defaults)]
+        return [replace(train, guards=unmoded)]
     return [train, evaluate]
 
 
@@ -95,14 +128,15 @@ def _text(variant: Variant) -> str:
     return "\n".join([variant.graph.python_code("self").src, *guards])
 
 
-def _trace_once(module: nn.Module, training: bool, grad: bool, inputs: str, seen: list[bool]) -> Variant:
+def _trace_once(module: nn.Module, call: Call, training: bool, grad: bool, inputs: str, seen: list[bool]) -> Variant:
     """Trace the forward in one mode. Raise Untraceable with the reason if that fails."""
-    tracer, read = _Tracer(forward_of(module), inputs, seen), {}
+    tracer = _Tracer(forward_of(module), call, inputs, seen)
+    read: dict[tuple[int, str], Any] = {}
     with ExitStack() as stack:
         stack.enter_context(_mode(module, training))
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(_recorded_reads(read))
-        stack.enter_context(_ForbidTensors())
+        stack.enter_context(_ForbidTensors())  # type: ignore[no-untyped-call]
         before = _random_state()
         try:
             graph = tracer.trace(module)
@@ -114,11 +148,10 @@ def _trace_once(module: nn.Module, training: bool, grad: bool, inputs: str, seen
         if _random_state() != before:
             raise Untraceable("its forward draws random numbers outside of torch's operations")
     paths = {id(child): path for path, child in module.named_modules()}
-    guards = tuple(
-        (paths[owner], name, frozen(name, value)) for (owner, name), value in read.items() if owner in paths
-    )
-    kinds = {name: inputs if seen else "any" for name in tracer.required}
-    return Variant(graph, guards, kinds, tuple(tracer.defaults))
+    guards = tuple((paths[owner], name, frozen(name, value)) for (owner, name), value in read.items() if owner in paths)
+    kinds = dict.fromkeys(tracer.required, inputs if seen else "any")
+    constants = tuple((name, frozen(name, value)) for name, value in call if value is not GIVEN)
+    return Variant(graph, guards, kinds, constants, tuple(tracer.defaults))
 
 
 def frozen(name: str, value: Any) -> Any:
@@ -151,7 +184,6 @@ class _Value(fx.Proxy):
         self.tracer.seen.append(True)
         return Tensor if self.tracer.inputs == "tensor" else list
 
-
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -172,9 +204,9 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, forward: Callable[..., Any], inputs: str, seen: list[bool]) -> None:
+    def __init__(self, forward: Callable[..., Any], call: Call, inputs: str, seen: list[bool]) -> None:
         super().__init__()
-        self.forward, self.inputs, self.seen = forward, inputs, seen
+        self.forward, self.call, self.inputs, self.seen = forward, dict(call), inputs, seen
         self.required: list[str] = []
         self.defaults: list[str] = []
         self.state: Any = None
@@ -185,20 +217,20 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        args: list[Any] = [self.root]
-        for parameter in list(inspect.signature(self.forward).parameters.values())[1:]:
+        args: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(self.forward).parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise Untraceable("its forward takes *args or **kwargs")
-            if parameter.default is not parameter.empty:
-                self.defaults.append(parameter.name)
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                raise Untraceable("its forward has a keyword argument without a default")
+            if name in self.call and self.call[name] is not GIVEN:
+                args[name] = self.call[name]
+            elif parameter.default is parameter.empty or name in self.call:
+                self.required.append(name)
+                args[name] = self.create_proxy("placeholder", name, (), {})
             else:
-                self.required.append(parameter.name)
-                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
+                self.defaults.append(name)
         if not self.required:
             raise Untraceable("its forward has no input without a default")
-        return self.forward, args
+        return partial(self.forward, **args), [self.root]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -269,5 +301,3 @@ def _random_state() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     states = () if numpy is None else numpy.random.get_state(legacy=False)["state"].values()
     return random.getstate(), tuple(map(str, states))
-
-

@@ -62,8 +62,8 @@ def _conditions(variant: Variant, values: dict[str, Any]) -> list[str]:
     """Return the conditions for the variant's arguments and attributes; `values` gets the names that they use."""
     conditions = [f"isinstance({name}, {KINDS[kind]})" for name, kind in variant.inputs.items()]
     conditions += [f"{name} is _default_{name}" for name in variant.defaults]
-    for path, name, value in variant.guards:
-        attribute = _expression(f"{path}.{name}" if path else name)
+    compared = [(_expression(f"{path}.{name}" if path else name), value) for path, name, value in variant.guards]
+    for attribute, value in [*variant.constants, *compared]:
         if value is None or isinstance(value, bool):
             conditions.append(f"{attribute} is {value}")
             continue
