@@ -103,8 +103,8 @@ def smallest_images(model: nn.Module) -> Tensor:
     """Return two images of the smallest size that the network takes in training."""
     for size in SIZES:
         images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        with suppress(Exception):
-            values_of(copy.deepcopy(model), images, True)
+        with suppress(Exception), torch.no_grad():
+            copy.deepcopy(model).train()(images)
             return images
     raise ValueError("takes no images of the sizes that were tried")
 
@@ -128,7 +128,7 @@ def compare(build: Callable[[], nn.Module]) -> dict[str, Any]:
         result[mode] = errors(values_of(model, images, training), values_of(fused, images, training))
     for name, twin in (("deepcopy", copy.deepcopy(fused)), ("pickle", pickle.loads(pickle.dumps(fused)))):
         same = fusion_report(twin).fused == report.fused
-        result[name] = same and max(errors(values_of(fused, images, True), values_of(twin, images, True)).values())
+        result[name] = same and max(errors(values_of(fused, images, False), values_of(twin, images, False)).values())
     result["compile"] = compiled(fused, images)
     if isinstance(result["compile"], str):
         result["compile_original"] = compiled(model, images)
@@ -223,21 +223,16 @@ def summary(results: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines; what is in it is not repeated")
-    parser.add_argument(
-        "--only", action="append", metavar="PATTERN", help="names such as 'timm/resnet*'; may be given again"
-    )
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="names such as 'timm/resnet*', in order")
     parser.add_argument("--limit", type=int, help="number of networks")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one network")
     parser.add_argument("--summary", action="store_true", help="print the results in the file, and stop")
     options = parser.parse_args()
     if not options.summary:
         importlib.import_module("torch._dynamo")  # once, before the processes are forked
-        done = {result["name"] for result in read(options.output)}
-        chosen = {
-            name: build
-            for name, build in builders().items()
-            if name not in done and any(fnmatch(name, pattern) for pattern in options.only or ["*"])
-        }
+        done, known = {result["name"] for result in read(options.output)}, builders()
+        wanted = [name for pattern in options.only or ["*"] for name in known if fnmatch(name, pattern)]
+        chosen = {name: known[name] for name in wanted if name not in done}
         for name, build in list(chosen.items())[: options.limit]:
             result = in_process(name, build, options.timeout)
             with options.output.open("a") as file:

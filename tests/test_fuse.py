@@ -100,7 +100,7 @@ def resnet() -> nn.Module:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # by name: constructor, number of fused norms
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 17),
     "bottlenecks": (lambda: torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 2]), 16),
-    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 1, 1, 1), 16), 14),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 1, 1, 1), 16), 15),
     "vgg11_bn": (lambda: torchvision.models.VGG(torchvision.models.vgg11_bn().features[:8]), 2),
     "mobilenet_v2": (
         lambda: torchvision.models.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 16, 1, 1]]),
@@ -375,6 +375,10 @@ def test_changed_attributes_and_replaced_modules_take_effect() -> None:
         network.factor = 3.0
     assert_same_function(model, fused)
     for network in (model, fused):
+        network.factor = nn.Parameter(torch.tensor([[[2.0]], [[3.0]], [[4.0]], [[5.0]]], dtype=torch.float64))
+    assert_same_function(model, fused)
+    for network in (model, fused):
+        del network.factor
         network.factor, network.relu = 2.0, nn.SiLU()
     assert_same_function(model, fused)
     for network in (model, fused):

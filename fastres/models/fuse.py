@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres.models.fusion.generated import Generated, RootForward, Spec, generated_class
+from fastres.models.fusion.generated import RootForward, Spec, generated_class
 from fastres.models.fusion.modules import FusedNorm, FusedReLU
 from fastres.models.fusion.patterns import Analysis, Owner, analyse, is_timm_norm, kind_of
 from fastres.models.fusion.writing import specification
@@ -41,7 +41,7 @@ def fuse(model: nn.Module) -> nn.Module:
     except for the shapes and devices where a kernel was measured to be faster. The network computes the same function.
     Its state_dict, parameters, class, methods, hooks, names and train/eval switching stay as they are. Copies, pickles,
     torch.compile, torch.export and DistributedDataParallel work as before. A hook that is registered later on a fused
-    norm sees the result after the ReLU.
+    norm sees the result after the ReLU, and gradients of gradients exist only where torch's own operations run.
 
     The forwards are traced by torch.fx, module by module, and only the forward of the modules that contain a pattern is
     replaced. The original forward runs whenever what the trace took for granted does not hold: attributes with other
@@ -81,7 +81,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), RootForward):
             del module.__dict__["forward"]
-        if isinstance(module, FusedNorm | FusedReLU | Generated):
+        if type(module) in (FusedNorm, FusedReLU) or "spec" in vars(type(module)):  # not a class derived from these
             _restore(module)
     return model
 

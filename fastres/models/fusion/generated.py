@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.models.fusion.modules import FusedNormAct, FusedReLU, FusedSequential, rectified_sum
+from fastres.models.fusion.modules import FusedNormAct, FusedReLU, FusedSequential, rectified_sum, same
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Spec:
         parameters = inspect.signature(original.forward).parameters.values()
         names: dict[str, Any] = {f"_default_{p.name}": p.default for p in parameters}
         names |= {"_original": original.forward, "rectified_sum": rectified_sum, "FusedReLU": FusedReLU}
-        names |= {"Tensor": Tensor, "Identity": nn.Identity}
+        names |= {"Tensor": Tensor, "Identity": nn.Identity, "same": same}
         for i, code in enumerate(self.variants):
             names[f"_variant_{i}"] = code.compiled(f"_variant_{i}", {})
         function: Callable[..., Any] = self.forward.compiled("forward", names)

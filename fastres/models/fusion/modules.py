@@ -27,6 +27,11 @@ def rectified_sum(y: Any, fused_add: Any, fused_relu: bool) -> Any:
     return F.relu(y) if fused_relu else y
 
 
+def same(value: Any, constant: Any) -> bool:
+    """Return True if an attribute still has the value of a trace, also in its type. It may be a tensor by now."""
+    return type(value) is type(constant) and bool(value == constant)
+
+
 def _is_traced(x: object) -> bool:
     """Return True if torch.fx traces the call."""
     return isinstance(x, Proxy)

@@ -70,8 +70,10 @@ def _conditions(variant: Variant, values: dict[str, Any]) -> list[str]:
         constant = next((known for known, other in values.items() if other is value), f"_value_{len(values)}")
         values[constant] = value.values if isinstance(value, Listed) else value
         identical = callable(value) or isinstance(value, enum.Enum)
-        listed = f"tuple({attribute})" if isinstance(value, Listed) else attribute
-        conditions.append(f"{listed} {'is' if identical else '=='} {constant}")
+        if isinstance(value, Listed):
+            conditions.append(f"isinstance({attribute}, list)")
+            attribute = f"tuple({attribute})"
+        conditions.append(f"{attribute} is {constant}" if identical else f"same({attribute}, {constant})")
     return conditions
 
 
@@ -88,10 +90,10 @@ def _parts_fit(owner: Owner, i: int, sites: list[Site]) -> list[str]:
 
 
 def _expression(path: str) -> str:
-    """Return the expression for an attribute below self."""
+    """Return the expression for an attribute below self, which is None if a module on the way to it was removed."""
     expression = "self"
     for part in path.split("."):
-        expression = f"{expression}.{part}" if part.isidentifier() else f"getattr({expression}, {part!r})"
+        expression = f"getattr({expression}, {part!r}, None)"
     return expression
 
 
