@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import fastres
 from fastres.models.fusion.modules import FusedNorm
@@ -520,6 +521,70 @@ def test_tracing_leaves_no_trace() -> None:
     assert "__getattribute__" not in nn.Module.__dict__
     model.other = nn.ReLU()
     assert model(IMAGES).min() >= 0 and model.calls == 1
+
+
+def with_no_grad(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = self.conv1(x)
+    return self.relu(self.bn1(x))
+
+
+def by_gradient_mode(self: Any, x: Tensor) -> Tensor:
+    x = self.bn1(self.conv1(x))
+    return self.relu(x) if torch.is_grad_enabled() else F.relu(x) + 0
+
+
+def with_log(self: Any, x: Tensor) -> Tensor:
+    self.log.append(x)
+    return self.relu(self.bn1(self.conv1(x)))
+
+
+def with_any_number(self: Any, *xs: Tensor) -> Tensor:
+    return self.relu(self.bn1(self.conv1(xs[0])))
+
+
+def with_constant(self: Any, x: Tensor) -> Tensor:
+    return self.relu(self.bn1(self.conv1(x))) + self.constant
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (with_no_grad, "changes the gradient mode"),
+        (by_gradient_mode, "depends on the gradient mode"),
+        (with_log, "changes an attribute that is a list"),
+        (with_any_number, "takes *args"),
+        (with_constant, "neither a parameter nor a buffer"),
+    ],
+)
+def test_a_forward_that_a_graph_cannot_stand_for_is_left_alone(forward: Any, why: str) -> None:
+    model = type("Net", (Owner,), {"forward": forward})().double()
+    model.log, model.constant = [], torch.ones(1, dtype=torch.float64)
+    fused = fuse_copy(model)
+    assert why in fastres.fusion_report(fused).left["bn1"]
+    assert model.log == fused.log == []
+    assert_same_function(model, fused)
+
+
+def test_a_network_can_be_fused_in_parts_and_then_as_a_whole() -> None:
+    model = resnet()
+    fused = copy.deepcopy(model)
+    fastres.fuse(fused.layer1)
+    fastres.fuse(fused.layer2[0])
+    assert len(fastres.fusion_report(fused).fused) == 6
+    assert_same_function(model, fused)
+    fastres.fuse(fused)
+    fastres.fuse(fused.layer1[0])
+    assert_same_function(model, fused)
+    assert len(fused_calls(fused)) == 17
+
+
+def test_feature_extraction_gives_the_same_nodes() -> None:
+    names = {"layer1.0.relu_1": "a", "layer2": "b", "layer3.0.add": "c"}
+    model = resnet().eval()
+    networks = (model, fuse_copy(model).eval())
+    features = [create_feature_extractor(net, names)(IMAGES) for net in networks]
+    torch.testing.assert_close(features[1], features[0], rtol=0, atol=0)
 
 
 # ---- timm's norm -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -61,11 +62,21 @@ class FusedNorm(BatchNormAct2d):
         """
         if _is_traced(x):
             return rectified_sum(_as_leaf(self, x), fused_add, fused_relu)
-        if not fused_relu and not self.group_name:
-            return rectified_sum(nn.BatchNorm2d.forward(self, x), fused_add, False)
+        if self._needs_torch(x, fused_relu):
+            y = nn.BatchNorm2d.forward(self, x)
+            if fused_add is not None:  # in place, because normalisation's backward reads its input and not its output
+                y = y.add_(fused_add) if _like(fused_add, x) else y + fused_add
+            return F.relu(y, inplace=True) if fused_relu else y
         if fused_add is not None and not _like(fused_add, x):  # broadcast, or of another dtype
             return rectified_sum(self._normalise(x, None, False, False), fused_add, fused_relu)
         return self._normalise(x, fused_add, False, fused_relu)
+
+    def _needs_torch(self, x: Tensor, fused_relu: bool) -> bool:
+        """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
+        if self.group_name:
+            return False
+        kernels = x.device.type != "cpu" or (self.training and x.dtype == torch.bfloat16)
+        return not fused_relu or not (kernels or (self.training and self.deferral is not None))
 
     def extra_repr(self) -> str:
         """Return torch's description of the module."""
@@ -87,10 +98,10 @@ class FusedNormAct(FusedNorm):
 
     def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(act(BatchNorm(x)) + fused_add), without the parts that are None or False."""
-        act: Any = self.act
-        if type(self.drop) is nn.Identity and type(act) is nn.Identity:
+        drop, act = type(self._modules.get("drop")), type(self._modules.get("act"))
+        if drop is nn.Identity and act is nn.Identity:
             return super().forward(x, fused_add, fused_relu)
-        fits = type(self.drop) is nn.Identity and type(act) is nn.ReLU
+        fits = drop is nn.Identity and act is nn.ReLU
         if fused_add is None and fits and not _is_traced(x):
             return super().forward(x, None, True)
         return rectified_sum(self.original.forward(self, x), fused_add, fused_relu)

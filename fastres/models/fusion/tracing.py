@@ -31,8 +31,9 @@ BASE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
 
 @dataclass(frozen=True)
 class Listed:
-    """The value of an attribute that is a list."""
+    """The value of an attribute that is a list or, as its items, a dictionary."""
 
+    kind: str  # "list" or "dict"
     values: tuple[Any, ...]
 
 
@@ -156,8 +157,9 @@ def _trace_once(module: nn.Module, call: Call, training: bool, grad: bool, input
 
 def frozen(name: str, value: Any) -> Any:
     """Return a value that generated code can compare with the attribute. Raise Untraceable for a mutable object."""
-    if isinstance(value, list):
-        return Listed(frozen(name, tuple(value)))
+    if type(value) in (list, dict):
+        listed = isinstance(value, list)
+        return Listed(type(value).__name__, frozen(name, tuple(value if listed else value.items())))
     if isinstance(value, tuple):
         return tuple(frozen(name, one) for one in value)
     plain = (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device, torch.memory_format)
@@ -274,6 +276,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def _recorded_reads(read: dict[tuple[int, str], Any]) -> Iterator[None]:
     """Record the plain attributes that are read from any module, by (id of the module, name), and forbid writes."""
+    containers: dict[int, tuple[Any, Any]] = {}  # by id: a list, dictionary or set that was read, and its copy
 
     def reading(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -281,6 +284,8 @@ def _recorded_reads(read: dict[tuple[int, str], Any]) -> Iterator[None]:
             own = object.__getattribute__(module, "__dict__")
             if name in own and not isinstance(value, nn.Module | Tensor):
                 read[id(module), name] = value
+                if isinstance(value, list | dict | set):
+                    containers.setdefault(id(value), (value, value.copy()))
         return value
 
     def writing(module: nn.Module, name: str, value: Any) -> None:
@@ -294,6 +299,22 @@ def _recorded_reads(read: dict[tuple[int, str], Any]) -> Iterator[None]:
     finally:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
+        changed = [_restored(*pair) for pair in containers.values()]
+    if any(changed):
+        raise Untraceable("its forward changes an attribute that is a list, dictionary or set")
+
+
+def _restored(container: Any, before: Any) -> bool:
+    """Give the container its former content; return True if it was changed."""
+    identities = [
+        [id(one) for pair in (values.items() if isinstance(values, dict) else enumerate(values)) for one in pair[-1:]]
+        for values in (container, before)
+    ]
+    if len(container) == len(before) and identities[0] == identities[1]:
+        return False
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+    return True
 
 
 def _random_state() -> tuple[Any, ...]:

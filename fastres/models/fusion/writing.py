@@ -71,21 +71,28 @@ def _conditions(variant: Variant, values: dict[str, Any]) -> list[str]:
         values[constant] = value.values if isinstance(value, Listed) else value
         identical = callable(value) or isinstance(value, enum.Enum)
         if isinstance(value, Listed):
-            conditions.append(f"isinstance({attribute}, list)")
-            attribute = f"tuple({attribute})"
+            conditions.append(f"type({attribute}) is {value.kind}")
+            attribute = f"tuple({attribute}{'.items()' if value.kind == 'dict' else ''})"
         conditions.append(f"{attribute} is {constant}" if identical else f"same({attribute}, {constant})")
     return conditions
+
+
+def _module(path: str) -> str:
+    """Return the expression for a module below self, or for None if it was removed."""
+    if "." in path:
+        return _expression(path)
+    return f"self._modules.get({path!r})"  # a third of the time of self.path, which goes through __getattr__
 
 
 def _parts_fit(owner: Owner, i: int, sites: list[Site]) -> list[str]:
     """Return the conditions that the modules in the sites are still the fused ones."""
     called = [site.node for site in sites] + (owner.tail_nodes[i : i + 1] if owner.takes_sum else [])
-    conditions = [f'getattr({_expression(str(node.target))}, "takes_sum", False)' for node in called]
+    conditions = [f'getattr({_module(str(node.target))}, "takes_sum", False)' for node in called]
     for site in sites:
         modules = [node for node in site.chain if node.op == "call_module"]
         for node in modules:
             kind = "FusedReLU" if node is site.chain[-1] else "Identity"
-            conditions.append(f"type({_expression(str(node.target))}) is {kind}")
+            conditions.append(f"type({_module(str(node.target))}) is {kind}")
     return conditions
 
 
