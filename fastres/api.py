@@ -20,6 +20,7 @@ from fastres.config.schema import Config, ModelConfig, TrainConfig
 from fastres.data.sources.arrays import arrays
 from fastres.data.sources.source import Source
 from fastres.distributed.process_group import join_process_group
+from fastres.models.fuse import fusion_report, unfuse
 from fastres.models.registry import GIVEN
 from fastres.models.weights import load_weights
 from fastres.runs.run_dir import RunDir
@@ -64,8 +65,8 @@ def fit(
     Under torchrun every process makes the same call.
 
     Args:
-        model: a network, (N, C, S, S) -> (N, classes), which is moved to the device and trained in place; or a name, as
-            model.name.
+        model: a network, (N, C, S, S) -> (N, classes), which is moved to the device and trained in place, fused
+            meanwhile unless `norm` is torch; or a name, as model.name.
         train: images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), and labels, (N,) integers from 0; or a Source.
         test: the same for the result; None with a Source.
         validation: the same for the curve; None takes test.
@@ -90,7 +91,12 @@ def fit(
     if isinstance(model, str):
         return _run(parse([*flags, f"--model.name={model}"], "fastres.fit"), source)
     config = parse(flags, "fastres.fit", builds_network=False)
-    return _run(_with_network(config, model, source), source, model)
+    fused_before = bool(fusion_report(model).fused)
+    try:
+        return _run(_with_network(config, model, source), source, model)
+    finally:
+        if not fused_before:
+            unfuse(model)
 
 
 def _run(config: Config, source: Source, network: nn.Module | None = None) -> dict[str, Any]:

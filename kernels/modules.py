@@ -169,13 +169,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
         Raises:
             ValueError: if a shape does not fit, or if there is only one value per channel in training.
         """
+        return self._normalise(x, residual, fork, self.act == "relu")
+
+    def _normalise(self, x: Tensor, residual: Tensor | Skip | None, fork: bool, relu: bool) -> Any:
+        """Return forward's result, with ReLU if `relu` is true, whatever the attribute `act` says."""
         backend = self._backend(x, residual is not None)
         if backend == "cpp":
-            y, gradient = cpu_ops.batch_norm_act(x, *_added_and_skip(residual, x), self, self.act == "relu")
+            y, gradient = cpu_ops.batch_norm_act(x, *_added_and_skip(residual, x), self, relu)
         elif backend == "torch":
-            y = gradient = self._unfused(x, residual)
+            y = gradient = self._unfused(x, residual, relu)
         else:
-            y, gradient = self._fused(x, residual, fork, backend, *self._statistics(x))
+            y, gradient = self._fused(x, residual, fork, backend, *self._statistics(x), relu)
         return (y, Skip(y, gradient)) if fork else y
 
     def _backend(self, x: Tensor, has_residual: bool) -> str:
@@ -188,9 +192,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         wants_cpp = (self.algorithm == "measured" or not INTERPRETED) and not self.group_name
         if wants_cpp and cpu_ops.can_normalise(self, x):
             return "cpp"
+        if self.group_name:  # torch's own operations cannot share statistics
+            return "two_pass" if self.algorithm == "measured" else self.algorithm
         if self.algorithm == "measured":
             return fastest(x, has_residual)
-        return self.algorithm if x.is_cuda or self.group_name or runs_kernels(x) else "torch"
+        return self.algorithm if x.is_cuda or runs_kernels(x) else "torch"
 
     def _fused(
         self,
@@ -200,6 +206,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         algorithm: str,
         mean: Tensor | None,  # (C,), with var: given statistics; None: use the statistics of x
         var: Tensor | None,  # (C,), biased
+        relu: bool,
     ) -> tuple[Tensor, Tensor]:
         """Call the op batch_norm_act and update the running statistics; return y and the token for a Skip."""
         group = self.group_name if mean is None else ""
@@ -211,7 +218,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             mean,
             var,
             self.eps,
-            self.act == "relu",
+            relu,
             fork,
             group,
             algorithm,
@@ -222,7 +229,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self._track(used_mean, used_var, x.numel() // x.shape[1])
         return y, gradient
 
-    def _unfused(self, x: Tensor, residual: Tensor | Skip | None) -> Tensor:
+    def _unfused(self, x: Tensor, residual: Tensor | Skip | None, relu: bool) -> Tensor:
         """Compute y with torch's own operations, which torch.compile may fuse."""
         if (deferral := self._open_deferral) is not None:
             # This is nn.BatchNorm2d.forward with the counter's increment deferred.
@@ -232,10 +239,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
             y = F.batch_norm(x, *running, self.weight, self.bias, True, momentum, self.eps)
             deferral.counters.append(self.num_batches_tracked)
         else:
-            y = super().forward(x)
+            y = nn.BatchNorm2d.forward(self, x)  # not super(), because a subclass may have a second base class
         if residual is not None:
             y += residual.y if isinstance(residual, Skip) else residual
-        return F.relu(y, inplace=True) if self.act == "relu" else y
+        return F.relu(y, inplace=True) if relu else y
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the running mean and variance if they normalise x, else (None, None). Raise ValueError as forward."""

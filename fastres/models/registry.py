@@ -83,7 +83,7 @@ def build_model(
         ValueError: if an argument is unknown or impossible; the message is one line.
     """
     if is_foreign(name):
-        return _build_foreign(name, num_classes, in_channels, trust_code, options)
+        return _build_foreign(name, num_classes, in_channels, norm, trust_code, options)
     network = find(name)
     from fastres.models.blocks import NORMS
 
@@ -121,9 +121,9 @@ def check_foreign(name: str, trust_code: bool) -> None:
 
 
 def _build_foreign(
-    name: str, num_classes: int, in_channels: int, trust_code: bool, options: dict[str, Any]
+    name: str, num_classes: int, in_channels: int, norm: str, trust_code: bool, options: dict[str, Any]
 ) -> nn.Module:
-    """Return a foreign network. Raise ValueError, in one line, if it cannot be built."""
+    """Return a foreign network, fused unless the norm is torch's. Raise ValueError, in one line, if it cannot be built."""
     from torch import nn
 
     check_foreign(name, trust_code)
@@ -134,7 +134,18 @@ def _build_foreign(
         raise ValueError(f"{name}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returns {type(model).__name__}; it must return a torch.nn.Module")
-    return model
+    return fuse_unless_torch(model, norm)
+
+
+def fuse_unless_torch(model: nn.Module, norm: str) -> nn.Module:
+    """Return a foreign network for one of NORMS, fused in place unless it is torch's. Raise ValueError for apex."""
+    from fastres.models.fuse import fuse
+
+    if norm == "torch":
+        return model
+    if norm not in ("fused", "measured"):
+        raise ValueError(f"norm {norm} belongs to fastres's own networks; use auto, torch or fused")
+    return fuse(model)
 
 
 def _foreign_builder(name: str, in_channels: int) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -20,7 +20,7 @@ from fastres.data.sources.source import Source, Split, hold_out
 from fastres.distributed import process_group
 from fastres.distributed.process_group import ProcessGroup
 from fastres.models.freeze import freeze
-from fastres.models.registry import TORCHVISION, build_model, check_input_shape, is_foreign
+from fastres.models.registry import TORCHVISION, build_model, check_input_shape, fuse_unless_torch, is_foreign
 from fastres.models.weights import load_weights
 from fastres.training.channels_last import check_channels_last
 from fastres.training.engine import Engine
@@ -142,7 +142,7 @@ def _build_and_load(
     config: Config, engine: Engine, group: ProcessGroup, source: Source, network: nn.Module | None
 ) -> tuple[nn.Module, list[str]]:
     """Return the network, equal on all ranks, and the keys of its head if model.weights has another. Collective."""
-    model = build_network(config, engine, source) if network is None else engine.place(network)
+    model = build_network(config, engine, source) if network is None else _placed(network, engine)
     replaced: list[str] = []
     if config.model.weights:  # the parameters reach the other ranks when DDP wraps the model
         weights = config.model.weights
@@ -152,6 +152,14 @@ def _build_and_load(
     if config.model.sync_norm:
         process_group.enable_sync_batchnorm(model)
     return model, replaced
+
+
+def _placed(network: nn.Module, engine: Engine) -> nn.Module:
+    """Return a given network on the engine's device, fused unless the engine's norm is torch's."""
+    try:
+        return engine.place(fuse_unless_torch(network, engine.norm))
+    except ValueError as error:
+        raise UsageError(f"model.norm: {error}") from None
 
 
 def _freeze(model: nn.Module, parts: str | list[str]) -> None:

@@ -53,4 +53,6 @@ def table_of(device: torch.device) -> Table | None:
 
 def fastest(x: Tensor, has_residual: bool) -> str:
     """Return "two_pass", "cooperative" or "torch" for x, (N, C, H, W), on its device."""
-    return (table_of(x.device) or {}).get((*matrix_shape(x), has_residual), "torch")
+    table = table_of(x.device)
+    # Without a table the shape is not read, so that torch.export can keep it dynamic.
+    return "torch" if table is None else table.get((*matrix_shape(x), has_residual), "torch")

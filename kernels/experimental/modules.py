@@ -38,9 +38,10 @@ class PrecomputedStatsNormAct2d(BatchNormAct2d):
         if not isinstance(x, WithStatistics):
             return super().forward(x, residual, fork)
         if self.algorithm == "measured":  # dispatch_table.py has no measurements with given statistics
-            y = gradient = self._unfused(x.z, residual)
+            y = gradient = self._unfused(x.z, residual, self.act == "relu")
         else:
-            y, gradient = self._fused(x.z, residual, fork, self.algorithm, *self._given_statistics(x))
+            statistics, relu = self._given_statistics(x), self.act == "relu"
+            y, gradient = self._fused(x.z, residual, fork, self.algorithm, *statistics, relu)
         return (y, Skip(y, gradient)) if fork else y
 
     def deferred(self, x: Tensor | WithStatistics) -> Any:

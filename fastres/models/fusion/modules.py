@@ -1,0 +1,154 @@
+"""Modules that take the place of BatchNorm2d, ReLU and Sequential in a network that fastres.fuse has changed.
+
+A module takes its place by `module.__class__ = …`, so the object stays: parameters, buffers, hooks, names and
+references. Called as before, each module computes what it computed before, so code that fastres.fuse has not seen, such
+as a method `forward_features`, stays right. Only a forward that fastres.fuse has written calls them with the arguments
+`fused_add` and `fused_relu`:
+
+    norm(x, fused_add=residual, fused_relu=True)    relu(BatchNorm(x) + residual)
+    relu(x, fused_relu=True)                        x, which is rectified already; hooks run as usual
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from fastres_kernels import BatchNormAct2d
+
+
+def rectified_sum(y: Any, fused_add: Any, fused_relu: bool) -> Any:
+    """Return relu(y + fused_add), without the parts that are None or False, in torch's own operations."""
+    if fused_add is not None:
+        y = y + fused_add
+    return F.relu(y) if fused_relu else y
+
+
+def same(value: Any, constant: Any) -> bool:
+    """Return True if an attribute still has the value of a trace, also in its type. It may be a tensor by now."""
+    return type(value) is type(constant) and bool(value == constant)
+
+
+def _is_traced(x: object) -> bool:
+    """Return True if torch.fx traces the call."""
+    return isinstance(x, Proxy)
+
+
+def _as_leaf(module: nn.Module, x: Any) -> Any:
+    """Return the result of a call of `module` that torch.fx records as one node, as for the modules of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+class FusedNorm(BatchNormAct2d):
+    """BatchNorm2d that can add a residual and apply ReLU in the same operation; without arguments, BatchNorm2d."""
+
+    original: type[nn.Module] = nn.BatchNorm2d  # the class before fastres.fuse
+    takes_sum = True  # forward has the arguments fused_add and fused_relu
+    forks = False
+    algorithm = "measured"  # so that it runs torch's own operations unless a kernel was measured to be faster
+    group_name = ""
+
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
+        """Return relu(BatchNorm(x) + fused_add), of x's shape (N, C, H, W), without the parts that are None or False.
+
+        Args:
+            x: (N, C, H, W).
+            fused_add: what the network adds, usually a tensor like x; None for no addition.
+            fused_relu: apply ReLU.
+        """
+        if _is_traced(x):
+            return rectified_sum(_as_leaf(self, x), fused_add, fused_relu)
+        if self._needs_torch(x, fused_relu):
+            y = nn.BatchNorm2d.forward(self, x)
+            if fused_add is not None:  # in place, because normalisation's backward reads its input and not its output
+                y = y.add_(fused_add) if _like(fused_add, x) else y + fused_add
+            return F.relu(y, inplace=True) if fused_relu else y
+        if fused_add is not None and not _like(fused_add, x):  # broadcast, or of another dtype
+            return rectified_sum(self._normalise(x, None, False, False), fused_add, fused_relu)
+        return self._normalise(x, fused_add, False, fused_relu)
+
+    def _needs_torch(self, x: Tensor, fused_relu: bool) -> bool:
+        """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
+        if self.group_name:
+            return False
+        kernels = x.device.type != "cpu" or (self.training and x.dtype == torch.bfloat16)
+        return not fused_relu or not (kernels or (self.training and self.deferral is not None))
+
+    def extra_repr(self) -> str:
+        """Return torch's description of the module."""
+        return str(nn.BatchNorm2d.extra_repr(self))
+
+
+def _like(residual: Any, x: Tensor) -> bool:
+    """Return True if the residual is a tensor of x's shape, dtype and device."""
+    same_kind = isinstance(residual, Tensor) and residual.dtype == x.dtype and residual.device == x.device
+    return same_kind and residual.shape == x.shape
+
+
+class FusedNormAct(FusedNorm):
+    """FusedNorm in the place of timm's BatchNormAct2d, which has the modules `drop` and `act` of its own.
+
+    fastres.fuse makes a class of this one and timm's. If `act` is a ReLU, every call applies it in the same operation.
+    If `drop` or `act` is replaced later, timm's own forward runs.
+    """
+
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
+        """Return relu(act(BatchNorm(x)) + fused_add), without the parts that are None or False."""
+        drop, act = type(self._modules.get("drop")), type(self._modules.get("act"))
+        if drop is nn.Identity and act is nn.Identity:
+            return super().forward(x, fused_add, fused_relu)
+        fits = drop is nn.Identity and act is nn.ReLU
+        if fused_add is None and fits and not _is_traced(x):
+            return super().forward(x, None, True)
+        return rectified_sum(self.original.forward(self, x), fused_add, fused_relu)
+
+
+class FusedReLU(nn.ReLU):
+    """ReLU that returns its input unchanged if a norm has applied ReLU already; without arguments, ReLU."""
+
+    original: type[nn.Module] = nn.ReLU
+
+    def forward(self, input: Tensor, fused_relu: bool = False) -> Tensor:
+        """Return relu(input), or the input if `fused_relu` says that it is rectified."""
+        if _is_traced(input) and not fused_relu:
+            y: Tensor = _as_leaf(self, input)
+            return y
+        return input if fused_relu else super().forward(input)
+
+
+class FusedSequential(nn.Sequential):
+    """Sequential that calls a norm and the ReLU after it as one operation, and whose last norm can take a sum.
+
+    The modules are looked at in every call, so they may be replaced, appended and sliced.
+    """
+
+    takes_sum = True
+
+    def forward(self, input: Any, fused_add: Any = None, fused_relu: bool = False) -> Any:
+        """Return relu(the last module's output + fused_add), without the parts that are None or False."""
+        modules = list(self._modules.values())
+        at, value = 0, input
+        while at < len(modules):
+            module: Any = modules[at]
+            end = at + 1
+            while end < len(modules) and type(modules[end]) is nn.Identity:
+                end += 1
+            is_last, takes_sum = end == len(modules), getattr(module, "takes_sum", False)
+            if takes_sum and is_last and (fused_relu or fused_add is not None):
+                value = module(value, fused_add=fused_add, fused_relu=fused_relu)
+                fused_add, fused_relu = None, False
+            elif takes_sum and not is_last and type(modules[end]) is FusedReLU:
+                value = module(value, fused_relu=True)
+                for identity in modules[at + 1 : end]:
+                    value = identity(value)
+                value = modules[end](value, fused_relu=True)
+                at = end + 1
+                continue
+            else:
+                value = module(value)
+            at += 1
+        return rectified_sum(value, fused_add, fused_relu)
