@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def test_a_network_is_trained_in_place_and_given_back_its_weights(data: dict[str
     again = a_net()
     assert fastres.fit(again, **data, **SHORT, run_dir="own") == summary
     assert all(torch.equal(again.state_dict()[key], final[key]) for key in final)
+
+
+@pytest.mark.parametrize("fused_before", [False, True])
+def test_a_network_is_fused_while_it_trains_and_given_back_as_it_was(data: dict[str, Any], fused_before: bool) -> None:
+    def kinds(net: nn.Module) -> list[type[nn.Module]]:
+        return [type(module) for module in net.modules()]
+
+    net = fastres.fuse(a_net()) if fused_before else a_net()
+    before, seen = kinds(net), []
+    net[3].register_forward_hook(lambda *_: seen.append(fastres.fusion_report(net).fused == ("1",)))
+    settings = {**SHORT, "engine": {"device": "cpu"}}
+    fastres.fit(net, **data, **settings, norm="fused")
+    assert seen[-1] and kinds(net) == before
 
 
 def test_every_call_has_a_folder_of_its_own_also_in_a_thread(data: dict[str, Any]) -> None:
@@ -236,12 +250,24 @@ def test_the_parts_make_the_loop_of_a_run(data: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["own_loop.py", "own_network.py"])
 def test_the_examples_learn_the_digits(example: str) -> None:
+    said = output_of(example, 100)
+    found = [line.partition("test accuracy ")[2].partition(" ")[0] for line in said if "test accuracy " in line]
+    assert float(found[-1].strip(",")) > 0.9
+
+
+@pytest.mark.slow
+def test_the_example_of_fuse_names_what_it_left_alone_and_a_ratio() -> None:
+    said = output_of("accelerate_torchvision.py", 1)
+    assert said[0] == "17 of 20 BatchNorm2d fused" and "downsample.1" in said[1]
+    assert re.fullmatch(r"fused trains at \d\.\d\d times the speed \(n = 1, interleaved\)", said[-1])
+
+
+def output_of(example: str, argument: int) -> list[str]:
+    """Run an example, and return the lines of its output."""
     assert len((ROOT / "examples" / example).read_text().splitlines()) < 40
-    done = run_python(ROOT / "examples" / example, 100, cwd=Path.cwd())
+    done = run_python(ROOT / "examples" / example, argument, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
-    accuracies = [float(word.strip(",")) for line in done.stdout.splitlines() if "test accuracy" in line
-                  for word in line.partition("test accuracy")[2].split()[:1]]  # fmt: skip
-    assert accuracies[-1] > 0.9
+    return done.stdout.splitlines()
 
 
 def test_importing_fastres_costs_nothing(tmp_path: Path) -> None:

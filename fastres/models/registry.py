@@ -123,7 +123,11 @@ def check_foreign(name: str, trust_code: bool) -> None:
 def _build_foreign(
     name: str, num_classes: int, in_channels: int, norm: str, trust_code: bool, options: dict[str, Any]
 ) -> nn.Module:
-    """Return a foreign network, fused unless the norm is torch's. Raise ValueError, in one line, if it cannot be built."""
+    """Return a foreign network, fused unless the norm is torch's.
+
+    Raises:
+        ValueError: if it cannot be built; the message is one line.
+    """
     from torch import nn
 
     check_foreign(name, trust_code)
