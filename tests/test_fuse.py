@@ -272,6 +272,25 @@ def test_a_norm_at_the_end_of_a_submodule_takes_the_sum() -> None:
     assert_same_function(model.body, fused.body)  # called on its own, it neither adds nor rectifies
 
 
+def test_a_submodule_that_changes_its_input_is_not_called_later_than_before() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.skip = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.body(x)
+            return F.relu(y + self.skip(x))
+
+    model = Net().double()
+    fused = fuse_copy(model)
+    assert_same_function(model, fused)
+    assert fastres.fusion_report(fused).left == {"body.2": "its input may be changed in place before the addition"}
+
+
 def test_a_norm_or_block_that_is_called_twice_is_left_alone() -> None:
     class Twice(Owner):
         def forward(self, x: Tensor) -> Tensor:
