@@ -73,7 +73,7 @@ class FusedNorm(BatchNormAct2d):
 
     def _needs_torch(self, x: Tensor, fused_relu: bool) -> bool:
         """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
-        if self.group_name:
+        if self.group_name or self.algorithm != "measured":
             return False
         kernels = x.device.type != "cpu" or (self.training and x.dtype == torch.bfloat16)
         return not fused_relu or not (kernels or (self.training and self.deferral is not None))

@@ -369,12 +369,14 @@ class _Matcher:
         if site.add in added:
             raise _Rejected("the addition after it is fused with another norm")
         is_norm_itself = self._child(site.node) is self.norms[site.norm]
-        node, x = site.node.next, site.node.args[0]
+        x: Any = site.node.args[0]
+        node = site.node.next
         while node is not site.add:
             if node not in site.chain and node.op in ("call_module", "call_function", "call_method"):
                 if not is_norm_itself and self._draws(node) and self._draws(site.node):
                     raise _Rejected("another order of the modules would draw other random numbers")
-                if x in node.all_input_nodes and self._may_write(node):
+                writes = self._may_write(node) or (not is_norm_itself and self._may_write(site.node))
+                if writes and len(x.users) > 1:
                     raise _Rejected("its input may be changed in place before the addition")
             node = node.next
 

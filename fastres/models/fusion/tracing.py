@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -320,5 +321,4 @@ def _restored(container: Any, before: Any) -> bool:
 def _random_state() -> tuple[Any, ...]:
     """Return the state of the generators of Python and numpy."""
     numpy = sys.modules.get("numpy")
-    states = () if numpy is None else numpy.random.get_state(legacy=False)["state"].values()
-    return random.getstate(), tuple(map(str, states))
+    return random.getstate(), b"" if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
