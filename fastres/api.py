@@ -20,7 +20,8 @@ from fastres.config.schema import Config, ModelConfig, TrainConfig
 from fastres.data.sources.arrays import arrays
 from fastres.data.sources.source import Source
 from fastres.distributed.process_group import join_process_group
-from fastres.models.fuse import fusion_report, unfuse
+from fastres.models.fuse import unfuse
+from fastres.models.fusion.modules import FusedNorm
 from fastres.models.registry import GIVEN
 from fastres.models.weights import load_weights
 from fastres.runs.run_dir import RunDir
@@ -91,7 +92,7 @@ def fit(
     if isinstance(model, str):
         return _run(parse([*flags, f"--model.name={model}"], "fastres.fit"), source)
     config = parse(flags, "fastres.fit", builds_network=False)
-    fused_before = bool(fusion_report(model).fused)
+    fused_before = any(isinstance(module, FusedNorm) for module in model.modules())
     try:
         return _run(_with_network(config, model, source), source, model)
     finally:
