@@ -45,6 +45,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
+from .. import modules
 from ..batchnorm import ops
 from ..modules import BatchNormAct2d, Skip
 from ..tiling import H100
@@ -134,7 +135,8 @@ def an_h100() -> Iterator[None]:
             (triton.runtime.driver, "_active", driver),
             # torch asks cuDNN for its backend only if there is a GPU; otherwise channels-last would be lost.
             (torch._C, "_select_conv_backend", lambda *args, **kwargs: CUDNN),
-            # The traced tensors are on the CPU, for which the op would choose the reference.
+            # The traced tensors are on the CPU, for which the module and the op would choose torch and the reference.
+            (modules, "runs_kernels", lambda x: True),
             (ops, "runs_kernels", lambda x: True),
         ):
             stack.enter_context(patch.object(owner, name, value))
