@@ -129,6 +129,7 @@ def test_backbone_and_weights_find_the_head_of_any_network(data: dict[str, Any])
     assert first["5.weight"].shape == (12, 8) and second["5.weight"].shape == (10, 8)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_call_continues(tmp_path: Path) -> None:
     code = """
 import fastres

@@ -113,7 +113,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # by name: constru
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("resnet18", "vgg11_bn", "fastres resnet18")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS]
+)
 def test_a_network_computes_the_same_after_fuse(name: str) -> None:
     build, count = NETWORKS[name]
     model = build().double()
@@ -585,6 +590,7 @@ def test_a_forward_that_a_graph_cannot_stand_for_is_left_alone(forward: Any, why
     assert_same_function(model, fused)
 
 
+@pytest.mark.slow
 def test_a_network_can_be_fused_in_parts_and_then_as_a_whole() -> None:
     model = resnet()
     fused = copy.deepcopy(model)
@@ -629,7 +635,7 @@ def test_timms_norm_with_an_activation_is_fused_in_place() -> None:
 # ---- copies, compilers, exports ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", pytest.param("torch.save", marks=pytest.mark.slow)])
 def test_copies_are_fused_networks_of_their_own(way: str) -> None:
     fused = fastres.fuse(resnet())
     if way == "deepcopy":

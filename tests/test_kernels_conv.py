@@ -410,7 +410,7 @@ def test_opcheck(c: int, r: int, dtype: torch.dtype, norm: str) -> None:
         torch.library.opcheck(conv_norm_backward, (dz, mean_z, var_z, *tensors, EPS, z, mean_z, *wanted))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_compiles_in_one_graph(backend: str) -> None:
     def loss(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         z, mean, var = conv_norm(x, weight, None, None, None, None, EPS)

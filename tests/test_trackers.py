@@ -129,6 +129,7 @@ def test_after_a_kill_both_have_every_step_once(killed: Path, tmp_path: Path) ->
     assert in_wandb == steps
 
 
+@pytest.mark.slow
 def test_after_a_signal_the_same_wandb_run_gets_the_other_rows(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended_by(signal.SIGTERM, folder, "--run.wandb=true")
@@ -139,6 +140,7 @@ def test_after_a_signal_the_same_wandb_run_gets_the_other_rows(tmp_path: Path) -
     assert in_wandb == steps_of_metrics(folder)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_a_resumed_run_begins_gets_the_rows_before(killed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(killed, tmp_path / "run", symlinks=True))
     for name in ("tensorboard", "wandb"):
@@ -150,6 +152,7 @@ def test_a_tracker_that_a_resumed_run_begins_gets_the_rows_before(killed: Path, 
     assert list(steps_of_wandb(folder).values()) == [steps]
 
 
+@pytest.mark.slow
 def test_a_run_after_a_failed_attempt_is_another_run_for_both(killed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(killed, tmp_path / "run", symlinks=True))
     shutil.rmtree(folder / "checkpoints")
