@@ -130,8 +130,8 @@ REGRESSIONS = {
     "the graph breaks": (
         (
             "fastres/training/step.py",
-            "        loss = F.cross_entropy(\n            logits,",
-            "        print(logits)\n        loss = F.cross_entropy(\n            logits,",
+            "            loss = F.cross_entropy(logits, target, label",
+            "            print(logits)\n            loss = F.cross_entropy(logits, target, label",
         ),
         "graph",
         "graph: breaks rose from 0 to ",

@@ -135,7 +135,7 @@ def test_a_network_computes_the_same_after_fuse(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["regnet_y_400mf", "densenet121", "googlenet", "mnasnet0_5", "resnext50_32x4d", "vgg11_bn", "mobilenet_v3_small"],
+    ["regnet_y_400mf", "googlenet", "mobilenet_v3_small"],
 )
 def test_a_whole_network_of_torchvision_computes_the_same_after_fuse(name: str) -> None:
     model = torchvision.models.get_model(name, weights=None).double()
@@ -143,7 +143,7 @@ def test_a_whole_network_of_torchvision_computes_the_same_after_fuse(name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet26d", "seresnet33ts", "regnety_004", "resnetv2_50", "densenet121", "dla34"])
+@pytest.mark.parametrize("name", ["resnet26d", "regnety_004", "dla34"])
 def test_a_network_of_timm_computes_the_same_after_fuse(name: str) -> None:
     timm = pytest.importorskip("timm", reason="timm is not a dependency of the tests")
     model = timm.create_model(name, num_classes=10).double()

@@ -608,7 +608,7 @@ def test_resnet20_compiles_in_one_graph_with_the_kernels_inside_and_trains_the_s
 
 
 @pytest.mark.slow
-def test_without_triton_the_modules_run_through_the_reference() -> None:
+def test_without_triton_the_modules_run_and_agree() -> None:
     assert worker("kernels_without_triton", TRITON_INTERPRET=None) == "equal\n"
 
 
