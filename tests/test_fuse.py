@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -145,7 +146,6 @@ def test_a_whole_network_of_torchvision_computes_the_same_after_fuse(name: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet26d", "regnety_004", "dla34"])
 def test_a_network_of_timm_computes_the_same_after_fuse(name: str) -> None:
-    timm = pytest.importorskip("timm", reason="timm is not a dependency of the tests")
     model = timm.create_model(name, num_classes=10).double()
     fused = fuse_copy(model)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -616,7 +616,6 @@ def test_feature_extraction_gives_the_same_nodes() -> None:
 
 
 def test_timms_norm_with_an_activation_is_fused_in_place() -> None:
-    timm = pytest.importorskip("timm", reason="timm is not a dependency of the tests")
     norm = timm.layers.BatchNormAct2d
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), norm(4), nn.Conv2d(4, 4, 1), norm(4, act_layer=nn.SiLU), norm(4, apply_act=False), nn.ReLU()

@@ -16,7 +16,7 @@ from fastres_kernels import BatchNormAct2d
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What fastres.fuse did with each BatchNorm2d of a network."""
+    """The result of fastres.fuse for each BatchNorm2d of a network."""
 
     fused: tuple[str, ...]  # names of the norms that are computed together with their ReLU
     left: dict[str, str]  # name of every other norm -> the reason

@@ -48,7 +48,7 @@ class ModuleName:
 
 @dataclass(frozen=True)
 class Spec:
-    """What makes a generated class of a module's own one: code for a forward, or one of fusion/modules.py's classes."""
+    """The recipe of a generated class: code for a forward, or one of the classes of fusion/modules.py."""
 
     kind: str  # "forward", "sequential" or "norm"
     forward: Code = Code("")  # of the kind "forward"
