@@ -98,12 +98,8 @@ def predict(predictor: Predictor, files: list[Path], top: int) -> tuple[list[tup
             complain(str(error))
     if not images:
         return [], len(files)
-    probabilities = predictor.probabilities(images)
-    rows = []
-    for path, of_file in zip(read, probabilities, strict=True):
-        for index in (-of_file).argsort(kind="stable")[:top]:
-            rows.append((str(path), predictor.data.classes[index], float(of_file[index])))
-    return rows, len(files) - len(read)
+    found = zip(read, predictor.best(images, top), strict=True)
+    return [(str(path), name, share) for path, best in found for name, share in best], len(files) - len(read)
 
 
 def as_csv(rows: list[tuple[str, str, float]]) -> str:

@@ -58,12 +58,15 @@ class Predictor:
             UsageError: if a file cannot be read or an array is no image.
         """
         prepared = [self.prepare(self._pixels(image)) for image in images]
-        found = []
-        for start in range(0, len(prepared), batch_size):
-            for row in self.probabilities(prepared[start : start + batch_size]):
-                best = (-row).argsort(kind="stable")[: min(top, len(self.classes))]
-                found.append([(self.classes[index], float(row[index])) for index in best])
-        return found
+        batches = (prepared[start : start + batch_size] for start in range(0, len(prepared), batch_size))
+        return [row for batch in batches for row in self.best(batch, top)]
+
+    def best(self, images: Sequence[np.ndarray], top: int) -> list[list[tuple[str, float]]]:
+        """Return the `top` most probable classes of each of b prepared images, as predict() does."""
+        return [
+            [(self.classes[index], float(row[index])) for index in (-row).argsort(kind="stable")[:top]]
+            for row in self.probabilities(images)
+        ]
 
     def preprocess(self, image: Any) -> Tensor:
         """Return one image, as predict() takes them, as the network's input: (C, S, S) float32, normalised."""
