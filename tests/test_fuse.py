@@ -16,12 +16,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fastres
+import fastres_kernels
 from fastres.models.fusion.modules import FusedNorm
 from fastres_kernels import BatchNormAct2d, defer_running_stats
+from fastres_kernels.cpu import ops as cpu_ops
 from tests.commands import run_worker
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -78,10 +83,10 @@ def fused_calls(model: nn.Module, images: Tensor = IMAGES, training: bool = True
     called: list[str] = []
     forward = FusedNorm.forward
 
-    def spy(self: Any, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
+    def spy(self: Any, x: Tensor, fused_add: Any = None, fused_relu: bool = False, fused_fork: bool = False) -> Any:
         if fused_relu:
             called.append(names[self] + ("+" if fused_add is not None else ""))
-        return forward(self, x, fused_add, fused_relu)
+        return forward(self, x, fused_add, fused_relu, fused_fork)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FusedNorm, "forward", spy)
@@ -719,17 +724,109 @@ def test_statistics_can_be_deferred() -> None:
     assert "deferral" not in fastres.unfuse(fused).bn1.__dict__
 
 
-def test_the_kernels_operation_computes_the_same() -> None:
-    block = torchvision.models.resnet.BasicBlock(4, 4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), block).double()
-    model.to(memory_format=torch.channels_last)
+class CountSecondGradients(TorchDispatchMode):
+    """Counts the backward passes of the fused operation that add the gradient of a skip connection."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm_act_backward" in str(func):
+            self.count += args[1] is not None
+        return func(*args, **(kwargs or {}))
+
+
+def residual_blocks(build: Callable[[], nn.Module] = lambda: BasicBlock(4, 4)) -> nn.Module:
+    """Return a stem and three residual blocks in a row."""
+    blocks = nn.Sequential(*(build() for _ in range(3)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), blocks).double()
+    return model.to(memory_format=torch.channels_last)
+
+
+def with_kernels(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Return a fused copy that runs the kernels' operation, whose reference takes float64."""
+    monkeypatch.setattr(fastres_kernels.modules, "runs_kernels", lambda x: True)
     fused = fuse_copy(model)
     for module in fused.modules():
         if isinstance(module, BatchNormAct2d):
-            module.algorithm = "two_pass"  # its reference takes float64
-    for training in (True, False):
-        expected, got = values_of(model, training), values_of(fused, training)
+            module.algorithm = "two_pass"
+    return fused
+
+
+class Sum(nn.Module):
+    """A residual block whose branch is a Sequential, as in a RegNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)))
+        self.f.append(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.f(x))
+
+
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # by name: constructor, forks in a row of three
+    "basic block": (lambda: BasicBlock(4, 4), 2),
+    "bottleneck": (lambda: Bottleneck(4, 1), 2),
+    "branch in a sequential": (Sum, 0),  # the norm is inside the branch, which computes the sum
+    "timm": (lambda: timm.models.resnet.BasicBlock(4, 4), 2),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_gradient_of_a_skip_connection_arrives_separately(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, forks = BLOCKS[name]
+    model = residual_blocks(build)
+    fused = with_kernels(model, monkeypatch)
+    with CountSecondGradients() as second:
+        assert_same_function(model, fused)
+    assert second.count == 2 * forks  # in training and in eval mode
+
+
+def test_a_fork_is_left_out_where_the_partial_gradient_could_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(model: nn.Module, where: str) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            output.register_hook(seen.append)
+
+        if where:
+            model.get_submodule(where).register_forward_hook(keep)
+        return seen
+
+    model = residual_blocks()
+    for where, forks in (("3.0", 1), ("3.0.relu", 1), ("3.1.relu", 1), ("3.2", 1), ("", 2)):
+        plain, fused = copy.deepcopy(model), with_kernels(model, monkeypatch)
+        expected, got = hook(plain, where), hook(fused, where)
+        with CountSecondGradients() as second:
+            values_of(fused, True)
+        values_of(plain, True)
+        assert second.count == forks, where
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    handle = register_module_forward_hook(lambda module, inputs, output: None)
+    with CountSecondGradients() as second:
+        values_of(with_kernels(model, monkeypatch), True)
+    handle.remove()
+    assert second.count == 0, "a hook of every module may see any tensor"
+
+
+def test_convolutions_with_a_kernel_use_it() -> None:
+    if not cpu_ops.available()[0]:
+        pytest.skip(cpu_ops.available()[1])
+    model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).to(memory_format=torch.channels_last)
+    fused = fuse_copy(model)
+    assert fastres.fusion_report(fused).convolutions == ("layer1.0.conv1", "layer1.0.conv2")
+    assert "2 Conv2d with a C++ kernel" in str(fastres.fusion_report(fused))
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+
+    def convolutions(network: nn.Module) -> int:
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profiler:
+            network(images).sum().backward()
+        return sum(event.count for event in profiler.key_averages() if event.key.endswith("cpp_weight_gradient"))
+
+    assert convolutions(model) == 0 and convolutions(fused) == 2
+    assert convolutions(fastres.unfuse(fused)) == 0
+    assert type(fused.layer1[0].conv1) is nn.Conv2d and "algorithm" not in fused.layer1[0].conv1.__dict__
 
 
 def test_dtype_and_memory_format_can_change() -> None:

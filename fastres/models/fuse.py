@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from fastres.models.fusion.generated import RootForward, Spec, generated_class
 from fastres.models.fusion.modules import FusedNorm, FusedReLU
 from fastres.models.fusion.patterns import Analysis, Owner, analyse, is_timm_norm, kind_of
 from fastres.models.fusion.writing import specification
-from fastres_kernels import BatchNormAct2d
+from fastres_kernels import BatchNormAct2d, Conv2d
+from fastres_kernels.cpu.ops import has_kernel
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class FusionReport:
 
     fused: tuple[str, ...]  # names of the norms that are computed together with their ReLU
     left: dict[str, str]  # name of every other norm -> the reason
+    convolutions: tuple[str, ...]  # names of the convolutions that have a C++ kernel
 
     def __str__(self) -> str:
         """Return a line with the numbers, and one for each reason."""
@@ -31,6 +34,10 @@ class FusionReport:
         for why, names in by_reason.items():
             more = f" and {len(names) - 2} more" if len(names) > 3 else ""
             lines.append(f"  left alone: {', '.join(names[: 2 if more else 3])}{more} ({why})")
+        if self.convolutions:
+            lines.append(
+                f"{len(self.convolutions)} Conv2d with a C++ kernel, for bf16 training on CPUs with avx512_bf16"
+            )
         return "\n".join(lines)
 
 
@@ -38,7 +45,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """Compute every BatchNorm2d + ReLU, and BatchNorm2d + add + ReLU, of a network in one operation each.
 
     The operation is fastres_kernels.BatchNormAct2d with the algorithm "measured", which runs torch's own operations
-    except for the shapes and devices where a kernel was measured to be faster. The network computes the same function.
+    except for the shapes and devices where a kernel was measured to be faster. Convolutions with a C++ kernel use it
+    where engine.conv would: in bf16 training on a CPU that has it. The network computes the same function.
     Its state_dict, parameters, class, methods, hooks, names and train/eval switching stay as they are. Copies, pickles,
     torch.compile, torch.export and DistributedDataParallel work as before. A hook that is registered later on a fused
     norm sees the result after the ReLU, and gradients of gradients exist only where torch's own operations run.
@@ -58,10 +66,14 @@ def fuse(model: nn.Module) -> nn.Module:
     found = analyse(model)
     _mark_tails(found)
     unfuse(model)
+    for module in model.modules():
+        if _has_kernel(module):
+            module.__class__ = generated_class(type(module), Spec("conv"))
     owners = [owner for owner in found.owners.values() if any(owner.sites) or owner.takes_sum]
-    specs = [(owner.module, specification(owner)) for owner in owners]
+    specs = {owner.module: specification(owner) for owner in owners}
+    specs |= {owner.module: Spec("sequential") for owner in found.owners.values() if _connects(owner, specs)}
     _swap_leaves(found)
-    for module, spec in specs:
+    for module, spec in specs.items():
         if module is model:
             model.__dict__["forward"] = RootForward(model, spec)
         else:
@@ -101,18 +113,33 @@ def fusion_report(model: nn.Module) -> FusionReport:
             left[name] = "fastres.fuse was not called"
         elif name in found.reasons:
             left[name] = found.reasons[name]
-    return FusionReport(tuple(fused), left)
+    convolutions = [name for name, module in model.named_modules() if _has_kernel(module)]
+    return FusionReport(tuple(fused), left, tuple(convolutions))
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    """Return True for a convolution that the C++ kernels support, whether it is fused or not."""
+    plain = kind_of(module) in (nn.Conv2d, Conv2d) and "forward" not in module.__dict__
+    return plain and has_kernel(module)  # type: ignore[arg-type]
 
 
 def _restore(module: Any) -> None:
     """Give a module its class back."""
     module.__dict__.pop("deferral", None)
+    if kind_of(module) is nn.Conv2d:
+        module.__dict__.pop("algorithm", None)  # which the engine sets
     if getattr(module, "group_name", "") and kind_of(module) is nn.BatchNorm2d:
         # It shares its statistics between processes, as after convert_sync_batchnorm of a network that is not fused.
         module.__class__, module.act, module.algorithm = BatchNormAct2d, "none", "two_pass"
     else:
         module.__dict__.pop("group_name", None)
         module.__class__ = kind_of(module)
+
+
+def _connects(owner: Owner, specs: dict[nn.Module, Spec]) -> bool:
+    """Return True for a Sequential in which a block's result is the next block's skip connection."""
+    children = [specs.get(child, Spec("")) for child in owner.module._modules.values() if child is not None]
+    return owner.is_sequential and any(a.takes_fork and b.takes_skip for a, b in pairwise(children))
 
 
 def _mark_tails(found: Analysis) -> None:

@@ -290,7 +290,7 @@ def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
     be bf16; without it, the weight's. The convolution has to be 3×3 with zero padding of 1, stride 1 or 2, one group
     and no dilation. Input channels have to be a multiple of 16, output channels a multiple of 8, and both at most 64.
     """
-    if not (torch.is_grad_enabled() and conv.weight.requires_grad and _three_by_three(conv)):
+    if not (torch.is_grad_enabled() and conv.weight.requires_grad and has_kernel(conv)):
         return False
     if torch.is_autocast_enabled("cpu"):
         fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -300,8 +300,8 @@ def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
     return fits and _kernels_accept(x) and x.shape[1] == conv.in_channels
 
 
-def _three_by_three(conv: nn.Conv2d) -> bool:
-    """Return True if conv2d supports the geometry and the numbers of channels of `conv`."""
+def has_kernel(conv: nn.Conv2d) -> bool:
+    """Return True if conv2d supports the geometry and the numbers of channels of the convolution."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride in ((1, 1), (2, 2))

@@ -17,7 +17,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.models.fusion.modules import FusedNormAct, FusedReLU, FusedSequential, rectified_sum, same
+from fastres.models.fusion.modules import (
+    FusedConv2d,
+    FusedNormAct,
+    FusedReLU,
+    FusedSequential,
+    hooked,
+    rectified_sum,
+    same,
+)
+
+BASES: dict[str, tuple[type, ...]] = {"norm": (FusedNormAct,), "conv": (FusedConv2d,), "sequential": (FusedSequential,)}
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,19 @@ class ModuleName:
 class Spec:
     """The recipe of a generated class: code for a forward, or one of the classes of fusion/modules.py."""
 
-    kind: str  # "forward", "sequential" or "norm"
+    kind: str  # "forward", "sequential", "norm" or "conv"
     forward: Code = Code("")  # of the kind "forward"
     variants: tuple[Code, ...] = ()  # the functions _variant_0, … that `forward` calls
     takes_sum: bool = False
+    takes_skip: bool = False
+    takes_fork: bool = False
 
     def function(self, original: type[nn.Module]) -> Callable[..., Any]:
         """Return the generated forward(self, …) for modules of this class."""
         parameters = inspect.signature(original.forward).parameters.values()
         names: dict[str, Any] = {f"_default_{p.name}": p.default for p in parameters}
         names |= {"_original": original.forward, "rectified_sum": rectified_sum, "FusedReLU": FusedReLU}
-        names |= {"Tensor": Tensor, "Identity": nn.Identity, "same": same}
+        names |= {"Tensor": Tensor, "Identity": nn.Identity, "same": same, "hooked": hooked}
         for i, code in enumerate(self.variants):
             names[f"_variant_{i}"] = code.compiled(f"_variant_{i}", {})
         function: Callable[..., Any] = self.forward.compiled("forward", names)
@@ -95,14 +107,11 @@ def generated_class(original: Any, spec: Spec) -> Any:
 
 @cache
 def _made(original: Any, spec: Spec) -> Any:
-    bases: tuple[type, ...] = (Generated, original)
+    bases = (Generated, *BASES.get(spec.kind, ()), original)
     contents: dict[str, Any] = {"original": original, "spec": spec, "__doc__": original.__doc__}
-    if spec.kind == "norm":
-        bases = (Generated, FusedNormAct, original)
-    elif spec.kind == "sequential":
-        bases = (Generated, FusedSequential, original)
-    else:
-        contents |= {"forward": spec.function(original), "takes_sum": spec.takes_sum}
+    if spec.kind == "forward":
+        contents |= {name: getattr(spec, name) for name in ("takes_sum", "takes_skip", "takes_fork")}
+        contents["forward"] = spec.function(original)
     contents |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, bases, contents)
 

@@ -1,12 +1,17 @@
-"""Modules that take the place of BatchNorm2d, ReLU and Sequential in a network that fastres.fuse has changed.
+"""Modules that take the place of BatchNorm2d, ReLU, Conv2d and Sequential in a network that fastres.fuse has changed.
 
 A module takes its place by `module.__class__ = …`, so the object stays: parameters, buffers, hooks, names and
 references. Called as before, each module computes what it computed before, so code that fastres.fuse has not seen, such
 as a method `forward_features`, stays right. Only a forward that fastres.fuse has written calls them with the arguments
-`fused_add` and `fused_relu`:
+`fused_add`, `fused_relu`, `fused_fork` and `fused_skip`:
 
     norm(x, fused_add=residual, fused_relu=True)    relu(BatchNorm(x) + residual)
+    norm(x, fused_relu=True, fused_fork=True)       the result y, and None or a Skip: y for a skip connection
     relu(x, fused_relu=True)                        x, which is rectified already; hooks run as usual
+    block(x, fused_skip=skip)                       block(x), whose skip connection takes its input from `skip`
+
+The gradient of a Skip arrives separately, and the norm that made it adds the two gradients in a pass that it makes
+anyway. Only FusedSequential asks for one, and hands it to the next module, so nothing else sees the partial gradient.
 """
 
 from __future__ import annotations
@@ -17,20 +22,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules import module as torch_module
 
-from fastres_kernels import BatchNormAct2d
+from fastres_kernels import BatchNormAct2d, Conv2d, Skip
+
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 def rectified_sum(y: Any, fused_add: Any, fused_relu: bool) -> Any:
     """Return relu(y + fused_add), without the parts that are None or False, in torch's own operations."""
     if fused_add is not None:
-        y = y + fused_add
+        y = y + (fused_add.y if isinstance(fused_add, Skip) else fused_add)
     return F.relu(y) if fused_relu else y
 
 
 def same(value: Any, constant: Any) -> bool:
     """Return True if an attribute still has the value of a trace, also in its type. It may be a tensor by now."""
     return type(value) is type(constant) and bool(value == constant)
+
+
+def hooked(*modules: Any) -> bool:
+    """Return True if one of the modules, or every module, has hooks, or if one of them is None."""
+    return any(GLOBAL_HOOKS) or any(
+        module is None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
 
 
 def _is_traced(x: object) -> bool:
@@ -52,24 +77,28 @@ class FusedNorm(BatchNormAct2d):
     algorithm = "measured"  # so that it runs torch's own operations unless a kernel was measured to be faster
     group_name = ""
 
-    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False, fused_fork: bool = False) -> Any:
         """Return relu(BatchNorm(x) + fused_add), of x's shape (N, C, H, W), without the parts that are None or False.
 
         Args:
             x: (N, C, H, W).
-            fused_add: what the network adds, usually a tensor like x; None for no addition.
+            fused_add: what the network adds, usually a tensor like x or a Skip; None for no addition.
             fused_relu: apply ReLU.
+            fused_fork: also return a Skip of the result, or None if torch's own operations compute the result.
         """
+        added = fused_add.y if isinstance(fused_add, Skip) else fused_add
         if _is_traced(x):
-            return rectified_sum(_as_leaf(self, x), fused_add, fused_relu)
-        if self._needs_torch(x, fused_relu):
+            y = rectified_sum(_as_leaf(self, x), fused_add, fused_relu)
+        elif self._needs_torch(x, fused_relu):
             y = nn.BatchNorm2d.forward(self, x)
-            if fused_add is not None:  # in place, because normalisation's backward reads its input and not its output
-                y = y.add_(fused_add) if _like(fused_add, x) else y + fused_add
-            return F.relu(y, inplace=True) if fused_relu else y
-        if fused_add is not None and not _like(fused_add, x):  # broadcast, or of another dtype
-            return rectified_sum(self._normalise(x, None, False, False), fused_add, fused_relu)
-        return self._normalise(x, fused_add, False, fused_relu)
+            if added is not None:  # in place, because normalisation's backward reads its input and not its output
+                y = y.add_(added) if _like(added, x) else y + added
+            y = F.relu(y, inplace=True) if fused_relu else y
+        elif added is None or _like(added, x):
+            return self._normalise(x, fused_add, fused_fork, fused_relu)
+        else:  # broadcast, or of another dtype
+            y = rectified_sum(self._normalise(x, None, False, False), added, fused_relu)
+        return (y, None) if fused_fork else y
 
     def _needs_torch(self, x: Tensor, fused_relu: bool) -> bool:
         """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
@@ -96,15 +125,16 @@ class FusedNormAct(FusedNorm):
     If `drop` or `act` is replaced later, timm's own forward runs.
     """
 
-    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False) -> Any:
+    def forward(self, x: Tensor, fused_add: Any = None, fused_relu: bool = False, fused_fork: bool = False) -> Any:
         """Return relu(act(BatchNorm(x)) + fused_add), without the parts that are None or False."""
         drop, act = type(self._modules.get("drop")), type(self._modules.get("act"))
         if drop is nn.Identity and act is nn.Identity:
-            return super().forward(x, fused_add, fused_relu)
+            return super().forward(x, fused_add, fused_relu, fused_fork)
         fits = drop is nn.Identity and act is nn.ReLU
         if fused_add is None and fits and not _is_traced(x):
-            return super().forward(x, None, True)
-        return rectified_sum(self.original.forward(self, x), fused_add, fused_relu)
+            return super().forward(x, None, True, fused_fork)
+        y = rectified_sum(self.original.forward(self, x), fused_add, fused_relu)
+        return (y, None) if fused_fork else y
 
 
 class FusedReLU(nn.ReLU):
@@ -120,10 +150,26 @@ class FusedReLU(nn.ReLU):
         return input if fused_relu else super().forward(input)
 
 
+class FusedConv2d(Conv2d):
+    """Conv2d that computes in C++ where engine.conv would: in bf16 training, on a CPU that has the kernels.
+
+    fastres.fuse makes a class of this one and the module's own.
+    """
+
+    original: type[nn.Module]
+    algorithm = "cpp"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of the input."""
+        y: Tensor = _as_leaf(self, input) if _is_traced(input) else super().forward(input)
+        return y
+
+
 class FusedSequential(nn.Sequential):
     """Sequential that calls a norm and the ReLU after it as one operation, and whose last norm can take a sum.
 
-    The modules are looked at in every call, so they may be replaced, appended and sliced.
+    The result of a module that ends in such an operation is handed to the next module twice, for its skip connection
+    too. The modules are looked at in every call, so they may be replaced, appended and sliced.
     """
 
     takes_sum = True
@@ -131,24 +177,40 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Any, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(the last module's output + fused_add), without the parts that are None or False."""
         modules = list(self._modules.values())
-        at, value = 0, input
+        at, value, skip = 0, input, None
         while at < len(modules):
             module: Any = modules[at]
             end = at + 1
             while end < len(modules) and type(modules[end]) is nn.Identity:
                 end += 1
-            is_last, takes_sum = end == len(modules), getattr(module, "takes_sum", False)
-            if takes_sum and is_last and (fused_relu or fused_add is not None):
-                value = module(value, fused_add=fused_add, fused_relu=fused_relu)
-                fused_add, fused_relu = None, False
-            elif takes_sum and not is_last and type(modules[end]) is FusedReLU:
-                value = module(value, fused_relu=True)
-                for identity in modules[at + 1 : end]:
-                    value = identity(value)
-                value = modules[end](value, fused_relu=True)
-                at = end + 1
-                continue
+            kind, is_last = type(module), end == len(modules)
+            if getattr(kind, "takes_sum", False):  # looked up in the class, because a module's own lookup is slow
+                skip = None
+                if is_last and (fused_relu or fused_add is not None):
+                    value = module(value, fused_add=fused_add, fused_relu=fused_relu)
+                    fused_add, fused_relu = None, False
+                elif not is_last and type(modules[end]) is FusedReLU:
+                    value = module(value, fused_relu=True)
+                    for identity in modules[at + 1 : end]:
+                        value = identity(value)
+                    value = modules[end](value, fused_relu=True)
+                    at = end
+                else:
+                    value = module(value)
             else:
-                value = module(value)
+                value, skip = _forked(module, value, skip, not is_last)
             at += 1
         return rectified_sum(value, fused_add, fused_relu)
+
+
+def _forked(module: Any, value: Any, skip: Skip | None, fork: bool) -> tuple[Any, Skip | None]:
+    """Return the module's output, and a Skip of it or None. `skip` is one of its input, which it may take."""
+    forks, takes = (getattr(type(module), name, False) for name in ("takes_fork", "takes_skip"))
+    forks, takes = forks and fork, takes and skip is not None
+    if not (forks or takes) or hooked(module):
+        return module(value), None
+    arguments: dict[str, Any] = {"fused_skip": skip} if takes else {}
+    if not forks:
+        return module(value, **arguments), None
+    pair: tuple[Any, Skip | None] = module(value, **arguments, fused_fork=True)
+    return pair

@@ -6,13 +6,27 @@ import enum
 import inspect
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from fastres.models.fusion.generated import Code, ModuleName, Spec
-from fastres.models.fusion.patterns import Owner, Site
+from fastres.models.fusion.patterns import Owner, Site, is_norm
 from fastres.models.fusion.tracing import Listed, Variant, forward_of
+
+
+class Takes(NamedTuple):
+    """The further arguments of a generated forward."""
+
+    sum: bool  # fused_add and fused_relu: its last operation is a norm
+    skip: bool  # fused_skip: it adds its first argument
+    fork: bool  # fused_fork: its last operation is a site's ReLU
+
+    def arguments(self) -> list[str]:
+        """Return the arguments' names."""
+        names = {"fused_add": self.sum, "fused_relu": self.sum, "fused_skip": self.skip, "fused_fork": self.fork}
+        return [name for name, taken in names.items() if taken]
+
 
 KINDS = {"tensor": "Tensor", "list": "(list, tuple)", "any": "(Tensor, list, tuple)"}
 
@@ -26,23 +40,36 @@ def specification(owner: Owner) -> Spec:
         return Spec("sequential")
     values: dict[str, Any] = {}
     lines, functions = [], []
-    sums = ["fused_add", "fused_relu"] if owner.takes_sum else []
-    for i, (variant, sites) in enumerate(zip(owner.variants, owner.sites, strict=True)):
+    found = list(zip(owner.variants, owner.sites, strict=True))
+    skips, forks = [_skip_site(owner, *one) for one in found], [_fork_site(owner, *one) for one in found]
+    takes = Takes(owner.takes_sum, all(skips), all(forks))
+    for i, (variant, sites) in enumerate(found):
         conditions = [*_conditions(variant, values), *_parts_fit(owner, i, sites)]
+        lines.append(f"    if {' and '.join(dict.fromkeys(conditions))}:")
+        arguments = list(variant.inputs)
+        arguments += ["fused_add", "fused_relu"] if takes.sum else []
+        arguments += [f"{arguments[0]} if fused_skip is None else fused_skip"] if takes.skip else []
+        called = f"_variant_{i}({', '.join(['self', *arguments])}"
+        if takes.fork:
+            unhooked = ", ".join(_module(str(node.target)) for node in _called(forks[i]))
+            lines += [f"        if fused_fork and hooked({unhooked}):", f"            return {called}, False), None"]
+        lines.append(f"        return {called}{', fused_fork' if takes.fork else ''})")
+        new = _placeholders(variant.graph, takes)
+        if takes.sum:
+            owner.tail_nodes[i].kwargs = {"fused_add": new["fused_add"], "fused_relu": new["fused_relu"]}
         for site in sites:
-            _rewrite(variant.graph, site)
-        if owner.takes_sum:
-            _pass_sum_on(variant.graph, owner.tail_nodes[i])
+            kwargs = {"fused_add": new["fused_skip"]} if takes.skip and site is skips[i] else {}
+            kwargs |= {"fused_fork": new["fused_fork"]} if takes.fork and site is forks[i] else {}
+            _rewrite(variant.graph, site, kwargs)
         functions.append(_function(variant.graph, f"_variant_{i}"))
-        called = ", ".join(["self", *variant.inputs, *sums])
-        lines += [f"    if {' and '.join(dict.fromkeys(conditions))}:", f"        return _variant_{i}({called})"]
-    header, call = _signature(owner)
-    result = "rectified_sum(result, fused_add, fused_relu)" if owner.takes_sum else "result"
-    source = "\n".join([header, *lines, f"    result = {call}", f"    return {result}", ""])
-    return Spec("forward", Code(source, tuple(values.items())), tuple(functions), owner.takes_sum)
+    header, call = _signature(owner, takes)
+    result = "rectified_sum(result, fused_add, fused_relu)" if takes.sum else "result"
+    fallback = [f"    result = {call}", *(["    if fused_fork:", "        return result, None"] if takes.fork else [])]
+    source = "\n".join([header, *lines, *fallback, f"    return {result}", ""])
+    return Spec("forward", Code(source, tuple(values.items())), tuple(functions), *takes)
 
 
-def _signature(owner: Owner) -> tuple[str, str]:
+def _signature(owner: Owner, takes: Takes) -> tuple[str, str]:
     """Return the line `def forward(…)` and the call of the original forward with the same arguments."""
     parameters = list(inspect.signature(forward_of(owner.module)).parameters.values())[1:]
     header, call, starred = ["self"], ["self"], False
@@ -53,9 +80,45 @@ def _signature(owner: Owner) -> tuple[str, str]:
         has_default = parameter.default is not parameter.empty
         header.append(f"{parameter.name}=_default_{parameter.name}" if has_default else parameter.name)
         call.append(f"{parameter.name}={parameter.name}" if starred else parameter.name)
-    if owner.takes_sum:
-        header += [*([] if starred else ["*"]), "fused_add=None", "fused_relu=False"]
+    more = [f"{name}={'None' if name in ('fused_add', 'fused_skip') else 'False'}" for name in takes.arguments()]
+    header += ["*"] * bool(more and not starred) + more
     return f"def forward({', '.join(header)}):", f"_original({', '.join(call)})"
+
+
+# ---- skip connections --------------------------------------------------------------------------------------
+
+
+def _skip_site(owner: Owner, variant: Variant, sites: list[Site]) -> Site | None:
+    """Return the site that adds the forward's first argument, or None.
+
+    The argument's other uses do not matter: autograd itself forbids to change the result of a ReLU in place.
+    """
+    first = next(iter(variant.graph.nodes))
+    for site in sites:
+        if site.residual is first and first.op == "placeholder" and is_norm(_child(owner, site.node)):
+            return site
+    return None
+
+
+def _fork_site(owner: Owner, variant: Variant, sites: list[Site]) -> Site | None:
+    """Return the site whose result the forward returns, or None."""
+    output = next(iter(reversed(variant.graph.nodes)))
+    for site in sites:
+        if output.args == (site.chain[-1],) and is_norm(_child(owner, site.node)):
+            return site
+    return None
+
+
+def _called(site: Any) -> list[fx.Node]:
+    """Return the nodes of a site that call modules: the norm, identities and the ReLU."""
+    return [node for node in (site.node, *site.chain) if node.op == "call_module"]
+
+
+def _child(owner: Owner, node: fx.Node) -> nn.Module:
+    return owner.module.get_submodule(str(node.target))
+
+
+# ---- conditions --------------------------------------------------------------------------------------------
 
 
 def _conditions(variant: Variant, values: dict[str, Any]) -> list[str]:
@@ -107,13 +170,23 @@ def _expression(path: str) -> str:
 # ---- graphs ------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: fx.Graph, site: Site) -> None:
+def _placeholders(graph: fx.Graph, takes: Takes) -> dict[str, fx.Node]:
+    """Add parameters for the further arguments of the forward to the graph, and return them by name."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    added: dict[str, fx.Node] = {}
+    for name in takes.arguments():
+        with graph.inserting_after(last):
+            added[name] = last = graph.placeholder(name)
+    return added
+
+
+def _rewrite(graph: fx.Graph, site: Site, more: dict[str, Any]) -> None:
     """Let the norm's call compute the whole site. Calls of identities and of a ReLU module stay, for their hooks."""
     kwargs: dict[str, Any] = {"fused_relu": True}
     if site.residual is not None:
         kwargs["fused_add"] = site.residual
     with graph.inserting_before(site.add or site.node):
-        value = graph.call_module(str(site.node.target), site.node.args, kwargs)
+        value = graph.call_module(str(site.node.target), site.node.args, kwargs | more)
     relu = site.chain[-1]
     with graph.inserting_before(relu):
         for node in site.chain:
@@ -122,16 +195,6 @@ def _rewrite(graph: fx.Graph, site: Site) -> None:
     relu.replace_all_uses_with(value)
     for node in reversed([site.node, *site.chain]):
         graph.erase_node(node)
-
-
-def _pass_sum_on(graph: fx.Graph, tail: fx.Node) -> None:
-    """Add the parameters fused_add and fused_relu to the graph, and pass them to the module that is called last."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(placeholders[-1]):
-        relu = graph.placeholder("fused_relu")
-    with graph.inserting_after(placeholders[-1]):
-        add = graph.placeholder("fused_add")
-    tail.kwargs = {"fused_add": add, "fused_relu": relu}
 
 
 def _function(graph: fx.Graph, name: str) -> Code:

@@ -1,0 +1,51 @@
+"""Measure what fastres.fuse brings to networks of fastres, torchvision and timm.
+
+    pip install -e '.[bench,timm]'
+    pytest bench/bench_fuse.py --benchmark-only
+
+The network as its library builds it, and the same network after fastres.fuse, run interleaved in the same loop.
+"plain" is the loop of the tutorials: eager, fp32, NCHW. "tuned" is that loop with bf16 and channels-last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.lib.paired import compare
+from bench.lib.plain_loop import PlainLoop, loop_inference, loop_training, plain_engine
+from bench.lib.workloads import GPU, Net, Steps
+from fastres import fuse
+
+
+def net(name: str, batch: int = 8, side: int = 224, classes: int = 1_000) -> Net:
+    return Net(name=name, batch=256 if GPU else batch, side=side, classes=classes)
+
+
+NETS = (
+    net("resnet20", 128, 32, 10),
+    net("torchvision/resnet18"),
+    net("torchvision/resnet50"),
+    net("timm/resnet26d"),
+    net("torchvision/regnet_y_400mf"),
+    net("timm/regnety_002"),
+)
+LOOPS = ("plain train", "tuned train", "plain infer", "tuned infer")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+def bench_fuse(benchmark: Any, net: Net, loop: str) -> None:
+    if net.name.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed; pip install -e '.[timm]'")
+    tuned, training = loop.startswith("tuned"), loop.endswith("train")
+
+    def steps(model: torch.nn.Module) -> Steps:
+        step = PlainLoop(model, plain_engine(tuned=tuned))
+        return loop_training(step, None, net) if training else loop_inference(step, net)
+
+    ours = steps(fuse(net.build()))
+    precision = "bf16" if tuned else "fp32"
+    compare(benchmark, net, lambda: steps(net.build()), ours, training=training, precision=precision, loop=loop)
