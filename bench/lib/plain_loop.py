@@ -106,6 +106,21 @@ def loop_training(loop: PlainLoop, batches: Batches | None, net: Net) -> Steps:
     return steps
 
 
+def loop_inference(loop: PlainLoop, net: Net) -> Steps:
+    """Return the forward passes of the loop's network, on one batch."""
+    images, _ = net.batch_for(loop.engine, torch.float32)
+
+    @torch.no_grad()
+    def steps(n: int) -> None:
+        loop.engine.apply_torch_settings()
+        loop.model.eval()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=loop.tuned):
+            for _ in range(n):
+                loop.model(images)
+
+    return steps
+
+
 def plain_training(net: Net) -> Steps:
     """Return the training steps of the plain loop, on one batch."""
     return loop_training(PlainLoop(net.build(), plain_engine()), None, net)
@@ -113,16 +128,7 @@ def plain_training(net: Net) -> Steps:
 
 def plain_inference(net: Net) -> Steps:
     """Return the forward passes of the plain network, on one batch."""
-    engine = plain_engine()
-    model, (images, _) = net.build().to(DEVICE).eval(), net.batch_for(engine, torch.float32)
-
-    @torch.no_grad()
-    def steps(n: int) -> None:
-        engine.apply_torch_settings()
-        for _ in range(n):
-            model(images)
-
-    return steps
+    return loop_inference(PlainLoop(net.build(), plain_engine()), net)
 
 
 class PlainRun:

@@ -252,6 +252,11 @@ TABLES: dict[str, tuple[str, str, Lines]] = {
         "Training ResNet-50, in turns with the peer. Ratio: fastres's images/s / the peer's; more is better.",
         _each(peer_lines),
     ),
+    "bench_fuse.py": (
+        "images/s after fastres.fuse",
+        "A network after fastres.fuse, in turns with the same network before it, in the same loop. More is better.",
+        _each(lambda row: [_ratio_line(row)]),
+    ),
     "bench_scaling.py": (
         "cost of a step",
         "Time of a ResNet step by batch size, depth and number of processes (less is better), and the cost of DDP and "

@@ -95,14 +95,14 @@ def _skip_site(owner: Owner, variant: Variant, sites: list[Site]) -> Site | None
     """
     first = next(iter(variant.graph.nodes))
     for site in sites:
-        if site.residual is first and first.op == "placeholder" and is_norm(_child(owner, site.node)):
+        if first.op == "placeholder" and site.residual is first and is_norm(_child(owner, site.node)):
             return site
     return None
 
 
 def _fork_site(owner: Owner, variant: Variant, sites: list[Site]) -> Site | None:
     """Return the site whose result the forward returns, or None."""
-    output = next(iter(reversed(variant.graph.nodes)))
+    output = variant.graph.output_node()
     for site in sites:
         if output.args == (site.chain[-1],) and is_norm(_child(owner, site.node)):
             return site
