@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +19,17 @@ import pytest
 import torch
 
 from fastres.utils import hardware
-from fastres.utils.hardware import PEAKS, disturbances, measured_copy, measured_matmul, peaks_of, snapshot
+from fastres.utils.hardware import (
+    PEAKS,
+    OtherLoad,
+    cpu_times,
+    disturbances,
+    measured_copy,
+    measured_matmul,
+    peaks_of,
+    snapshot,
+)
+from tests.commands import run_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -166,12 +183,79 @@ def test_an_unreadable_value_is_none_with_a_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_disturbances_are_reported_and_a_quiet_machine_has_none() -> None:
-    quiet = {"host": {"cpus": 2, "other_runnable": 0, "governor": "performance"}, "gpu": None}
-    unknown = {"host": {"cpus": 2, "other_runnable": None, "governor": None}, "gpu": None}
-    loud = {"host": {"cpus": 2, "other_runnable": 3, "governor": "powersave"}, "gpu": None}
+    times = {"unix_time_s": 10.0, "own_s": 5.0, "all_s": 20.0}
+    busy = {"unix_time_s": 12.0, "own_s": 7.0, "all_s": 24.5}  # 4.5 s in all, 2 s of them this run's
+    quiet = {"host": {"cpus": 2, "cpu_times": times, "governor": "performance"}, "gpu": None}
+    unknown = {"host": {"cpus": 2, "cpu_times": None, "governor": None}, "gpu": None}
+    loud = {"host": {"cpus": 2, "cpu_times": busy, "governor": "performance"}, "gpu": None}
+    slow = {"host": {"cpus": 2, "cpu_times": times, "governor": "powersave"}, "gpu": None}
     idle = {**quiet, "gpu": {"other_processes": [], "throttled": ["idle"]}}
     assert disturbances(quiet, quiet) == disturbances(unknown, unknown) == disturbances(idle, idle) == []
-    assert disturbances(loud, loud) == [
-        "3 other thread(s) were running at the start, on 2 CPUs",
-        "the CPU's frequency governor is powersave",
-    ]
+    assert disturbances(quiet, loud) == ["other processes used 1.2 of 2 CPU cores"]
+    assert disturbances(slow, slow) == ["the CPU's frequency governor is powersave"]
+
+
+# ---- other processes -----------------------------------------------------------------------------------------
+
+BUSY = "while True: pass"
+
+
+@contextmanager
+def busy_elsewhere(processes: int = 1) -> Iterator[None]:
+    """Keep cores busy by processes that are not children of this one: their parent ends at once."""
+    start = (
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=-3, stderr=-3).pid)"
+    )
+    command = [sys.executable, "-c", start, BUSY]
+    pids = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_cpu_time_of_children_is_the_runs_own() -> None:
+    before = cpu_times()
+    child = subprocess.Popen([sys.executable, "-c", BUSY])
+    time.sleep(1.5)
+    running = cpu_times()
+    child.kill()
+    child.wait()
+    ended = cpu_times()
+    assert running["own_s"] - before["own_s"] > 0.2
+    assert ended["own_s"] >= running["own_s"], "the time of a child that has ended is kept"
+    assert running["all_s"] - before["all_s"] > 0.2
+
+
+def test_a_run_whose_cores_are_taken_gets_one_line_with_the_remedy() -> None:
+    load = OtherLoad(threads=len(os.sched_getaffinity(0)))
+    assert load.line(900.0) is None, "no reading within two seconds"
+    with busy_elsewhere():
+        time.sleep(2.5)
+        line = load.line(100.0)
+        time.sleep(2.5)
+        again = load.line(100.0)
+    assert line is not None and again is None
+    assert re.fullmatch(
+        r"other processes use \d+\.\d of the \d+ CPU cores and slow this run: 100 images/s \(900 before\); "
+        r"end them(, or start with OMP_NUM_THREADS=\d+)?",
+        line,
+    )
+
+
+def test_a_run_that_leaves_others_their_core_gets_no_line() -> None:
+    cpus = len(os.sched_getaffinity(0))
+    for threads, speaks in ((cpus - 1, False), (cpus, True)):
+        load = OtherLoad(threads=threads)
+        now = cpu_times()
+        load.times = now | {"unix_time_s": now["unix_time_s"] - 10, "all_s": now["all_s"] - 10}  # others used one core
+        assert (load.line(100.0) is not None) == speaks
+
+
+@pytest.mark.slow
+def test_train_says_that_other_processes_slow_it(tmp_path: Path) -> None:
+    with busy_elsewhere(processes=len(os.sched_getaffinity(0))):
+        flags = ["--recipe", "digits", "--run.dir", tmp_path / "run", "--train.steps", "600", "--train.log_every", "50"]
+        done = run_module("fastres.train", *flags)
+    assert done.returncode == 0 and done.stdout.count("other processes use") == 1

@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastres.config.schema import Config
 from fastres.models.weights import save_weights
 from fastres.runs.checkpoint import BEST
@@ -19,6 +21,7 @@ from fastres.training.build import Parts
 from fastres.training.metrics import Evaluation, Metrics
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import RunError
+from fastres.utils.hardware import OtherLoad
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import RunTimer
 
@@ -52,6 +55,8 @@ class TrainingLog:
         self.start, self.since_eval, self.best = position.step, position.since_eval, position.best
         self.last_eval: Evaluation | None = None
         self._logged, self._logged_s = self.start, timer.train_time_s  # step and time of the last log line
+        on_cpu = parts.step.engine.device.type == "cpu"
+        self._other_load = OtherLoad(threads=torch.get_num_threads() if on_cpu else 1)
 
     # -------------------------------------------------------------------------------- when something is due
 
@@ -119,6 +124,8 @@ class TrainingLog:
                 f"lr {lr:.4g}",
             ),
         )
+        if self.is_main and (line := self._other_load.line(speed)):
+            self.progress.say(line)
         self._append(
             {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
              "lr": lr, "images_per_s": speed, "train_time_s": self.timer.train_time_s}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastres.utils import ranks
 from fastres.utils.errors import first_line
 from fastres.utils.precision import DTYPES
 from fastres.utils.timing import interleaved, time_region
@@ -151,8 +152,9 @@ def disturbances(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return a line for each condition that may have disturbed a measurement between two snapshots."""
     lines = []
     host = before["host"]
-    if others := host["other_runnable"]:
-        lines.append(f"{others} other thread(s) were running at the start, on {host['cpus']} CPUs")
+    others = other_cores(host["cpu_times"], after["host"]["cpu_times"])
+    if others is not None and others >= OTHER_CORES:
+        lines.append(f"other processes used {others:.1f} of {host['cpus']} CPU cores")
     if host["governor"] not in (None, "performance"):
         lines.append(f"the CPU's frequency governor is {host['governor']}")
     if gpu := after["gpu"]:
@@ -172,13 +174,93 @@ def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int
     return {name: n - before[name] for name, n in after.items() if n > before.get(name, n)}
 
 
+# ---- the CPU time of other processes -------------------------------------------------------------------------
+
+OTHER_CORES = 0.25  # of other processes; less is the system's own work
+
+
+def cpu_times() -> dict[str, float]:
+    """Return the CPU seconds that this run's processes and all processes have used, and the time.
+
+    The run's processes are this one and its descendants; under torchrun, its siblings and theirs too. "all" counts the
+    CPUs that this process may use. Raise OSError where the system has no /proc.
+    """
+    per_s = os.sysconf("SC_CLK_TCK")
+    allowed = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    busy = 0
+    for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
+        name, *ticks = line.split()
+        if name in allowed:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks[:8])
+            busy += user + nice + system + irq + softirq + steal
+    times: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # the process has ended
+            fields = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            times[pid := int(file.parent.name)] = sum(map(int, fields[11:15]))  # with those of children that ended
+            children.setdefault(int(fields[1]), []).append(pid)
+    own, waiting = 0, [os.getppid() if ranks.local_world_size() > 1 else os.getpid()]
+    while waiting:
+        own += times.get(pid := waiting.pop(), 0)
+        waiting += children.get(pid, [])
+    return {"unix_time_s": time.time(), "own_s": own / per_s, "all_s": busy / per_s}
+
+
+def other_cores(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> float | None:
+    """Return the mean number of cores that other processes used between two cpu_times, or None if one is None."""
+    if before is None or after is None:
+        return None
+    other_s, seconds = ((after[key] - before[key]) for key in ("all_s", "unix_time_s"))
+    other_s -= after["own_s"] - before["own_s"]
+    return max(0.0, other_s / seconds) if seconds > 0 else 0.0
+
+
+class OtherLoad:
+    """Finds out, while a run trains, that other processes take the cores that its threads need.
+
+    Args:
+        threads: the number of threads of each of this host's processes of the run.
+    """
+
+    LEAST_S = 2.0  # between two readings, because CPU times advance in steps of 10 ms
+    LEAST_CORES = 0.5  # fewer cores slow a run by less than its speed varies anyway
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.processes = threads, ranks.local_world_size()
+        self.times = _cpu_times_or_none()
+        self.best = 0.0  # images/s
+        self.said = False
+
+    def line(self, images_per_s: float) -> str | None:
+        """Return a line with the remedy, at most once, if other processes have slowed the run since the last reading.
+
+        Args:
+            images_per_s: the run's speed since the last call.
+        """
+        self.best = max(self.best, images_per_s)
+        if self.said or self.times is None or time.time() - self.times["unix_time_s"] < self.LEAST_S:
+            return None
+        before, self.times = self.times, _cpu_times_or_none()
+        others = other_cores(before, self.times) or 0.0
+        cpus = len(os.sched_getaffinity(0))
+        if others < self.LEAST_CORES or others + self.threads * self.processes <= cpus + OTHER_CORES:
+            return None
+        self.said = True
+        fits = max(1, int(cpus - others) // self.processes)
+        remedy = f"end them, or start with OMP_NUM_THREADS={fits}" if fits < self.threads else "end them"
+        speed = f"{images_per_s:,.0f} images/s" + (f" ({self.best:,.0f} before)" if self.best > images_per_s else "")
+        return f"other processes use {others:.1f} of the {cpus} CPU cores and slow this run: {speed}; {remedy}"
+
+
+def _cpu_times_or_none() -> dict[str, float] | None:
+    try:
+        return cpu_times()
+    except Exception:
+        return None
+
+
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-
-
-def _other_runnable() -> int:
-    """Return the number of threads that run or wait for a CPU, without this one."""
-    lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("procs_running")).split()[1]) - 1
 
 
 def _mhz() -> list[float]:
@@ -193,7 +275,7 @@ def _mhz() -> list[float]:
 HOST_FIELDS: dict[str, Callable[[], Any]] = {
     "cpus": lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "load_average": lambda: list(os.getloadavg()),  # over 1, 5 and 15 minutes
-    "other_runnable": _other_runnable,
+    "cpu_times": cpu_times,
     "mhz": _mhz,  # of each CPU
     "governor": lambda: (CPUFREQ / "scaling_governor").read_text(encoding="utf-8").strip(),
 }
