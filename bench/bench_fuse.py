@@ -1,7 +1,8 @@
 """Measure what fastres.fuse brings to networks of fastres, torchvision and timm.
 
     pip install -e '.[bench,timm]'
-    pytest bench/bench_fuse.py --benchmark-only
+    pytest bench/bench_fuse.py --benchmark-only           two networks, in training
+    pytest bench/bench_fuse.py --benchmark-only --full    everything
 
 The network as its library builds it, and the same network after fastres.fuse, run interleaved in the same loop.
 "plain" is the loop of the tutorials: eager, fp32, NCHW. "tuned" is that loop with bf16 and channels-last.
@@ -35,8 +36,14 @@ NETS = (
 LOOPS = ("plain train", "tuned train", "plain infer", "tuned infer")
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+CASES = [
+    pytest.param(net, loop, id=f"{net.name} {loop}", marks=pytest.mark.full if i > 1 or "infer" in loop else ())
+    for i, net in enumerate(NETS)
+    for loop in LOOPS
+]
+
+
+@pytest.mark.parametrize(("net", "loop"), CASES)
 def bench_fuse(benchmark: Any, net: Net, loop: str) -> None:
     if net.name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is not installed; pip install -e '.[timm]'")

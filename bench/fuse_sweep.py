@@ -3,11 +3,13 @@
     python -m bench.fuse_sweep --output sweep.jsonl                          all networks that are not in the file yet
     python -m bench.fuse_sweep --output sweep.jsonl --only 'timm/*resnet*' --limit 20
     python -m bench.fuse_sweep --output sweep.jsonl --summary                the results in the file
+    python -m bench.fuse_sweep --output families.jsonl --thorough --only 'torchvision/resnet18'
 
 A network is taken if it has a BatchNorm2d and a ReLU, and at most 100 million parameters. It gets random weights and
 two images of the smallest size that it takes. A line of the file has the number of norms that are fused, the largest
 relative error of logits, gradients and statistics in training and eval mode, and whether a copy, a pickle and
-torch.compile (fullgraph, aot_eager) compute the same. timm is not a dependency: pip install timm.
+torch.compile (fullgraph, aot_eager) compute the same. With --thorough also inductor, torch.export, ONNX and
+DistributedDataParallel on two processes have to. timm is not a dependency: pip install timm.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib
 import json
 import multiprocessing
 import pickle
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from fastres.models.fuse import fuse, fusion_report, unfuse
@@ -109,7 +114,7 @@ def smallest_images(model: nn.Module) -> Tensor:
     raise ValueError("takes no images of the sizes that were tried")
 
 
-def compare(build: Callable[[], nn.Module]) -> dict[str, Any]:
+def compare(build: Callable[[], nn.Module], thorough: bool = False) -> dict[str, Any]:
     """Fuse one network and return the line of results."""
     with suppress(NotImplementedError), torch.device("meta"):  # without its weights, which take most of the time
         if why := reason_to_skip(build()):
@@ -138,6 +143,8 @@ def compare(build: Callable[[], nn.Module]) -> dict[str, Any]:
     result["compile"] = compiled(fused, images)
     if isinstance(result["compile"], str):
         result["compile_original"] = compiled(model, images)
+    if thorough:
+        result |= {name: largest_error(model, fused, images) for name, largest_error in THOROUGH.items()}
     unfused = unfuse(fused)
     result["unfused"] = [type(m) for m in unfused.modules()] == [type(m) for m in model.modules()]
     return result
@@ -157,10 +164,65 @@ def compiled(model: nn.Module, images: Tensor) -> float | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
+# ---- what --thorough adds: the largest relative error of a fused network against the original -----------------
+
+
+def under_inductor(model: nn.Module, fused: nn.Module, images: Tensor) -> float:
+    """Compare logits, gradients and statistics of training under inductor."""
+    torch._dynamo.reset()
+    twin: Any = torch.compile(copy.deepcopy(fused), fullgraph=True)
+    return max(errors(values_of(copy.deepcopy(model), images, True), values_of(twin, images, True)).values())
+
+
+def exported(model: nn.Module, fused: nn.Module, images: Tensor) -> float:
+    """Compare the logits of a program of torch.export."""
+    program = torch.export.export(fused.eval(), (images,))
+    with torch.no_grad():
+        return errors({"logits": [model.eval()(images)]}, {"logits": [program.module()(images)]})["logits"]
+
+
+def in_onnx(model: nn.Module, fused: nn.Module, images: Tensor) -> float:
+    """Compare the logits of an ONNX file in float32."""
+    import onnxruntime
+
+    images, twin = images.float(), copy.deepcopy(fused).float().eval()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        torch.onnx.export(twin, (images,), Path(folder) / "net.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(Path(folder) / "net.onnx")
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        expected = copy.deepcopy(model).float().eval()(images)
+    return errors({"logits": [expected]}, {"logits": [torch.from_numpy(logits)]})["logits"]
+
+
+def under_ddp(model: nn.Module, fused: nn.Module, images: Tensor) -> float:
+    """Compare the training of two processes, each with images of its own."""
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+
+    def work(rank: int, folder: str) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        own = images.roll(rank, -1) * (1 + rank)
+        expected, got = (values_of(DistributedDataParallel(net), own, True) for net in (model, fused))
+        found.put(max(errors(expected, got).values()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    if any(process.exitcode for process in ranks):
+        raise RuntimeError("a rank failed")
+    return float(max(found.get() for _ in ranks))
+
+
+THOROUGH = {"inductor": under_inductor, "export": exported, "onnx": in_onnx, "ddp": under_ddp}
+
+
 # ---- all networks ------------------------------------------------------------------------------------------
 
 
-def in_process(name: str, build: Callable[[], nn.Module], timeout_s: float) -> dict[str, Any]:
+def in_process(name: str, build: Callable[[], nn.Module], thorough: bool, timeout_s: float) -> dict[str, Any]:
     """Return compare's result from a process of its own, or the reason why there is none."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -169,7 +231,7 @@ def in_process(name: str, build: Callable[[], nn.Module], timeout_s: float) -> d
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         try:
-            sender.send(compare(build))
+            sender.send(compare(build, thorough))
         except Exception as error:
             sender.send({"failed": f"{type(error).__name__}: {str(error)[:300]}"})
 
@@ -224,6 +286,9 @@ def summary(results: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"largest error of {kind} in {mode} mode: {worst[mode].get(kind, 0):.1e} ({worst['name']})"
     norms, fused = (sum(result[key] for result in compared) for key in ("norms", "fused"))
     yield f"{fused} of {norms} norms in {len(compared)} networks"
+    for name in ("inductor", "export", "onnx", "ddp"):
+        if values := {result["name"]: result[name] for result in compared if name in result}:
+            yield f"{name}: {', '.join(f'{net} {error:.1e}' for net, error in values.items())}"
     for name in ("failed", "wrong"):
         for result in by_verdict.get(name, []):
             yield f"{name}: {json.dumps(result)}"
@@ -235,6 +300,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="PATTERN", help="names such as 'timm/resnet*', in order")
     parser.add_argument("--limit", type=int, help="number of networks")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one network")
+    help_ = "also compare inductor, torch.export, ONNX and DistributedDataParallel, which takes minutes for a network"
+    parser.add_argument("--thorough", action="store_true", help=help_)
     parser.add_argument("--summary", action="store_true", help="print the results in the file, and stop")
     options = parser.parse_args()
     if not options.summary:
@@ -243,7 +310,7 @@ def main() -> None:
         wanted = [name for pattern in options.only or ["*"] for name in known if fnmatch(name, pattern)]
         chosen = {name: known[name] for name in wanted if name not in done}
         for name, build in list(chosen.items())[: options.limit]:
-            result = in_process(name, build, options.timeout)
+            result = in_process(name, build, options.thorough, options.timeout)
             with options.output.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{name}: {verdict(result)}", flush=True)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.lib.workloads import DEVICE, Net, Steps
-from fastres.utils.hardware import peaks_of
+from fastres.utils.hardware import measured_matmul, peaks_of
 from fastres.utils.timing import Region, Timing, time_region
 
 ROUND_S = 0.4  # of the engine: long compared with the timer and one synchronisation, short compared with a drift
@@ -89,6 +89,7 @@ def compare(
     flops_per_s = benchmark.extra_info["images_per_s"] * flops_per_image(net, training)
     peaks = peaks_of(DEVICE)
     peak = peaks.flops.get(precision) if peaks else None
+    product = measured_matmul(DEVICE, precision) if peaks is None else None  # FLOP/s of a device without a data sheet
     benchmark.extra_info.update(
         model=net.name,
         batch=net.batch,
@@ -98,6 +99,7 @@ def compare(
         steps_per_round=n,
         gflop_per_s=flops_per_s / 1e9,
         share_of_peak=flops_per_s / peak if peak else None,
+        share_of_product=flops_per_s / product if product else None,
         peak_memory_bytes=memory,
         **facts,
     )

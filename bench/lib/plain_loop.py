@@ -116,19 +116,15 @@ def loop_inference(loop: PlainLoop, net: Net) -> Steps:
         loop.model.eval()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=loop.tuned):
             for _ in range(n):
-                loop.model(images)
+                loop.forward(images)
 
     return steps
 
 
-def plain_training(net: Net) -> Steps:
-    """Return the training steps of the plain loop, on one batch."""
-    return loop_training(PlainLoop(net.build(), plain_engine()), None, net)
-
-
-def plain_inference(net: Net) -> Steps:
-    """Return the forward passes of the plain network, on one batch."""
-    return loop_inference(PlainLoop(net.build(), plain_engine()), net)
+def plain_steps(net: Net, *, training: bool, tuned: bool = False) -> Steps:
+    """Return the training steps or forward passes of the plain loop, or of the one tuned by hand, on one batch."""
+    loop = PlainLoop(net.build(), plain_engine(tuned=tuned), compiled=tuned and GPU)
+    return loop_training(loop, None, net) if training else loop_inference(loop, net)
 
 
 class PlainRun:
