@@ -23,10 +23,12 @@ from torch import Tensor, fx, nn
 
 from fastres.models.fuse import unfuse
 from fastres.models.fusion.patterns import ADDS, RELUS, has_hooks, is_timm_norm
-from fastres.models.fusion.tracing import _ForbidTensors, _mode, _recorded_reads, _Tracer
+from fastres.models.fusion.tracing import _ForbidTensors, _mode, _random_state, _recorded_reads, _Tracer
 from fastres_kernels import BatchNormAct2d, Conv2d
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)  # these classes themselves; a subclass may compute something else
+
+OPS = torch.ops.mkldnn
 
 
 def folded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -34,7 +36,8 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     The copy computes the same function as the network in eval mode, in other roundings. It has the weights of this
     moment, shares no tensor with the network, and takes and returns what the network's forward does without optional
-    arguments. Its convolutions are differentiable with respect to the images, and their weights are not trained.
+    arguments. It has gradients with respect to the images, none with respect to the folded weights, and cannot be
+    pickled.
 
     A BatchNorm2d is folded if a torch.nn.Conv2d or fastres_kernels.Conv2d computes its input, nothing else reads the
     convolution's output, it has running statistics, and neither has hooks. All other modules are copied as they are.
@@ -54,6 +57,7 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _folded(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return folded()'s result. Raise an error if the forward cannot be recorded."""
     twin = _without_forks(model)
     graph = _recorded(twin)
     new = _Folding(twin, graph, dtype).run()
@@ -62,7 +66,7 @@ def _folded(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     memo: dict[int, Any] = {}  # one, so that modules that share a tensor still do
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") and node.target not in new:
-            new[node.target] = copy.deepcopy(operator.attrgetter(node.target)(twin), memo)
+            new[str(node.target)] = copy.deepcopy(operator.attrgetter(str(node.target))(twin), memo)
     return fx.GraphModule(new, graph, type(model).__name__).eval()
 
 
@@ -86,7 +90,7 @@ class FoldedConv2d(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.relu = relu
-        self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.padding = _padding(conv)
         # The weight in oneDNN's own layout for this shape of x. A layout for another shape would be reordered in every
         # call, which takes up to 50 times as long as a 1×1 convolution of one image.
@@ -117,7 +121,7 @@ class FoldedConv2d(nn.Module):
             and x.numel() > 0
             and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and (x.requires_grad or getattr(residual, "requires_grad", False)))
-            and torch.backends.mkldnn.enabled
+            and bool(torch.backends.mkldnn.enabled)
             and _has_onednn(x.dtype)
             and (residual is None or self._shaped_as_result(x, residual))
         )
@@ -144,7 +148,7 @@ class FoldedConv2d(nn.Module):
         if residual is None:
             y: Tensor = OPS._convolution_pointwise(*arguments, "relu" if self.relu else "none", [], "")
             return y
-        epilogue = ("add", 1.0, "relu" if self.relu else None, [], "")
+        epilogue: tuple[Any, ...] = ("add", 1.0, "relu" if self.relu else None, [], "")
         if overwrite:
             y = OPS._convolution_pointwise_.binary(residual, *arguments, *epilogue)
         else:
@@ -164,9 +168,6 @@ class FoldedConv2d(nn.Module):
         stride, padding, dilation, groups = self.geometry
         shape = tuple(self.weight.shape)
         return f"{shape}, {stride=}, {padding=}, {dilation=}, {groups=}, relu={self.relu}"
-
-
-OPS = torch.ops.mkldnn
 
 
 @cache
@@ -202,7 +203,7 @@ def _without_forks(model: nn.Module) -> nn.Module:
         ValueError: if a copy of the network would not have all of its behaviour.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = unfuse(copy.deepcopy(model, tensors))  # type: ignore[arg-type]
+    twin = unfuse(copy.deepcopy(model, tensors))
     if has_hooks(twin) or any("forward" in module.__dict__ for module in twin.modules()):
         raise ValueError("the network has hooks, or a forward was replaced")
     for module in twin.modules():
@@ -218,7 +219,11 @@ def _recorded(model: nn.Module) -> fx.Graph:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_recorded_reads({}))
         stack.enter_context(_ForbidTensors())  # type: ignore[no-untyped-call]
-        return _FlatTracer(type(model).forward, (), "tensor", []).trace(model)
+        before = _random_state()
+        graph: fx.Graph = _FlatTracer(type(model).forward, (), "tensor", []).trace(model)
+        if _random_state() != before:
+            raise ValueError("the forward draws random numbers outside of torch's operations")
+    return graph
 
 
 class _FlatTracer(_Tracer):
@@ -322,15 +327,17 @@ class _Folding:
         """Return True if a node between the two may write to the convolution's input, which the addition would see."""
         node = conv.next
         while node is not add:
-            name = str(getattr(node.target, "__name__", node.target))
-            module = self._called(node) if node not in self.nodes else None
-            writes = module is not None and any(getattr(child, "inplace", False) for child in module.modules())
-            writes |= name.endswith("_") or name == "setitem" or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-            writes |= name.startswith("i") and hasattr(operator, f"__{name}__")
-            if writes and node.op in ("call_module", "call_function", "call_method") and node not in self.nodes:
+            if node not in self.nodes and self._may_write(node):
                 return True
             node = node.next
         return False
+
+    def _may_write(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return any(getattr(child, "inplace", False) for child in self._called(node).modules())
+        name = str(getattr(node.target, "__name__", node.target))
+        is_operator = name.startswith("i") and hasattr(operator, f"__{name}__")
+        return is_operator or name.endswith("_") or name == "setitem" or not {"inplace", "out"}.isdisjoint(node.kwargs)
 
     def _is_relu(self, node: fx.Node) -> bool:
         module = self._called(node)
