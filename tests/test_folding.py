@@ -134,6 +134,16 @@ def test_half_precision_is_as_exact_as_the_network(dtype: torch.dtype) -> None:
     assert errors[0] <= 2 * errors[1] + 1e-3 * expected.abs().max()
 
 
+def test_onednns_operators_are_used_where_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    folding._has_onednn.cache_clear()
+    assert folding._has_onednn(torch.float32) == (folding.platform.machine() in ("x86_64", "AMD64"))
+    assert not folding._has_onednn(torch.float64)
+    folding._has_onednn.cache_clear()
+    monkeypatch.setattr(folding, "OPS", object())  # a torch without them
+    assert not folding._has_onednn(torch.float32) and not folding._has_onednn(torch.bfloat16)
+    folding._has_onednn.cache_clear()
+
+
 def test_without_onednns_operators_torchs_own_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "_has_onednn", lambda dtype: False)
     assert_same_function(with_statistics(fastres.build_model("resnet20")), images_of(16))

@@ -29,6 +29,7 @@ from fastres_kernels import BatchNormAct2d, Conv2d
 CONVOLUTIONS = (nn.Conv2d, Conv2d)  # these classes themselves; a subclass may compute something else
 
 OPS = torch.ops.mkldnn
+ADD_AND_RELU: tuple[Any, ...] = ("add", 1.0, "relu", [], "")  # the last arguments of the operators that add
 
 
 def folded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -148,7 +149,7 @@ class FoldedConv2d(nn.Module):
         if residual is None:
             y: Tensor = OPS._convolution_pointwise(*arguments, "relu" if self.relu else "none", [], "")
             return y
-        epilogue: tuple[Any, ...] = ("add", 1.0, "relu" if self.relu else None, [], "")
+        epilogue = ADD_AND_RELU if self.relu else (*ADD_AND_RELU[:2], None, [], "")
         if overwrite:
             y = OPS._convolution_pointwise_.binary(residual, *arguments, *epilogue)
         else:
@@ -172,15 +173,31 @@ class FoldedConv2d(nn.Module):
 
 @cache
 def _has_onednn(dtype: torch.dtype) -> bool:
-    """Return True if this torch and this CPU have oneDNN's convolutions with an epilogue in this dtype."""
+    """Return True if oneDNN's convolutions with an epilogue work in this dtype, as a small one shows.
+
+    Its operators are internal to torch, so another version may lack them or give them other arguments.
+    """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False  # other processors were not measured
-    names = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
-    if not all(hasattr(OPS, name) for name in names):
+    if dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype == torch.bfloat16:
-        return bool(OPS._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    x = torch.arange(256.0).sin().view(1, 16, 4, 4).to(dtype, memory_format=torch.channels_last)
+    w = torch.arange(2304.0).cos().view(16, 16, 3, 3).to(dtype, memory_format=torch.channels_last)
+    one, b = (1, 1), x[0, :, 0, 0].contiguous()
+    try:
+        if dtype == torch.bfloat16 and not OPS._is_mkldnn_bf16_supported():
+            return False
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            expected = F.relu(F.conv2d(x, w, b, 1, 1))
+            packed = OPS._reorder_convolution_weight(w, one, one, one, 1, list(x.shape))
+            y = OPS._convolution_pointwise(x, packed, b, one, one, one, 1, "relu", [], "")
+            sums = [x.clone(), OPS._convolution_pointwise.binary(x, x, packed, b, one, one, one, 1, *ADD_AND_RELU)]
+            OPS._convolution_pointwise_.binary(sums[0], x, packed, b, one, one, one, 1, *ADD_AND_RELU)
+            right = F.relu(F.conv2d(x, w, b, 1, 1) + x)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    pairs = ((y, expected), (sums[0], right), (sums[1], right))
+    return all(torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.05) for found, wanted in pairs)
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, ...] | None:
