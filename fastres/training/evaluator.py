@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastres.data.spec import IGNORED
 from fastres.distributed import process_group
-from fastres.models.fusion.folding import folded
 from fastres.training.engine import Engine
 from fastres.training.metrics import TOP, TOP_FROM, DeviceEvaluation, Evaluation
 from fastres.training.step import Batch, Forward
@@ -30,6 +29,8 @@ def for_inference(model: nn.Module, engine: Engine) -> nn.Module:
     """
     if engine.device.type != "cpu" or engine.compile:  # folding was not measured on a GPU, and inductor fuses by itself
         return model
+    from fastres.models.fusion.folding import folded  # here, because runs and predictions of a few files do without it
+
     return folded(model, engine.dtype)
 
 
