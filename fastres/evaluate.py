@@ -26,7 +26,11 @@ ADJUSTABLE = {"data": DataConfig, "engine": EngineConfig}  # sections that may d
 
 
 def evaluate_run(
-    config: Config, engine: training.Engine, weights: dict[str, Tensor], run_data: DataDescription | None = None
+    config: Config,
+    engine: training.Engine,
+    weights: dict[str, Tensor],
+    run_data: DataDescription | None = None,
+    fold: bool = False,
 ) -> tuple[training.Evaluation, list[str]]:
     """Return the evaluation of the whole test set, every sample once, and the names of the network's outputs.
 
@@ -35,6 +39,8 @@ def evaluate_run(
         engine: the resolved engine.
         weights: the state_dict of the run's network.
         run_data: the run's data, whose classes are matched by name; None for a run of an earlier version.
+        fold: evaluate a copy of the network whose BatchNorms are folded into the convolutions, on a CPU. It is faster,
+            and its figures differ from the run's in rounding.
 
     Raises:
         UsageError: if the data has classes or channels that the run's network has not.
@@ -50,6 +56,8 @@ def evaluate_run(
             f"network {classes} and {channels}; point --data.root and --data.source at the run's data"
         )
     test = data.build_loader(config, source, source.test, device=engine.device, dtype=engine.dtype)
+    if fold:
+        model = training.for_inference(model.eval(), engine)
     evaluator = training.Evaluator(model, engine, classes, config.train.eval_mirrored)
     return evaluator(test.evaluate()), runs.output_names(source.classes, classes)
 
@@ -66,7 +74,7 @@ def agreement(totals: training.Metrics, path: Path) -> str:
         return f"equals the accuracy in {path}"
     return (
         f"differs from the accuracy in {path}, {accuracy:.4f} (other weights, data, device, --engine.precision or "
-        "--engine.compile than the run's)"
+        "--engine.compile than the run's, or --fold)"
     )
 
 
@@ -77,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=user_path, metavar="FOLDER", help="write the accuracy of each class and the "
                         "confusion matrix there: classes.csv, confusion.csv, confusion.png")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions, on a CPU: faster, "
+                        "but the figures may differ from the run's by rounding")  # fmt: skip
     parser.add_trust_code()
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
@@ -96,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="auto"))
     engine = training.resolve_engine(config)
     engine.apply_torch_settings()
-    totals, names = evaluate_run(config, engine, weights, runs.load_description(arguments.run))
+    totals, names = evaluate_run(config, engine, weights, runs.load_description(arguments.run), arguments.fold)
     if arguments.output is not None:
         try:
             arguments.output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from fastres.distributed.process_group import data_parallel
 from fastres.training.build import split_loader
 from fastres.training.cuda_graph import CudaRecorder, FixedBatch, GraphedStep
 from fastres.training.engine import Engine, resolve_engine
-from fastres.training.evaluator import Evaluator
+from fastres.training.evaluator import Evaluator, for_inference
 from fastres.training.step import TrainStep
 
 # Runs the given number of steps, and applies the engine's torch settings before, because they are process-wide.
@@ -148,10 +148,14 @@ def replayed(step: TrainStep, batches: Any) -> Steps:
 
 
 def engine_inference(net: Net, **fields: Any) -> Steps:
-    """Return the engine's evaluation steps: logits, loss and the outcome of each sample."""
+    """Return the engine's evaluation steps: logits, loss and the outcome of each sample.
+
+    The network is that of `evaluate --fold`, of `predict` for many files and of load_run: folded on a CPU.
+    """
     engine = engine_for(**fields)
     engine.apply_torch_settings()
-    evaluator = Evaluator(engine.place(net.build(engine.norm)).eval(), engine, net.classes)
+    model = for_inference(engine.place(net.build(engine.norm)).eval(), engine)
+    evaluator = Evaluator(model, engine, net.classes)
     images, labels = net.batch_for(engine)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from fastres.models.registry import METADATA, build_model
 from fastres.runs.exporting import METADATA_FILE, onnx_session, run_onnx
 from fastres.runs.loading import load_description, read_run, rebuild
 from fastres.training.engine import Engine, resolve_engine
+from fastres.training.evaluator import for_inference
 from fastres.training.step import Forward
 from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError, first_line
@@ -34,7 +35,8 @@ class Predictor:
     Attributes:
         data: the description of the run's data.
         logits: the network as a function: images (b, C, S, S) float32 on the CPU -> logits (b, outputs).
-        model: the network in eval mode, on the engine's device; None for a file of torch.export or ONNX.
+        model: the network in eval mode, on the engine's device; None for a file of torch.export or ONNX. If load_run
+            has folded it, `logits` computes with a copy, which later changes of `model` do not reach.
     """
 
     data: DataDescription
@@ -115,6 +117,7 @@ def load_run(
     flags: Sequence[str] = (),
     model: nn.Module | None = None,
     trust_code: bool = False,
+    fold: bool = True,
 ) -> Predictor:
     """Return the predictor of a run's folder, or of a file that fastres.export has written.
 
@@ -124,6 +127,8 @@ def load_run(
         flags: flags of fastres.train, such as --engine.device=cpu, applied over the run's configuration.
         model: the run's network, if it was given to fastres.fit as an object. It gets the run's weights.
         trust_code: allow a network package.module:function to be imported.
+        fold: predict with a copy of a run's network whose BatchNorms are folded into the convolutions, on a CPU. It is
+            faster, takes 0.1 to 0.5 s to make, and its probabilities differ from the network's in rounding.
 
     Raises:
         UsageError: if the path is neither, or does not say what its classes are.
@@ -131,7 +136,7 @@ def load_run(
     path = Path(path).expanduser()
     if path.is_dir():
         flags = [*flags, *(["--model.trust_code=true"] if trust_code else [])]
-        return _of_run(path, None if checkpoint is None else Path(checkpoint), flags, model)
+        return _of_run(path, None if checkpoint is None else Path(checkpoint), flags, model, fold)
     if checkpoint is not None:
         raise UsageError(f"--checkpoint {checkpoint}: belongs to the folder of a run, and {path} is a file")
     if model is not None:
@@ -154,7 +159,9 @@ def load_run(
         raise UsageError(f"{path}: cannot be read ({first_line(error)}); export it again") from None
 
 
-def _of_run(folder: Path, checkpoint: Path | None, flags: Sequence[str], model: nn.Module | None) -> Predictor:
+def _of_run(
+    folder: Path, checkpoint: Path | None, flags: Sequence[str], model: nn.Module | None, fold: bool
+) -> Predictor:
     # Run eagerly, because few images do not earn back the time to compile.
     flags = ["--engine.compile=false", "--engine.cuda_graph=false", *flags]
     config, weights = read_run(folder, checkpoint, flags, given=model is not None)
@@ -164,7 +171,7 @@ def _of_run(folder: Path, checkpoint: Path | None, flags: Sequence[str], model: 
     engine = resolve_engine(config)
     engine.apply_torch_settings()
     model = engine.place(rebuild(config, weights, data, engine.norm, model)).eval()
-    forward = Forward(model, engine, config.train.eval_mirrored)
+    forward = Forward(for_inference(model, engine) if fold else model, engine, config.train.eval_mirrored)
     return Predictor(data=data, logits=_on(engine, forward), model=model)
 
 

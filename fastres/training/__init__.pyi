@@ -12,6 +12,7 @@ from .engine import can_compile as can_compile
 from .engine import find_apex as find_apex
 from .engine import resolve_engine as resolve_engine
 from .evaluator import Evaluator as Evaluator
+from .evaluator import for_inference as for_inference
 from .metrics import Evaluation as Evaluation
 from .metrics import Metrics as Metrics
 from .optim import OPTIMIZERS as OPTIMIZERS

@@ -16,6 +16,24 @@ from fastres.training.metrics import TOP, TOP_FROM, DeviceEvaluation, Evaluation
 from fastres.training.step import Batch, Forward
 
 
+def for_inference(model: nn.Module, engine: Engine) -> nn.Module:
+    """Return the network that computes the logits of many images fastest, in roundings of its own.
+
+    On a CPU without torch.compile it is a copy whose BatchNorms are folded into the convolutions, in the engine's
+    dtype. Elsewhere, and if nothing can be folded, it is the network itself. The evaluations of a run do not use it, so
+    that their figures are those of the network that is trained.
+
+    Args:
+        model: the network, already placed by the engine.
+        engine: the resolved engine.
+    """
+    if engine.device.type != "cpu" or engine.compile:  # folding was not measured on a GPU, and inductor fuses by itself
+        return model
+    from fastres.models.fusion.folding import folded  # here, because runs and predictions of a few files do without it
+
+    return folded(model, engine.dtype)
+
+
 class ForwardOutcomes(Forward):
     """Forward, loss and outcomes of an evaluation: (images, labels) -> arguments of DeviceEvaluation.add().
 
