@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from fastres.models.fuse import unfuse
 from fastres.models.fusion.patterns import ADDS, RELUS, has_hooks, is_timm_norm
-from fastres.models.fusion.tracing import _ForbidTensors, _mode, _random_state, _recorded_reads, _Tracer
+from fastres.models.fusion.tracing import ForbidTensors, Tracer, in_mode, random_state, recorded_reads
 from fastres_kernels import BatchNormAct2d, Conv2d
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)  # these classes themselves; a subclass may compute something else
@@ -232,18 +232,18 @@ def _without_forks(model: nn.Module) -> nn.Module:
 def _recorded(model: nn.Module) -> fx.Graph:
     """Return the graph of the network's forward in eval mode. Raise an error if no graph can stand for it."""
     with ExitStack() as stack:
-        stack.enter_context(_mode(model, False))
+        stack.enter_context(in_mode(model, False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_recorded_reads({}))
-        stack.enter_context(_ForbidTensors())  # type: ignore[no-untyped-call]
-        before = _random_state()
+        stack.enter_context(recorded_reads({}))
+        stack.enter_context(ForbidTensors())  # type: ignore[no-untyped-call]
+        before = random_state()
         graph: fx.Graph = _FlatTracer(type(model).forward, (), "tensor", []).trace(model)
-        if _random_state() != before:
+        if random_state() != before:
             raise ValueError("the forward draws random numbers outside of torch's operations")
     return graph
 
 
-class _FlatTracer(_Tracer):
+class _FlatTracer(Tracer):
     """A tracer that records the forwards of all modules in one graph, down to those of torch.nn, norms and hooks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -132,14 +132,14 @@ def _text(variant: Variant) -> str:
 
 def _trace_once(module: nn.Module, call: Call, training: bool, grad: bool, inputs: str, seen: list[bool]) -> Variant:
     """Trace the forward in one mode. Raise Untraceable with the reason if that fails."""
-    tracer = _Tracer(forward_of(module), call, inputs, seen)
+    tracer = Tracer(forward_of(module), call, inputs, seen)
     read: dict[tuple[int, str], Any] = {}
     with ExitStack() as stack:
-        stack.enter_context(_mode(module, training))
+        stack.enter_context(in_mode(module, training))
         stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(_recorded_reads(read))
-        stack.enter_context(_ForbidTensors())  # type: ignore[no-untyped-call]
-        before = _random_state()
+        stack.enter_context(recorded_reads(read))
+        stack.enter_context(ForbidTensors())  # type: ignore[no-untyped-call]
+        before = random_state()
         try:
             graph = tracer.trace(module)
         except Untraceable:
@@ -147,7 +147,7 @@ def _trace_once(module: nn.Module, call: Call, training: bool, grad: bool, input
         except Exception as error:
             said = str(error).strip().splitlines()
             raise Untraceable(f"its forward cannot be traced: {said[0] if said else type(error).__name__}") from None
-        if _random_state() != before:
+        if random_state() != before:
             raise Untraceable("its forward draws random numbers outside of torch's operations")
     paths = {id(child): path for path, child in module.named_modules()}
     guards = tuple((paths[owner], name, frozen(name, value)) for (owner, name), value in read.items() if owner in paths)
@@ -175,7 +175,7 @@ def frozen(name: str, value: Any) -> Any:
 class _Value(fx.Proxy):
     """A placeholder that records in-place operators too, and that is a tensor if the forward asks for its type."""
 
-    tracer: _Tracer
+    tracer: Tracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -202,7 +202,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """A tracer for which every submodule is a leaf, and every parameter with a default has that default."""
 
     proxy_buffer_attributes = True
@@ -215,11 +215,13 @@ class _Tracer(fx.Tracer):
         self.state: Any = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return True, so that every submodule is one node."""
         return True
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
+        """Return the forward with its constant arguments, and the module. Raise Untraceable for *args and **kwargs."""
         args: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(self.forward).parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -236,9 +238,11 @@ class _Tracer(fx.Tracer):
         return partial(self.forward, **args), [self.root]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a placeholder that records in-place operators too."""
         return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Return a new node. Raise Untraceable if the gradient mode or autocast has changed since the first one."""
         cpu, cuda = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
         state = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cpu, cuda)
         self.state = self.state or state
@@ -247,6 +251,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        """Return a node's argument. Raise Untraceable for a tensor that would become a constant."""
         if type(a) is _Value:
             return a.node
         if isinstance(a, Tensor) and not any(a is own for own in (*self.root.parameters(), *self.root.buffers())):
@@ -254,7 +259,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-class _ForbidTensors(TorchDispatchMode):
+class ForbidTensors(TorchDispatchMode):
     """A mode in which operations on real tensors raise Untraceable, because their results would become constants."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,7 +267,7 @@ class _ForbidTensors(TorchDispatchMode):
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Set `training` of the module and of all in it, without calling train(), and restore it."""
     modes = [(child, child.training) for child in module.modules()]
     for child, _ in modes:
@@ -275,7 +280,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_reads(read: dict[tuple[int, str], Any]) -> Iterator[None]:
+def recorded_reads(read: dict[tuple[int, str], Any]) -> Iterator[None]:
     """Record the plain attributes that are read from any module, by (id of the module, name), and forbid writes."""
     containers: dict[int, tuple[Any, Any]] = {}  # by id: a list, dictionary or set that was read, and its copy
 
@@ -318,7 +323,7 @@ def _restored(container: Any, before: Any) -> bool:
     return True
 
 
-def _random_state() -> tuple[Any, ...]:
+def random_state() -> tuple[Any, ...]:
     """Return the state of the generators of Python and numpy."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), b"" if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
