@@ -2,6 +2,7 @@
 
     python -m bench.cpu_norm                                                           print the ratios
     python -m bench.cpu_norm --write                                                   and write the table
+    python -m bench.cpu_norm --write --without-bf16                                    AVX-512 without avx512_bf16
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.cpu_norm --write  AVX2, also on a wider CPU
 
 Training is forward and backward together, inference one pass without gradients. Both variants have the same tensors,
@@ -20,6 +21,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from fastres.runs.environment import cpu_name
 from fastres_kernels import BatchNormAct2d
-from fastres_kernels.cpu import batchnorm, dispatch_table
+from fastres_kernels.cpu import batchnorm, dispatch_table, library
 from fastres_kernels.cpu.dispatch_table import Row
 from fastres_kernels.cpu.library import instruction_set
 from fastres_kernels.triton_launch import INTERPRETED
@@ -122,10 +125,17 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Measure all rows, print them, and write them if asked to."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the rows to kernels/cpu/fastest.json")
+    parser.add_argument("--without-bf16", action="store_true", help="measure for CPUs without avx512_bf16")
     options = parser.parse_args()
+    with patch.object(library, "cpu_flags", set) if options.without_bf16 else nullcontext():
+        measure(options.write)
+
+
+def measure(writes: bool) -> None:
+    """Measure all rows, print them, and write them if `writes` is true."""
     available, why = batchnorm.available()
     if not available or INTERPRETED:
         raise SystemExit(why if not available else "TRITON_INTERPRET is set, so the C++ kernels do not run")
@@ -138,7 +148,7 @@ def main() -> None:
         measured += (of_sizes := list(group))
         ratios = "  ".join(f"{row.ratio:5.2f}" for row in of_sizes)
         print(f"{dtype:8} {mode:9} {'+ residual' if has_residual else '':10} {c:5} channels  {ratios}", flush=True)
-    if options.write:
+    if writes:
         dispatch_table.write(measured)
 
 

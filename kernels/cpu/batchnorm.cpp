@@ -12,12 +12,13 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
-// ---- vectors ---------------------------------------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, UNROLL = 4;  // UNROLL: vectors whose sums stay in registers
+constexpr int LANES = 16, UNROLL = 4;  // UNROLL: vectors per row of a tile, whose sums stay in registers
 using Bits = uint16_t;                 // one bit per lane
 #elif defined(__AVX2__)
 constexpr int LANES = 8, UNROLL = 4;
@@ -65,6 +66,7 @@ static void store(bf16* p, V v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded(v)));
 #endif
 }
+static void stream(float* p, V v) { _mm512_stream_ps(p, v); }
 static V relu(V v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // max returns its second argument for NaN
 static Bits passes(V v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }  // true for NaN
 static V keep(Bits bits, V v) { return _mm512_maskz_mov_ps(bits, v); }
@@ -76,6 +78,7 @@ static void store(bf16* p, V v) {
   const __m256i w = (__m256i)rounded(v), halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0b1000);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
 }
+static void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 static V relu(V v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 static Bits passes(V v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
 static V keep(Bits bits, V v) {
@@ -85,6 +88,7 @@ static V keep(Bits bits, V v) {
 #else
 static V load(const bf16* p) { return (V)vshll_n_u16(vld1_u16(&p->bits), 16); }
 static void store(bf16* p, V v) { vst1_u16(&p->bits, vmovn_u32((uint32x4_t)rounded(v))); }
+static void stream(float* p, V v) { store(p, v); }  // NEON has no intrinsic that writes past the caches
 static V relu(V v) { return (V)((Words)v & ~(Words)(v < 0)); }
 static Bits passes(V v) {
   const Words lane = {1, 2, 4, 8};
@@ -96,25 +100,31 @@ static V keep(Bits bits, V v) {
 }
 #endif
 
-// ---- threads ---------------------------------------------------------------------------------------------------------
+// ---- threads --------------------------------------------------------------------------------------------------------
 
-// libgomp's own interface instead of pragmas, because clang compiles pragmas for another OpenMP library, which would run
-// threads of its own beside torch's.
+// The code calls libgomp directly and has no pragmas, because clang compiles pragmas for another OpenMP library, which
+// would run threads of its own beside torch's.
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
 
 template <class F>
 static void parallel_for(int64_t n, F f) {  // calls f(0), ..., f(n - 1)
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) f(k);
+#if !defined(__aarch64__)
+    _mm_sfence();  // so that other threads see what was written past the caches
+#endif
+  };
   auto share = [&] {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (int64_t k = n * thread / threads; k < n * (thread + 1) / threads; ++k) f(k);
+    some(n * thread / threads, n * (thread + 1) / threads);
   };
-  if (n == 1) f(0);
+  if (n == 1) some(0, 1);
   else if (n > 1) GOMP_parallel([](void* all) { (*static_cast<decltype(share)*>(all))(); }, &share, 0, 0);
 }
 
-// ---- the order of the work -------------------------------------------------------------------------------------------
+// ---- the order of the work ------------------------------------------------------------------------------------------
 // lcm(C, 64) values, a whole number of pixels, form one row, so every row of every tensor is a whole number of vectors.
 // The values after the last whole row are copied into a padded row of their own. Rows are split into chunks, one task
 // each. Neither rows nor chunks depend on the number of threads, and a column is summed from top to bottom, so the sums
@@ -128,6 +138,7 @@ struct Shape {
       : C(C), width(std::lcm(C, int64_t(64))), rows(values / width), rest(values % width),
         height(std::clamp<int64_t>(16384 / width, 32, 256)), chunks((rows + height - 1) / height) {}
 
+  bool is_large() const { return rows * width >= 1 << 20; }  // as float32 4 MiB, more than an L2 and its share of an L3
   int64_t partials() const { return chunks + (rest > 0); }
   int64_t chunk_rows(int64_t k) const { return std::min(height, rows - k * height); }
   std::vector<float> repeated(const float* p) const {  // the values of C channels, repeated to fill a row
@@ -137,11 +148,11 @@ struct Shape {
   }
 };
 
-// Calls f(i, c, u, ahead) for every vector of `rows` rows: i is the offset of its first value, c its column, u its number
-// within a tile, and ahead the distance to the values to prefetch. open(c) and close(c) are called around a tile, which
-// is TILE columns of `group` rows. Tensors are read row by row, because strips of columns from top to bottom took up to
-// 1.7 times as long from memory. A tile of several rows saves loads and stores of sums and parameters: that pays if a row
-// is one or two tiles, and if parameters fill the L1.
+// Calls f(i, c, u, ahead) for every vector of `rows` rows: i is the offset of its first value, c its column, u its
+// number within a tile, and ahead the distance to the values to prefetch. open(c) and close(c) enclose a tile, which is
+// TILE columns of `group` rows. Tensors are read row by row, because strips of columns from top to bottom took
+// up to 1.7 times as long from memory. A tile of several rows saves loads and stores of sums and parameters. That pays
+// if a row is one or two tiles, and if the parameters fill the L1.
 template <class Open, class F, class Close>
 static void each_vector(int64_t width, int64_t rows, Open open, F f, Close close) {
   const int64_t group = width == 64 ? 16 : width >= 2048 ? 4 : 1;
@@ -170,6 +181,23 @@ static V read(const T* p, int64_t i, int u, int64_t ahead) {
   if (u * LANES * sizeof(T) % 64 == 0) __builtin_prefetch(p + i + ahead, 0, 2);
   return load(p + i);
 }
+
+// A tensor that is written. Large float32 tensors are written past the caches, because a line that is written through a
+// cache is first read from memory; with the next reader counted, that takes 0.8 to 1 times as long. bf16 gains nothing.
+template <class T>
+class Output {
+  T* p;
+  bool streams;
+
+ public:
+  Output(T* p, bool is_large) : p(p), streams(is_large && (uintptr_t)p % 64 == 0) {}
+
+  void put(int64_t i, V v) const {  // writes values i to i + LANES - 1
+    if constexpr (std::is_same_v<T, float>)
+      if (streams) return stream(p + i, v);
+    store(p + i, v);
+  }
+};
 
 // The values after the last whole row in a row that is padded with `fill`, which has C values, or with zeros.
 template <class T>
@@ -218,7 +246,7 @@ struct Sums {  // per channel, the sums of a and of a * b: float32 within a chun
   }
 };
 
-// ---- the passes ------------------------------------------------------------------------------------------------------
+// ---- the passes -----------------------------------------------------------------------------------------------------
 
 template <class T>
 static Sums sums_about(const T* x, const std::vector<float>& origin, const Shape& s) {
@@ -240,14 +268,14 @@ struct Affine {  // rows of the map z = (x - mean) * scale + shift
 
 // Computes y = act(z + residual). The flags are constants of the compiler, so that the loop has no branches.
 template <bool ADDS, bool RELU, bool MASKS, class T>
-static void normalise_rows(const T* x, const T* residual, T* y, Bits* mask, const Affine& map, int64_t width,
+static void normalise_rows(const T* x, const T* residual, Output<T> y, Bits* mask, const Affine& map, int64_t width,
                            int64_t rows) {
   const float *mean = map.mean.data(), *scale = map.scale.data(), *shift = map.shift.data();
   each_vector(width, rows, [=](int64_t i, int64_t c, int u, int64_t ahead) {
     V z = (read(x, i, u, ahead) - load(mean + c)) * load(scale + c) + load(shift + c);
     if (ADDS) z += read(residual, i, u, ahead);
     if (MASKS) mask[i / LANES] = passes(z);
-    store(y + i, RELU ? relu(z) : z);
+    y.put(i, RELU ? relu(z) : z);
   });
 }
 
@@ -260,27 +288,28 @@ static void normalise(const T* x, const T* residual, T* y, Bits* mask, bool relu
                                : relu ? normalise_rows<false, true, false, T>
                                       : normalise_rows<false, false, false, T>);
   const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
+  const bool large = s.is_large();
   parallel_for(s.chunks, [&](int64_t k) {
     const int64_t i = k * s.height * s.width;
-    run(x + i, at(residual, i), y + i, at(mask, i / LANES), map, s.width, s.chunk_rows(k));
+    run(x + i, at(residual, i), {y + i, large}, at(mask, i / LANES), map, s.width, s.chunk_rows(k));
   });
   if (!s.rest) return;
   const auto x_row = last_row(x, s), residual_row = last_row(residual, s);
   std::vector<T> y_row(s.width);
   const int64_t i = s.rows * s.width;
-  run(x_row.data(), residual_row.data(), y_row.data(), at(mask, i / LANES), map, s.width, 1);
+  run(x_row.data(), residual_row.data(), {y_row.data(), false}, at(mask, i / LANES), map, s.width, 1);
   std::copy_n(y_row.begin(), s.rest, y + i);
 }
 
-// Computes dz = (g + g2) * mask, stores it if dz is not null, and sums dz and dz * (x - mean) into chunk k.
+// Computes dz = (g + g2) * mask, stores it if STORES, and sums dz and dz * (x - mean) into chunk k.
 template <bool TWO, bool STORES, class T>
 static void sum_gradients(Sums& sums, const Shape& s, int64_t k, const T* g, const T* g2, const T* x, const Bits* mask,
-                          T* dz, const float* mean, int64_t rows) {
+                          Output<T> dz, const float* mean, int64_t rows) {
   sums.add(s, k, rows, [=](V& a, V& b, int64_t i, int64_t c, int u, int64_t ahead) {
     a = read(g, i, u, ahead);
     if (TWO) a += read(g2, i, u, ahead);
     if (mask) a = keep(mask[i / LANES], a);
-    if (STORES) store(dz + i, a);
+    if (STORES) dz.put(i, a);
     b = read(x, i, u, ahead) - load(mean + c);
   });
 }
@@ -290,19 +319,19 @@ struct Gradient {  // rows of the map dx = scale * dz - slope * (x - mean) - off
 };
 
 template <class T>
-static void input_gradient_rows(const T* dz, const Bits* mask, const T* x, T* dx, const Gradient& map, int64_t width,
-                                int64_t rows) {
+static void input_gradient_rows(const T* dz, const Bits* mask, const T* x, Output<T> dx, const Gradient& map,
+                                int64_t width, int64_t rows) {
   const float *mean = map.mean.data(), *scale = map.scale.data();
   const float *slope = map.slope.data(), *offset = map.offset.data();
   each_vector(width, rows, [=](int64_t i, int64_t c, int u, int64_t ahead) {
     V z = read(dz, i, u, ahead);
     if (mask) z = keep(mask[i / LANES], z);
     const V v = load(scale + c) * z - load(offset + c);
-    store(dx + i, v - load(slope + c) * (read(x, i, u, ahead) - load(mean + c)));
+    dx.put(i, v - load(slope + c) * (read(x, i, u, ahead) - load(mean + c)));
   });
 }
 
-// ---- forward, backward, inference ------------------------------------------------------------------------------------
+// ---- forward, backward, inference -----------------------------------------------------------------------------------
 
 struct Stats {  // C values each, saved for the backward: mean, 1 / sqrt(var + eps), weight / sqrt(var + eps)
   float *mean, *invstd, *scale;
@@ -332,10 +361,11 @@ static void forward(const T* x, const T* residual, const float* weight, const fl
 }
 
 template <class T>
-static void backward(const T* g, const T* g2, const T* x, const Bits* mask, const Stats& t, T* dz, T* dx, float* dweight,
-                     float* dbias, int64_t values, int64_t C) {
+static void backward(const T* g, const T* g2, const T* x, const Bits* mask, const Stats& t, T* dz, T* dx,
+                     float* dweight, float* dbias, int64_t values, int64_t C) {
   const Shape s(values, C);
   const int64_t end = s.rows * s.width;  // of the whole rows
+  const bool large = s.is_large();
   const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
   const auto g_row = last_row(g, s), g2_row = last_row(g2, s), x_row = last_row(x, s);
   std::vector<T> dz_row(dz ? s.width : 0), dx_row(s.width);
@@ -343,13 +373,15 @@ static void backward(const T* g, const T* g2, const T* x, const Bits* mask, cons
 
   Sums sums(s);
   std::vector<float> mean = s.repeated(t.mean);
-  const auto run = g2 ? sum_gradients<true, true, T> : dz ? sum_gradients<false, true, T> : sum_gradients<false, false, T>;
+  const auto run = g2   ? sum_gradients<true, true, T>
+                   : dz ? sum_gradients<false, true, T>
+                        : sum_gradients<false, false, T>;
   parallel_for(s.chunks, [&](int64_t k) {
     const int64_t i = k * s.height * s.width;
-    run(sums, s, k, g + i, at(g2, i), x + i, at(mask, i / LANES), at(dz, i), mean.data(), s.chunk_rows(k));
+    run(sums, s, k, g + i, at(g2, i), x + i, at(mask, i / LANES), {at(dz, i), large}, mean.data(), s.chunk_rows(k));
   });
   if (s.rest) {
-    run(sums, s, s.chunks, g_row.data(), g2_row.data(), x_row.data(), mask_row, dz_row.data(), mean.data(), 1);
+    run(sums, s, s.chunks, g_row.data(), g2_row.data(), x_row.data(), mask_row, {dz_row.data(), false}, mean.data(), 1);
     if (dz) std::copy_n(dz_row.begin(), s.rest, dz + end);
   }
   sums.finish(s);
@@ -366,11 +398,12 @@ static void backward(const T* g, const T* g2, const T* x, const Bits* mask, cons
   const Bits* bits = dz ? nullptr : mask;
   parallel_for(s.chunks, [&](int64_t k) {
     const int64_t i = k * s.height * s.width;
-    input_gradient_rows(masked + i, at(bits, i / LANES), x + i, dx + i, map, s.width, s.chunk_rows(k));
+    const Output<T> to(dx + i, large);
+    input_gradient_rows(masked + i, at(bits, i / LANES), x + i, to, map, s.width, s.chunk_rows(k));
   });
   if (!s.rest) return;
   const T* row = dz ? dz_row.data() : g_row.data();
-  input_gradient_rows(row, at(bits, end / LANES), x_row.data(), dx_row.data(), map, s.width, 1);
+  input_gradient_rows(row, at(bits, end / LANES), x_row.data(), Output<T>(dx_row.data(), false), map, s.width, 1);
   std::copy_n(dx_row.begin(), s.rest, dx + end);
 }
 

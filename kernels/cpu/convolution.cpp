@@ -1,6 +1,6 @@
 // 3x3 convolutions for training on a CPU that has AVX-512 with bf16. Activations are channels-last bf16, the weight's
-// gradient float32. The code uses plain pointers and OpenMP and does not depend on torch. convolution.py checks shapes and
-// dtypes before it calls these functions.
+// gradient float32. The code uses plain pointers and OpenMP and does not depend on torch. convolution.py checks shapes
+// and dtypes before it calls these functions.
 #include <immintrin.h>
 #include <omp.h>
 

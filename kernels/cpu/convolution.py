@@ -105,9 +105,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     """Compute the 3×3 convolution with padding 1 and stride S in bf16.
 
     convolution.cpp computes the weight's gradient. It also computes y and the input's gradient, each if `_has_kernel`
-    says that it has a kernel for it; otherwise oneDNN does, and always computes y if there is a bias. Products of bf16 are
-    summed in float32. The weight's gradient is computed in float32, and is bitwise reproducible for a given number of
-    threads. The convolution and x have to satisfy `can_convolve`.
+    says that it has a kernel for it; otherwise oneDNN does, and always computes y if there is a bias. Products of bf16
+    are summed in float32. The weight's gradient is computed in float32, and is bitwise reproducible for a given number
+    of threads. The convolution and x have to satisfy `can_convolve`.
 
     Args:
         x: (N, C, H, W), cast to bf16.
