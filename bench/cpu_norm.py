@@ -117,11 +117,12 @@ def rows(isa: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[int, ...] 
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to return memory to the system and not to map large tensors."""
+    """Tell glibc not to return memory to the system and not to map tensors of up to 32 MiB, the most that it takes."""
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     libc = ctypes.CDLL(None)
     for option in (trim_threshold, mmap_threshold):
-        libc.mallopt(option, 1 << 30)
+        if libc.mallopt(option, 1 << 25) != 1:
+            raise SystemExit("glibc's mallopt does not take a threshold of 32 MiB")
 
 
 def main() -> None:

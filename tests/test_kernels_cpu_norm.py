@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastres_kernels import BatchNormAct2d
 from fastres_kernels.cpu import batchnorm, dispatch_table, library
@@ -211,6 +212,22 @@ def test_a_nan_stays_in_its_channel(build: str) -> None:
         for tensor in (y, dx):
             assert tensor.isnan().any((0, 2, 3)).tolist() == [c == 3 for c in range(channels)]
             assert tensor[:, 3].isnan().all()
+
+
+@needs_kernels
+def test_transforms_and_exports_of_a_norm_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_table, "is_faster", lambda x, training, has_residual: True)
+    norm, x = norm_of(24).eval(), random((4, 24, 5, 7), torch.float32, 0)
+    with torch.no_grad():
+        assert norm._backend(x, None) == "cpp"
+        expected = F.relu(nn.BatchNorm2d.forward(norm, x))
+        torch.testing.assert_close(torch.func.vmap(lambda image: norm(image[None])[0])(x), expected)
+        assert "fastres_kernels" not in str(torch.export.export(norm, (x,)).graph)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            assert forward_ad.unpack_dual(norm(dual)).tangent is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(norm(x), expected)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -182,12 +182,12 @@ def accepts(x: Tensor) -> bool:
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None  # torch.jit.trace
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # for which is_contiguous may raise
+        and torch.autograd.forward_ad._current_level < 0
         and x.device.type == "cpu"
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and torch.autograd.forward_ad._current_level < 0
     )
 
 
