@@ -112,7 +112,7 @@ setup(
         "fastres.data.sources": ["digits.npz"],
         "fastres_kernels": ["py.typed"],
         "fastres_kernels.batchnorm": ["fastest.json"],
-        "fastres_kernels.cpu": ["kernels.cpp"],
+        "fastres_kernels.cpu": ["*.cpp", "fastest.json"],
     },
     install_requires=[
         "torch>=2.11",

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .batchnorm.dispatch_table import fastest
-from .cpu import ops as cpu_ops
+from .cpu import batchnorm as cpp_norm
+from .cpu import convolution as cpp_conv
+from .cpu import dispatch_table as cpu_table
 from .triton_launch import INTERPRETED, runs_kernels
 
 # batchnorm.ops is imported at its first use, because registering an op with Triton kernels imports torch's compiler,
@@ -116,14 +118,16 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """act(BatchNorm2d(x) + residual) in one operation, with the parameters and state_dict of torch.nn.BatchNorm2d.
 
     (N, C, H, W) channels-last -> (N, C, H, W) channels-last, of x's dtype. On a GPU, Triton kernels take bf16, fp16
-    and fp32. On a CPU, C++ takes bf16 in training if cpu/ops.py finds the instructions it needs. torch's own operations
-    take everything else. Parameters and statistics are float32.
+    and fp32. On a CPU, C++ takes bf16 and fp32, in training and for inference without gradients, if cpu/library.py
+    finds the instructions and the compiler that it needs. torch's own operations take everything else. Parameters and
+    statistics are float32.
 
     Args:
         act: "relu" or "none".
         algorithm: "two_pass" for tensors of any size; "cooperative" for tensors that fit on the GPU at once, with
-            two_pass for the others; "measured" for the algorithm that dispatch_table.py names for the device and
-            shape, with torch's own operations for shapes that it does not name.
+            two_pass for the others; "measured" for the algorithm that batchnorm/dispatch_table.py, or
+            cpu/dispatch_table.py on a CPU, names for the device and shape, with torch's own operations for shapes that
+            it does not name.
 
     Raises:
         NotImplementedError: if gradients of gradients are computed.
@@ -173,29 +177,37 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def _normalise(self, x: Tensor, residual: Tensor | Skip | None, fork: bool, relu: bool) -> Any:
         """Return forward's result, with ReLU if `relu` is true, whatever the attribute `act` says."""
-        backend = self._backend(x, residual is not None)
-        if backend == "cpp":
-            y, gradient = cpu_ops.batch_norm_act(x, *_added_and_skip(residual, x), self, relu)
+        backend = self._backend(x, residual.y if isinstance(residual, Skip) else residual)
+        if backend == "cpp" and self.training:
+            y, gradient = cpp_norm.batch_norm_act(x, *_added_and_skip(residual, x), self, relu)
+        elif backend == "cpp":
+            y = gradient = cpp_norm.inference(x, _added_and_skip(residual, x)[0], self, relu)
         elif backend == "torch":
             y = gradient = self._unfused(x, residual, relu)
         else:
             y, gradient = self._fused(x, residual, fork, backend, *self._statistics(x), relu)
         return (y, Skip(y, gradient)) if fork else y
 
-    def _backend(self, x: Tensor, has_residual: bool) -> str:
+    def _backend(self, x: Tensor, residual: Tensor | None) -> str:
         """Return "cpp", "torch", or the algorithm of the op batch_norm_act: "two_pass" or "cooperative".
 
         torch's operations take what no kernel takes, unless the ranks share statistics, which they cannot do on a CPU.
         The op itself then falls back to the reference.
         """
         # The C++ kernels cannot share statistics between ranks, and must not replace interpreted Triton kernels.
-        wants_cpp = (self.algorithm == "measured" or not INTERPRETED) and not self.group_name
-        if wants_cpp and cpu_ops.can_normalise(self, x):
+        measured, adds = self.algorithm == "measured", residual is not None
+        wants_cpp = x.device.type == "cpu" and not self.group_name and (measured or not INTERPRETED)
+        if (
+            wants_cpp
+            and cpp_norm.can_normalise(self, x, residual)
+            and (not measured or cpu_table.is_faster(x, self.training, adds))
+            and cpp_norm.available()[0]  # last, because the first call builds them
+        ):
             return "cpp"
         if self.group_name:  # torch's own operations cannot share statistics
-            return "two_pass" if self.algorithm == "measured" else self.algorithm
-        if self.algorithm == "measured":
-            return fastest(x, has_residual)
+            return "two_pass" if measured else self.algorithm
+        if measured:
+            return fastest(x, adds)
         return self.algorithm if x.is_cuda or runs_kernels(x) else "torch"
 
     def _fused(
@@ -347,12 +359,12 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d that uses cpu/ops.py's C++ kernels in training if `algorithm` is "cpp" and they support x."""
+    """torch.nn.Conv2d that runs cpu/convolution.py in training if `algorithm` is "cpp" and the kernels support x."""
 
     algorithm = "torch"  # or "cpp"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.algorithm == "cpp" and cpu_ops.can_convolve(self, input):
-            return cpu_ops.conv2d(input, weight, bias, self.stride[0])
+        if self.algorithm == "cpp" and cpp_conv.can_convolve(self, input):
+            return cpp_conv.conv2d(input, weight, bias, self.stride[0])
         y: Tensor = super()._conv_forward(input, weight, bias)
         return y

@@ -26,7 +26,7 @@ import fastres
 import fastres_kernels
 from fastres.models.fusion.modules import FusedNorm
 from fastres_kernels import BatchNormAct2d, defer_running_stats
-from fastres_kernels.cpu import ops as cpu_ops
+from fastres_kernels.cpu import convolution as cpp_conv
 from tests.commands import run_worker
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -811,8 +811,8 @@ def test_a_fork_is_left_out_where_the_partial_gradient_could_be_seen(monkeypatch
 
 
 def test_convolutions_with_a_kernel_use_it() -> None:
-    if not cpu_ops.available()[0]:
-        pytest.skip(cpu_ops.available()[1])
+    if not cpp_conv.available()[0]:
+        pytest.skip(cpp_conv.available()[1])
     model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).to(memory_format=torch.channels_last)
     fused = fuse_copy(model)
     assert fastres.fusion_report(fused).convolutions == ("layer1.0.conv1", "layer1.0.conv2")

@@ -1,6 +1,7 @@
 """Test the C++ kernels for CPUs against torch's operations in float64, and the cases that they leave to torch.
 
-The kernels take bf16 only. Inputs are rounded to bf16 first, so the oracle has the same inputs as the kernels.
+Inputs are rounded to bf16 first, so the oracle has the same inputs as the kernels. test_kernels_cpu_norm.py tests the
+norm in float32, with other numbers of channels and for other instruction sets.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from fastres.profiling.trace import WorkCount
 from fastres.training.engine import _faster_norm, resolve_engine
 from fastres.utils.errors import UsageError
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
-from fastres_kernels.cpu import ops
+from fastres_kernels.cpu import convolution, dispatch_table, library
 from tests.commands import ROOT, run_fastres, run_module, run_python
 
 CHECKOUT = Path(__file__).parent.parent
-HERE, WHY = ops.available()
+HERE, WHY = convolution.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
 # A bf16 result is rounded once, to 8 bits. A float32 result is a sum of products of bf16 values, in another order.
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
 SHAPES = [(8, 16, 32, 32), (3, 64, 8, 8), (2, 8, 5, 4), (64, 4, 1, 1), (1, 32, 2, 1), (128, 1, 3, 1)]
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every shape run in C++, although the tensors of these tests are too small to be faster there."""
+    monkeypatch.setattr(dispatch_table, "is_faster", lambda x, training, has_residual: True)
 
 
 @pytest.fixture(params=[1, 2])
@@ -216,19 +223,19 @@ def test_gradients_and_residuals_of_any_strides_and_type(kind: str) -> None:
 
 @needs_kernels
 def test_what_the_norm_does_not_take_is_torchs_to_the_bit() -> None:
-    plain = nn.BatchNorm2d(24)
-    for channels, shape, dtype, training in (
-        (24, (4, 24, 8, 8), torch.bfloat16, True),  # no divisor of 64
-        (128, (4, 128, 8, 8), torch.bfloat16, True),
-        (16, (1, 16, 1, 3), torch.bfloat16, True),  # 48 values
-        (16, (4, 16, 8, 8), torch.float32, True),
-        (16, (4, 16, 8, 8), torch.bfloat16, False),
-    ):
-        ours, plain = norm_of(channels).train(training), nn.BatchNorm2d(channels).train(training)
+    x = random(4, 16, 8, 8)
+    for kind, given in {
+        "NCHW": x.contiguous(),
+        "a slice": random(8, 16, 8, 8)[::2],
+        "float16": x.half(),
+        "eval mode with gradients": x,
+    }.items():
+        training = kind != "eval mode with gradients"
+        ours, plain = norm_of(16).train(training), nn.BatchNorm2d(16).train(training)
         plain.load_state_dict(ours.state_dict())
-        x = random(*shape).to(dtype)
-        assert torch.equal(ours(x), F.relu(plain(x))), (channels, shape, dtype, training)
-        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+        y, theirs = ours(given), F.relu(plain(given))
+        assert torch.equal(y, theirs) and y.stride() == theirs.stride(), kind
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True)), kind
 
 
 def test_on_a_cpu_the_module_never_runs_the_reference() -> None:
@@ -438,8 +445,11 @@ def choice(**engine: Any) -> tuple[str, str, str]:
 @needs_kernels
 def test_auto_chooses_the_kernels_if_they_apply_and_otherwise_gives_the_reason() -> None:
     assert choice(precision="bf16") == ("measured", "cpp", f"conv: cpp ({WHY})")
+    norm = "measured" if dispatch_table.is_measured(library.instruction_set()[0]) else "torch"
+    why = "the C++ convolutions compute in bf16, not fp32"
+    assert choice(precision="fp32") == (norm, "torch", f"conv: torch ({why})")
     for fields, why in (
-        ({"precision": "fp32"}, "the C++ kernels compute in bf16, not fp32"),
+        ({"precision": "fp64"}, "the C++ convolutions compute in bf16, not fp64"),
         ({"precision": "bf16", "compile": True}, "torch.compile does not see into the C++ kernels"),
         ({"precision": "bf16", "channels_last": False}, "the C++ kernels take channels-last only"),
     ):
@@ -469,12 +479,22 @@ def test_under_compile_the_modules_are_torchs() -> None:
 
 
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "ISA", ("sse2", "avx4096f", "amx_fp256"))
-    assert ops.missing_instructions() == "the CPU has no avx4096f, amx_fp256"
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    why = "the C++ kernels need AVX2, and torch's CPU capability is DEFAULT"
+    assert library.instruction_set() == ("", why) and convolution.available() == (False, why)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert library.instruction_set() == ("avx2", "")
+    assert convolution.available()[1].endswith("need avx512_bf16, and the widest instruction set here is avx2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(library, "cpu_flags", lambda: {"avx512f"})
+    assert library.instruction_set() == ("avx512", "")
+    monkeypatch.setattr(library.platform, "machine", lambda: "riscv64")
+    assert library.instruction_set() == ("", "the C++ kernels are for Linux on x86-64 and aarch64")
 
 
 def ask(**environment: str) -> list[str]:
-    """Return what tests.workers.kernels_cpu_available prints: the kernels' availability, and the OpenMP libraries."""
+    """Return what tests.workers.kernels_cpu_available prints: the availability of both, and the OpenMP libraries."""
     done = run_module("tests.workers.kernels_cpu_available", cwd=CHECKOUT, env=environment, fresh=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -487,25 +507,29 @@ def test_a_compiler_that_is_missing_or_fails_is_a_reason(tmp_path: Path) -> None
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'sorry, unimplemented' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert ask(CXX=str(broken))[0] == f"False {broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented"
+    said = f"False {broken} did not build kernels/cpu/"
+    assert ask(CXX=str(broken))[:2] == [
+        f"{said}{name}.cpp: sorry, unimplemented" for name in ("batchnorm", "convolution")
+    ]
     done = run_fastres("train", "--recipe", "digits", "--train.steps", "1", "--schedule.warmup_steps", "0",
                        "--run.dir", tmp_path / "run",
                        env={"CXX": str(broken)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"conv: torch ({broken} did not build kernels/cpu/kernels.cpp: sorry, unimplemented)" in done.stdout
+    assert f"conv: torch ({broken} did not build kernels/cpu/convolution.cpp: sorry, unimplemented)" in done.stdout
 
 
 @pytest.mark.slow
 @needs_kernels
 def test_the_library_is_built_once_and_kept_in_the_users_cache(tmp_path: Path) -> None:
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
-    (kept,) = (tmp_path / "fastres").iterdir()
-    before = kept.stat().st_mtime_ns
+    norm, conv = kept = sorted((tmp_path / "fastres").iterdir())
+    assert norm.name.startswith("kernels-batchnorm-") and conv.name.startswith("kernels-convolution-")
+    before = [file.stat().st_mtime_ns for file in kept]
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
-    assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_mtime_ns == before
-    kept.write_bytes(b"")  # a crash of the machine may leave an empty file
+    assert kept == sorted((tmp_path / "fastres").iterdir()) and before == [file.stat().st_mtime_ns for file in kept]
+    norm.write_bytes(b"")  # a crash of the machine may leave an empty file
     assert ask(XDG_CACHE_HOME=str(tmp_path))[0].startswith("True")
-    assert [kept] == list((tmp_path / "fastres").iterdir()) and kept.stat().st_size > 0
+    assert kept == sorted((tmp_path / "fastres").iterdir()) and norm.stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -71,8 +71,8 @@ class ModelConfig:
 
     norm: Literal["auto", "torch", "fused", "apex"] = "auto"
     """BatchNorm implementation; all have the same state_dict keys. fused computes ReLU and the addition too, in Triton
-    on a GPU and in C++ on a CPU with avx512_bf16 and no AMX; auto chooses it if it was measured faster, and
-    always with sync_norm."""
+    on a GPU and in C++ on a CPU with AVX-512, AVX2 or NEON; auto chooses it for the shapes for which it was measured
+    faster, and always with sync_norm."""
 
     sync_norm: bool = False
     """Compute BatchNorm statistics over the global batch of all processes (SyncBatchNorm)."""

@@ -13,7 +13,7 @@ from fastres.models.fusion.modules import FusedNorm, FusedReLU
 from fastres.models.fusion.patterns import Analysis, Owner, analyse, is_timm_norm, kind_of
 from fastres.models.fusion.writing import specification
 from fastres_kernels import BatchNormAct2d, Conv2d
-from fastres_kernels.cpu.ops import has_kernel
+from fastres_kernels.cpu.convolution import has_kernel
 
 
 @dataclass(frozen=True)

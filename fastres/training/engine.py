@@ -23,7 +23,10 @@ from fastres.utils.errors import UsageError
 from fastres.utils.precision import DTYPES, computes_in_bf16
 from fastres_kernels import Conv2d
 from fastres_kernels.batchnorm import dispatch_table
-from fastres_kernels.cpu import ops as cpu_ops
+from fastres_kernels.cpu import batchnorm as cpp_norm
+from fastres_kernels.cpu import convolution as cpp_conv
+from fastres_kernels.cpu import dispatch_table as cpu_table
+from fastres_kernels.cpu.library import instruction_set
 from fastres_kernels.triton_launch import HAS_TRITON
 
 APEX_NORM = "contrib.groupbn.batch_norm"
@@ -141,8 +144,9 @@ def resolve_engine(config: Config, local_rank: int = 0) -> Engine:
     cuda_graph = choices.choose("cuda_graph", wanted.cuda_graph, graphs, why)
     if cuda_graph and not graphs:
         raise UsageError(f"engine.cuda_graph true: {why}; {remedy}")
-    in_cpp, why = _runs_in_cpp(device, precision, bool(compile_), wanted.channels_last)
+    in_cpp, why = _norm_in_cpp(device, precision, bool(compile_), wanted.channels_last)
     norm = choices.choose("norm", config.model.norm, *_faster_norm(config, device, precision, in_cpp, why))
+    in_cpp, why = _conv_in_cpp(device, precision, bool(compile_), wanted.channels_last)
     conv = choices.choose("conv", wanted.conv, "cpp" if in_cpp else "torch", why)
     if conv == "cpp" and not in_cpp:
         raise UsageError(f"engine.conv cpp: {why}; use torch")
@@ -256,23 +260,40 @@ def cuda_graph_support(config: Config, device: torch.device) -> tuple[bool, str,
     return True, "one process, and the data set is on the GPU", ""
 
 
-def _runs_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
-    """Return True if the C++ kernels can run here, and the reason in words. It builds them if all else fits."""
-    if device.type != "cpu":
-        return False, "the C++ kernels are for CPUs"
-    if precision != "bf16":
-        return False, f"the C++ kernels compute in bf16, not {precision}"
-    if compiles:
-        return False, "torch.compile does not see into the C++ kernels"
-    if not channels_last:
-        return False, "the C++ kernels take channels-last only"
+def _norm_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
+    """Return True if the C++ norm was measured to be faster here, and the reason. It is built if all else fits."""
+    if device.type == "cpu" and precision not in ("bf16", "fp32"):
+        return False, f"the C++ norm computes in bf16 and fp32, not {precision}"
+    if problem := _no_cpp(device, compiles, channels_last):
+        return False, problem
+    isa, missing = instruction_set()
+    if not missing and not cpu_table.is_measured(isa):
+        return False, f"the C++ norm was not measured to be faster with {isa}"
+    return cpp_norm.available()
+
+
+def _conv_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
+    """Return True if the C++ convolutions were measured to be faster here, and the reason. They are built if so."""
+    if device.type == "cpu" and precision != "bf16":
+        return False, f"the C++ convolutions compute in bf16, not {precision}"
+    if problem := _no_cpp(device, compiles, channels_last):
+        return False, problem
     if torch.cpu._is_amx_tile_supported():
-        return False, "the C++ kernels were not measured against oneDNN's on a CPU with AMX"
-    return cpu_ops.available()
+        return False, "the C++ convolutions were not measured against oneDNN's on a CPU with AMX"
+    return cpp_conv.available()
+
+
+def _no_cpp(device: torch.device, compiles: bool, channels_last: bool) -> str:
+    """Return the reason why no C++ kernel can run with these settings, or an empty text."""
+    if device.type != "cpu":
+        return "the C++ kernels are for CPUs"
+    if compiles:
+        return "torch.compile does not see into the C++ kernels"
+    return "" if channels_last else "the C++ kernels take channels-last only"
 
 
 def _faster_norm(config: Config, device: torch.device, precision: str, in_cpp: bool, why: str) -> tuple[str, str]:
-    """Return auto's choice of the norm and the reason in words, given the result of _runs_in_cpp."""
+    """Return auto's choice of the norm and the reason in words, given the result of _norm_in_cpp."""
     on_gpu = device.type == "cuda"
     if on_gpu and not HAS_TRITON:
         return "torch", "the fused kernels need Triton: pip install triton"

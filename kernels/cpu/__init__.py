@@ -1,4 +1,4 @@
-"""BatchNorm + ReLU (+ residual add) and 3×3 convolutions in bf16 for CPUs with AVX-512, in C++."""
+"""C++ kernels for CPUs: BatchNorm + ReLU (+ residual add) in bf16 and float32, and 3×3 convolutions in bf16."""
 
 import lazy_loader as lazy
 

@@ -1,3 +1,3 @@
-from .ops import available, batch_norm_act, can_convolve, can_normalise, conv2d
+from . import batchnorm, convolution
 
-__all__ = ["available", "batch_norm_act", "can_convolve", "can_normalise", "conv2d"]
+__all__ = ["batchnorm", "convolution"]

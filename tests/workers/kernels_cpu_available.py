@@ -1,14 +1,15 @@
-"""Print whether the C++ kernels are available here and why, then the OpenMP libraries that the process has loaded."""
+"""Print whether the C++ norm and convolutions are available here, then the OpenMP libraries that the process has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastres_kernels.cpu import ops
+from fastres_kernels.cpu import batchnorm, convolution
 
 
 def main() -> None:
-    print(*ops.available())
+    print(*batchnorm.available())
+    print(*convolution.available())
     lines = Path("/proc/self/maps").read_text().splitlines()
     print(*{line.split()[-1] for line in lines if "omp" in line.split("/")[-1]})
 

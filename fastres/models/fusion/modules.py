@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as torch_module
 
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
+from fastres_kernels.cpu.batchnorm import DTYPES
 
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -104,7 +104,7 @@ class FusedNorm(BatchNormAct2d):
         """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
         if self.group_name or self.algorithm != "measured":
             return False
-        kernels = x.device.type != "cpu" or (self.training and x.dtype == torch.bfloat16)
+        kernels = x.device.type != "cpu" or x.dtype in DTYPES
         return not fused_relu or not (kernels or (self.training and self.deferral is not None))
 
     def extra_repr(self) -> str:

@@ -1,11 +1,10 @@
-// BatchNorm + ReLU (+ add) and 3x3 convolutions for training on a CPU that has AVX-512 with bf16. Activations are
-// channels-last bf16, parameters and statistics float32. The code uses plain pointers and OpenMP and does not depend on
-// torch. ops.py builds this file and checks shapes and dtypes before it calls these functions.
+// 3x3 convolutions for training on a CPU that has AVX-512 with bf16. Activations are channels-last bf16, the weight's
+// gradient float32. The code uses plain pointers and OpenMP and does not depend on torch. convolution.py checks shapes
+// and dtypes before it calls these functions.
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -13,9 +12,6 @@
 using bf16 = uint16_t;
 using V = __m512;
 
-static V load(const bf16* p, __mmask16 m = 0xffff) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
-}
 static void store(bf16* p, V v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
 struct Ahead {  // prefetches the data that is read next into the L2, a few lines of 64 bytes at a time
@@ -24,143 +20,6 @@ struct Ahead {  // prefetches the data that is read next into the L2, a few line
     for (; lines > 0 && next < end; --lines, next += 64) _mm_prefetch(next, _MM_HINT_T1);
   }
 };
-
-// ---- BatchNorm (+ residual) + ReLU -----------------------------------------------------------------------------------
-// C divides 64, and 64 / C pixels are treated as one pixel of 64 channels, so a pixel is four registers for every C.
-// Work is split into chunks of 256 such pixels. The chunks do not depend on the number of threads, so the sums do not
-// either.
-
-constexpr int64_t CHUNK = 256 * 64;
-
-// Loads values i to i + 15, and prefetches lines of 32 values 2 KB ahead: a backward pass from memory then takes 0.5 to
-// 0.6 x the time that it takes with the hardware's prefetching alone.
-static V read(const bf16* p, int u, int64_t i, __mmask16 m = 0xffff) {
-  if (u % 2 == 0) _mm_prefetch((const char*)(p + i + 1024), _MM_HINT_T0);
-  return load(p + i, m);
-}
-
-template <class F>
-static void each_chunk(int64_t values, F f) {  // calls f(number of the chunk, begin, end) in parallel
-#pragma omp parallel for schedule(static)
-  for (int64_t k = 0; k < (values + CHUNK - 1) / CHUNK; ++k) f(k, k * CHUNK, std::min((k + 1) * CHUNK, values));
-}
-
-template <class F>
-static void each_value(int64_t begin, int64_t end, F f) {  // f(u, i): values i to i + 15, channels 16 u to 16 u + 15
-  for (int64_t i = begin; i < end; i += 64)
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) f(u, i + u * 16);
-}
-
-struct Channels {  // one float per channel of the 64
-  float at[64];
-  V operator[](int u) const { return _mm512_loadu_ps(at + u * 16); }
-};
-
-struct Sums {  // per channel, the sums of a and of a * b: float32 within a chunk, float64 across chunks
-  double first[64] = {}, second[64] = {};
-
-  template <class F>
-  Sums(int64_t values, int64_t C, F f) {  // f(a, b, u, i) sets a and b
-    std::vector<Channels> chunks((values + CHUNK - 1) / CHUNK * 2);
-    each_chunk(values, [&](int64_t k, int64_t begin, int64_t end) {
-      V s[4] = {}, q[4] = {}, a, b;
-      each_value(begin, end, [&](int u, int64_t i) {
-        f(a, b, u, i);
-        s[u] = _mm512_add_ps(s[u], a), q[u] = _mm512_fmadd_ps(a, b, q[u]);
-      });
-      memcpy(&chunks[2 * k], s, sizeof s), memcpy(&chunks[2 * k + 1], q, sizeof q);
-    });
-    for (size_t k = 0; k < chunks.size(); k += 2)
-      for (int c = 0; c < 64; ++c) first[c] += chunks[k].at[c], second[c] += chunks[k + 1].at[c];
-    for (int c = C; c < 64; ++c) first[c % C] += first[c], second[c % C] += second[c];
-  }
-};
-
-struct Stats {  // saved for the backward: mean, 1 / sqrt(var + eps), weight / sqrt(var + eps)
-  Channels mean, invstd, scale;
-};
-
-// Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual
-// and y have `values` elements, a multiple of 64. mask receives ReLU's mask, one bit per element; if it is null,
-// there is no ReLU. residual and the running statistics may be null.
-extern "C" void bn_forward(const bf16* x, const bf16* residual, const float* weight, const float* bias,
-                           float* running_mean, float* running_var, bf16* y, __mmask16* mask, Stats* stats,
-                           int64_t values, int64_t C, double momentum, double eps) {
-  Stats t;
-  Channels origin, shift;  // origin is the first pixel. Squares are summed about it, because it is near the mean.
-  for (int c = 0; c < 64; ++c) origin.at[c] = _mm_cvtss_f32(_mm512_castps512_ps128(load(x + c % C, 1)));
-  const Sums sums(values, C, [&](V& a, V& b, int u, int64_t i) { a = b = _mm512_sub_ps(read(x, u, i), origin[u]); });
-  const double count = values / C;
-  for (int i = 0; i < 64; ++i) {
-    const int c = i % C;
-    const double d = sums.first[c] / count, var = std::max(sums.second[c] / count - d * d, 0.0);  // max keeps NaN
-    t.mean.at[i] = origin.at[i] + d;
-    t.invstd.at[i] = 1 / std::sqrt(var + eps);
-    t.scale.at[i] = t.invstd.at[i] * weight[c];
-    shift.at[i] = bias[c];
-    if (i >= C || !running_mean) continue;
-    running_mean[c] += momentum * (t.mean.at[c] - running_mean[c]);
-    running_var[c] += momentum * (var * count / (count - 1) - running_var[c]);
-  }
-  const auto apply = [&](auto plus, auto act) {
-    each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
-      each_value(begin, end, [&](int u, int64_t i) {
-        const V z = _mm512_fmadd_ps(_mm512_sub_ps(read(x, u, i), t.mean[u]), t.scale[u], shift[u]);
-        store(y + i, act(plus(z, u, i), i));
-      });
-    });
-  };
-  const auto alone = [](V v, int, int64_t) { return v; };
-  const auto add = [&](V v, int u, int64_t i) { return _mm512_add_ps(v, read(residual, u, i)); };
-  const auto none = [](V v, int64_t) { return v; };
-  const auto relu = [&](V v, int64_t i) {
-    mask[i / 16] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
-    return _mm512_max_ps(_mm512_setzero_ps(), v);
-  };
-  if (mask && residual) apply(add, relu);
-  else if (mask) apply(alone, relu);
-  else if (residual) apply(add, none);
-  else apply(alone, none);
-  *stats = t;
-}
-
-// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. mask and stats
-// come from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and
-// g2.
-extern "C" void bn_backward(const bf16* g, const bf16* g2, const bf16* x, const __mmask16* mask, const Stats* stats,
-                            bf16* dz, bf16* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
-  const Stats t = *stats;
-  const auto let_through = [&](int64_t i) { return mask ? mask[i / 16] : __mmask16(0xffff); };
-  const auto one = [&](int u, int64_t i) { return read(g, u, i, let_through(i)); };
-  const auto both = [&](int u, int64_t i) { return _mm512_add_ps(one(u, i), read(g2, u, i, let_through(i))); };
-  const auto kept = [&](int64_t i, V v) { return store(dz + i, v), v; };
-  const auto sums = [&](auto gradient) {
-    return Sums(values, C, [&](V& a, V& b, int u, int64_t i) {
-      a = gradient(u, i), b = _mm512_sub_ps(read(x, u, i), t.mean[u]);
-    });
-  };
-  const Sums s = g2   ? sums([&](int u, int64_t i) { return kept(i, both(u, i)); })
-                 : dz ? sums([&](int u, int64_t i) { return kept(i, one(u, i)); })
-                      : sums(one);
-  Channels b, d;  // dx = scale * dz - b * (x - mean) - d
-  for (int i = 0; i < 64; ++i) {
-    const int c = i % C;
-    dbias[c] = s.first[c], dweight[c] = s.second[c] * t.invstd.at[i];
-    b.at[i] = t.scale.at[i] * t.invstd.at[i] * dweight[c] / (values / C);
-    d.at[i] = t.scale.at[i] * dbias[c] / (values / C);
-  }
-  const auto apply = [&](auto gradient) {
-    each_chunk(values, [&](int64_t, int64_t begin, int64_t end) {
-      each_value(begin, end, [&](int u, int64_t i) {
-        const V v = _mm512_fmsub_ps(t.scale[u], gradient(u, i), d[u]);
-        store(dx + i, _mm512_fnmadd_ps(b[u], _mm512_sub_ps(read(x, u, i), t.mean[u]), v));
-      });
-    });
-  };
-  if (dz) apply([&](int u, int64_t i) { return read(dz, u, i); });
-  else apply(one);
-}
 
 // ---- the weight gradient of a 3x3 convolution, padding 1 -----------------------------------------------------------
 // dw[k][r][s][c] += dy[h][w][k] x[S h + r - 1][S w + s - 1][c], computed on pairs of pixels: vdpbf16ps multiplies the

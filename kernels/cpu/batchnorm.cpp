@@ -1,0 +1,456 @@
+// BatchNorm + ReLU (+ add) on a CPU, for training and inference. Activations are channels-last, bf16 or float32;
+// parameters and statistics are float32. The code needs AVX-512, AVX2 with FMA or NEON, and does not depend on torch.
+// batchnorm.py checks shapes and dtypes before it calls these functions.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, UNROLL = 4;  // UNROLL: vectors per row of a tile, whose sums stay in registers
+using Bits = uint16_t;                 // one bit per lane
+#elif defined(__AVX2__)
+constexpr int LANES = 8, UNROLL = 4;
+using Bits = uint8_t;
+#else
+constexpr int LANES = 4, UNROLL = 8;
+using Bits = uint8_t;
+#endif
+constexpr int TILE = UNROLL * LANES;
+using V = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+struct bf16 {
+  uint16_t bits;
+};
+
+static float value(float x) { return x; }
+static float value(bf16 x) {
+  const uint32_t word = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &word, sizeof f);
+  return f;
+}
+
+static V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest, ties to even, and keeps NaN. The result is in the lower 16 bits.
+[[maybe_unused]] static Words rounded(V v) {
+  const Words w = (Words)v, quiet = w >> 16 | 0x40, nearest = (w + 0x7fff + (w >> 16 & 1)) >> 16;
+  return v == v ? nearest : quiet;
+}
+
+#if defined(__AVX512F__)
+static V load(const bf16* p) {
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+static void store(bf16* p, V v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded(v)));
+#endif
+}
+static void stream(float* p, V v) { _mm512_stream_ps(p, v); }
+static V relu(V v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // max returns its second argument for NaN
+static Bits passes(V v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }  // true for NaN
+static V keep(Bits bits, V v) { return _mm512_maskz_mov_ps(bits, v); }
+#elif defined(__AVX2__)
+static V load(const bf16* p) {
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+static void store(bf16* p, V v) {
+  const __m256i w = (__m256i)rounded(v), halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0b1000);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
+}
+static void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+static V relu(V v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+static Bits passes(V v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
+static V keep(Bits bits, V v) {
+  const Words lane = {1, 2, 4, 8, 16, 32, 64, 128};
+  return (V)((Words)v & (Words)((lane & uint32_t(bits)) == lane));
+}
+#else
+static V load(const bf16* p) { return (V)vshll_n_u16(vld1_u16(&p->bits), 16); }
+static void store(bf16* p, V v) { vst1_u16(&p->bits, vmovn_u32((uint32x4_t)rounded(v))); }
+static void stream(float* p, V v) { store(p, v); }  // NEON has no intrinsic that writes past the caches
+static V relu(V v) { return (V)((Words)v & ~(Words)(v < 0)); }
+static Bits passes(V v) {
+  const Words lane = {1, 2, 4, 8};
+  return vaddvq_u32((uint32x4_t)(lane & ~(Words)(v <= 0)));
+}
+static V keep(Bits bits, V v) {
+  const Words lane = {1, 2, 4, 8};
+  return (V)((Words)v & (Words)((lane & uint32_t(bits)) == lane));
+}
+#endif
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+// The code calls libgomp directly and has no pragmas, because clang compiles pragmas for another OpenMP library, which
+// would run threads of its own beside torch's.
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
+
+template <class F>
+static void parallel_for(int64_t n, F f) {  // calls f(0), ..., f(n - 1)
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) f(k);
+#if !defined(__aarch64__)
+    _mm_sfence();  // so that other threads see what was written past the caches
+#endif
+  };
+  auto share = [&] {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    some(n * thread / threads, n * (thread + 1) / threads);
+  };
+  if (n == 1) some(0, 1);
+  else if (n > 1) GOMP_parallel([](void* all) { (*static_cast<decltype(share)*>(all))(); }, &share, 0, 0);
+}
+
+// ---- the order of the work ------------------------------------------------------------------------------------------
+// lcm(C, 64) values, a whole number of pixels, form one row, so every row of every tensor is a whole number of vectors.
+// The values after the last whole row are copied into a padded row of their own. Rows are split into chunks, one task
+// each. Neither rows nor chunks depend on the number of threads, and a column is summed from top to bottom, so the sums
+// depend neither on the number of threads nor on the vectors' length.
+
+struct Shape {
+  int64_t C, width, rows, rest;  // rest: values after the last whole row
+  int64_t height, chunks;        // rows per chunk; the row of the rest is a chunk of its own
+
+  Shape(int64_t values, int64_t C)
+      : C(C), width(std::lcm(C, int64_t(64))), rows(values / width), rest(values % width),
+        height(std::clamp<int64_t>(16384 / width, 32, 256)), chunks((rows + height - 1) / height) {}
+
+  bool is_large() const { return rows * width >= 1 << 20; }  // as float32 4 MiB, more than an L2 and its share of an L3
+  int64_t partials() const { return chunks + (rest > 0); }
+  int64_t chunk_rows(int64_t k) const { return std::min(height, rows - k * height); }
+  std::vector<float> repeated(const float* p) const {  // the values of C channels, repeated to fill a row
+    std::vector<float> row(width);
+    for (int64_t i = 0; i < width; ++i) row[i] = p[i % C];
+    return row;
+  }
+};
+
+// Calls f(i, c, u, ahead) for every vector of `rows` rows: i is the offset of its first value, c its column, u its
+// number within a tile, and ahead the distance to the values to prefetch. open(c) and close(c) enclose a tile, which is
+// TILE columns of `group` rows. Tensors are read row by row, because strips of columns from top to bottom took
+// up to 1.7 times as long from memory. A tile of several rows saves loads and stores of sums and parameters. That pays
+// if a row is one or two tiles, and if the parameters fill the L1.
+template <class Open, class F, class Close>
+static void each_vector(int64_t width, int64_t rows, Open open, F f, Close close) {
+  const int64_t group = width == 64 ? 16 : width >= 2048 ? 4 : 1;
+  const int64_t next = group == 1 ? 1024 : std::min<int64_t>(width, 256);
+  for (int64_t top = 0; top < rows; top += group)
+    for (int64_t c = 0; c < width; c += TILE) {
+      const int64_t ahead = group == 1 || c + next < width ? next : next + (group - 1) * width;
+      const int64_t end = std::min(top + group, rows);
+      open(c);
+      for (int64_t r = top; r < end; ++r)
+#pragma GCC unroll 8
+        for (int u = 0; u < UNROLL; ++u) f(r * width + c + u * LANES, c + u * LANES, u, ahead);
+      close(c);
+    }
+}
+
+template <class F>
+static void each_vector(int64_t width, int64_t rows, F f) {
+  each_vector(width, rows, [](int64_t) {}, f, [](int64_t) {});
+}
+
+// Loads a vector, and prefetches a line of 64 bytes into the L2, each line once. The hardware does not follow as many
+// streams as there are.
+template <class T>
+static V read(const T* p, int64_t i, int u, int64_t ahead) {
+  if (u * LANES * sizeof(T) % 64 == 0) __builtin_prefetch(p + i + ahead, 0, 2);
+  return load(p + i);
+}
+
+// A tensor that is written. Large float32 tensors are written past the caches, because a line that is written through a
+// cache is first read from memory; with the next reader counted, that takes 0.8 to 1 times as long. bf16 gains nothing.
+template <class T>
+class Output {
+  T* p;
+  bool streams;
+
+ public:
+  Output(T* p, bool is_large) : p(p), streams(is_large && (uintptr_t)p % 64 == 0) {}
+
+  void put(int64_t i, V v) const {  // writes values i to i + LANES - 1
+    if constexpr (std::is_same_v<T, float>)
+      if (streams) return stream(p + i, v);
+    store(p + i, v);
+  }
+};
+
+// The values after the last whole row in a row that is padded with `fill`, which has C values, or with zeros.
+template <class T>
+static std::vector<T> last_row(const T* p, const Shape& s, const T* fill = nullptr) {
+  std::vector<T> row(p ? s.width : 0);
+  if (!p) return row;
+  std::copy_n(p + s.rows * s.width, s.rest, row.begin());
+  for (int64_t i = s.rest; fill && i < s.width; ++i) row[i] = fill[i % s.C];
+  return row;
+}
+
+struct Sums {  // per channel, the sums of a and of a * b: float32 within a chunk, float64 across chunks
+  std::vector<float> partial;  // per chunk, a row of sums of a and a row of sums of a * b
+  std::vector<double> first, second;
+
+  explicit Sums(const Shape& s) : partial(s.partials() * 2 * s.width), first(s.width), second(s.width) {}
+
+  // Adds rows to chunk k; f(a, b, i, c, u, ahead) sets a and b.
+  template <class F>
+  void add(const Shape& s, int64_t k, int64_t rows, F f) {
+    float *sum = &partial[k * 2 * s.width], *product = sum + s.width;
+    V p[UNROLL], q[UNROLL];
+    const auto open = [&](int64_t c) {
+#pragma GCC unroll 8
+      for (int u = 0; u < UNROLL; ++u) p[u] = load(sum + c + u * LANES), q[u] = load(product + c + u * LANES);
+    };
+    const auto close = [&](int64_t c) {
+#pragma GCC unroll 8
+      for (int u = 0; u < UNROLL; ++u) store(sum + c + u * LANES, p[u]), store(product + c + u * LANES, q[u]);
+    };
+    const auto step = [&](int64_t i, int64_t c, int u, int64_t ahead) {
+      V a, b;
+      f(a, b, i, c, u, ahead);
+      p[u] += a, q[u] += a * b;
+    };
+    each_vector(s.width, rows, open, step, close);
+  }
+
+  void finish(const Shape& s) {  // sums over chunks, then over the pixels of a row
+    parallel_for(s.width / 64, [&](int64_t block) {
+      for (int64_t k = 0; k < s.partials(); ++k)
+        for (int64_t c = block * 64, end = c + 64; c < end; ++c)
+          first[c] += partial[k * 2 * s.width + c], second[c] += partial[(k * 2 + 1) * s.width + c];
+    });
+    for (int64_t c = s.C; c < s.width; ++c) first[c % s.C] += first[c], second[c % s.C] += second[c];
+  }
+};
+
+// ---- the passes -----------------------------------------------------------------------------------------------------
+
+template <class T>
+static Sums sums_about(const T* x, const std::vector<float>& origin, const Shape& s) {
+  Sums sums(s);
+  const auto chunk = [&](int64_t k, const T* x, int64_t rows) {
+    sums.add(s, k, rows, [&](V& a, V& b, int64_t i, int64_t c, int u, int64_t ahead) {
+      a = b = read(x, i, u, ahead) - load(&origin[c]);
+    });
+  };
+  parallel_for(s.chunks, [&](int64_t k) { chunk(k, x + k * s.height * s.width, s.chunk_rows(k)); });
+  if (s.rest) chunk(s.chunks, last_row(x, s, x).data(), 1);  // filled with the origin, whose distance is 0
+  sums.finish(s);
+  return sums;
+}
+
+struct Affine {  // rows of the map z = (x - mean) * scale + shift
+  std::vector<float> mean, scale, shift;
+};
+
+// Computes y = act(z + residual). The flags are constants of the compiler, so that the loop has no branches.
+template <bool ADDS, bool RELU, bool MASKS, class T>
+static void normalise_rows(const T* x, const T* residual, Output<T> y, Bits* mask, const Affine& map, int64_t width,
+                           int64_t rows) {
+  const float *mean = map.mean.data(), *scale = map.scale.data(), *shift = map.shift.data();
+  each_vector(width, rows, [=](int64_t i, int64_t c, int u, int64_t ahead) {
+    V z = (read(x, i, u, ahead) - load(mean + c)) * load(scale + c) + load(shift + c);
+    if (ADDS) z += read(residual, i, u, ahead);
+    if (MASKS) mask[i / LANES] = passes(z);
+    y.put(i, RELU ? relu(z) : z);
+  });
+}
+
+template <class T>
+static void normalise(const T* x, const T* residual, T* y, Bits* mask, bool relu, const Affine& map, const Shape& s) {
+  const auto run = residual ? (mask   ? normalise_rows<true, true, true, T>
+                               : relu ? normalise_rows<true, true, false, T>
+                                      : normalise_rows<true, false, false, T>)
+                            : (mask   ? normalise_rows<false, true, true, T>
+                               : relu ? normalise_rows<false, true, false, T>
+                                      : normalise_rows<false, false, false, T>);
+  const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
+  const bool large = s.is_large();
+  parallel_for(s.chunks, [&](int64_t k) {
+    const int64_t i = k * s.height * s.width;
+    run(x + i, at(residual, i), {y + i, large}, at(mask, i / LANES), map, s.width, s.chunk_rows(k));
+  });
+  if (!s.rest) return;
+  const auto x_row = last_row(x, s), residual_row = last_row(residual, s);
+  std::vector<T> y_row(s.width);
+  const int64_t i = s.rows * s.width;
+  run(x_row.data(), residual_row.data(), {y_row.data(), false}, at(mask, i / LANES), map, s.width, 1);
+  std::copy_n(y_row.begin(), s.rest, y + i);
+}
+
+// Computes dz = (g + g2) * mask, stores it if STORES, and sums dz and dz * (x - mean) into chunk k.
+template <bool TWO, bool STORES, class T>
+static void sum_gradients(Sums& sums, const Shape& s, int64_t k, const T* g, const T* g2, const T* x, const Bits* mask,
+                          Output<T> dz, const float* mean, int64_t rows) {
+  sums.add(s, k, rows, [=](V& a, V& b, int64_t i, int64_t c, int u, int64_t ahead) {
+    a = read(g, i, u, ahead);
+    if (TWO) a += read(g2, i, u, ahead);
+    if (mask) a = keep(mask[i / LANES], a);
+    if (STORES) dz.put(i, a);
+    b = read(x, i, u, ahead) - load(mean + c);
+  });
+}
+
+struct Gradient {  // rows of the map dx = scale * dz - slope * (x - mean) - offset
+  std::vector<float> mean, scale, slope, offset;
+};
+
+template <class T>
+static void input_gradient_rows(const T* dz, const Bits* mask, const T* x, Output<T> dx, const Gradient& map,
+                                int64_t width, int64_t rows) {
+  const float *mean = map.mean.data(), *scale = map.scale.data();
+  const float *slope = map.slope.data(), *offset = map.offset.data();
+  each_vector(width, rows, [=](int64_t i, int64_t c, int u, int64_t ahead) {
+    V z = read(dz, i, u, ahead);
+    if (mask) z = keep(mask[i / LANES], z);
+    const V v = load(scale + c) * z - load(offset + c);
+    dx.put(i, v - load(slope + c) * (read(x, i, u, ahead) - load(mean + c)));
+  });
+}
+
+// ---- forward, backward, inference -----------------------------------------------------------------------------------
+
+struct Stats {  // C values each, saved for the backward: mean, 1 / sqrt(var + eps), weight / sqrt(var + eps)
+  float *mean, *invstd, *scale;
+  Stats(float* p, int64_t C) : mean(p), invstd(p + C), scale(p + 2 * C) {}
+};
+
+template <class T>
+static void forward(const T* x, const T* residual, const float* weight, const float* bias, float* running_mean,
+                    float* running_var, T* y, Bits* mask, const Stats& t, double momentum, double eps, int64_t values,
+                    int64_t C) {
+  const Shape s(values, C);
+  std::vector<float> origin(s.width);  // squares are summed about the first pixel, which is near the mean
+  for (int64_t i = 0; i < s.width; ++i) origin[i] = value(x[i % C]);
+  const Sums sums = sums_about(x, origin, s);
+  const double count = values / C;
+  for (int64_t c = 0; c < C; ++c) {
+    const double d = sums.first[c] / count, var = std::max(sums.second[c] / count - d * d, 0.0);  // max keeps NaN
+    t.mean[c] = origin[c] + d;
+    t.invstd[c] = 1 / std::sqrt(var + eps);
+    t.scale[c] = t.invstd[c] * weight[c];
+    if (!running_mean) continue;
+    running_mean[c] += momentum * (t.mean[c] - running_mean[c]);
+    running_var[c] += momentum * (var * count / (count - 1) - running_var[c]);
+  }
+  const Affine map{s.repeated(t.mean), s.repeated(t.scale), s.repeated(bias)};
+  normalise(x, residual, y, mask, mask != nullptr, map, s);
+}
+
+template <class T>
+static void backward(const T* g, const T* g2, const T* x, const Bits* mask, const Stats& t, T* dz, T* dx,
+                     float* dweight, float* dbias, int64_t values, int64_t C) {
+  const Shape s(values, C);
+  const int64_t end = s.rows * s.width;  // of the whole rows
+  const bool large = s.is_large();
+  const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
+  const auto g_row = last_row(g, s), g2_row = last_row(g2, s), x_row = last_row(x, s);
+  std::vector<T> dz_row(dz ? s.width : 0), dx_row(s.width);
+  const Bits* mask_row = at(mask, end / LANES);
+
+  Sums sums(s);
+  std::vector<float> mean = s.repeated(t.mean);
+  const auto run = g2   ? sum_gradients<true, true, T>
+                   : dz ? sum_gradients<false, true, T>
+                        : sum_gradients<false, false, T>;
+  parallel_for(s.chunks, [&](int64_t k) {
+    const int64_t i = k * s.height * s.width;
+    run(sums, s, k, g + i, at(g2, i), x + i, at(mask, i / LANES), {at(dz, i), large}, mean.data(), s.chunk_rows(k));
+  });
+  if (s.rest) {
+    run(sums, s, s.chunks, g_row.data(), g2_row.data(), x_row.data(), mask_row, {dz_row.data(), false}, mean.data(), 1);
+    if (dz) std::copy_n(dz_row.begin(), s.rest, dz + end);
+  }
+  sums.finish(s);
+
+  std::vector<float> slope(C), offset(C);
+  const float count = values / C;
+  for (int64_t c = 0; c < C; ++c) {
+    dbias[c] = sums.first[c], dweight[c] = sums.second[c] * t.invstd[c];
+    slope[c] = t.scale[c] * t.invstd[c] * dweight[c] / count;
+    offset[c] = t.scale[c] * dbias[c] / count;
+  }
+  const Gradient map{mean, s.repeated(t.scale), s.repeated(slope.data()), s.repeated(offset.data())};
+  const T* masked = dz ? dz : g;  // dz has been masked
+  const Bits* bits = dz ? nullptr : mask;
+  parallel_for(s.chunks, [&](int64_t k) {
+    const int64_t i = k * s.height * s.width;
+    const Output<T> to(dx + i, large);
+    input_gradient_rows(masked + i, at(bits, i / LANES), x + i, to, map, s.width, s.chunk_rows(k));
+  });
+  if (!s.rest) return;
+  const T* row = dz ? dz_row.data() : g_row.data();
+  input_gradient_rows(row, at(bits, end / LANES), x_row.data(), Output<T>(dx_row.data(), false), map, s.width, 1);
+  std::copy_n(dx_row.begin(), s.rest, dx + end);
+}
+
+// Returns the bytes of ReLU's mask: one bit per value on x86-64, two on aarch64, and the last row is padded.
+extern "C" int64_t bn_mask_bytes(int64_t values, int64_t C) {
+  const Shape s(values, C);
+  return (s.rows + (s.rest > 0)) * s.width / LANES * sizeof(Bits);
+}
+
+// The functions below have one more argument in front, which is true if the activations are bf16.
+
+// Computes y = act(BatchNorm(x) + residual) with the statistics of x, and updates the running statistics. x, residual
+// and y have `values` elements. mask receives ReLU's mask; if it is null, there is no ReLU. residual and the running
+// statistics may be null. stats receives 3 x C values.
+extern "C" void bn_forward(bool half, const void* x, const void* residual, const float* weight, const float* bias,
+                           float* running_mean, float* running_var, void* y, Bits* mask, float* stats, int64_t values,
+                           int64_t C, double momentum, double eps) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    forward((const T*)x, (const T*)residual, weight, bias, running_mean, running_var, (T*)y, mask, Stats(stats, C),
+            momentum, eps, values, C);
+  };
+  half ? run(bf16()) : run(float());
+}
+
+// Computes the gradients of bn_forward. g and g2 (or null) are two gradients of y, which are added. mask and stats come
+// from bn_forward. dz receives the residual's gradient, (g + g2) masked by ReLU; it is null without residual and g2.
+extern "C" void bn_backward(bool half, const void* g, const void* g2, const void* x, const Bits* mask, float* stats,
+                            void* dz, void* dx, float* dweight, float* dbias, int64_t values, int64_t C) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    backward((const T*)g, (const T*)g2, (const T*)x, mask, Stats(stats, C), (T*)dz, (T*)dx, dweight, dbias, values, C);
+  };
+  half ? run(bf16()) : run(float());
+}
+
+// Computes y = act(BatchNorm(x) + residual) with the given statistics. residual may be null.
+extern "C" void bn_inference(bool half, const void* x, const void* residual, const float* weight, const float* bias,
+                             const float* mean, const float* var, void* y, int64_t values, int64_t C, double eps,
+                             bool relu) {
+  const Shape s(values, C);
+  std::vector<float> scale(C);
+  for (int64_t c = 0; c < C; ++c) scale[c] = weight[c] / std::sqrt(var[c] + eps);
+  const Affine map{s.repeated(mean), s.repeated(scale.data()), s.repeated(bias)};
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    normalise((const T*)x, (const T*)residual, (T*)y, nullptr, relu, map, s);
+  };
+  half ? run(bf16()) : run(float());
+}

@@ -1,0 +1,89 @@
+"""Table of the shapes for which the C++ BatchNorm was measured to be faster than torch's operations.
+
+The table is stored in fastest.json, which bench/cpu_norm.py measures and writes. A row has the instruction set, the
+activations' dtype, "training" (forward and backward) or "inference", True with a residual, the number of channels, the
+bytes of an activation, and torch's time divided by the kernels'.
+
+A shape that was not measured belongs to the bucket of its channels (16 to 31, 32 to 63, …) and of its bytes (32 KiB to
+128 KiB, 128 KiB to 512 KiB, …). The kernels run if they were faster for all shapes in the bucket that were measured. A
+larger tensor belongs to the last bucket of bytes. A bucket without measurements is torch's, and so is a number of
+channels that is not a multiple of 8, because none was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .library import instruction_set
+
+FILE = Path(__file__).with_name("fastest.json")
+MARGIN = 1.05  # a ratio below it may be noise, so torch's operations run
+LAST_BUCKET = 12  # 8 MiB to 32 MiB
+
+
+class Row(NamedTuple):
+    """A measurement: torch's time divided by the kernels'."""
+
+    isa: str  # a name in library.INSTRUCTION_SETS
+    dtype: str  # "bfloat16" or "float32"
+    mode: str  # "training", which is forward and backward, or "inference"
+    has_residual: bool
+    channels: int
+    bytes: int
+    ratio: float
+
+
+Key = tuple[str, str, str, bool, int, int]  # isa, dtype, mode, has a residual, buckets of channels and bytes
+
+
+def bucket(channels: int, size: int) -> tuple[int, int]:
+    """Return the buckets of a number of channels and of an activation's bytes: powers of 2 and of 4."""
+    return channels.bit_length(), min(size.bit_length() // 2, LAST_BUCKET)
+
+
+def read() -> list[Row]:
+    """Return the rows of fastest.json."""
+    return [Row(*row) for row in json.loads(FILE.read_text(encoding="utf-8"))]
+
+
+def write(measured: Iterable[Row]) -> None:
+    """Write the measured rows to fastest.json, and leave the rows of other shapes and instruction sets unchanged."""
+    rows = {row[:-1]: row for row in (*read(), *measured)}
+    lines = [json.dumps(row, allow_nan=False) for row in sorted(rows.values())]
+    FILE.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+@cache
+def faster_buckets() -> set[Key]:
+    """Return the buckets in which the kernels were faster for every measured shape."""
+    lowest: dict[Key, float] = {}
+    for row in read():
+        key = (row.isa, row.dtype, row.mode, row.has_residual, *bucket(row.channels, row.bytes))
+        lowest[key] = min(row.ratio, lowest.get(key, row.ratio))
+    return {key for key, ratio in lowest.items() if ratio >= MARGIN}
+
+
+@cache
+def _isa() -> str:
+    """Return this machine's instruction set, or an empty text."""
+    return instruction_set()[0]
+
+
+def is_measured(isa: str) -> bool:
+    """Return True if any shape was measured to be faster with the instruction set."""
+    return any(key[0] == isa for key in faster_buckets())
+
+
+def is_faster(x: Tensor, training: bool, has_residual: bool) -> bool:
+    """Return True if the kernels were measured to be faster than torch for x, (N, C, H, W), on this machine."""
+    if x.shape[1] % 8:
+        return False
+    mode = "training" if training else "inference"
+    buckets = bucket(x.shape[1], x.numel() * x.element_size())
+    return (_isa(), str(x.dtype).removeprefix("torch."), mode, has_residual, *buckets) in faster_buckets()
