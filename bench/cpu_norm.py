@@ -6,7 +6,7 @@
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.cpu_norm --write  AVX2, also on a wider CPU
 
 Training is forward and backward together, inference one pass without gradients. Both variants have the same tensors,
-channels-last activations of 64 KiB to 16 MiB with the channels of ResNets and RegNets, in n = 9 interleaved rounds of
+channels-last activations of 64 KiB to 16 MiB with the channels of ResNets and RegNets, in n = 15 interleaved rounds of
 at least 1 ms. A ratio is torch's lower quartile divided by the kernels', because other work on a machine only ever adds
 to a time. Results are compared first, so that only correct kernels are timed. Memory that is freed stays with the
 process, because page faults would add noise to both variants.
@@ -37,7 +37,7 @@ from fastres_kernels.triton_launch import INTERPRETED
 
 CHANNELS = (8, 16, 24, 32, 48, 64, 104, 128, 208, 256, 512, 1024, 2048)
 BYTES = tuple(1 << power for power in (16, 18, 20, 22, 24))
-ROUNDS, REGION_S = 9, 0.001
+ROUNDS, REGION_S = 15, 0.001
 
 Results = tuple[Tensor, ...]
 

@@ -233,13 +233,15 @@ def test_transforms_and_exports_of_a_norm_are_torchs(monkeypatch: pytest.MonkeyP
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def test_the_table_names_buckets_in_which_every_measurement_was_faster(
+def test_the_table_names_buckets_in_which_the_kernels_were_faster_for_the_bytes_of_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "fastest.json"
     file.write_text("[]")
     monkeypatch.setattr(dispatch_table, "FILE", file)
     monkeypatch.setattr(dispatch_table, "_isa", lambda: "avx2")
+    threads = 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     dispatch_table.faster_buckets.cache_clear()
     x = torch.zeros(4, 24, 32, 32)  # 384 KiB
     try:
@@ -258,9 +260,14 @@ def test_the_table_names_buckets_in_which_every_measurement_was_faster(
         assert dispatch_table.is_faster(
             torch.zeros(1, 32, 1, 1).expand(1024, 32, 64, 64), True, False
         )  # the last bucket
-        dispatch_table.write([rows[1]._replace(ratio=1.01)])
-        dispatch_table.faster_buckets.cache_clear()
-        assert not dispatch_table.is_faster(x, True, False)
+        threads = 4
+        assert not dispatch_table.is_faster(x, True, False), "96 KiB of a thread were not measured"
+        assert dispatch_table.is_faster(torch.zeros(16, 24, 32, 32), True, False)
+        threads = 1
+        for ratios, faster in (((1.2, 0.97), True), ((1.2, 0.94), False), ((1.0, 1.08), False)):
+            dispatch_table.write(row._replace(ratio=ratio) for row, ratio in zip(rows, ratios, strict=True))
+            dispatch_table.faster_buckets.cache_clear()
+            assert dispatch_table.is_faster(x, True, False) == faster
     finally:
         dispatch_table.faster_buckets.cache_clear()
 

@@ -4,10 +4,11 @@ The table is stored in fastest.json, which bench/cpu_norm.py measures and writes
 activations' dtype, "training" (forward and backward) or "inference", True with a residual, the number of channels, the
 bytes of an activation, and torch's time divided by the kernels'.
 
-A shape that was not measured belongs to the bucket of its channels (16 to 31, 32 to 63, …) and of its bytes (32 KiB to
-128 KiB, 128 KiB to 512 KiB, …). The kernels run if they were faster for all shapes in the bucket that were measured. A
-larger tensor belongs to the last bucket of bytes. A bucket without measurements is torch's, and so is a number of
-channels that is not a multiple of 8, because none was measured.
+The rows are of one thread, and a shape counts by its bytes per thread, because what a call costs does not depend on the
+number of threads. A shape that was not measured belongs to the bucket of its channels (16 to 31, 32 to 63, …) and of
+these bytes (32 KiB to 128 KiB, 128 KiB to 512 KiB, …). The kernels run if they were faster in the mean of the bucket's
+rows, and slower in none. A larger tensor belongs to the last bucket of bytes. A bucket without measurements is torch's,
+and so is a number of channels that is not a multiple of 8, because none was measured.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .library import instruction_set
 
 FILE = Path(__file__).with_name("fastest.json")
-MARGIN = 1.05  # a ratio below it may be noise, so torch's operations run
+MARGIN = 1.05  # a mean ratio below it may be noise, so torch's operations run; a single one may be lower by as much
 LAST_BUCKET = 12  # 8 MiB to 32 MiB
 
 
@@ -61,12 +64,12 @@ def write(measured: Iterable[Row]) -> None:
 
 @cache
 def faster_buckets() -> set[Key]:
-    """Return the buckets in which the kernels were faster for every measured shape."""
-    lowest: dict[Key, float] = {}
+    """Return the buckets in which the kernels were faster in the mean, and slower for no measured shape."""
+    ratios: dict[Key, list[float]] = {}
     for row in read():
         key = (row.isa, row.dtype, row.mode, row.has_residual, *bucket(row.channels, row.bytes))
-        lowest[key] = min(row.ratio, lowest.get(key, row.ratio))
-    return {key for key, ratio in lowest.items() if ratio >= MARGIN}
+        ratios.setdefault(key, []).append(row.ratio)
+    return {key for key, of in ratios.items() if geometric_mean(of) >= MARGIN and min(of) >= 1 / MARGIN}
 
 
 @cache
@@ -85,5 +88,5 @@ def is_faster(x: Tensor, training: bool, has_residual: bool) -> bool:
     if x.shape[1] % 8:
         return False
     mode = "training" if training else "inference"
-    buckets = bucket(x.shape[1], x.numel() * x.element_size())
+    buckets = bucket(x.shape[1], x.numel() * x.element_size() // torch.get_num_threads())
     return (_isa(), str(x.dtype).removeprefix("torch."), mode, has_residual, *buckets) in faster_buckets()
