@@ -42,17 +42,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return the page's text as the site needs it."""
     uri = page.file.src_uri
+    if uri == OUTSIDE["README.md"]:
+        page.meta["hide"] = ["toc"]  # for wider lines of code
     text = with_docstrings(markdown) if uri == API else markdown
     return outside_fences(text, lambda part: indented(with_links(part, uri)))
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Return the page with what the theme lacks for keyboards and screen readers.
-
-    Code that scrolls needs the focus to be scrolled by keys, and the search dialog needs a name.
-    """
-    output = re.sub(r"(<pre[^>]*>(?:<span></span>)?<code)>", r'\1 tabindex="0">', output)
-    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
+    """Return the page with what a screen reader needs: a name for the search dialog, and no empty headings of columns."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"').replace("<th></th>", "<td></td>")
 
 
 def outside_fences(text: str, change: Callable[[str], str]) -> str:
