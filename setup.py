@@ -21,7 +21,11 @@ EXTRAS = {
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
-    {package for name in ("bench", "dali", "docs", "export", "tensorboard", "timm", "wandb") for package in EXTRAS[name]}
+    {
+        package
+        for name in ("bench", "dali", "docs", "export", "tensorboard", "timm", "wandb")
+        for package in EXTRAS[name]
+    }
     | {
         "hypothesis>=6.100",
         "ipykernel>=6",

@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Return the page with what a screen reader needs: a name for the search dialog, and no empty headings of columns."""
+    """Return the page as a screen reader needs it: the search dialog has a name, and no heading is empty."""
     return output.replace('role="dialog"', 'role="dialog" aria-label="Search"').replace("<th></th>", "<td></td>")
 
 
@@ -86,13 +86,22 @@ def with_links(text: str, uri: str) -> str:
 
 
 def indented(text: str) -> str:
-    """Indent what belongs to a list item by four columns, as Python-Markdown expects it, instead of two or three."""
-    lines, in_item = [], False
+    """Return the text with lists as Python-Markdown expects them.
+
+    What belongs to an item is indented by four columns instead of two or three, and an item that follows several blocks
+    of another begins after an empty line.
+    """
+    lines: list[str] = []
+    in_item = has_blocks = False
     for line in text.split("\n"):
         if re.match(r"(-|\d+\.) ", line):
-            in_item = True
+            if in_item and has_blocks and lines[-1]:
+                lines.append("")
+            in_item, has_blocks = True, False
         elif line and not line.startswith(" "):
             in_item = False
+        elif in_item and not line:
+            has_blocks = True
         elif in_item and (found := re.match(r" {2,3}(?! )", line)):
             line = "    " + line[found.end() :]
         lines.append(line)

@@ -68,7 +68,8 @@ def fit(
     Args:
         model: a network, (N, C, S, S) -> (N, classes), which is moved to the device and trained in place, fused
             meanwhile unless `norm` is torch; or a name, as model.name.
-        train: images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), and labels, (N,) integers from 0; or a Source.
+        train: images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) with 1 or 3 channels, and labels, (N,) integers
+            from 0; or a Source.
         test: the same for the result; None with a Source.
         validation: the same for the curve; None takes test.
         classes: names of the classes, in the order of the labels; None for the numbers.
@@ -80,6 +81,9 @@ def fit(
         engine: fields of EngineConfig.
         run: fields of RunConfig.
         **settings: fields of TrainConfig and ModelConfig, such as steps, batch_size, weights, freeze.
+
+    Returns:
+        The content of `summary.json`, among it `test_accuracy` and `test_loss`, with the run's folder as `run_dir`.
 
     Raises:
         UsageError: if a setting or an array is invalid, or the network does not fit the data.
