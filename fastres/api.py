@@ -55,7 +55,7 @@ def fit(
     run: Settings | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train a network, and return the run's summary with its folder as `run_dir`.
+    """Train a network, and return the content of summary.json (test_accuracy, test_loss, …) with the folder, `run_dir`.
 
     The settings are the fields of the configuration, which `python -m fastres.train --help` lists, with the same
     defaults: those of He et al.'s schedule. If `steps` alone is given, the schedule is scaled to it.
@@ -68,8 +68,7 @@ def fit(
     Args:
         model: a network, (N, C, S, S) -> (N, classes), which is moved to the device and trained in place, fused
             meanwhile unless `norm` is torch; or a name, as model.name.
-        train: images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) with 1 or 3 channels, and labels, (N,) integers
-            from 0; or a Source.
+        train: images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), and labels, (N,) integers from 0; or a Source.
         test: the same for the result; None with a Source.
         validation: the same for the curve; None takes test.
         classes: names of the classes, in the order of the labels; None for the numbers.
@@ -81,9 +80,6 @@ def fit(
         engine: fields of EngineConfig.
         run: fields of RunConfig.
         **settings: fields of TrainConfig and ModelConfig, such as steps, batch_size, weights, freeze.
-
-    Returns:
-        The content of `summary.json`, among it `test_accuracy` and `test_loss`, with the run's folder as `run_dir`.
 
     Raises:
         UsageError: if a setting or an array is invalid, or the network does not fit the data.
