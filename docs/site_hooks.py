@@ -12,10 +12,12 @@ import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = {  # path in the checkout -> path in the site, of what lies outside docs/
@@ -34,6 +36,8 @@ PUBLIC = re.compile(r"\[`(?P<name>fastres[\w.]+)`\]\(\.\./(?P<path>[\w/]+)\.py\)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files that lie outside docs/."""
+    from mkdocs.structure.files import File
+
     for path, site in OUTSIDE.items():
         files.append(File.generated(config, site, abs_src_path=str(ROOT / path)))
     return files

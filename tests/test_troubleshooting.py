@@ -15,7 +15,7 @@ from tests.commands import ROOT, run_module
 from tests.fixtures import write_image_folder
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-EXAMPLE = re.compile(r"^### (.+)\n\n```sh\npython -m (.+)\n```\n\n    (fastres: error: .+)$", re.MULTILINE)
+EXAMPLE = re.compile(r"^### (.+)\n\n```sh\npython -m (.+)\n```\n\n> `(fastres: error: .+)`$", re.MULTILINE)
 ROW = re.compile(r"^\| (`.+?`) \| .+ \|$", re.MULTILINE)
 
 
