@@ -16,11 +16,16 @@ EXTRAS = {
     "wandb": ["wandb>=0.17"],
     "timm": ["timm>=1.0"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
     "bench": ["nvidia-ml-py>=12.535", "pytest>=8", "pytest-benchmark>=5.2", "scikit-learn>=1.4"],
     "peers": ["airbench>=0.1.8", "timm>=1.0"],
 }
 EXTRAS["dev"] = sorted(
-    {package for name in ("bench", "dali", "export", "tensorboard", "timm", "wandb") for package in EXTRAS[name]}
+    {
+        package
+        for name in ("bench", "dali", "docs", "export", "tensorboard", "timm", "wandb")
+        for package in EXTRAS[name]
+    }
     | {
         "hypothesis>=6.100",
         "ipykernel>=6",
@@ -86,8 +91,10 @@ class EditableWheel(editable_wheel):
         if wheel and any(wheel.glob("fastres-*.dist-info")):
             packages = {package: str(Path(folder).resolve()) for package, folder in PACKAGE_DIR.items()}
             module = EDITABLE_PATH.format(packages=ascii(packages))
-            (wheel / "_fastres_editable.py").write_text(module, encoding="ascii")
-            (wheel / "_fastres_editable.pth").write_text("import _fastres_editable\n", encoding="ascii")
+            # Not _fastres_editable: griffe, which reads docstrings for the site, fails for modules of such a name,
+            # because it takes them for scikit-build-core's.
+            (wheel / "_fastres_path.py").write_text(module, encoding="ascii")
+            (wheel / "_fastres_path.pth").write_text("import _fastres_path\n", encoding="ascii")
         return outputs
 
 

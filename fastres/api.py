@@ -55,7 +55,7 @@ def fit(
     run: Settings | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train a network, and return the run's summary with its folder as `run_dir`.
+    """Train a network, and return the content of summary.json (test_accuracy, test_loss, …) with the folder, `run_dir`.
 
     The settings are the fields of the configuration, which `python -m fastres.train --help` lists, with the same
     defaults: those of He et al.'s schedule. If `steps` alone is given, the schedule is scaled to it.

@@ -21,10 +21,15 @@ from .triton_launch import INTERPRETED, runs_kernels
 
 
 class Skip(NamedTuple):
-    """An activation on a skip connection: returned by BatchNormAct2d with `fork`, accepted as its `residual`."""
+    """An activation on a skip connection: returned by BatchNormAct2d with `fork`, accepted as its `residual`.
 
-    y: Tensor  # (N, C, H, W)
-    gradient: Tensor  # token that receives y's gradient, so that it arrives separately: see batchnorm/ops.py
+    Attributes:
+        y: the activation, (N, C, H, W).
+        gradient: token that receives y's gradient, so that it arrives separately: see batchnorm/ops.py.
+    """
+
+    y: Tensor
+    gradient: Tensor
 
 
 # ---- running statistics ------------------------------------------------------------------------------------
@@ -100,6 +105,12 @@ def defer_running_stats(model: nn.Module) -> DeferredRunningStats:
     A second call for the same modules returns the same object, so that training and evaluation can share a model. If
     the modules have different objects, or some have none, all of them get a new one; entering an older one then has no
     effect.
+
+    Args:
+        model: gets the deferral as an attribute of its BatchNormAct2d modules.
+
+    Returns:
+        The context manager; the updates happen at its end.
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNormAct2d)]
     first = norms[0].deferral if norms else None
@@ -117,19 +128,33 @@ def defer_running_stats(model: nn.Module) -> DeferredRunningStats:
 class BatchNormAct2d(nn.BatchNorm2d):
     """act(BatchNorm2d(x) + residual) in one operation, with the parameters and state_dict of torch.nn.BatchNorm2d.
 
+        norm = BatchNormAct2d(64)
+        y = norm(x, residual)  # relu(norm(x) + residual)
+
+    Batch normalisation is that of Ioffe and Szegedy 2015, with biased variance in the forward and unbiased variance in
+    the running statistics, as in torch.
+
     (N, C, H, W) channels-last -> (N, C, H, W) channels-last, of x's dtype. On a GPU, Triton kernels take bf16, fp16
     and fp32. On a CPU, C++ takes bf16 and fp32, in training and for inference without gradients, if cpu/library.py
     finds the instructions and the compiler that it needs. torch's own operations take everything else. Parameters and
     statistics are float32.
 
     Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for the mean over all batches.
+        affine: have a weight and a bias, (C,) each.
+        track_running_stats: keep running statistics, which normalise in eval mode.
         act: "relu" or "none".
         algorithm: "two_pass" for tensors of any size; "cooperative" for tensors that fit on the GPU at once, with
             two_pass for the others; "measured" for the algorithm that batchnorm/dispatch_table.py, or
             cpu/dispatch_table.py on a CPU, names for the device and shape, with torch's own operations for shapes that
             it does not name.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
+        ValueError: if `act` or `algorithm` is another text.
         NotImplementedError: if gradients of gradients are computed.
     """
 
@@ -164,8 +189,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """Return y = act(BatchNorm(x) + residual), or (y, Skip) with `fork`.
 
         Args:
-            x: (N, C, H, W).
-            residual: of x's shape.
+            x: (N, C, H, W); channels-last for the kernels.
+            residual: of x's shape, cast to its dtype; None adds nothing.
             fork: also return a Skip for a skip connection around the next layers. Another BatchNormAct2d takes the Skip
                 as its residual and returns its gradient separately to this module's backward, which adds the two
                 gradients in a pass that it makes anyway.
@@ -359,7 +384,11 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d that runs cpu/convolution.py in training if `algorithm` is "cpp" and the kernels support x."""
+    """torch.nn.Conv2d that runs cpu/convolution.py in training if `algorithm` is "cpp" and the kernels support x.
+
+    They support 3×3 convolutions of at most 64 channels in channels-last bf16, on a CPU with avx512_bf16. Arguments,
+    parameters and state_dict are those of torch.nn.Conv2d.
+    """
 
     algorithm = "torch"  # or "cpp"
 

@@ -345,7 +345,13 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Configuration of a whole run. `recipe` names the recipe that it started from."""
+    """Configuration of a whole run: the name of the recipe that it started from, and seven sections of fields.
+
+        config = Config(data=DataConfig(source="digits"), train=TrainConfig(batch_size=128))
+
+    All fields have defaults, those of the recipe cifar10-resnet20. Nothing is checked here: fastres.config.parse checks
+    what a command line and files give.
+    """
 
     recipe: str = DEFAULT_RECIPE
     model: ModelConfig = field(default_factory=ModelConfig)

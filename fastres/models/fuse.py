@@ -18,11 +18,17 @@ from fastres_kernels.cpu.convolution import has_kernel
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The result of fastres.fuse for each BatchNorm2d of a network."""
+    """The result of fastres.fuse for each BatchNorm2d of a network.
 
-    fused: tuple[str, ...]  # names of the norms that are computed together with their ReLU
-    left: dict[str, str]  # name of every other norm -> the reason
-    convolutions: tuple[str, ...]  # names of the convolutions that have a C++ kernel
+    Attributes:
+        fused: names of the norms that are computed together with their ReLU.
+        left: for the name of every other norm, the reason.
+        convolutions: names of the convolutions that have a C++ kernel.
+    """
+
+    fused: tuple[str, ...]
+    left: dict[str, str]
+    convolutions: tuple[str, ...]
 
     def __str__(self) -> str:
         """Return a line with the numbers, and one for each reason."""
@@ -102,6 +108,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """Return what fastres.fuse did with each BatchNorm2d of the model, or would do if it is not fused yet.
 
     print(fusion_report(model)) prints a line with the numbers, and one for each reason why norms were left alone.
+
+    Args:
+        model: any network; it stays as it is.
     """
     found = analyse(model)
     fusible = set(found.fusible())

@@ -73,11 +73,16 @@ def build_model(
             `package.module:function`.
         num_classes: outputs of the head.
         in_channels: channels of the images.
-        norm: one of NORMS. The option `norm_layer`, a callable as torchvision's, overrides it.
+        norm: `torch`; `fused`, which computes BatchNorm + ReLU (+ addition) as one operation; `measured`, which does
+            so for the shapes and devices where that was measured to be faster; or `apex`. The option `norm_layer`, a
+            callable as torchvision's, overrides it.
         fused_convolutions: experimental and only with norm "fused"; convolutions normalise their own input, see
             fastres_kernels.experimental.
         trust_code: allow `package.module:function` to import the module.
         **options: the network's own options.
+
+    Returns:
+        The network on the CPU, in float32 and training mode, with random weights from torch's global generator.
 
     Raises:
         ValueError: if an argument is unknown or impossible; the message is one line.

@@ -56,6 +56,9 @@ class Predictor:
             top: classes for each image.
             batch_size: images at once.
 
+        Returns:
+            For each image, `top` pairs of a class and its probability, in [0, 1].
+
         Raises:
             UsageError: if a file cannot be read or an array is no image.
         """
@@ -64,7 +67,7 @@ class Predictor:
         return [row for batch in batches for row in self.best(batch, top)]
 
     def best(self, images: Sequence[np.ndarray], top: int) -> list[list[tuple[str, float]]]:
-        """Return the `top` most probable classes of each of b prepared images, as predict() does."""
+        """Return the `top` most probable classes of each of b images of prepare(), as predict() does."""
         return [
             [(self.classes[index], float(row[index])) for index in (-row).argsort(kind="stable")[:top]]
             for row in self.probabilities(images)
@@ -101,7 +104,7 @@ class Predictor:
 
     @torch.no_grad()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the probabilities of the classes, (b, classes) float32, of b prepared images."""
+        """Return the probabilities of the classes, (b, classes) float32, of b images of prepare(), (S, S, C) uint8."""
         outputs = self.logits(self._normalised(images))[:, : len(self.data.classes)]  # model.num_classes may be larger
         return np.asarray(outputs.float().softmax(1).cpu())
 

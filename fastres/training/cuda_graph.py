@@ -198,6 +198,10 @@ class GraphedStep:
     def __call__(self, lr: float, step: int) -> None:
         """Run step `step`, which must be the next one of train(), at the learning rate lr_at(step).
 
+        Args:
+            lr: lr_at(step).
+            step: the step's number.
+
         Raises:
             ValueError: if `step` or `lr` is not the one that train() prepared.
         """
@@ -245,6 +249,9 @@ def capture(step: TrainStep, loader: Batches, lr_at: Callable[[int], float]) -> 
         step: the step, on a GPU.
         loader: the training loader, build_loader()'s with data.loader resident.
         lr_at: returns the learning rate of a step.
+
+    Returns:
+        The captured step. Its train() yields empty batches, because the graph makes the real ones.
 
     Raises:
         RuntimeError: if the step cannot be captured. torch raises its own types of it.

@@ -34,18 +34,33 @@ APEX_NORM = "contrib.groupbn.batch_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """The resolved settings of the step on this device. `reasons` has a line for each choice that `auto` made."""
+    """The resolved settings of the step on this device.
+
+    Attributes:
+        device: device of the network and the batches.
+        precision: fp32, tf32, bf16, fp16 or fp64.
+        channels_last: activations and weights are in channels-last order.
+        compile: forward and loss run under torch.compile.
+        compile_may_fall_back: `auto` chose `compile`, so a broken compiler means eager execution and no error.
+        norm: norm of build_model: torch, fused, measured or apex.
+        conv: algorithm of 3×3 convolutions, torch or cpp.
+        compress_gradients: gradients are all-reduced in bf16.
+        cuda_graph: whole steps are captured and replayed.
+        cuda_graph_may_fall_back: `auto` chose `cuda_graph`, so a step that cannot be captured runs without it.
+        deterministic: runs on the same device are bitwise identical.
+        reasons: a line for each choice that `auto` made.
+    """
 
     device: torch.device
-    precision: str  # a name in DTYPES
+    precision: str
     channels_last: bool
     compile: bool
-    compile_may_fall_back: bool  # auto's choice: if the compiler is broken, run eagerly instead of failing
-    norm: str  # a name in models.blocks.NORMS
-    conv: str  # "torch" or "cpp": Conv2d.algorithm
+    compile_may_fall_back: bool
+    norm: str
+    conv: str
     compress_gradients: bool
-    cuda_graph: bool = False  # whole steps are captured and replayed: training/cuda_graph.py
-    cuda_graph_may_fall_back: bool = False  # auto's choice, as compile's
+    cuda_graph: bool = False
+    cuda_graph_may_fall_back: bool = False
     deterministic: bool = False
     reasons: tuple[str, ...]
 
@@ -78,6 +93,12 @@ class Engine:
         """Move the model to the device, in the engine's memory format, and choose its convolutions' algorithm.
 
         Weights become fp32, or fp64 if activations are fp64.
+
+        Args:
+            model: modified in place.
+
+        Returns:
+            The model.
         """
         for module in model.modules():
             if isinstance(module, Conv2d):

@@ -61,6 +61,9 @@ class ForwardOutcomes(Forward):
 class Evaluator:
     """Measure loss, accuracy and confusion matrix over all samples of a loader, on all ranks.
 
+        evaluate = Evaluator(model, engine, classes=10)
+        print(evaluate(loader.evaluate()).accuracy)
+
     Args:
         model: the network.
         engine: the resolved engine.
@@ -78,7 +81,15 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Batch | tuple[()]]) -> Evaluation:
-        """Return the sums over all batches of all ranks. Collective."""
+        """Return the sums over all batches of all ranks. Collective.
+
+        Args:
+            batches: images (b, C, S, S) and labels (b,) int64, as Loader.evaluate() yields them. Samples labelled
+                IGNORED do not count. An empty batch stands for a replay of GraphedEvaluation.
+
+        Returns:
+            Loss, accuracy and confusion matrix. The model is left in eval mode.
+        """
         start = time.perf_counter()
         self.model.eval()
         process_group.broadcast_buffers(self.model)  # because each rank has its own running statistics

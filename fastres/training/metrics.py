@@ -14,9 +14,15 @@ from fastres.utils import ranks
 
 @dataclass
 class Metrics:
-    """Sums over an interval of steps, on the host."""
+    """Sums over an interval of steps, on the host.
 
-    loss: float = 0.0  # summed over samples
+    Attributes:
+        loss: loss, summed over samples.
+        correct: number of correct predictions.
+        samples: number of samples.
+    """
+
+    loss: float = 0.0
     correct: int = 0
     samples: int = 0
 
@@ -40,16 +46,19 @@ TOP_FROM = 10  # classes that a network must have for it to say something
 
 @dataclass(eq=False)
 class Evaluation(Metrics):
-    """Sums over a split, on the host."""
+    """Sums over a split, on the host.
+
+    Attributes:
+        confusion: number of samples by class and predicted class, (classes, classes) int64.
+        in_top: samples whose class is among the five most probable ones; None for networks of fewer than ten classes.
+    """
 
     confusion: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    """Samples by class and predicted class, (classes, classes) int64."""
-
-    in_top: int | None = None  # samples whose class is among the TOP most probable; None below TOP_FROM classes
+    in_top: int | None = None
 
     @property
     def top_accuracy(self) -> float | None:
-        """Return the fraction of samples whose class is among the TOP most probable ones."""
+        """Return the fraction of samples whose class is among the five most probable ones, or None as `in_top`."""
         return None if self.in_top is None else self.in_top / max(1, self.samples)
 
     @property

@@ -186,16 +186,24 @@ class ForwardLoss(Forward):
 class TrainStep:
     """One optimizer step: forward, loss, backward, update.
 
-    `metrics` accumulates the loss, correct predictions and samples of all steps on the device.
+        step = TrainStep(engine.place(model), engine, config.optim)
+        step(images, labels, lr=0.1)
+
+    `metrics` accumulates the loss, correct predictions and samples of all steps on the device. `metrics.read()` returns
+    their sums as Metrics with the number of the first step whose loss was not finite (-1: none), and synchronises with
+    the device; `metrics.reset()` sets them to zero.
 
     Args:
-        model: the network, already on the engine's device.
+        model: the network, already on the engine's device: see Engine.place.
         engine: the resolved engine.
         optim: the optimizer's fields.
         label_smoothing: label smoothing of the training loss, in [0, 1).
         accumulate: number of micro-batches per step. It must divide the per-rank batch. Only one micro-batch at a time
             has to fit in memory.
         class_weights: (classes,) factors of the loss of each class's samples, on the device; None for 1.
+
+    Raises:
+        UsageError: if the optimizer is unavailable.
     """
 
     def __init__(

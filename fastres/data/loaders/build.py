@@ -58,16 +58,22 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Return the configured loader.
+    """Return the loader that `data.loader` names, for one split of a data set.
+
+        for images, labels in loader.train(0, 1_000):  # augmented batches of the steps 0 to 999
 
     Args:
-        config: the run's configuration.
-        source: the data set.
+        config: the run's configuration: its data, train.batch_size (the global batch), run.seed.
+        source: the data set, whose mean and std normalise the images.
         split: the part of the data set to load.
         device: makes and holds the batches.
         dtype: the images' dtype.
         rank: this process's rank.
-        world_size: the number of processes.
+        world_size: the number of processes, which divides the batch size.
+
+    Returns:
+        A Loader, whose batches are images (b, C, S, S) of `dtype` and labels (b,) int64, or (b, classes) float32 shares
+        with mixup or CutMix, on `device`.
 
     Raises:
         UsageError: if the images' size or a setting does not fit.

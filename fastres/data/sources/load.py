@@ -30,7 +30,10 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 
 
 def load_source(config: DataConfig) -> Source:
-    """Return the data set that `config` names, checked.
+    """Return the data set that `config` names, downloaded if need be, and checked.
+
+    Args:
+        config: the section `data` of a configuration: source, root, download, mirror, ….
 
     Raises:
         UsageError: if the data set is damaged or unavailable.

@@ -27,13 +27,21 @@ HISTOGRAM_BLOCK = 1_024  # images per bincount, which copies them to int64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Labelled images: `images` in memory, or files that are decoded on demand (as RGB)."""
+    """Labelled images: `images` in memory, or files that are decoded on demand (as RGB).
 
-    labels: np.ndarray  # (N,) int64
-    images: np.ndarray | None = None  # (N, H, W, C) uint8
-    paths: tuple[Path, ...] = ()  # N files: those to decode, or those that the images came from; empty for arrays
-    asked_size: int | None = None  # data.image_size, for the error about images of unequal size
-    exif: bool = False  # data.exif: files are decoded upright
+    Attributes:
+        labels: (N,) int64.
+        images: (N, H, W, C) uint8, or None for files.
+        paths: N files, those to decode or those that the images came from; empty for arrays.
+        asked_size: data.image_size, for the error about images of unequal size.
+        exif: data.exif; if it is true, files are decoded upright.
+    """
+
+    labels: np.ndarray
+    images: np.ndarray | None = None
+    paths: tuple[Path, ...] = ()
+    asked_size: int | None = None
+    exif: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,17 +88,29 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A data set: its splits, the classes of its labels, and the normalisation of its pixels."""
+    """A data set: its splits, the classes of its labels, and the normalisation of its pixels.
+
+    Attributes:
+        name: name of the data set, as data.source.
+        train: the training images.
+        test: the images of the result.
+        classes: names of the classes, in the order of the labels.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel, of pixels in [0, 1].
+        validation: the images of the curve, if the data set has such a part.
+        notes: lines for the user.
+        root: the folder that the names of files are relative to.
+    """
 
     name: str
     train: Split
     test: Split
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, in [0, 1] units
+    mean: tuple[float, ...]
     std: tuple[float, ...]
-    validation: Split | None = None  # for the curve, if the data set has such a part
-    notes: tuple[str, ...] = ()  # lines for the user
-    root: Path | None = None  # the folder that the names of files are relative to
+    validation: Split | None = None
+    notes: tuple[str, ...] = ()
+    root: Path | None = None
 
     @property
     def channels(self) -> int:
