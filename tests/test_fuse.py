@@ -26,7 +26,9 @@ import fastres
 import fastres_kernels
 from fastres.models.fusion.modules import FusedNorm
 from fastres_kernels import BatchNormAct2d, defer_running_stats
+from fastres_kernels.cpu import batchnorm as cpp_norm
 from fastres_kernels.cpu import convolution as cpp_conv
+from fastres_kernels.cpu import dispatch_table
 from tests.commands import run_worker
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -808,6 +810,24 @@ def test_a_fork_is_left_out_where_the_partial_gradient_could_be_seen(monkeypatch
         values_of(with_kernels(model, monkeypatch), True)
     handle.remove()
     assert second.count == 0, "a hook of every module may see any tensor"
+
+
+def test_the_kernels_of_a_cpu_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpp_norm.available()[0]:
+        pytest.skip(cpp_norm.available()[1])
+    monkeypatch.setattr(dispatch_table, "is_faster", lambda x, training, has_residual: True)
+    model = residual_blocks().float()
+    fused = fuse_copy(model)
+    images = IMAGES.float().to(memory_format=torch.channels_last)
+    with torch.profiler.profile() as profiler:
+        for training in (True, False):
+            expected, got = values_of(model, training, images), values_of(fused, training, images)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(images), model(images))
+    calls = {event.key.rpartition("::")[2]: event.count for event in profiler.key_averages()}
+    assert calls["cpp_batch_norm_act"] == calls["cpp_batch_norm_act_backward"] == 7
+    assert calls["cpp_batch_norm_act_inference"] == 7, "gradients in eval mode are torch's"
 
 
 def test_convolutions_with_a_kernel_use_it() -> None:
