@@ -44,7 +44,13 @@ def built(compiler: str, isa: str) -> Any:
     return library.build(batchnorm.SOURCE, compiler, isa)
 
 
-@pytest.fixture(params=BUILDS, ids=" ".join)
+# Each takes 3 s to compile and 2 s to test; the engine's own two are in the fast tier.
+FAST = (("g++", "avx512_bf16"), ("g++", "avx2"))
+
+
+@pytest.fixture(
+    params=[pytest.param(one, id=" ".join(one), marks=() if one in FAST else pytest.mark.slow) for one in BUILDS]
+)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the kernels of one compiler and instruction set, for shapes of every size."""
     monkeypatch.setitem(library._found, batchnorm.SOURCE.name, (built(*request.param), ""))
