@@ -176,8 +176,9 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Any, fused_add: Any = None, fused_relu: bool = False) -> Any:
         """Return relu(the last module's output + fused_add), without the parts that are None or False."""
+        # `input` is overwritten by each result, as in torch's Sequential, so that its memory is free for the next one.
         modules = list(self._modules.values())
-        at, value, skip = 0, input, None
+        at, skip = 0, None
         while at < len(modules):
             module: Any = modules[at]
             end = at + 1
@@ -187,20 +188,20 @@ class FusedSequential(nn.Sequential):
             if getattr(kind, "takes_sum", False):  # looked up in the class, because a module's own lookup is slow
                 skip = None
                 if is_last and (fused_relu or fused_add is not None):
-                    value = module(value, fused_add=fused_add, fused_relu=fused_relu)
+                    input = module(input, fused_add=fused_add, fused_relu=fused_relu)
                     fused_add, fused_relu = None, False
                 elif not is_last and type(modules[end]) is FusedReLU:
-                    value = module(value, fused_relu=True)
+                    input = module(input, fused_relu=True)
                     for identity in modules[at + 1 : end]:
-                        value = identity(value)
-                    value = modules[end](value, fused_relu=True)
+                        input = identity(input)
+                    input = modules[end](input, fused_relu=True)
                     at = end
                 else:
-                    value = module(value)
+                    input = module(input)
             else:
-                value, skip = _forked(module, value, skip, not is_last)
+                input, skip = _forked(module, input, skip, not is_last)
             at += 1
-        return rectified_sum(value, fused_add, fused_relu)
+        return rectified_sum(input, fused_add, fused_relu)
 
 
 def _forked(module: Any, value: Any, skip: Skip | None, fork: bool) -> tuple[Any, Skip | None]:
