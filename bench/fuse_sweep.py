@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from fastres.models.fuse import fuse, fusion_report, unfuse
 
 MOST_PARAMETERS = 100_000_000
-SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299)  # pixels
+SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # pixels
 TOLERANCE = 1e-8  # relative
 MISSED = ("not understood", "more than once", "hooks", "may be", "random numbers", "replaced")  # in a norm's reason
 
