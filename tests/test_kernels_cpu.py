@@ -581,3 +581,9 @@ def test_torchs_default_dtype_does_not_change_the_memory_that_the_kernels_write(
     assert len(usual) == 5
     for one, other in zip(usual, unusual, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_an_explicit_fused_leaves_small_tensors_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastres.training.engine.INTERPRETED", False)  # the tests interpret Triton's kernels
+    engine = resolve_engine(Config(model=ModelConfig(norm="fused"), engine=EngineConfig(device="cpu", compile=False)))
+    assert engine.norm == "measured"

@@ -27,7 +27,7 @@ from fastres_kernels.cpu import batchnorm as cpp_norm
 from fastres_kernels.cpu import convolution as cpp_conv
 from fastres_kernels.cpu import dispatch_table as cpu_table
 from fastres_kernels.cpu.library import instruction_set
-from fastres_kernels.triton_launch import HAS_TRITON
+from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
 
 APEX_NORM = "contrib.groupbn.batch_norm"
 
@@ -172,6 +172,8 @@ def resolve_engine(config: Config, local_rank: int = 0) -> Engine:
     if conv == "cpp" and not in_cpp:
         raise UsageError(f"engine.conv cpp: {why}; use torch")
     _check_norm(norm, config, device, precision)
+    if norm == "fused" and device.type == "cpu" and not (INTERPRETED or config.model.options.get("fused_convolutions")):
+        norm = "measured"  # so that an explicit `fused` is never slower than torch's operations on a CPU
     return Engine(
         device=device,
         precision=precision,
