@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from fastres_kernels import BatchNormAct2d
 from fastres_kernels.cpu import batchnorm, dispatch_table, library
 from fastres_kernels.cpu.dispatch_table import Row
+from tests.test_kernels_cpu import in_float64
 
 HERE, WHY = batchnorm.available()
 needs_kernels = pytest.mark.skipif(not HERE, reason=WHY)
@@ -81,19 +82,6 @@ def assert_close(ours: Tensor, oracle: Tensor, roundings: int = 1) -> None:
     assert ours.shape == oracle.shape
     error = (ours.double() - oracle).abs().max().item()
     assert error <= roundings * TOLERANCE[ours.dtype] * oracle.abs().max().item() + 1e-12, f"{error:.2e}"
-
-
-def in_float64(norm: BatchNormAct2d, x: Tensor, residual: Tensor | None, grad: Tensor) -> dict[str, Tensor]:
-    """Compute y and the gradients of x, residual, weight and bias for the gradient of y, with torch in float64."""
-    leaves = {"x": x, "weight": norm.weight, "bias": norm.bias}
-    if residual is not None:
-        leaves["residual"] = residual
-    leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    y = F.batch_norm(leaves["x"], None, None, leaves["weight"], leaves["bias"], True, eps=norm.eps)
-    y = y if residual is None else y + leaves["residual"]
-    y = F.relu(y) if norm.act == "relu" else y
-    gradients = torch.autograd.grad(y, list(leaves.values()), grad)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 @needs_kernels
