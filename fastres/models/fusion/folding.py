@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastres.models.fuse import unfuse
-from fastres.models.fusion.patterns import ADDS, RELUS, has_hooks, is_timm_norm
+from fastres.models.fusion.modules import has_hooks
+from fastres.models.fusion.patterns import ADDS, RELUS, is_timm_norm
 from fastres.models.fusion.tracing import ForbidTensors, Tracer, in_mode, random_state, recorded_reads
 from fastres_kernels import BatchNormAct2d, Conv2d
 

@@ -26,6 +26,7 @@ from torch.nn.modules import module as torch_module
 from fastres_kernels import BatchNormAct2d, Conv2d, Skip
 from fastres_kernels.cpu.batchnorm import DTYPES
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -46,16 +47,14 @@ def same(value: Any, constant: Any) -> bool:
     return type(value) is type(constant) and bool(value == constant)
 
 
-def hooked(*modules: Any) -> bool:
+def has_hooks(module: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
+    """Return True if the module has hooks of these kinds."""
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def hooked(*modules: nn.Module | None) -> bool:
     """Return True if one of the modules, or every module, has hooks, or if one of them is None."""
-    return any(GLOBAL_HOOKS) or any(
-        module is None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
+    return any(GLOBAL_HOOKS) or any(module is None or has_hooks(module) for module in modules)
 
 
 def _is_traced(x: object) -> bool:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastres.models.fusion.modules import HOOKS, has_hooks
 from fastres.models.fusion.tracing import Call, Untraceable, Variant, call_of, forward_of, trace
 
 TIMM_NORM = ("timm.layers.norm_act", "BatchNormAct2d")
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 ADDS = (operator.add, operator.iadd, torch.add)
 NEW_TENSORS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ConvTranspose2d, nn.AvgPool2d, nn.MaxPool2d)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -120,11 +120,6 @@ def analyse(model: nn.Module) -> Analysis:
 
 
 # ---- norms -------------------------------------------------------------------------------------------------
-
-
-def has_hooks(module: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
-    """Return True if the module has hooks of these kinds."""
-    return any(getattr(module, kind, None) for kind in kinds)
 
 
 def _ineligible(norm: nn.Module) -> str | None:
