@@ -224,8 +224,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         wants_cpp = x.device.type == "cpu" and not self.group_name and (measured or not INTERPRETED)
         if (
             wants_cpp
+            and not torch.compiler.is_compiling()
+            and (not measured or cpu_table.is_faster(x, self.training, adds))  # first, because it takes the least time
             and cpp_norm.can_normalise(self, x, residual)
-            and (not measured or cpu_table.is_faster(x, self.training, adds))
             and cpp_norm.available()[0]  # last, because the first call builds them
         ):
             return "cpp"

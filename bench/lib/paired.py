@@ -124,8 +124,8 @@ def peak_memory(steps: Steps) -> int | None:
 @cache
 def flops_per_image(net: Net, training: bool) -> int:
     """Count the FLOP of convolutions and matrix products on meta tensors. A multiply-add counts as two."""
+    model = net.build().train(training).to("meta")  # built on the CPU, because some networks cannot be built on meta
     with torch.device("meta"):
-        model = net.build().train(training)
         images = torch.empty(2, net.channels, net.side, net.side)
         without_grad = contextlib.nullcontext() if training else torch.no_grad()
         with FlopCounterMode(display=False) as counter, without_grad:

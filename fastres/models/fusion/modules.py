@@ -103,7 +103,8 @@ class FusedNorm(BatchNormAct2d):
         """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
         if self.group_name or self.algorithm != "measured":
             return False
-        kernels = x.device.type != "cpu" or x.dtype in DTYPES
+        # A stride says in less time than is_contiguous that x is not channels-last; then no C++ kernel accepts it.
+        kernels = x.device.type != "cpu" or (x.dtype in DTYPES and x.stride()[1:2] == (1,))
         return not fused_relu or not (kernels or (self.training and self.deferral is not None))
 
     def extra_repr(self) -> str:
@@ -180,11 +181,15 @@ class FusedSequential(nn.Sequential):
         at, skip = 0, None
         while at < len(modules):
             module: Any = modules[at]
-            end = at + 1
+            kind, end = type(module), at + 1
+            takes_sum = getattr(kind, "takes_sum", False)  # of the class, because a module's own lookup is slow
+            if not takes_sum and skip is None and not getattr(kind, "takes_fork", False):
+                input, at = module(input), end  # a convolution, for example
+                continue
             while end < len(modules) and type(modules[end]) is nn.Identity:
                 end += 1
-            kind, is_last = type(module), end == len(modules)
-            if getattr(kind, "takes_sum", False):  # looked up in the class, because a module's own lookup is slow
+            is_last = end == len(modules)
+            if takes_sum:
                 skip = None
                 if is_last and (fused_relu or fused_add is not None):
                     input = module(input, fused_add=fused_add, fused_relu=fused_relu)
