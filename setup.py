@@ -119,7 +119,7 @@ setup(
         "fastres.data.sources": ["digits.npz"],
         "fastres_kernels": ["py.typed"],
         "fastres_kernels.batchnorm": ["fastest.json"],
-        "fastres_kernels.cpu": ["*.cpp", "fastest.json"],
+        "fastres_kernels.cpu": ["*.cpp", "*.h", "fastest.json"],
     },
     install_requires=[
         "torch>=2.11",

@@ -20,6 +20,7 @@ from bench.lib.paired import compare
 from bench.lib.plain_loop import PlainLoop, loop_inference, loop_training, plain_engine
 from bench.lib.workloads import GPU, Net, Steps
 from fastres import fuse
+from fastres.models.fusion.modules import FusedConv2d
 
 
 def net(name: str, batch: int = 8, side: int = 224, classes: int = 1_000) -> Net:
@@ -52,6 +53,9 @@ def bench_fuse(benchmark: Any, net: Net, loop: str) -> None:
 
     def steps(model: torch.nn.Module) -> Steps:
         step = PlainLoop(model, plain_engine(tuned=tuned))
+        for module in model.modules():
+            if isinstance(module, FusedConv2d):
+                module.algorithm = "cpp"  # as fuse left it, before the engine of the plain loop chose torch's
         return loop_training(step, None, net) if training else loop_inference(step, net)
 
     # Both have the same weights in the same memory: two copies of a network differ by up to 15 % in speed on a CPU.

@@ -385,10 +385,10 @@ def _shared(norm: nn.BatchNorm2d, group: dist.ProcessGroup | None) -> nn.Module:
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d that runs cpu/convolution.py in training if `algorithm` is "cpp" and the kernels support x.
+    """torch.nn.Conv2d that runs cpu/convolution.py if `algorithm` is "cpp" and `can_convolve` says that it pays.
 
-    They support 3×3 convolutions of at most 64 channels in channels-last bf16, on a CPU with avx512_bf16. Arguments,
-    parameters and state_dict are those of torch.nn.Conv2d.
+    It does for many 3×3 convolutions in channels-last bf16 or float32, on a CPU. Arguments, parameters and state_dict
+    are those of torch.nn.Conv2d.
     """
 
     algorithm = "torch"  # or "cpp"

@@ -831,12 +831,13 @@ def test_the_kernels_of_a_cpu_compute_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_convolutions_with_a_kernel_use_it() -> None:
-    if not cpp_conv.available()[0]:
-        pytest.skip(cpp_conv.available()[1])
+    if not cpp_conv.available(torch.bfloat16)[0]:
+        pytest.skip(cpp_conv.available(torch.bfloat16)[1])
     model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).to(memory_format=torch.channels_last)
     fused = fuse_copy(model)
-    assert fastres.fusion_report(fused).convolutions == ("layer1.0.conv1", "layer1.0.conv2")
-    assert "2 Conv2d with a C++ kernel" in str(fastres.fusion_report(fused))
+    expected = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2")
+    assert fastres.fusion_report(fused).convolutions == expected
+    assert "5 Conv2d with a C++ kernel" in str(fastres.fusion_report(fused))
     images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
 
     def convolutions(network: nn.Module) -> int:

@@ -301,8 +301,8 @@ class EngineConfig:
     """Make runs on the same device bitwise identical (on a CPU they always are)."""
 
     conv: Literal["auto", "torch", "cpp"] = "auto"
-    """Implementation of 3x3 convolutions of up to 64 channels in training. cpp: this project's C++ kernels, in bf16 on
-    a CPU with avx512_bf16 and no AMX; auto chooses them if they were measured faster."""
+    """Implementation of 3x3 convolutions. cpp: this project's C++ kernels where they were measured faster, in fp32 on a
+    CPU with AVX2 or AVX-512, and in bf16 with avx512_bf16 and no AMX; auto chooses them on such a CPU."""
 
     compress_gradients: bool = False
     """All-reduce gradients in bf16, which halves the bytes; rejected if the backend cannot add bf16."""

@@ -41,9 +41,7 @@ class FusionReport:
             more = f" and {len(names) - 2} more" if len(names) > 3 else ""
             lines.append(f"  left alone: {', '.join(names[: 2 if more else 3])}{more} ({why})")
         if self.convolutions:
-            lines.append(
-                f"{len(self.convolutions)} Conv2d with a C++ kernel, for bf16 training on CPUs with avx512_bf16"
-            )
+            lines.append(f"{len(self.convolutions)} Conv2d with a C++ kernel, for fp32 and bf16 on CPUs that have it")
         return "\n".join(lines)
 
 
@@ -52,7 +50,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     The operation is fastres_kernels.BatchNormAct2d with the algorithm "measured", which runs torch's own operations
     except for the shapes and devices where a kernel was measured to be faster. Convolutions with a C++ kernel use it
-    where engine.conv would: in bf16 training on a CPU that has it. The network computes the same function.
+    where engine.conv would: on a CPU that has it. The network computes the same function.
     Its state_dict, parameters, class, methods, hooks, names and train/eval switching stay as they are. Copies, pickles,
     torch.compile, torch.export and DistributedDataParallel work as before. A hook that is registered later on a fused
     norm sees the result after the ReLU, and gradients of gradients exist only where torch's own operations run.

@@ -297,13 +297,11 @@ def _norm_in_cpp(device: torch.device, precision: str, compiles: bool, channels_
 
 def _conv_in_cpp(device: torch.device, precision: str, compiles: bool, channels_last: bool) -> tuple[bool, str]:
     """Return True if the C++ convolutions were measured to be faster here, and the reason. They are built if so."""
-    if device.type == "cpu" and precision != "bf16":
-        return False, f"the C++ convolutions compute in bf16, not {precision}"
+    if device.type == "cpu" and precision not in ("bf16", "fp32"):
+        return False, f"the C++ convolutions compute in bf16 and fp32, not {precision}"
     if problem := _no_cpp(device, compiles, channels_last):
         return False, problem
-    if torch.cpu._is_amx_tile_supported():
-        return False, "the C++ convolutions were not measured against oneDNN's on a CPU with AMX"
-    return cpp_conv.available()
+    return cpp_conv.available(DTYPES[precision])
 
 
 def _no_cpp(device: torch.device, compiles: bool, channels_last: bool) -> str:

@@ -1,17 +1,20 @@
-"""3×3 convolutions for training in bf16, in C++, for CPUs with AVX-512 BF16.
+"""3×3 convolutions in C++, forward and backward, for CPUs.
 
-convolution.cpp has two operators of torch, which profilers and FLOP counters see:
+winograd.cpp needs 16 instead of 36 multiplications for four outputs. It computes convolutions of stride 1 with many
+channels, in bf16 and float32. convolution.cpp multiplies directly, in bf16, with at most 64 channels. Both are
+operators of torch, which profilers and FLOP counters see:
 
-    torch.ops.fastres_kernels.cpp_convolution        (x, w, transposed) -> y
-    torch.ops.fastres_kernels.cpp_weight_gradient    (x, dy, stride) -> dw
+    torch.ops.fastres_kernels.cpp_winograd                    (x, w, transposed) -> y
+    torch.ops.fastres_kernels.cpp_winograd_weight_gradient    (x, dy) -> dw
+    torch.ops.fastres_kernels.cpp_convolution                 (x, w, transposed) -> y
+    torch.ops.fastres_kernels.cpp_weight_gradient             (x, dy, stride) -> dw
 
-`can_convolve` returns False for what they do not support, which torch's own operations compute. The measured gains are
-in docs/EXPERIMENTS.md.
+`can_convolve` returns False for what they do not support, or were not measured to compute faster, which torch's own
+operations compute. The measured gains are in docs/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -35,7 +38,15 @@ from .library import (
     register,
 )
 
-SOURCE = Source(
+WINOGRAD = Source(
+    "winograd.cpp",
+    {
+        "winograd": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5 + [BOOL]),
+        "winograd_weight_gradient": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5),
+    },
+    libraries=("-lgomp",),
+)
+DIRECT = Source(
     "convolution.cpp",
     {
         "weight_gradient": (None, [POINTER] * 3 + [INTEGER] * 6),
@@ -44,89 +55,142 @@ SOURCE = Source(
     flags=("-mavx512vbmi2", "-fopenmp"),
 )
 
+# The least number of channels with which Winograd's convolutions were measured to be faster than oneDNN's.
+LEAST_CHANNELS = {
+    ("avx512_bf16", torch.bfloat16): 32,
+    ("avx512_bf16", torch.float32): 64,
+    ("avx512", torch.float32): 64,
+    ("avx2", torch.float32): 32,
+}
+LEAST_TILES = 192  # of 2×2 outputs in all: with fewer, the transform of the filters takes a larger part of the time
+TILES_OF_A_TASK = 48  # BLOCK in winograd.cpp
 
-def available() -> tuple[bool, str]:
-    """Return whether this machine can run the convolutions, and why or why not. The first call builds them."""
-    library, why = _find()
-    return library is not None, why
 
+def available(dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether this machine can run the convolutions in the dtype, and why or why not.
 
-def _find() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or None, and why."""
+    The first call builds them. With AMX, oneDNN's bf16 is several times as fast as with AVX-512, and was not compared.
+    """
     isa, missing = instruction_set()
     if missing:
-        return None, missing
-    if isa != "avx512_bf16":
-        return None, f"the C++ convolutions need avx512_bf16, and the widest instruction set here is {isa}"
-    if "avx512_vbmi2" not in cpu_flags():
-        return None, "the CPU has no avx512_vbmi2"
-    return find(SOURCE)
-
-
-def _accepts(x: Tensor) -> bool:
-    """Return True if x is a bf16 tensor that satisfies `accepts`, and this machine can run the convolutions."""
-    return x.dtype == torch.bfloat16 and accepts(x) and available()[0]
+        return False, missing
+    if dtype == torch.bfloat16 and isa != "avx512_bf16":
+        return False, f"the C++ convolutions need avx512_bf16 for bf16, and the widest instruction set here is {isa}"
+    if (isa, dtype) not in LEAST_CHANNELS:
+        return False, f"the C++ convolutions were not measured to be faster with {isa}"
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False, "the C++ convolutions were not measured against oneDNN's on a CPU with AMX"
+    if dtype == torch.bfloat16 and "avx512_vbmi2" not in cpu_flags():
+        return False, "the CPU has no avx512_vbmi2"
+    sources = (WINOGRAD, DIRECT) if dtype == torch.bfloat16 else (WINOGRAD,)
+    for source in sources:
+        library, why = find(source)
+        if library is None:
+            return False, why
+    return True, why
 
 
 def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return True if conv2d supports conv and x, (N, C, H, W), and the weight's gradient will be computed.
+    """Return True if conv2d supports conv and x, (N, C, H, W), and was measured to be faster than torch's operations.
 
-    x has to satisfy `library.accepts`, be bf16 and have conv's number of input channels. Under autocast, autocast's
-    dtype has to be bf16; without it, the weight's. The convolution has to be 3×3 with zero padding of 1, stride 1 or 2,
-    one group and no dilation. Input channels have to be a multiple of 16, output channels a multiple of 8, and both at
-    most 64.
+    x has to satisfy `library.accepts`, have conv's number of input channels, and be of the dtype in which conv
+    computes: autocast's, or without autocast the weight's. conv has to satisfy `has_kernel`.
     """
-    if not (torch.is_grad_enabled() and conv.weight.requires_grad and has_kernel(conv)):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        fits = torch.get_autocast_dtype("cpu") == torch.bfloat16
-    else:
-        fits = conv.weight.dtype == torch.bfloat16
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
     # A wrong number of channels is left to torch's convolution, which raises.
-    return fits and _accepts(x) and x.shape[1] == conv.in_channels
+    if x.dtype != dtype or not has_kernel(conv) or not accepts(x) or x.shape[1] != conv.in_channels:
+        return False
+    if not available(dtype)[0]:
+        return False
+    if _by_winograd(x, conv.out_channels, conv.stride[0]):
+        return True
+    gradients = torch.is_grad_enabled() and conv.weight.requires_grad
+    return gradients and dtype == torch.bfloat16 and max(conv.in_channels, conv.out_channels) <= 64
 
 
 def has_kernel(conv: nn.Conv2d) -> bool:
-    """Return True if conv2d supports the geometry and the numbers of channels of the convolution."""
+    """Return True if conv2d supports the geometry and the numbers of channels of the convolution.
+
+    It has to be 3×3 with zero padding of 1, one group and no dilation. With at most 64 channels, the stride is 1 or 2,
+    input channels are a multiple of 16, and output channels a multiple of 8. With more, the stride is 1, and both are
+    multiples of 16.
+    """
+    few = max(conv.in_channels, conv.out_channels) <= 64
     return (
         conv.kernel_size == (3, 3)
-        and conv.stride in ((1, 1), (2, 2))
+        and conv.stride in (((1, 1), (2, 2)) if few else ((1, 1),))
         and conv.padding in ((1, 1), "same")
         and conv.padding_mode == "zeros"
         and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.in_channels % 16 == 0
-        and conv.out_channels % 8 == 0
-        and max(conv.in_channels, conv.out_channels) <= 64  # with more channels oneDNN is as fast
+        and conv.out_channels % (8 if few else 16) == 0
     )
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Compute the 3×3 convolution with padding 1 and stride S in bf16.
+def _by_winograd(x: Tensor, out_channels: int, stride: int) -> bool:
+    """Return True if winograd.cpp computes the convolution of x, (N, C, H, W), and both of its gradients."""
+    n, c, h, w = x.shape
+    least = LEAST_CHANNELS.get((instruction_set()[0], x.dtype))
+    if stride != 1 or least is None or min(c, out_channels) < least or c % 16 or out_channels % 16:
+        return False
+    return n * ((h + 1) // 2) * ((w + 1) // 2) >= max(LEAST_TILES, TILES_OF_A_TASK * torch.get_num_threads())
 
-    convolution.cpp computes the weight's gradient. It also computes y and the input's gradient, each if `_has_kernel`
-    says that it has a kernel for it; otherwise oneDNN does, and always computes y if there is a bias. Products of bf16
-    are summed in float32. The weight's gradient is computed in float32, and is bitwise reproducible for a given number
-    of threads. The convolution and x have to satisfy `can_convolve`.
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Compute the 3×3 convolution with padding 1 and stride S in x's dtype.
+
+    The convolution and x have to satisfy `can_convolve`. Sums are float32. The weight's gradient is float32, and
+    bitwise reproducible for a given number of threads.
+
+    Winograd's minimal filtering F(2×2, 3×3) (Lavin and Gray 2016) computes it, and both gradients, if there are many
+    channels. It transforms the weight from float32, and rounds the transformed operands to x's dtype: in bf16, its
+    results differ from float64's by 4.4e-3 of their norm, and oneDNN's by 2.4e-3. Otherwise, convolution.cpp computes
+    the weight's gradient in bf16, and y and the input's gradient if `_has_kernel` says that it has a kernel for them;
+    otherwise oneDNN does, and always computes y if there is a bias.
 
     Args:
-        x: (N, C, H, W), cast to bf16.
-        weight: (K, C, 3, 3), cast to bf16.
-        bias: (K,), cast to bf16.
+        x: (N, C, H, W), bf16 or float32.
+        weight: (K, C, 3, 3).
+        bias: (K,), cast to x's dtype.
         stride: S, 1 or 2.
 
     Returns:
-        (N, K, ⌈H/S⌉, ⌈W/S⌉) bf16, channels-last.
+        (N, K, ⌈H/S⌉, ⌈W/S⌉) of x's dtype, channels-last.
 
     Raises:
         NotImplementedError: if gradients of gradients are computed.
     """
-    y: Tensor = _Conv2d.apply(x, weight, bias, stride)
+    by_winograd = _by_winograd(x, weight.shape[0], stride)
+    y: Tensor = _Winograd.apply(x, weight, bias) if by_winograd else _Conv2d.apply(x, weight, bias, stride)
     return y
 
 
+class _Winograd(torch.autograd.Function):
+    """Autograd of conv2d by winograd.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        w = dense(weight, torch.float32)
+        ctx.save_for_backward(x, w)
+        y: Tensor = OPS.cpp_winograd(x, w, False)
+        return y if bias is None else y.add_(bias.to(x.dtype)[:, None, None])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        refuse_double_backward("convolution")
+        x, w = ctx.saved_tensors
+        g = dense(g, x.dtype)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            OPS.cpp_winograd(g, w, True) if for_x else None,
+            OPS.cpp_winograd_weight_gradient(x, g) if for_weight else None,
+            g.sum((0, 2, 3)) if for_bias else None,
+        )
+
+
 class _Conv2d(torch.autograd.Function):
-    """Autograd of conv2d."""
+    """Autograd of conv2d by convolution.cpp and oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -173,7 +237,7 @@ def _convolution(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     shape = (n, c if transposed else k, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    load(SOURCE).convolve(*pointers(x, w, y), n, c, k, height, width, transposed)
+    load(DIRECT).convolve(*pointers(x, w, y), n, c, k, height, width, transposed)
     return y
 
 
@@ -184,7 +248,26 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     """
     (n, c, h, w), k = x.shape, dy.shape[1]
     dw = torch.empty((k, c, 3, 3), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-    load(SOURCE).weight_gradient(*pointers(x, dy, dw), n, c, k, h, w, stride)
+    load(DIRECT).weight_gradient(*pointers(x, dy, dw), n, c, k, h, w, stride)
+    return dw
+
+
+def _winograd(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
+    """Compute _convolution's result for x in bf16 or float32 and w in float32, by Winograd's algorithm."""
+    (n, _, height, width), (k, c) = x.shape, w.shape[:2]
+    shape = (n, c if transposed else k, height, width)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    half = x.dtype == torch.bfloat16
+    load(WINOGRAD).winograd(half, *pointers(x, w, y), n, c, k, height, width, transposed)
+    return y
+
+
+def _winograd_weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """Return the weight's gradient, (K, C, 3, 3) float32, channels-last, for x (N, C, H, W) and dy (N, K, H, W)."""
+    (n, c, h, w), k = x.shape, dy.shape[1]
+    dw = torch.empty((k, c, 3, 3), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+    half = x.dtype == torch.bfloat16
+    load(WINOGRAD).winograd_weight_gradient(half, *pointers(x, dy, dw), n, c, k, h, w)
     return dw
 
 
@@ -192,25 +275,27 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
 
 OPS = register(
     {
+        "cpp_winograd(Tensor x, Tensor w, bool transposed) -> Tensor": _winograd,
+        "cpp_winograd_weight_gradient(Tensor x, Tensor dy) -> Tensor": _winograd_weight_gradient,
         "cpp_convolution(Tensor x, Tensor w, bool transposed) -> Tensor": _convolution,
         "cpp_weight_gradient(Tensor x, Tensor dy, int stride) -> Tensor": _weight_gradient,
     }
 )
 
 
-@register_flop_formula(OPS.cpp_convolution)
+@register_flop_formula([OPS.cpp_convolution, OPS.cpp_winograd])
 def _flops_of_convolution(
     x: tuple[int, ...], w: tuple[int, ...], transposed: bool, *, out_shape: Any = None, **__: Any
 ) -> int:
-    """Return the number of floating-point operations from the shapes; a multiply-add counts as two."""
+    """Return the number of floating-point operations of the direct algorithm; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
     return 2 * n * height * width * k * c * 9
 
 
-@register_flop_formula(OPS.cpp_weight_gradient)
+@register_flop_formula([OPS.cpp_weight_gradient, OPS.cpp_winograd_weight_gradient])
 def _flops_of_weight_gradient(
-    x: tuple[int, ...], dy: tuple[int, ...], stride: int, *, out_shape: Any = None, **_: Any
+    x: tuple[int, ...], dy: tuple[int, ...], stride: int = 1, *, out_shape: Any = None, **_: Any
 ) -> int:
-    """Return the number of floating-point operations from the shapes; a multiply-add counts as two."""
+    """Return the number of floating-point operations of the direct algorithm; a multiply-add counts as two."""
     n, k, height, width = dy
     return 2 * n * height * width * k * x[1] * 9

@@ -67,9 +67,10 @@ def instruction_set() -> tuple[str, str]:
     return "", f"the C++ kernels need AVX2, and torch's CPU capability is {capability}"
 
 
-def cpu_flags() -> set[str]:
+@cache
+def cpu_flags() -> frozenset[str]:
     """Return the words of /proc/cpuinfo, which has the names of the instructions that an x86-64 CPU has."""
-    return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    return frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
 
 
 def find(source: Source) -> tuple[ctypes.CDLL | None, str]:
@@ -115,14 +116,15 @@ def command(source: Source, compiler: str, isa: str, output: str) -> list[str]:
 def build(source: Source, compiler: str, isa: str) -> ctypes.CDLL:
     """Return the library from the user's cache, or build it and cache it.
 
-    The name of the file in the cache has a hash of source, compiler and flags.
+    The name of the file in the cache has a hash of source, header, compiler and flags.
 
     Raises:
         CalledProcessError: if the source does not compile.
         OSError: if the compiler cannot be run or the library cannot be loaded.
     """
     described = " ".join(command(source, compiler, isa, "")[:-1]).replace(str(source.path), source.name)
-    key = hashlib.sha256(source.path.read_bytes() + described.encode()).hexdigest()[:16]
+    files = (source.path, source.path.with_name("vectors.h"))
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + described.encode()).hexdigest()[:16]
     file = f"kernels-{source.path.stem}-{key}.so"
     store: Path | None = None
     try:

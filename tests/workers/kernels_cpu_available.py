@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fastres_kernels.cpu import batchnorm, convolution
 
 
 def main() -> None:
     print(*batchnorm.available())
-    print(*convolution.available())
+    print(*convolution.available(torch.bfloat16))
     lines = Path("/proc/self/maps").read_text().splitlines()
     print(*{line.split()[-1] for line in lines if "omp" in line.split("/")[-1]})
 
