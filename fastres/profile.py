@@ -1,7 +1,7 @@
-"""`python -m fastres.profile`: measure variants of one block or of a whole network side by side.
+"""`python -m fastres.profile`: measure variants of a block or a network side by side, or what limits a run (--limits).
 
 profiling/ has the parts: variants.py (workloads and variants), measure.py (timing), trace.py (reading traces) and
-report.py (files and tables).
+report.py (files and tables); limits.py and verdict.py for --limits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from fastres.config.formats import read_yaml
 from fastres.config.validation import check_device
 from fastres.models.registry import check_foreign, find, is_foreign
 from fastres.profiling.variants import AXES, DEFAULTS, variants_named
+from fastres.utils import ranks
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import Parser, UsageError, positive, run_command, user_path
 
 if TYPE_CHECKING:
     from fastres.profiling.workloads import Workload
 
+LIMITS = "--limits"
 BLOCKS = ("basic", "bottleneck")  # as in models.imagenet.BLOCKS
 
 
@@ -46,14 +48,18 @@ def parser() -> Parser:
     on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
         prog="python -m fastres.profile",
-        description="Measure variants of one block or of a whole network side by side.",
+        description="Measure variants of one block or of a whole network side by side, or what limits a run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  python -m fastres.profile --model resnet50 --batch-size 256\n"
         "  python -m fastres.profile --block basic --channels 16 --size 32 --batch-size 1024\n"
         "  python -m fastres.profile --variants eager-fp32 'compile-*channels_last-bf16'\n"
+        "  python -m fastres.profile --limits --recipe imagenet-resnet50 --data.root data\n"
         "\nExit status: 0 done, 1 failed, 2 invalid input.",
     )
+    made.add_argument(LIMITS, action="store_true",
+                      help="Measure whether its loader, launches, memory bandwidth or compute limits a run. All other "
+                      "flags are then those of python -m fastres.train, and nothing is written.")  # fmt: skip
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="NAME", help="a network by its name (default: resnet20)")
     what.add_argument("--block", choices=BLOCKS, help="one residual block of stride 1, as inside a network")
@@ -144,9 +150,34 @@ def folder_for(out: Path | None, name: str) -> Path:
         raise UsageError(f"--out {folder}: cannot be written ({error.strerror}); choose another") from None
 
 
+def limits(flags: list[str]) -> None:
+    """Print what limits the run that train's flags describe."""
+    from fastres.config.cli import parse
+
+    if ranks.world_size() > 1:
+        raise UsageError(f"{LIMITS}: measures one process; start it without torchrun")
+    config = parse(flags, f"fastres.profile {LIMITS}")
+
+    from fastres.profiling.limits import measure_limits, show
+    from fastres.training.engine import resolve_engine
+
+    engine = resolve_engine(config)
+    engine.apply_torch_settings()
+    show(measure_limits(config, engine, say=print), terminal())
+
+
+def terminal() -> Console:
+    """Return a console on stdout that is wide enough for the tables if stdout is a file."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Profile the requested workload, and write profile.json, profile.csv and profile.png."""
-    arguments = parser().parse_args(argv)
+    flags = sys.argv[1:] if argv is None else argv
+    if LIMITS in flags:
+        limits([flag for flag in flags if flag != LIMITS])
+        return
+    arguments = parser().parse_args(flags)
     check_flags(arguments)
     workload = workload_of(arguments)
 
@@ -161,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     engines, unavailable = resolved(workload, asked, arguments.device)
     folder = folder_for(arguments.out, re.sub("[/:]", "-", workload.name))
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     profile = measure(
         workload,
         engines,
