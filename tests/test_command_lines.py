@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from fastres import profile
 from fastres.config.cli import RENAMED_FLAGS
 from fastres.config.descriptions import describe
 from fastres.config.schema import FIELDS
-from fastres.utils.errors import Parser
+from fastres.utils.errors import Parser, UsageError
 from tests.commands import ROOT, run_module
 
-COMMANDS = ["fastres.train", "fastres.predict", "fastres.evaluate", "fastres.export", "fastres.doctor"]
+COMMANDS = ["fastres.train", "fastres.predict", "fastres.evaluate", "fastres.export", "fastres.profile",
+            "fastres.doctor"]  # fmt: skip
 TOOLS = ["bench.report", "bench.held_out", "bench.counts", "bench.fuse_sweep", "bench.cpu_norm",
          "fastres_kernels.report"]  # fmt: skip
 
@@ -106,3 +108,9 @@ def test_an_old_spelling_of_trains_flags_works(old: str) -> None:
 def test_the_kernels_report_takes_the_old_spelling_of_output(tmp_path: Path) -> None:
     done = run_module("fastres_kernels.report", "--json", tmp_path / "x.json", "--only", "nothing", cwd=ROOT)
     assert "fastres_kernels: --json is now --output; the old spelling works for one version" in done.stderr
+
+
+def test_profile_takes_the_old_spelling_of_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="--channels belongs to --block"):
+        profile.main(["--out", "somewhere", "--channels", "16"])
+    assert capsys.readouterr().err == "fastres: --out is now --output; the old spelling works for one version\n"

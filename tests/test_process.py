@@ -47,7 +47,7 @@ def command(name: str, run: Path, folder: Path) -> list[Any]:
         "plot": ["fastres.plot", run, "--output", new],
         "profile": [
             *("fastres.profile", "--block", "basic", "--channels", 4, "--size", 4, "--batch-size", 2, "--rounds", 1),
-            *("--steps", 1, "--variants", "eager-fp32", "--no-trace", "--out", new),
+            *("--steps", 1, "--variants", "eager-fp32", "--no-trace", "--output", new),
         ],
         "doctor": ["fastres.doctor", "--data.root", new],
         "report": ["bench.report", "--targets"],
