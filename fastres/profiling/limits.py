@@ -248,12 +248,18 @@ class LimitedRun:
         finally:
             self.feed.close()
 
-    def trace(self, step_s: float) -> StepWork:
+    def rates(self) -> tuple[float, float]:
+        """Return the FLOP/s of a matrix product and the bytes/s of a copy on this device at this moment."""
+        device = self.engine.device
+        return hardware.measured_matmul(device, self.engine.precision), hardware.measured_copy(device)
+
+    def trace(self, step_s: float, rates: tuple[float, float]) -> StepWork:
         """Trace a step that is not captured, whose kernels are those of a captured one. Its step is eager afterwards.
 
         Args:
             step_s: the seconds of the fastest round's step. On a CPU, the operators' times are scaled to it, because
                 the tracer slows them, and because the rates that they are compared with are the best ones too.
+            rates: those of before the rounds. Each is replaced by the present one if that is higher.
 
         Raises:
             RunError: if the device is a GPU and the tracer sees no kernels.
@@ -274,12 +280,13 @@ class LimitedRun:
             ranges = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == STEPS]
             scale = step_s * TRACED_STEPS / sum(event["dur"] / 1e6 for event in ranges)
             operators = [replace(operator, seconds=scale * operator.seconds) for operator in operators]
+        flops_per_s, bytes_per_s = map(max, rates, self.rates())
         return work_of(
             operators,
             span_s=step_s if on_cpu else None,
             launches=trace.launches(events, operators, TRACED_STEPS),
-            flops_per_s=hardware.measured_matmul(device, self.engine.precision),
-            bytes_per_s=hardware.measured_copy(device),
+            flops_per_s=flops_per_s,
+            bytes_per_s=bytes_per_s,
         )
 
     def _train(self) -> None:
@@ -360,6 +367,7 @@ def measure_limits(
     before = hardware.snapshot(engine.device)
     steps = run.steps_of_a_round(region_s)
     say(f"measuring {ROUNDS} rounds of {steps} step(s) with the run's loader, as many without it, and the loader alone")
+    rates = run.rates()
     timings = run.time(steps)
     after = hardware.snapshot(engine.device)
     return Limits(
@@ -368,7 +376,7 @@ def measure_limits(
         shape=tuple(run.images.shape),
         steps=steps,
         timings=timings,
-        work=run.trace(min(timings["step"].seconds) / steps),
+        work=run.trace(min(timings["step"].seconds) / steps, rates),
         captured=run.captured,
         before=before,
         after=after,
