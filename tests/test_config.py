@@ -155,7 +155,7 @@ def test_a_run_of_an_earlier_version_does_not_get_its_recipes_present_values(fil
 
 def test_print_config_prints_the_resolved_configuration_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        parse(["--print_config", "--optim.lr", "0.3"])
+        parse(["--print-config", "--optim.lr", "0.3"])
     assert left.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.3
 
@@ -493,7 +493,7 @@ def test_a_tilde_in_front_of_an_unknown_user_is_one_line(home: Path) -> None:
         with rejected("~nosuchuser/run", "no home folder"):
             command(["~nosuchuser/run"])
     with rejected("~nosuchuser/out", "no home folder"):
-        profile.main(["--out", "~nosuchuser/out"])
+        profile.main(["--output", "~nosuchuser/out"])
     with rejected("~nosuchuser/data", "no home folder"):
         doctor.main(["--data.root", "~nosuchuser/data"])
 
@@ -506,7 +506,7 @@ def test_every_command_expands_a_tilde(home: Path, capsys: pytest.CaptureFixture
     export.main(["~/run", "--output=~/net.safetensors"])
     plot.main(["~/run", "--output=~/curves.png"])
     assert {path.name for path in home.iterdir()} == {"c.json", "run", "net.safetensors", "config.json", "curves.png"}
-    assert profile.parser().parse_args(["--out=~/p"]).out == home / "p"
+    assert profile.parser().parse_args(["--output=~/p"]).output == home / "p"
     (home / "data/MNIST/raw").mkdir(parents=True)
     assert f"under {home / 'data'}: mnist" in "".join(text for _, text in doctor.data(user_path("~/data")))
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(folder: Path) -> subprocess.CompletedProcess[str]:
     sizes = ("--model", "resnet8", "--batch-size", "4", "--rounds", "3", "--steps", "2")
-    ran = run_fastres("profile", *sizes, "--out", "out", "--variants", *ASKED, cwd=folder)
+    ran = run_fastres("profile", *sizes, "--output", "out", "--variants", *ASKED, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     return ran
 
@@ -228,7 +228,7 @@ def test_a_folder_that_holds_a_profile_stays_as_it_is(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match="holds a profile already; choose another or remove it"):
         profile.folder_for(folder, "resnet8")
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--out .*: cannot be written"):
+    with pytest.raises(UsageError, match=r"--output .*: cannot be written"):
         profile.folder_for(tmp_path / "file" / "out", "resnet8")
 
 

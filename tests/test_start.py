@@ -65,6 +65,7 @@ def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str
         "predict missing photo.png --top 0",
         "plot missing --against accuracy",
         "profile --variants eager-bf8",
+        "profile --limits --optim.lrr 0.1",
         "profile --model resnet21",
         "profile --device gpu",
         "profile --block basic --options stem=small",

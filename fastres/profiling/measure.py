@@ -42,6 +42,7 @@ from fastres.utils.errors import RunError, first_line
 from fastres.utils.timing import Stopwatch, Timing, gc_paused, interleaved, wait_for
 
 LR = 0.0  # keeps the weights, so that every step computes the same numbers and random labels cannot make it diverge
+STEPS = "steps"  # the name of a trace's range around whole steps
 WARM_UP, TRACED_STEPS = 1, 3  # rounds before the measured ones; steps of a trace
 REGION_S = 0.5  # a round of the baseline takes this long if --steps is not given
 MOST_STEPS = 200  # of a round whose length is chosen by REGION_S
@@ -71,35 +72,22 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-class VariantRun:
-    """A variant's model, step and batch, all drawn from the same seed.
+class StepRun:
+    """A step and the batch that it is measured with, both on the device.
 
     Args:
-        workload: builds the model and gives the batch its shape.
-        engine: the variant's engine, whose torch settings must be applied already.
+        step: the step, whose engine's torch settings must be applied already.
+        images: (N, C, S, S) in the step's dtype and memory format.
+        labels: (N,) int64, or (N, classes) float32 shares.
     """
 
-    def __init__(self, workload: Workload, engine: Engine) -> None:
-        torch.manual_seed(0)
-        self.workload, self.engine = workload, engine
-        self.model = engine.place(workload.build(engine.norm))
-        self.model.train()
-        torch.manual_seed(0)  # again, so that the batch does not depend on the numbers that building has drawn
-        images, labels = torch.randn(workload.shape), torch.randint(workload.classes, workload.shape[:1])
-        images = images.to(engine.device, engine.dtype, memory_format=engine.memory_format)
-        self.images = images.requires_grad_(workload.is_block)
-        self.labels = labels.to(engine.device)
-        self.step = TrainStep(self.model, engine, Config().optim)
+    def __init__(self, step: TrainStep, images: Tensor, labels: Tensor) -> None:
+        self.engine, self.model = step.engine, step.model
+        self.step, self.images, self.labels = step, images, labels
         self.graph: GraphedStep | None = None
-        self.logits: Tensor | None = None
-        # The hook is never removed and never reads what it writes, because compiled code would notice and recompile.
-        self.model.register_forward_hook(self._keep_logits)
-
-    def _keep_logits(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
-        self.logits = out.detach()
 
     def capture(self, recorder: Recorder | None = None) -> None:
-        """Capture the step if the variant is a graph. It has not yet run on a GPU.
+        """Capture the step if the engine has CUDA graphs. It has not yet run on a GPU.
 
         Args:
             recorder: captures the step; None for a CUDA graph.
@@ -117,6 +105,53 @@ class VariantRun:
         for i in range(steps):
             self.images.grad = None
             self.step(self.images, self.labels, LR, i)
+
+    def traced_steps(self, steps: int, part: Part) -> None:
+        """Run the steps that a trace records, as one part named STEPS."""
+        with part(STEPS):
+            self.whole_steps(steps)
+
+    def drop_results(self) -> None:
+        """Drop the tensors that a step has left, because the profiler warns about frees it never saw allocated."""
+        self.images.grad = None
+
+
+class VariantRun(StepRun):
+    """A variant's model, step and batch, all drawn from the same seed.
+
+    Args:
+        workload: builds the model and gives the batch its shape.
+        engine: the variant's engine, whose torch settings must be applied already.
+    """
+
+    def __init__(self, workload: Workload, engine: Engine) -> None:
+        torch.manual_seed(0)
+        self.workload = workload
+        model = engine.place(workload.build(engine.norm))
+        model.train()
+        torch.manual_seed(0)  # again, so that the batch does not depend on the numbers that building has drawn
+        images, labels = torch.randn(workload.shape), torch.randint(workload.classes, workload.shape[:1])
+        images = images.to(engine.device, engine.dtype, memory_format=engine.memory_format)
+        images.requires_grad_(workload.is_block)
+        super().__init__(TrainStep(model, engine, Config().optim), images, labels.to(engine.device))
+        self.logits: Tensor | None = None
+        # The hook is never removed and never reads what it writes, because compiled code would notice and recompile.
+        self.model.register_forward_hook(self._keep_logits)
+
+    def _keep_logits(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        self.logits = out.detach()
+
+    def drop_results(self) -> None:
+        """Drop the tensors that a step has left, the logits too."""
+        super().drop_results()
+        self.logits = None
+
+    def traced_steps(self, steps: int, part: Part) -> None:
+        """Run the steps that a trace records, in parts unless they are captured."""
+        if self.graph:
+            self.whole_steps(steps)
+        else:
+            self.steps_in_parts(steps, part)
 
     def steps_in_parts(self, steps: int, part: Part) -> None:
         """Run steps with forward, backward and optimizer inside `part`."""
@@ -289,7 +324,7 @@ def prepare(
         try:
             engine.apply_torch_settings()
             run = VariantRun(workload, engine)
-            with _named_kernels(engine):
+            with named_kernels(engine):
                 outcome = run.outcome()
                 run.capture(recorder)
             prepare_s = time.perf_counter() - start
@@ -304,7 +339,7 @@ def prepare(
     return ready
 
 
-def _named_kernels(engine: Engine) -> AbstractContextManager[Any]:
+def named_kernels(engine: Engine) -> AbstractContextManager[Any]:
     """Return a context in which inductor compiles its C++ kernels so that a trace shows them."""
     if not engine.compile or engine.device.type != "cpu":
         return nullcontext()
@@ -409,7 +444,7 @@ def _trace(name: str, prepared: Prepared, work: dict[Key, tuple[int, int]], fold
     return Traced(operators, launches, kernel_s, peak_bytes, files if folder else [])
 
 
-def record(run: VariantRun, path: Path) -> None:
+def record(run: StepRun, path: Path) -> None:
     """Write a trace of TRACED_STEPS steps in Chrome's format. The same ranges are marked with NVTX for nsys."""
     device = run.engine.device
     cuda = device.type == "cuda"
@@ -427,15 +462,10 @@ def record(run: VariantRun, path: Path) -> None:
         profiler.prepare_trace()
         run.whole_steps(1)
         wait_for(device)
-        # Drop tensors allocated before the trace, because the profiler warns about frees it never saw allocated.
-        run.images.grad = None
-        run.logits = None
+        run.drop_results()
         profiler.start_trace()
         try:
-            if run.graph:
-                run.whole_steps(TRACED_STEPS)
-            else:
-                run.steps_in_parts(TRACED_STEPS, named)
+            run.traced_steps(TRACED_STEPS, named)
             wait_for(device)
         finally:
             profiler.stop_trace()

@@ -300,6 +300,7 @@ def capture_if_enabled(
     evaluation: Any,
     lr_at: Callable[[int], float],
     say: Callable[[str], None],
+    recorder: Recorder | None = None,
 ) -> tuple[Callable[..., None], Any, Any]:
     """Capture the training step and the evaluation during training, if the resolved engine has CUDA graphs.
 
@@ -310,6 +311,7 @@ def capture_if_enabled(
         evaluation: the curve's loader; an Evaluations if the engine has CUDA graphs.
         lr_at: returns the learning rate of a step, before it is scaled for a parameter group.
         say: prints a line. It is called with the reason if the setting is auto and a capture fails.
+        recorder: captures both; None for CUDA graphs.
 
     Returns:
         Three objects: call the first at each step, iterate over train() of the second and evaluate() of the third.
@@ -323,7 +325,7 @@ def capture_if_enabled(
     if not engine.cuda_graph:
         return step, training, evaluation
     try:
-        recorder = CudaRecorder(engine.device)
+        recorder = recorder or CudaRecorder(engine.device)
         graphed = GraphedStep(step, training, lr_at, recorder)
         return graphed, graphed, GraphedEvaluation(evaluator, evaluation, recorder)
     except Exception as error:
