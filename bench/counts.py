@@ -28,7 +28,6 @@ not compared. Versions 2.11 and 2.14 agreed in all counts when this was written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -62,7 +61,7 @@ from fastres.training.cuda_graph import GraphedStep
 from fastres.training.engine import Engine, resolve_engine
 from fastres.training.evaluator import Evaluator
 from fastres.training.step import ForwardLoss, TrainStep
-from fastres.utils.errors import UsageError, run_command
+from fastres.utils.errors import Parser, UsageError, run_command
 from fastres_kernels.analysis.text_table import table
 from fastres_kernels.report import count_blocks
 from fastres_kernels.triton_launch import HAS_TRITON, INTERPRETED
@@ -456,14 +455,12 @@ def rows(counted: dict[str, Counts], expected: dict[str, Any]) -> list[list[str]
 def main() -> int:
     # Hide GPUs before torch looks for one, here and in the processes that this one starts.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.counts", description="Counts of ResNet-20's step, the same on every machine."
-    )
+    parser = Parser(prog="python -m bench.counts", description="Counts of ResNet-20's step, the same on every machine.")
     act = parser.add_mutually_exclusive_group()
-    act.add_argument("--check", action="store_true", help=f"exit with status 1 if a count is above {NAME}")
-    act.add_argument("--write", action="store_true", help=f"write the counts to {NAME}")
+    act.add_argument("--check", action="store_true", help=f"Exit with status 1 if a count is above {NAME}.")
+    act.add_argument("--write", action="store_true", help=f"Write the counts to {NAME}.")
     parser.add_argument(
-        "--only", default=",".join(GROUPS), metavar="GROUPS", help="groups to count (default: %(default)s)"
+        "--only", default=",".join(GROUPS), metavar="GROUPS", help="Groups to count. (default: %(default)s)"
     )
     options = parser.parse_args()
     groups = [group for group in GROUPS if group in options.only.split(",")]

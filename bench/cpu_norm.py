@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.runs.environment import cpu_name
+from fastres.utils.errors import Parser, run_command
 from fastres_kernels import BatchNormAct2d
 from fastres_kernels.cpu import batchnorm, dispatch_table, library
 from fastres_kernels.cpu.dispatch_table import Row
@@ -127,9 +128,11 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the rows to kernels/cpu/fastest.json")
-    parser.add_argument("--without-bf16", action="store_true", help="measure for CPUs without avx512_bf16")
+    parser = Parser(
+        prog="python -m bench.cpu_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="Write the rows to kernels/cpu/fastest.json.")
+    parser.add_argument("--without-bf16", action="store_true", help="Measure for CPUs without avx512_bf16.")
     options = parser.parse_args()
     with patch.object(library, "cpu_flags", set) if options.without_bf16 else nullcontext():
         measure(options.write)
@@ -154,4 +157,4 @@ def measure(writes: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from fastres.models.fuse import fuse, fusion_report, unfuse
+from fastres.utils.errors import Parser, run_command
 
 MOST_PARAMETERS = 100_000_000
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # pixels
@@ -295,14 +296,16 @@ def summary(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines; what is in it is not repeated")
-    parser.add_argument("--only", action="append", metavar="PATTERN", help="names such as 'timm/resnet*', in order")
-    parser.add_argument("--limit", type=int, help="number of networks")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one network")
-    help_ = "also compare inductor, torch.export, ONNX and DistributedDataParallel, which takes minutes for a network"
+    parser = Parser(
+        prog="python -m bench.fuse_sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="File of JSON lines; its networks are not repeated.")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="Names such as 'timm/resnet*', in order.")
+    parser.add_argument("--limit", type=int, help="Largest number of networks.")
+    parser.add_argument("--timeout", type=float, default=300, help="Seconds for one network.")
+    help_ = "Also compare inductor, torch.export, ONNX and DistributedDataParallel, which takes minutes for a network."
     parser.add_argument("--thorough", action="store_true", help=help_)
-    parser.add_argument("--summary", action="store_true", help="print the results in the file, and stop")
+    parser.add_argument("--summary", action="store_true", help="Print the results in the file, and stop.")
     options = parser.parse_args()
     if not options.summary:
         importlib.import_module("torch._dynamo")  # once, before the processes are forked
@@ -318,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,9 +12,7 @@ overfits, otherwise it underfits), and the median training time, in this process
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from fastres.config.cli import parse
 from fastres.data.sources.load import load_source
 from fastres.training.step import raise_recompile_limit
 from fastres.utils.atomic_io import parse_json, write_json
-from fastres.utils.errors import UsageError, run_command, user_path
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
 @dataclass
@@ -66,16 +64,16 @@ def settings_of(arguments: list[str]) -> list[Setting]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.held_out",
-        allow_abbrev=False,
-        usage="%(prog)s [--seeds N] [--json FILE] FLAGS [+ FLAGS]...",
+        usage="%(prog)s [--seeds N] [--output FILE] FLAGS [+ FLAGS]...",
         description=str(__doc__).partition("\n")[0],
         epilog="FLAGS are those of fastres.train: before the first + for all settings, after a + for one setting.",
+        renamed={"--json": "--output"},
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each setting (default: 5)")
-    parser.add_argument("--json", type=user_path, metavar="FILE", help="write every accuracy and time to this file")
-    options, arguments = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="Runs of each setting. (default: 5)")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="JSON file for every accuracy and time.")
+    options, arguments = parser.parse_known_args(argv)
     settings = settings_of(arguments)
     data, *others = [parse(setting.flags).data for setting in settings]  # a UsageError comes before anything runs
     if any(other != data for other in others):
@@ -99,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         done = [setting for setting in settings if setting.accuracies]
         print(*(s.line() for s in sorted(done, key=lambda s: -s.mean)), sep="\n")
-        if options.json:
+        if options.output:
             stored = [setting.to_dict() for setting in done]
-            write_json(options.json, stored)
+            write_json(options.output, stored)
     return 0
 
 

@@ -10,10 +10,8 @@ be trusted. Nothing is compared or summed across devices.
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from matplotlib.figure import Figure  # not pyplot: no window, no global state
 from bench.lib import targets
 from bench.lib.tables import Row, consumer_rate, tables
 from fastres.utils.atomic_io import parse_json
-from fastres.utils.errors import UsageError, run_command, user_path
+from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 HERE = Path(__file__).parent
 
@@ -232,19 +230,20 @@ PLOTS = {"throughput": plot_throughput, "time_to_90": plot_time_to_90, "scaling"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Show results as text and plots.")
-    add = parser.add_argument
-    add("files", nargs="*", type=user_path, help="results to show (default: all, into bench/RESULTS.md)")
-    add("--targets", action="store_true", help="show the GPU targets next to the measurements")
-    add("--claims", action="store_true", help=argparse.SUPPRESS)  # the old name of --targets
+    parser = Parser(
+        prog="python -m bench.report",
+        description="Show results as text and plots.",
+        renamed={"--claims": "--targets"},
+    )
+    parser.add_argument("files", nargs="*", type=user_path, metavar="FILE",
+                        help="Results to show. (default: all, into bench/RESULTS.md)")  # fmt: skip
+    parser.add_argument("--targets", action="store_true", help="Show the GPU targets next to the measurements.")
     args = parser.parse_args(argv)
-    if args.claims:
-        print("bench.report: --claims is now --targets; the next version drops the old name", file=sys.stderr)
     files = args.files
     runs = read(files or sorted((HERE / "results").rglob("*.json")))
     if not runs:
         raise UsageError(f"no results in {HERE / 'results'}; run pytest bench/ --benchmark-only")
-    if args.targets or args.claims:
+    if args.targets:
         print_targets(runs)
         return 0
     devices = list(dict.fromkeys(run.device for run in runs))

@@ -81,12 +81,12 @@ def agreement(totals: training.Metrics, path: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the run that the command line names."""
     parser = Parser(prog="python -m fastres.evaluate", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="write the accuracy of each class and the "
-                        "confusion matrix there: classes.csv, confusion.csv, confusion.png")  # fmt: skip
-    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
-    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions, on a CPU: faster, "
-                        "but the figures may differ from the run's by rounding")  # fmt: skip
+    parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run.")
+    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="Write the accuracy of each class and the "
+                        "confusion matrix there: classes.csv, confusion.csv, confusion.png.")  # fmt: skip
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
+    parser.add_argument("--fold", action="store_true", help="Fold BatchNorm into the convolutions, on a CPU: faster, "
+                        "but the figures may differ from the run's by rounding.")  # fmt: skip
     parser.add_trust_code()
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():

@@ -18,13 +18,15 @@ from fastres.utils.errors import Parser, UsageError, run_command, user_path
 def main(argv: list[str] | None = None) -> None:
     """Export the run that the command line names."""
     parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
-    parser.add_argument("--output", type=user_path, metavar="FILE", help="file to write (default: export.safetensors, "
+    parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run.")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="Format of the file. "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="File to write. (default: export.safetensors, "
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
     parser.add_trust_code()
-    parser.add_argument("--data.image_size", dest="side", metavar="S", help="side of images (default: the run's)")
+    parser.add_argument("--data.image_size", dest="side", metavar="S", help="Side of an image in pixels. "
+                        "(default: the run's)")  # fmt: skip
     arguments = parser.parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:

@@ -26,19 +26,19 @@ FOLD_FROM = 1_000  # files: fewer do not earn back the time to fold the network,
 def main(argv: list[str] | None = None) -> int:
     """Predict the classes of the images that the command line names, and return the exit status."""
     parser = Parser(prog="python -m fastres.predict", description=__doc__.partition(": ")[2])
-    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run, or an exported .safetensors, "
-                        ".pt2 or .onnx file")  # fmt: skip
-    parser.add_argument("images", nargs="+", type=user_path, metavar="FILE", help="image files, and folders of them")
-    parser.add_argument("--top", type=positive, default=1, metavar="K", help="classes for each file, the most probable "
-                        "first (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of columns")
-    parser.add_argument("--csv", type=user_path, metavar="FILE", help="write the columns to this file too")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (default: "
+    parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run, or an exported .safetensors, "
+                        ".pt2 or .onnx file.")  # fmt: skip
+    parser.add_argument("images", nargs="+", type=user_path, metavar="FILE", help="Image files, and folders of them.")
+    parser.add_argument("--top", type=positive, default=1, metavar="K", help="Classes for each file, the most probable "
+                        "first. (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of columns.")
+    parser.add_argument("--csv", type=user_path, metavar="FILE", help="Write the columns to this file too.")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="Images at once. (default: "
                         "%(default)s)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
     parser.add_trust_code()
-    parser.add_argument("--engine.device", dest="device", default="auto", help="auto, cpu, cuda or cuda:N, for a run "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--engine.device", dest="device", default="auto", help="Device for a run: auto, cpu, cuda or "
+                        "cuda:N. (default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)
     files = image_files(arguments.images)
     predictor = runs.load_run(

@@ -145,9 +145,9 @@ def main() -> int:
     print(kernel_table(kernels), end="\n\n")
     print(block_table(blocks))
     print(cooperative_shapes())
-    if options.json:
+    if options.output:
         result = {"versions": versions, "kernels": [asdict(kernel) for kernel in kernels], "blocks": blocks}
-        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        options.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for fault in wrong:
         print(fault, file=sys.stderr)
     return 1 if wrong else 0
@@ -164,17 +164,25 @@ def user_path(text: str) -> Path:
 def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Return the parser, for error messages, and the parsed options."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastres_kernels.report", description="Report the cost of the kernels without a GPU."
+        prog="python -m fastres_kernels.report",
+        description="Report the cost of the kernels without a GPU.",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[""],
         metavar="TEXT",
-        help="compile only kernels whose name contains one of these texts",
+        help="Compile only kernels whose name contains one of these texts.",
     )
-    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all results and versions to FILE")
-    return parser, parser.parse_args()
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="JSON file for all results and versions.")
+    parser.add_argument("--json", type=user_path, help=argparse.SUPPRESS)  # the old spelling, for one version
+    options = parser.parse_args()
+    if options.json:
+        print("fastres_kernels: --json is now --output; the old spelling works for one version", file=sys.stderr)
+        options.output = options.json
+    return parser, options
 
 
 def compile_all(variants: list[CompiledVariant]) -> tuple[list[KernelCost], list[str]]:

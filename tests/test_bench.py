@@ -243,7 +243,7 @@ def test_committed_results_under_older_names_are_still_read() -> None:
 def test_the_old_name_of_targets_works_and_prints_a_note() -> None:
     old, new = (run_module("bench.report", flag, cwd=CHECKOUT) for flag in ("--claims", "--targets"))
     assert (old.returncode, new.returncode) == (0, 0) and old.stdout == new.stdout and "not measured" in new.stdout
-    assert old.stderr.strip() == "bench.report: --claims is now --targets; the next version drops the old name"
+    assert old.stderr.strip() == "fastres: --claims is now --targets; the old spelling works for one version"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def held_out(*args: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_settings_are_compared_on_held_out_samples_over_seeds(tmp_path: Path) -> None:
     written = tmp_path / "found.json"
-    done = held_out("--seeds", 2, "--json", written, "+", "--optim.lr", 1e-6, "+", "--optim.name", "muon")
+    done = held_out("--seeds", 2, "--output", written, "+", "--optim.lr", 1e-6, "+", "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     best, worst = done.stdout.splitlines()[-2:]  # the best first
     assert "(n=2)" in best and best.endswith("--optim.name muon") and worst.endswith("--optim.lr 1e-06")

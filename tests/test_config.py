@@ -155,7 +155,7 @@ def test_a_run_of_an_earlier_version_does_not_get_its_recipes_present_values(fil
 
 def test_print_config_prints_the_resolved_configuration_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        parse(["--print_config", "--optim.lr", "0.3"])
+        parse(["--print-config", "--optim.lr", "0.3"])
     assert left.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.3
 

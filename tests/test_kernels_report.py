@@ -35,7 +35,7 @@ def test_kernels_compile_without_spills_and_a_block_moves_less_than_inductors(tm
         *("normalise, bf16", "bf16, add + ReLU, C=16", "given statistics, C=16"),
         *("statistics, bf16, -, C=16", "16 -> 16", "running statistics"),
     )
-    done = report("--only", *only, "--json", tmp_path / "report.json")
+    done = report("--only", *only, "--output", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "report.json").read_text())
     assert result["versions"].keys() == {"torch", "triton", "ptxas"}

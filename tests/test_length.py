@@ -178,7 +178,7 @@ def test_any_layers_scale_what_was_given_before_the_steps(tmp_path_factory: Any,
 
 def test_print_config_prints_only_the_configuration_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--train.steps", "640", "--print_config"])
+        parse(["--train.steps", "640", "--print-config"])
     printed = capsys.readouterr()
     assert yaml.safe_load(printed.out)["schedule"]["milestones"] == [320, 480]
     assert printed.err == "schedule.milestones: [32000, 48000] -> [320, 480], because train.steps is 640, not 64000\n"
@@ -225,7 +225,7 @@ def test_epochs_are_a_number_above_0(value: str) -> None:
 
 def test_the_configuration_of_a_run_in_epochs_survives_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--train.epochs", "2.5", "--print_config"])
+        parse(["--train.epochs", "2.5", "--print-config"])
     printed = capsys.readouterr()
     assert "config.yaml has both" in printed.err
     (here / "c.yaml").write_text(printed.out)

@@ -150,7 +150,7 @@ def test_a_command_without_standard_streams_does_its_work(finished: Path, tmp_pa
 
 def test_without_stderr_nothing_goes_to_stdout_that_belongs_there(finished: Path) -> None:
     """To print(), a stream that is None is stdout."""
-    done = run_module("fastres.train", "--recipe", "digits", "--engine.conv", "own", "--print_config", closed=(2,))
+    done = run_module("fastres.train", "--recipe", "digits", "--engine.conv", "own", "--print-config", closed=(2,))
     assert done.returncode == 0 and "conv: cpp" in done.stdout and "now" not in done.stdout
 
 
@@ -170,7 +170,7 @@ def test_a_usage_error_without_stderr_keeps_its_exit_status() -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version", "--print_config"])
+@pytest.mark.parametrize("flag", ["--help", "--version", "--print-config"])
 def test_help_to_a_reader_that_has_gone_is_no_error(flag: str) -> None:
     code = f"import sys; sys.argv[1:] = ['{flag}']; from fastres.train import main, run_command; run_command(main)"
     done = run_python("-c", f"import os\nr, w = os.pipe(); os.dup2(w, 1); os.close(r)\n{code}", cwd=ROOT)

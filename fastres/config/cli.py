@@ -23,10 +23,11 @@ from fastres.config.length import FOLLOWING, Layers, Length, in_steps, needs_dat
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS, Config, dump
 from fastres.config.validation import check
 from fastres.utils import ranks
-from fastres.utils.errors import UsageError, user_path
+from fastres.utils.errors import UsageError, present_spellings, user_path
 from fastres.utils.suggest import did_you_mean
 from fastres.utils.version import __version__
 
+RENAMED_FLAGS = {"--print_config": "--print-config"}  # the old spellings work for one version
 DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
 
@@ -63,7 +64,7 @@ def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool 
     sections = parser.instantiate(namespace)
     config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
     lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
-    # The lines belong to the run's log, but --print_config prints nothing else on stdout.
+    # The lines belong to the run's log, but --print-config prints nothing else on stdout.
     config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout, builds_network)
     if files.print_config:
         if needs_data(config):
@@ -126,25 +127,25 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help=f"recipe to start from; {DEFAULT_RECIPE} if none is given")
+    parser.add_argument("--recipe", metavar="NAME", help=f"Recipe to start from; {DEFAULT_RECIPE} if none is given.")
     parser.add_argument(
         "--config",
         metavar="FILE",
         action="append",
         default=[],
-        help="configuration file: JSON if its name ends in .json (the tutorial's config.json too), otherwise YAML; may "
-        "be repeated",
+        help="Configuration file: JSON if its name ends in .json (the tutorial's config.json too), otherwise YAML. May "
+        "be repeated.",
     )
-    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="print the "
-                        "version and exit")  # fmt: skip
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
+    parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="Print the "
+                        "version and exit.")  # fmt: skip
 
 
 def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_file_arguments(first)
     try:
-        files, flags = first.parse_known_args(argv)
+        files, flags = first.parse_known_args(present_spellings(argv, RENAMED_FLAGS))
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
     for flag in flags:

@@ -282,7 +282,7 @@ class EngineConfig:
     """Execution of the step. auto falls back and logs the reason; an explicit value that is unavailable is rejected."""
 
     device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
+    """Device: auto, cpu, cuda, or cuda:N."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
     """auto is bf16 if the device computes in it, otherwise fp32; fp16 scales the loss; fp64 is for comparisons."""
@@ -319,9 +319,9 @@ class RunConfig:
     """Seed of the weights, the order of samples and the augmentation."""
 
     resume: str = "auto"
-    """auto: continue the run in run.dir if it is the same run, whatever its paths, workers, log lines and checkpoints;
-    never: fail if run.dir contains a run; or the path of a checkpoint to continue from, with its step and optimizer, in
-    a new run.dir."""
+    """Start of the run. auto continues the run in run.dir if it is the same run, whatever its paths, workers, log lines
+    and checkpoints; never fails if run.dir contains a run; the path of a checkpoint continues from there, with its step
+    and optimizer, in a new run.dir."""
 
     checkpoint_every: PositiveInt = 2_000
     """Steps between checkpoints; the last step is always saved."""

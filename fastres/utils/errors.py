@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,53 @@ class RunError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command other than train: one-line errors and no abbreviations, as in train."""
+    """The parser of a command other than train: one-line errors and no abbreviations, as in train.
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, **how)
-        self.add_argument("--version", action="version", version=f"fastres {__version__}")
+    A help text is one or more sentences, with the default in brackets after them.
+
+    Args:
+        renamed: present spellings of flags by their old ones, which work for one version.
+        **how: arguments of ArgumentParser.
+    """
+
+    def __init__(self, *, renamed: Mapping[str, str] | None = None, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, add_help=False, **how)
+        self.renamed = renamed or {}
+        self.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
+        self.add_argument("--version", action="version", version=f"fastres {__version__}",
+                          help="Print the version and exit.")  # fmt: skip
 
     def add_trust_code(self) -> None:
         """Add --model.trust_code, for a command that builds a run's network."""
         self.add_argument("--model.trust_code", dest="trust_code", choices=("true", "false"), default="false",
-                          help="allow a network package.module:function to import that module "
+                          help="Allow a network package.module:function to import that module. "
                           "(default: %(default)s)")  # fmt: skip
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments, with the present spellings of flags."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(present_spellings(given, self.renamed), namespace)
 
     def error(self, message: str) -> Any:
         """Raise UsageError instead of printing the usage and exiting."""
         raise UsageError(f"{message}; --help lists all")
+
+
+def present_spellings(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """Return the arguments with the present spellings of flags, after a line on stderr for each old one.
+
+    Args:
+        arguments: a command line's arguments.
+        renamed: present spellings by old ones, such as {"--out": "--output"}.
+    """
+    present = []
+    for argument in arguments:
+        old, equals, value = argument.partition("=")
+        new = renamed.get(old, old)
+        if new != old and ranks.rank() == 0:
+            print(f"fastres: {old} is now {new}; the old spelling works for one version", file=sys.stderr)
+        present.append(f"{new}{equals}{value}")
+    return present
 
 
 def positive(text: str) -> int:
