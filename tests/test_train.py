@@ -609,7 +609,7 @@ def test_the_fused_norm_trains_as_torchs(start: Callable[..., Forked], tmp_path:
     ("flags", "named"),
     [
         ("--recipe digitz", "did you mean digits?"),
-        ("--recipe digits --optim.lrr 1", "did you mean optim.lr?"),
+        ("--recipe digits --optim.lrr 1", "did you mean --optim.lr?"),
         ("--recipe digits --model.name resnet21", "resnet20"),
         ("--recipe digits --model.name plain20 --model.shortcut pad", "plain"),
         ("--recipe digits --train.steps ten", "train.steps: 'ten' is not a whole number, 0 or above"),

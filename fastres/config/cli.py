@@ -14,17 +14,18 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, TextIO
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from fastres.config.descriptions import describe
 from fastres.config.files import RENAMED_VALUES, load_file, load_recipe, recipe_names, rename_values
 from fastres.config.formats import read_yaml
 from fastres.config.length import FOLLOWING, Layers, Length, in_steps, needs_data
+from fastres.config.remedies import flag_meant_by_argument, flags_meant_by
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS, Config, dump
 from fastres.config.validation import check
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError, present_spellings, user_path
-from fastres.utils.suggest import did_you_mean
+from fastres.utils.suggest import near_flags, question
 from fastres.utils.version import __version__
 
 RENAMED_FLAGS = {"--print_config": "--print-config"}  # the old spellings work for one version
@@ -104,6 +105,13 @@ def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: b
     return config
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Print a list's default as a flag takes it, which is [1, 2] and not (1, 2)."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"default: \((.*)\)\)$", r"default: [\1])", super()._expand_help(action))
+
+
 @lru_cache
 def _parser(prog: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -111,6 +119,7 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=_HelpFormatter,
         usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
@@ -205,12 +214,25 @@ def _reject_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> A
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]
         raise UsageError(f"{where}{key}: {_given(given, key)!r} is not {describe(key)}") from None
-    if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
-        raise UsageError(f"unknown flag --{match[2]}{did_you_mean(match[2], FIELDS)}; --help lists them all") from None
+    if (match := re.match(r"argument --([\w.]+)\S*: expected one argument", text)) and match[1] in FIELDS:
+        raise UsageError(f"{match[1]}: its value is missing; give {describe(match[1])}") from None
+    if match := re.match(r"unrecognized arguments: (\S+)", text):
+        raise UsageError(_unknown_argument(match[1])) from None
     if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
         key = f"{match[1]}.{match[2]}"
-        raise UsageError(f"{where}unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all") from None
+        raise UsageError(
+            f"{where}unknown field {key}{question(near_flags(key, FIELDS))}; --help lists them all"
+        ) from None
     raise UsageError(f"{where}{text}") from None
+
+
+def _unknown_argument(argument: str) -> str:
+    """Return the error for an argument that is no flag of train's, with the flag that was meant."""
+    if argument.startswith("-"):
+        name = argument.partition("=")[0]
+        return f"unknown flag {name}{question(flags_meant_by(name))}; --help lists them all"
+    meant = flag_meant_by_argument(argument)
+    return f"{argument}: every setting needs a flag{question([meant] if meant else [])}; --help lists them all"
 
 
 def _example_of(section: str) -> str:

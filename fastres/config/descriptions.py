@@ -24,7 +24,8 @@ def _is_union(kind: Any) -> bool:
 
 def _describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+        values = [str(value) for value in typing.get_args(kind)]
+        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if typing.get_origin(kind) is tuple:
         return "a list of whole numbers such as [32000, 48000]"
     if typing.get_origin(kind) is list:

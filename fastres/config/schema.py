@@ -408,8 +408,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted(set(a) | set(b)):
             key, before, after = f"{section}.{name}", a.get(name), b.get(name)
             if key not in MAY_CHANGE and before != after and not (key == "model.weights" and _same_file(before, after)):
-                lines.append(f"{key}: {before} -> {after}")
+                lines.append(f"{key}: {_as_typed(before)} -> {_as_typed(after)}")
     return lines
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value as a flag takes it, such as null for None."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _same_file(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from fastres.utils import process, ranks
 from fastres.utils.atomic_io import json_of
+from fastres.utils.suggest import near_flags, question
 from fastres.utils.version import __version__
 
 LAUNCHER_S = 3.0  # time for a launcher to notice that a process has ended, and to end the others
@@ -66,6 +68,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise UsageError instead of printing the usage and exiting."""
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            name, of = match[1].partition("=")[0], self._option_string_actions
+            if name.startswith("-"):
+                raise UsageError(f"unknown flag {name}{question(near_flags(name, of))}; --help lists all")
+            raise UsageError(f"{name}: is one argument too many; --help lists all")
         raise UsageError(f"{message}; --help lists all")
 
 
