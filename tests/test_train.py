@@ -672,7 +672,7 @@ def test_a_tracker_that_cannot_begin_is_refused(
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("a file where the folder would be")
     assert train(*SHORT, "--run.tensorboard", "true", "--run.dir", tmp_path / "run") == 2
-    assert "run.tensorboard: " in refusal(capsys)
+    assert "run.trackers: tensorboard: " in refusal(capsys)
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_kept(

@@ -35,6 +35,8 @@ MAY_CHANGE = {
     "train.log_every": "rows of the log; the curve has steps of its own, train.eval_every",
     "run.checkpoint_every": "steps at which the state is saved, which does not change it",
     "run.keep_checkpoints": "files that are kept",
+    "run.trackers": "copies of the metrics",
+    "run.project": "a name for copies of the metrics",
     "run.tensorboard": "a copy of the metrics",
     "run.wandb": "a copy of the metrics",
     "run.timeout_s": "the end of a run that hangs",
@@ -329,11 +331,18 @@ class RunConfig:
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep, newest first."""
 
+    trackers: list[str] | str | None = None
+    """Services that get the metrics too, each with an extra of its name: one or a list of tensorboard, wandb, trackio,
+    mlflow, and those that installed packages add. A resumed run continues its run there."""
+
+    project: str = "fastres"
+    """Project of Weights & Biases and trackio, and experiment of MLflow."""
+
     tensorboard: bool = False
-    """Write TensorBoard events too (extra: tensorboard)."""
+    """Short for the tracker tensorboard."""
 
     wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb). A resumed run continues the run whose id is in wandb.json."""
+    """Short for the tracker wandb (Weights & Biases)."""
 
     timeout_s: PositiveFloat = 600.0
     """Seconds without a step after which a run of several processes ends with an error that names the process that
@@ -372,6 +381,12 @@ FIELDS = [  # `section.field` for every field
     for section in SECTIONS
     for field in dataclasses.fields(typing.get_type_hints(Config)[section])
 ]
+
+
+def trackers_of(run: RunConfig) -> list[str]:
+    """Return the names of a run's trackers, each once."""
+    named = [run.trackers] if isinstance(run.trackers, str) else run.trackers or []
+    return list(dict.fromkeys([name for name in ("tensorboard", "wandb") if getattr(run, name)] + named))
 
 
 def model_options(model: ModelConfig) -> dict[str, Any]:
