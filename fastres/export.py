@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
     parser.add_trust_code()
+    parser.add_quiet()
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="Side of an image in pixels. "
                         "(default: the run's)")  # fmt: skip
     arguments = parser.parse_args(argv)

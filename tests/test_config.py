@@ -197,19 +197,19 @@ def test_initial_weights_are_the_same_file_in_any_spelling(tmp_path: Path, in_an
 
 # ---- values that were renamed -------------------------------------------------------------------------------
 
-OLD_NAME = "engine.conv own is now {}engine.conv cpp; the old name works for one version\n"
+OLD_NAME = "engine.conv own is now {}engine.conv cpp; the old name works for one version"
 
 
 @pytest.mark.parametrize("flags", [["--engine.conv", "own"], ["--engine.conv=own"]])
-def test_a_flag_takes_the_old_name_of_a_value_with_a_note(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_takes_the_old_name_of_a_value_with_a_note(flags: list[str], caplog: pytest.LogCaptureFixture) -> None:
     assert parse(flags).engine.conv == "cpp"
-    assert capsys.readouterr().err == "fastres: --" + OLD_NAME.format("--")
+    assert caplog.messages == ["--" + OLD_NAME.format("--")]
 
 
-def test_a_file_takes_the_old_name_of_a_value_with_a_note(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_takes_the_old_name_of_a_value_with_a_note(file: Any, caplog: pytest.LogCaptureFixture) -> None:
     flags = file("engine: {conv: own}")
     assert parse(flags).engine.conv == "cpp"
-    assert capsys.readouterr().err == f"fastres: {flags[1]}: " + OLD_NAME.format("")
+    assert caplog.messages == [f"{flags[1]}: " + OLD_NAME.format("")]
 
 
 def test_the_present_name_of_a_value_needs_no_note(file: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,15 +256,15 @@ def test_an_installed_package_adds_a_tracker_by_an_entry_point(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("_package")
-def test_a_tracker_that_fails_changes_nothing_but_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_changes_nothing_but_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone, folder = tmp_path / "alone", tmp_path / "run"
     assert main([*FLAGS, f"--run.dir={alone}"]) == 0
     assert main([*FLAGS, "--run.trackers=[broken,broken_end]", f"--run.dir={folder}"]) == 0
     assert sha256(folder / "model.safetensors") == sha256(alone / "model.safetensors")
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")][:2] == [4, 8]
-    assert [record.getMessage() for record in caplog.records if "run.trackers" in record.getMessage()] == [
-        "run.trackers: broken failed (the server is gone); the run continues without it",
-        "run.trackers: broken_end failed (cannot close); the run continues without it",
+    assert capsys.readouterr().err.splitlines() == [
+        "fastres: run.trackers: broken failed (the server is gone); the run continues without it",
+        "fastres: run.trackers: broken_end failed (cannot close); the run continues without it",
     ]
 
 

@@ -444,7 +444,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(
     newest = checkpoint.found(tmp_path / "run/checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert train(*flags) == 0
-    assert "trying the previous checkpoint" in capsys.readouterr().out
+    assert "trying the previous checkpoint" in capsys.readouterr().err
     assert sha256(tmp_path / "run/model.safetensors") == sha256(undisturbed / "model.safetensors")
 
 

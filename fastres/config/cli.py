@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import logging
 import re
-import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, TextIO
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -23,11 +23,12 @@ from fastres.config.length import FOLLOWING, Layers, Length, in_steps, needs_dat
 from fastres.config.remedies import flag_meant_by_argument, flags_meant_by
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS, Config, dump
 from fastres.config.validation import check
-from fastres.utils import ranks
-from fastres.utils.errors import UsageError, present_spellings, user_path
+from fastres.utils import process, ranks
+from fastres.utils.errors import QUIET_HELP, UsageError, present_spellings, user_path
 from fastres.utils.suggest import near_flags, question
 from fastres.utils.version import __version__
 
+LOG, RUN_LOG = logging.getLogger(__name__), logging.getLogger(process.RUN_LOG)
 RENAMED_FLAGS = {"--print_config": "--print-config"}  # the old spellings work for one version
 DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
@@ -44,6 +45,8 @@ def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool 
         UsageError: if a file, a flag or their combination is invalid.
     """
     files, flags = _split_files_from_flags(argv, prog)
+    if files.quiet:
+        process.quieten()
     flags = _rename_flag_values(flags)
     _check_flow_values(flags)
     parser = _parser(prog)
@@ -66,11 +69,10 @@ def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool 
     config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
     lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
     # The lines belong to the run's log, but --print-config prints nothing else on stdout.
-    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout, builds_network)
+    config = _with_length(config, lengths, LOG if files.print_config else RUN_LOG, builds_network)
     if files.print_config:
         if needs_data(config):
-            print("fastres: the data decides train.steps and scales the schedule; the run's config.yaml has both",
-                  file=sys.stderr)  # fmt: skip
+            LOG.info("the data decides train.steps and scales the schedule; the run's config.yaml has both")
         print(dump(config), end="")
         raise SystemExit(0)
     return config
@@ -89,7 +91,7 @@ def _lengths_of_flags(flags: list[str], config: Config) -> dict[str, Any]:
     }
 
 
-def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: bool) -> Config:
+def _with_length(config: Config, lengths: Layers, log: logging.Logger, builds_network: bool) -> Config:
     """Return the checked configuration with its length, scaled to it unless that needs the data; log what is scaled."""
     config = lengths.apply(config)
     lines: list[str] = []
@@ -101,7 +103,7 @@ def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: b
         config, lines = in_steps(config)
         check(config, scaled, builds_network=builds_network)
     for line in lines if ranks.rank() == 0 else ():
-        print(line, file=log)
+        log.info("%s", line)
     return config
 
 
@@ -146,6 +148,7 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         "be repeated.",
     )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="Print the "
                         "version and exit.")  # fmt: skip
 
@@ -167,7 +170,7 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
 
 
 def _rename_flag_values(flags: list[str]) -> list[str]:
-    """Return the flags with renamed values under their present names, and print a note for each."""
+    """Return the flags with renamed values under their present names, and log a note for each."""
     renamed = list(flags)
     for i, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
@@ -193,8 +196,9 @@ def _check_flow_values(flags: list[str]) -> None:
 
 
 def _note(where: str, name: str, old: str, new: str) -> None:
-    """Print that a value was renamed."""
-    print(f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version", file=sys.stderr)
+    """Log that a value was renamed."""
+    if ranks.rank() == 0:
+        LOG.warning("%s%s %s is now %s %s; the old name works for one version", where, name, old, name, new)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def unknown(what: str, value: object, choices: Iterable[str], near: str | None =
     return ValueError(f"unknown {what} {value!r}; {hint}choose from {', '.join(choices)}")
 
 
+def printable(text: str) -> str:
+    """Return the text with escapes for the characters that move a terminal's cursor or cannot be encoded."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: str) -> str:
     """Return the text in one line that can be encoded, although it may quote the name of a file."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
