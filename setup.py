@@ -14,6 +14,8 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=1.50; sys_platform == 'linux'"],
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
+    "trackio": ["trackio>=0.43"],
+    "mlflow": ["mlflow-skinny>=3.17"],
     "timm": ["timm>=1.0"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
@@ -23,7 +25,7 @@ EXTRAS = {
 EXTRAS["dev"] = sorted(
     {
         package
-        for name in ("bench", "dali", "docs", "export", "tensorboard", "timm", "wandb")
+        for name in ("bench", "dali", "docs", "export", "mlflow", "tensorboard", "timm", "wandb")
         for package in EXTRAS[name]
     }
     | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +32,10 @@ from fastres.training.engine import preserved_torch_settings, resolve_engine
 from fastres.utils import ranks
 from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import UsageError
-from fastres.utils.process import StopSignal
+from fastres.utils.process import StopSignal, console_log
 from fastres.utils.suggest import did_you_mean
 
+LOG = logging.getLogger(__name__)
 Settings = Mapping[str, Any]
 PLAIN = {field.name: section for section, fields in (("train", TrainConfig), ("model", ModelConfig))
          for field in dataclasses.fields(fields) if field.name != "name"}  # fmt: skip
@@ -62,6 +64,9 @@ def fit(
 
         summary = fastres.fit("resnet20", train=(images, labels), test=(test_images, test_labels), steps=2_000)
 
+    Messages go to the logger "fastres" of Python's logging. They and the progress are printed if the program has no
+    handler for them; logging.getLogger("fastres").setLevel(logging.WARNING) leaves the warnings only.
+
     Ctrl-C saves the state after the step and raises KeyboardInterrupt; the same call with the same `run_dir` continues.
     Under torchrun every process makes the same call.
 
@@ -86,9 +91,15 @@ def fit(
         RunError: if the run cannot continue.
         KeyboardInterrupt: after Ctrl-C.
     """
-    source = _source(train, test, validation, classes)
-    sections = {"data": data, "optim": optim, "schedule": schedule, "engine": engine, "run": run}
-    flags = [*_flags(settings, sections, recipe, run_dir), "--data.source=arrays"]
+    with console_log(unless_handled=True):
+        source = _source(train, test, validation, classes)
+        sections = {"data": data, "optim": optim, "schedule": schedule, "engine": engine, "run": run}
+        flags = [*_flags(settings, sections, recipe, run_dir), "--data.source=arrays"]
+        return _fit(model, source, flags)
+
+
+def _fit(model: nn.Module | str, source: Source, flags: list[str]) -> dict[str, Any]:
+    """Train the run of these flags of fastres.train, and return what fit() returns."""
     if isinstance(model, str):
         return _run(parse([*flags, f"--model.name={model}"], "fastres.fit"), source)
     config = parse(flags, "fastres.fit", builds_network=False)
@@ -215,7 +226,7 @@ def _interrupt_saves(stop: StopSignal) -> Iterator[None]:
         if stop.number or not stop.saves:
             raise KeyboardInterrupt
         stop.number = number
-        print("fastres: the run finishes its step, saves and stops", flush=True)
+        LOG.warning("the run finishes its step, saves and stops")
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -33,6 +33,8 @@ Findings = Iterator[tuple[str, str]]  # mark, text
 EXTRAS = {  # purpose: (packages, the extra that installs them)
     "TensorBoard": (("tensorboard",), "tensorboard"),
     "Weights & Biases": (("wandb",), "wandb"),
+    "trackio": (("trackio",), "trackio"),
+    "MLflow": (("mlflow-skinny",), "mlflow"),
     "ONNX export": (("onnx", "onnxscript", "onnxruntime"), "export"),
 }
 LAYOUTS = {  # the folder of each data set under its root

@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fold", action="store_true", help="Fold BatchNorm into the convolutions, on a CPU: faster, "
                         "but the figures may differ from the run's by rounding.")  # fmt: skip
     parser.add_trust_code()
+    parser.add_quiet()
     group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{totals.samples:,} images, on {runs.device_name(engine.device)} in {engine.precision}; "
         + agreement(totals, arguments.run / "summary.json")
     )
-    for line in runs.accuracy_lines(totals, names):
+    for line in () if arguments.quiet else runs.accuracy_lines(totals, names):
         print(line)
 
 

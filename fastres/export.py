@@ -1,4 +1,4 @@
-"""`python -m fastres.export RUN`: export a run's network as safetensors, torch.export program or ONNX, and verify it.
+"""`python -m fastres.export RUN`: export a run's network as safetensors, torch_export or ONNX, and verify it.
 
 The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
 logits (N, classes).
@@ -15,16 +15,22 @@ from fastres.runs.exporting import FORMATS, export
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
+def format_name(text: str) -> str:
+    """Return the name of a format, which may also be written as torch.export or torch-export."""
+    return text.replace(".", "_").replace("-", "_")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Export the run that the command line names."""
     parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run.")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="Format of the file. "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--format", type=format_name, choices=FORMATS, default="safetensors", help="Format of the "
+                        "file. (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=user_path, metavar="FILE", help="File to write. (default: export.safetensors, "
                         "export.pt2 or export.onnx in the run)")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
     parser.add_trust_code()
+    parser.add_quiet()
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="Side of an image in pixels. "
                         "(default: the run's)")  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
                         "%(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="Use its weights, not the final ones.")
     parser.add_trust_code()
+    parser.add_quiet()
     parser.add_argument("--engine.device", dest="device", default="auto", help="Device for a run: auto, cpu, cuda or "
                         "cuda:N. (default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)

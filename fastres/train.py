@@ -5,6 +5,7 @@ config -> data -> model -> step -> schedule -> log, checkpoint
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 # These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
 from fastres import data, distributed, runs, training, utils
 from fastres.config.cli import parse
-from fastres.utils import ranks
+from fastres.utils import process, ranks
 from fastres.utils.errors import printed_once_per_host, run_command
 from fastres.utils.run_timer import RunTimer
 
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from fastres.config.schema import Config
     from fastres.data.sources.source import Source
 
+LOG = logging.getLogger(process.RUN_LOG)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the command line describes, and return the exit status."""
+    with process.console_log():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     with printed_once_per_host():
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(argv)
         if ranks.local_rank() > 0:
             training.resolve_engine(config)  # raises what local rank 0 raises
     engine = training.resolve_engine(config, ranks.local_rank())
@@ -57,7 +65,8 @@ def train(
         network: replaces the configured network.
     """
     is_main = ranks.rank() == 0
-    config, source = training.fix_length(config, group, source, say=print if is_main else lambda _: None)
+    say, warn = (LOG.info, LOG.warning) if is_main else (_ignore, _ignore)
+    config, source = training.fix_length(config, group, source, say=say)
     steps = config.train.steps
     run = runs.RunDir(config)
     if (summary := group.broadcast_from_rank0(run.check_resumable)) is not None:
@@ -87,10 +96,10 @@ def train(
         log.begin()
 
         # -------------------------------------------------------------------- compile, capture
-        training.warm_up(parts, say=progress.say)
+        training.warm_up(parts, say=warn)
         # With CUDA graphs the batches are empty, because the graph makes its own.
         run_step, train_batches, curve_batches = training.capture_if_enabled(
-            step, evaluator, parts.data.train_loader, parts.data.curve_loader, lr_at, say=progress.say
+            step, evaluator, parts.data.train_loader, parts.data.curve_loader, lr_at, say=warn
         )
 
         # -------------------------------------------------------------------- train
@@ -125,10 +134,15 @@ def train(
 
 
 def _report_finished(run: runs.RunDir, summary: dict[str, Any]) -> int:
-    """Print on rank 0 that the run is finished already, and return exit status 0."""
+    """Log on rank 0 that the run is finished already, and return exit status 0."""
     if ranks.rank() == 0:
-        print(f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do")
+        line = f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do"
+        LOG.info("%s", line, extra=process.RESULT)
     return 0
+
+
+def _ignore(_: str) -> None:
+    """Log nothing, on other ranks than rank 0."""
 
 
 if __name__ == "__main__":

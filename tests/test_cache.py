@@ -29,6 +29,7 @@ from fastres.data.sources.formats import decode
 from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source, Split, hold_out
 from fastres.utils import progress
+from fastres.utils.process import console_log
 from tests.commands import users_environment
 from tests.fixtures import rejected, write_image_folder, write_turned
 
@@ -264,7 +265,8 @@ class Loading:
             os.dup2(err, 2)
             sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
             before()
-            source = load(root, store, workers=1)
+            with console_log():
+                source = load(root, store, workers=1)
             self.out.write_text("\n".join([*(line(split) for split in (source.train, source.test)), *source.notes]))
 
         self.process = multiprocessing.get_context("fork").Process(target=work)

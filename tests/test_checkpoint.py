@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None
             assert_same(state, a_state())
 
 
-def test_loading_falls_back_to_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_falls_back_to_the_last_good_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, a_state(step), keep=3)
     newest, middle, oldest = checkpoint.found(tmp_path)
@@ -169,7 +169,7 @@ def test_loading_falls_back_to_the_last_good_checkpoint(tmp_path: Path, capsys: 
     middle.write_bytes(b"")
     latest = checkpoint.latest(tmp_path)
     assert latest is not None and latest["step"] == 1
-    said = capsys.readouterr().out.splitlines()
+    said = caplog.messages
     assert len(said) == 2 and str(newest) in said[0] and str(middle) in said[1]
 
     oldest.unlink()

@@ -380,4 +380,4 @@ def test_under_torchrun_a_usage_error_is_printed_once_and_without_a_traceback_of
     run = job("run", *LONG, "--optim.lrr", 1, launcher=True)
     assert run.end() == 1
     assert len(run.errors()) == 1 and "/fastres/" not in run.text()
-    assert run.text().count("did you mean optim.lr?") == 2  # fastres's line, and torchrun's report of it
+    assert run.text().count("did you mean --optim.lr?") == 2  # fastres's line, and torchrun's report of it

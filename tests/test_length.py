@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastres.config.length import in_steps, needs_data
 from fastres.config.schema import Config, TrainConfig, dump, to_dict
 from fastres.training.build import build_parts
 from fastres.training.schedule import lr_scale
+from fastres.utils.process import console_log
 from tests.fixtures import engine, rejected
 
 Layer = dict[str, dict[str, Any]]
@@ -28,6 +30,13 @@ MULTISTEP = {"train": {"steps": 100}, "schedule": {"name": "multistep", "milesto
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _console() -> Iterator[None]:
+    """Print messages as the commands do."""
+    with console_log():
+        yield
 
 
 def parsed(folder: Path, *layers: Layer, flags: str = "") -> Config:
@@ -181,7 +190,8 @@ def test_print_config_prints_only_the_configuration_on_stdout(capsys: pytest.Cap
         parse(["--train.steps", "640", "--print-config"])
     printed = capsys.readouterr()
     assert yaml.safe_load(printed.out)["schedule"]["milestones"] == [320, 480]
-    assert printed.err == "schedule.milestones: [32000, 48000] -> [320, 480], because train.steps is 640, not 64000\n"
+    line = "schedule.milestones: [32000, 48000] -> [320, 480], because train.steps is 640, not 64000"
+    assert printed.err == f"fastres: {line}\n"
 
 
 # ---- epochs -------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_a_compiled_block_is_compiled_once_and_its_kernels_have_names(tmp_path: 
         ("--rounds 0", "argument --rounds: '0' is not a whole number above 0"),
         ("--batch-size many", "argument --batch-size: 'many' is not a whole number above 0"),
         ("--device tpu", "engine.device: 'tpu' is not auto, cpu, cuda or cuda:N"),
-        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+        ("--frobnicate", "unknown flag --frobnicate; --help lists all"),
         ("--model timm/resnet10tt", "unknown network of timm 'resnet10tt'; did you mean 'resnet10t'?"),
         ("--model nets:build", "--model: nets:build imports code; if you trust it, add --model.trust_code true"),
     ],

@@ -8,25 +8,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import logging
 import re
-import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, TextIO
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from fastres.config.descriptions import describe
 from fastres.config.files import RENAMED_VALUES, load_file, load_recipe, recipe_names, rename_values
 from fastres.config.formats import read_yaml
 from fastres.config.length import FOLLOWING, Layers, Length, in_steps, needs_data
+from fastres.config.remedies import flag_meant_by_argument, flags_meant_by
 from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS, Config, dump
 from fastres.config.validation import check
-from fastres.utils import ranks
-from fastres.utils.errors import UsageError, present_spellings, user_path
-from fastres.utils.suggest import did_you_mean
+from fastres.utils import process, ranks
+from fastres.utils.errors import QUIET_HELP, UsageError, present_spellings, user_path
+from fastres.utils.suggest import near_flags, question
 from fastres.utils.version import __version__
 
+LOG, RUN_LOG = logging.getLogger(__name__), logging.getLogger(process.RUN_LOG)
 RENAMED_FLAGS = {"--print_config": "--print-config"}  # the old spellings work for one version
 DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
@@ -43,6 +45,8 @@ def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool 
         UsageError: if a file, a flag or their combination is invalid.
     """
     files, flags = _split_files_from_flags(argv, prog)
+    if files.quiet:
+        process.quieten()
     flags = _rename_flag_values(flags)
     _check_flow_values(flags)
     parser = _parser(prog)
@@ -65,11 +69,10 @@ def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool 
     config = Config(recipe=recipe, **{name: _plain(sections[name]) for name in SECTIONS})
     lengths.add("", _lengths_of_flags(flags, config), DEFAULT_LENGTH, whole=False)
     # The lines belong to the run's log, but --print-config prints nothing else on stdout.
-    config = _with_length(config, lengths, sys.stderr if files.print_config else sys.stdout, builds_network)
+    config = _with_length(config, lengths, LOG if files.print_config else RUN_LOG, builds_network)
     if files.print_config:
         if needs_data(config):
-            print("fastres: the data decides train.steps and scales the schedule; the run's config.yaml has both",
-                  file=sys.stderr)  # fmt: skip
+            LOG.info("the data decides train.steps and scales the schedule; the run's config.yaml has both")
         print(dump(config), end="")
         raise SystemExit(0)
     return config
@@ -88,7 +91,7 @@ def _lengths_of_flags(flags: list[str], config: Config) -> dict[str, Any]:
     }
 
 
-def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: bool) -> Config:
+def _with_length(config: Config, lengths: Layers, log: logging.Logger, builds_network: bool) -> Config:
     """Return the checked configuration with its length, scaled to it unless that needs the data; log what is scaled."""
     config = lengths.apply(config)
     lines: list[str] = []
@@ -100,8 +103,15 @@ def _with_length(config: Config, lengths: Layers, log: TextIO, builds_network: b
         config, lines = in_steps(config)
         check(config, scaled, builds_network=builds_network)
     for line in lines if ranks.rank() == 0 else ():
-        print(line, file=log)
+        log.info("%s", line)
     return config
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Print a list's default as a flag takes it, which is [1, 2] and not (1, 2)."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"default: \((.*)\)\)$", r"default: [\1])", super()._expand_help(action))
 
 
 @lru_cache
@@ -111,6 +121,7 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=_HelpFormatter,
         usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
         epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
@@ -137,6 +148,7 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         "be repeated.",
     )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and exit.")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--version", action="version", version=f"fastres {__version__}", help="Print the "
                         "version and exit.")  # fmt: skip
 
@@ -158,7 +170,7 @@ def _split_files_from_flags(argv: list[str], prog: str) -> tuple[argparse.Namesp
 
 
 def _rename_flag_values(flags: list[str]) -> list[str]:
-    """Return the flags with renamed values under their present names, and print a note for each."""
+    """Return the flags with renamed values under their present names, and log a note for each."""
     renamed = list(flags)
     for i, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
@@ -184,8 +196,9 @@ def _check_flow_values(flags: list[str]) -> None:
 
 
 def _note(where: str, name: str, old: str, new: str) -> None:
-    """Print that a value was renamed."""
-    print(f"fastres: {where}{name} {old} is now {name} {new}; the old name works for one version", file=sys.stderr)
+    """Log that a value was renamed."""
+    if ranks.rank() == 0:
+        LOG.warning("%s%s %s is now %s %s; the old name works for one version", where, name, old, name, new)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -205,12 +218,25 @@ def _reject_errors(read: Callable[[], Any], *, where: str = "", given: Any) -> A
     if match := re.match(r'Parser key "([\w.]+)"', text):
         key = match[1]
         raise UsageError(f"{where}{key}: {_given(given, key)!r} is not {describe(key)}") from None
-    if match := re.match(r"unrecognized arguments: (--)?([\w.]+)", text):
-        raise UsageError(f"unknown flag --{match[2]}{did_you_mean(match[2], FIELDS)}; --help lists them all") from None
+    if (match := re.match(r"argument --([\w.]+)\S*: expected one argument", text)) and match[1] in FIELDS:
+        raise UsageError(f"{match[1]}: its value is missing; give {describe(match[1])}") from None
+    if match := re.match(r"unrecognized arguments: (\S+)", text):
+        raise UsageError(_unknown_argument(match[1])) from None
     if match := re.match(r"Group '(\w+)' does not accept option '([\w.]+)'", text):
         key = f"{match[1]}.{match[2]}"
-        raise UsageError(f"{where}unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all") from None
+        raise UsageError(
+            f"{where}unknown field {key}{question(near_flags(key, FIELDS))}; --help lists them all"
+        ) from None
     raise UsageError(f"{where}{text}") from None
+
+
+def _unknown_argument(argument: str) -> str:
+    """Return the error for an argument that is no flag of train's, with the flag that was meant."""
+    if argument.startswith("-"):
+        name = argument.partition("=")[0]
+        return f"unknown flag {name}{question(flags_meant_by(name))}; --help lists them all"
+    meant = flag_meant_by_argument(argument)
+    return f"{argument}: every setting needs a flag{question([meant] if meant else [])}; --help lists them all"
 
 
 def _example_of(section: str) -> str:

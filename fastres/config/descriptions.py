@@ -24,11 +24,13 @@ def _is_union(kind: Any) -> bool:
 
 def _describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+        values = [str(value) for value in typing.get_args(kind)]
+        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if typing.get_origin(kind) is tuple:
         return "a list of whole numbers such as [32000, 48000]"
     if typing.get_origin(kind) is list:
-        return "a list of names such as [conv1, layer1]"
+        of_text = str in typing.get_args(kind)
+        return "a list of names such as [conv1, layer1]" if of_text else "a list of numbers such as [1, 2.5]"
     if typing.get_origin(kind) is dict:
         return "a mapping such as {stem: small}"
     return {

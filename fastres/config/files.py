@@ -12,7 +12,7 @@ from fastres.config.formats import read_json, read_yaml
 from fastres.config.schema import FIELDS, SECTIONS
 from fastres.config.tutorial import TUTORIAL_KEYS, translate_tutorial
 from fastres.utils.errors import UsageError
-from fastres.utils.suggest import did_you_mean
+from fastres.utils.suggest import did_you_mean, near_flags, question
 
 MOST_VALUES = 10_000  # in a configuration file, because nine lines of YAML anchors can expand to billions
 # Values renamed in version 0.2; the old names are accepted for one version.
@@ -38,7 +38,8 @@ def load_file(path: Path) -> dict[str, Any]:
             )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
-        raise UsageError(f"cannot read configuration file {path}: {reason}") from None
+        near = question([f"--recipe {path}"]) if str(path) in recipe_names() else ""
+        raise UsageError(f"cannot read configuration file {path}: {reason}{near}") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -58,9 +59,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> dict[str, Any]:
     """Return a packaged recipe as a nested dict. Raise UsageError if there is none of that name."""
     if name not in recipe_names():
-        raise UsageError(
-            f"unknown recipe {name!r}{did_you_mean(name, recipe_names())}; choose from {', '.join(recipe_names())}"
-        )
+        near = question([f"--config {name}"]) if Path(name).is_file() else did_you_mean(name, recipe_names())
+        raise UsageError(f"unknown recipe {name!r}{near}; choose from {', '.join(recipe_names())}")
     with resources.as_file(resources.files("fastres.config.recipes") / f"{name}.yaml") as path:
         return load_file(path)
 
@@ -91,14 +91,15 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
                 raise UsageError(f"{path}: recipe: {fields!r} is not the name of a recipe")
             continue
         if section not in SECTIONS:
-            near = did_you_mean(str(section), SECTIONS)
+            near = question(near_flags(str(section), [*SECTIONS, *FIELDS]))
             raise UsageError(f"{path}: unknown section {section!r}{near}; choose from {', '.join(SECTIONS)}")
         if not isinstance(fields, dict):
             raise UsageError(f"{path}: {section} must hold fields such as '{section}: {{...}}', not {fields!r}")
         for name, value in fields.items():
             key = f"{section}.{name}"
             if key not in FIELDS:  # jsonargparse would import the module of a field class_path
-                raise UsageError(f"{path}: unknown field {key}{did_you_mean(key, FIELDS)}; --help lists them all")
+                near = question(near_flags(key, FIELDS))
+                raise UsageError(f"{path}: unknown field {key}{near}; --help lists them all")
             if value is None and "null" not in describe(key):
                 raise UsageError(f"{path}: {key}: null is not {describe(key)}")
 

@@ -35,6 +35,8 @@ MAY_CHANGE = {
     "train.log_every": "rows of the log; the curve has steps of its own, train.eval_every",
     "run.checkpoint_every": "steps at which the state is saved, which does not change it",
     "run.keep_checkpoints": "files that are kept",
+    "run.trackers": "copies of the metrics",
+    "run.project": "a name for copies of the metrics",
     "run.tensorboard": "a copy of the metrics",
     "run.wandb": "a copy of the metrics",
     "run.timeout_s": "the end of a run that hangs",
@@ -329,11 +331,18 @@ class RunConfig:
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep, newest first."""
 
+    trackers: list[str] | str | None = None
+    """Services that get the metrics too, each with an extra of its name: one or a list of tensorboard, wandb, trackio,
+    mlflow, and those that installed packages add. A resumed run continues its run there."""
+
+    project: str = "fastres"
+    """Project of Weights & Biases and trackio, and experiment of MLflow."""
+
     tensorboard: bool = False
-    """Write TensorBoard events too (extra: tensorboard)."""
+    """Short for the tracker tensorboard."""
 
     wandb: bool = False
-    """Log to Weights & Biases too (extra: wandb). A resumed run continues the run whose id is in wandb.json."""
+    """Short for the tracker wandb (Weights & Biases)."""
 
     timeout_s: PositiveFloat = 600.0
     """Seconds without a step after which a run of several processes ends with an error that names the process that
@@ -374,6 +383,12 @@ FIELDS = [  # `section.field` for every field
 ]
 
 
+def trackers_of(run: RunConfig) -> list[str]:
+    """Return the names of a run's trackers, each once."""
+    named = [run.trackers] if isinstance(run.trackers, str) else run.trackers or []
+    return list(dict.fromkeys([name for name in ("tensorboard", "wandb") if getattr(run, name)] + named))
+
+
 def model_options(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments of build_model besides the name and the sizes that come from the data."""
     return model.options | ({} if model.shortcut is None else {"shortcut": model.shortcut})
@@ -408,8 +423,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted(set(a) | set(b)):
             key, before, after = f"{section}.{name}", a.get(name), b.get(name)
             if key not in MAY_CHANGE and before != after and not (key == "model.weights" and _same_file(before, after)):
-                lines.append(f"{key}: {before} -> {after}")
+                lines.append(f"{key}: {_as_typed(before)} -> {_as_typed(after)}")
     return lines
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value as a flag takes it, such as null for None."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _same_file(one: Any, other: Any) -> bool:

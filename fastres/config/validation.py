@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from importlib import metadata
 
 from fastres.config.length import needs_data
-from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, model_options
+from fastres.config.schema import SECTIONS, Config, DataConfig, ModelConfig, model_options, trackers_of
 from fastres.models.registry import build_model, check_foreign, find, is_foreign
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError, first_line
+from fastres.utils.suggest import unknown
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each is also the name of its package and of the extra
+TRACKER_GROUP = "fastres.trackers"  # of the entry points by which installed packages add trackers
 
 
 def check(config: Config, scaled: bool = False, *, builds_network: bool = True) -> None:
@@ -26,13 +31,21 @@ def check(config: Config, scaled: bool = False, *, builds_network: bool = True) 
     _check_batch(config.train.batch_size, config.train.accumulate)
     check_device(config.engine.device)
     _check_data(config.data)
-    for extra in ("tensorboard", "wandb"):
-        _reject_if(
-            getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
-            f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
-        )
+    _check_trackers(config)
     if builds_network:
         _check_model(config.model)
+
+
+def _check_trackers(config: Config) -> None:
+    """Raise UsageError for a tracker that is unknown or whose package is not installed."""
+    for name in trackers_of(config.run):
+        if name in TRACKERS:
+            _reject_if(
+                importlib.util.find_spec(name) is None,
+                f"run.trackers: {name} is not installed; pip install '.[{name}]'",
+            )
+        elif name not in (added := [entry.name for entry in metadata.entry_points(group=TRACKER_GROUP)]):
+            raise UsageError(f"run.trackers: {unknown('tracker', name, [*TRACKERS, *added])}")
 
 
 def check_length(config: Config, scaled: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fastres.utils.atomic_io import atomic_write
 from fastres.utils.errors import RunError, UsageError
+
+LOG = logging.getLogger(__name__)
 
 LAST, BEST = "last", "best"  # links beside the checkpoints: the newest, and the one with the best evaluation
 
@@ -117,7 +120,7 @@ def latest(folder: Path) -> State | None:
             return load(path)
         except UsageError as error:
             broken.append(str(error))
-            print(f"fastres: {error}; trying the previous checkpoint", flush=True)
+            LOG.warning("%s; trying the previous checkpoint", error)
     if broken:
         raise UsageError(f"no checkpoint in {folder} can be read; remove the folder to start again")
     return None

@@ -24,6 +24,8 @@ def environment(engine: Engine) -> dict[str, Any]:
     """Return the versions, device, commit and command of this process, as written to env.json."""
     import torch  # not at the top, because fastres.doctor has to start without it
 
+    from fastres.training.engine import as_setting
+
     device = engine.device
     return {
         "fastres": version("fastres"),
@@ -42,7 +44,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "processes": ranks.world_size(),
         "precision": engine.precision,
         "compile": engine.compile,
-        "norm": engine.norm,
+        "norm": as_setting(engine.norm),
         "auto": list(engine.reasons),
         "command": sys.orig_argv,
     }

@@ -38,7 +38,7 @@ def read_run(
             f"{folder}: is not the folder of a run (it holds no config.yaml); give one that fastres.train has written"
         )
     # Trackers are off, because reading a run does not need their packages.
-    flags = [f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", *flags]
+    flags = [f"--config={written}", "--run.tensorboard=false", "--run.wandb=false", "--run.trackers=null", *flags]
     config = parse(flags, builds_network=not given)
     if file is not None:
         try:

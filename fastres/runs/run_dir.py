@@ -16,7 +16,7 @@ from fastres.data.description import DataDescription
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
 from fastres.runs.history import read_metrics, write_history
-from fastres.runs.trackers import TRACKERS, Tracker, start_tracker
+from fastres.runs.trackers.tracker import Trackers
 from fastres.training.engine import Engine
 from fastres.utils import ranks
 from fastres.utils.atomic_io import json_of, parse_json, write_json, write_text
@@ -32,7 +32,7 @@ class RunDir:
         self.folder = Path(config.run.dir or f"runs/{config.recipe}")
         self.checkpoints = self.folder / "checkpoints"
         self._lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        self._trackers: list[Tracker] = []
+        self._trackers = Trackers()
 
     def check_resumable(self) -> dict[str, Any] | None:
         """Return the summary if the folder holds this run and the run is finished, otherwise None. Nothing is written.
@@ -119,9 +119,7 @@ class RunDir:
             write_json(self.folder / "env.json", environment(engine))
             rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= done]
             write_text(self.folder / "metrics.jsonl", "".join(json_of(row) + "\n" for row in rows))
-        for name in TRACKERS:
-            if getattr(self.config.run, name):
-                self._trackers.append(start_tracker(name, self.config, self.folder, rows, done))
+        self._trackers.start(self.config, self.folder, rows, done)
 
     def checkpoint_hint(self) -> str:
         """Return a phrase that names the newest checkpoint."""
@@ -140,17 +138,14 @@ class RunDir:
 
     def release(self) -> None:
         """Close the trackers and let other processes write to the folder."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
         self._lock.release()
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and pass it to the trackers."""
-        with self.writing():
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json_of(row) + "\n")
-            for tracker in self._trackers:
-                tracker.log(row)
+        with self.writing(), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json_of(row) + "\n")
+        self._trackers.log(row)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl that are evaluations."""

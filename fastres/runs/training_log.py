@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from pathlib import Path
@@ -22,8 +23,11 @@ from fastres.training.metrics import Evaluation, Metrics
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import RunError
 from fastres.utils.hardware import OtherLoad
+from fastres.utils.process import RESULT, RUN_LOG
 from fastres.utils.progress import ProgressLine
 from fastres.utils.run_timer import RunTimer
+
+LOG = logging.getLogger(RUN_LOG)
 
 
 class TrainingLog:
@@ -82,12 +86,12 @@ class TrainingLog:
         return Position(done, self.since_eval, self.best)
 
     def begin(self) -> None:
-        """Print the notes, and a line with the run's network, data, length, device and folder."""
+        """Log the notes, and a line with the run's network, data, length, device and folder."""
         for note in self.parts.notes:
-            self.progress.say(note)
+            self._say(note)
         config, data = self.config, self.parts.data
         engine = self.parts.step.engine
-        self.progress.say(
+        self._say(
             f"{config.model.name}, {self.parts.parameters:,} parameters, {data.source.name}: "
             f"{len(data.training):,} training images, {config.train.steps:,} steps of {config.train.batch_size} "
             f"on {device_name(engine.device)} in {engine.precision}, {self.run.folder}"
@@ -125,7 +129,7 @@ class TrainingLog:
             ),
         )
         if self.is_main and (line := self._other_load.line(speed)):
-            self.progress.say(line)
+            LOG.warning("%s", line)
         self._append(
             {"step": done, "split": "train", "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
              "lr": lr, "images_per_s": speed, "train_time_s": self.timer.train_time_s}
@@ -140,7 +144,7 @@ class TrainingLog:
             RunError: if the loss of the last point is not finite.
         """
         split = self.parts.data.curve_split
-        self.progress.say(f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}")
+        self._say(f"step {done:,}: {split} loss {metrics.mean_loss:.4f}, accuracy {metrics.accuracy:.2%}")
         self._append(
             {"step": done, "split": split, "loss": metrics.mean_loss, "accuracy": metrics.accuracy,
              "train_loss": self.since_eval.mean_loss, "train_accuracy": self.since_eval.accuracy,
@@ -157,7 +161,7 @@ class TrainingLog:
         if self.is_main:
             self.run.write_history()
             name = signal.Signals(number).name
-            self.progress.say(f"stopped by {name} at step {done:,}; {self.run.checkpoint_hint()}")
+            LOG.warning("stopped by %s at step %s; %s", name, f"{done:,}", self.run.checkpoint_hint())
 
     def _check_finite(self, split: str, final: Metrics) -> None:
         """Raise RunError if the loss of the last evaluation is not finite, before anything is saved with it."""
@@ -166,6 +170,11 @@ class TrainingLog:
                 f"the {split} loss is not finite after the last step; {self.run.checkpoint_hint()}; "
                 "try a smaller --optim.lr or --engine.precision fp32"
             )
+
+    def _say(self, line: str, extra: dict[str, bool] | None = None) -> None:
+        """Log a line on rank 0."""
+        if self.is_main:
+            LOG.info("%s", line, extra=extra)
 
     def _append(self, row: dict[str, Any]) -> None:
         if self.is_main:
@@ -197,10 +206,11 @@ class TrainingLog:
             write_classes(final, self.class_names, folder, self.config.model.name)
             write_json(folder / "summary.json", self._summary(final, captured))
         for line in (*accuracy_lines(final, self.class_names), *self._best_line()):
-            self.progress.say(line)
-        self.progress.say(
+            self._say(line)
+        self._say(
             f"test accuracy {final.accuracy:.4f}, loss {final.mean_loss:.4f}, after {self.config.train.steps:,} "
-            f"steps in {self.timer.train_time_s:.1f} s of training; curves: {folder / 'history.png'}"
+            f"steps in {self.timer.train_time_s:.1f} s of training; curves: {folder / 'history.png'}",
+            extra=RESULT,
         )
 
     @property

@@ -124,8 +124,13 @@ def preserved_torch_settings() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
+def as_setting(resolved: Any) -> str:
+    """Return a resolved value as its field takes it: true for True, and auto for the norm that is chosen per shape."""
+    return "auto" if resolved == "measured" else str(resolved).lower()
+
+
 class _Choices:
-    """The choices that `auto` makes, with a line for each."""
+    """The choices that `auto` makes, with a line for each: `field: value (reason)`, with a value that can be typed."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -134,7 +139,7 @@ class _Choices:
         """Return `value`, or `choice` if the value is auto, and keep the reason."""
         if value != "auto":
             return value
-        self.reasons.append(f"{field}: {str(choice).lower()} ({reason})")
+        self.reasons.append(f"{field}: {as_setting(choice)} ({reason})")
         return choice
 
 
@@ -321,7 +326,7 @@ def _faster_norm(config: Config, device: torch.device, precision: str, in_cpp: b
     if config.model.sync_norm and config.engine.channels_last:
         return "fused", "it shares statistics between processes"
     if not on_gpu:
-        return ("measured" if in_cpp else "torch"), why
+        return ("measured", f"fused or torch for each shape, as measured; {why}") if in_cpp else ("torch", why)
     if not config.engine.channels_last:
         return "torch", "the fused kernels take channels-last only"
     if precision != "bf16":
@@ -329,7 +334,7 @@ def _faster_norm(config: Config, device: torch.device, precision: str, in_cpp: b
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     if dispatch_table.table_of(device) is None:
         return "torch", f"the fused kernels were not measured at compute capability {capability}"
-    return "measured", f"per shape, as measured at compute capability {capability}"
+    return "measured", f"fused or torch for each shape, as measured at compute capability {capability}"
 
 
 def find_apex(part: str) -> tuple[ModuleType | None, str]:

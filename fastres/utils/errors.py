@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -17,9 +19,14 @@ from typing import Any
 
 from fastres.utils import process, ranks
 from fastres.utils.atomic_io import json_of
+from fastres.utils.suggest import near_flags, printable, question
 from fastres.utils.version import __version__
 
+LOG = logging.getLogger(__name__)
 LAUNCHER_S = 3.0  # time for a launcher to notice that a process has ended, and to end the others
+
+
+QUIET_HELP = "Print only warnings, errors and the result."
 
 
 class UsageError(Exception):
@@ -59,18 +66,30 @@ class Parser(argparse.ArgumentParser):
                           help="Allow a network package.module:function to import that module. "
                           "(default: %(default)s)")  # fmt: skip
 
+    def add_quiet(self) -> None:
+        """Add --quiet, which takes effect when the command line is parsed."""
+        self.add_argument("--quiet", action="store_true", help=QUIET_HELP)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, with the present spellings of flags."""
         given = sys.argv[1:] if args is None else args
-        return super().parse_known_args(present_spellings(given, self.renamed), namespace)
+        found = super().parse_known_args(present_spellings(given, self.renamed), namespace)
+        if getattr(found[0], "quiet", False):
+            process.quieten()
+        return found
 
     def error(self, message: str) -> Any:
         """Raise UsageError instead of printing the usage and exiting."""
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            name, of = match[1].partition("=")[0], self._option_string_actions
+            if name.startswith("-"):
+                raise UsageError(f"unknown flag {name}{question(near_flags(name, of))}; --help lists all")
+            raise UsageError(f"{name}: is one argument too many; --help lists all")
         raise UsageError(f"{message}; --help lists all")
 
 
 def present_spellings(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """Return the arguments with the present spellings of flags, after a line on stderr for each old one.
+    """Return the arguments with the present spellings of flags, and log a warning for each old one.
 
     Args:
         arguments: a command line's arguments.
@@ -81,7 +100,7 @@ def present_spellings(arguments: Sequence[str], renamed: Mapping[str, str]) -> l
         old, equals, value = argument.partition("=")
         new = renamed.get(old, old)
         if new != old and ranks.rank() == 0:
-            print(f"fastres: {old} is now {new}; the old spelling works for one version", file=sys.stderr)
+            LOG.warning("%s is now %s; the old spelling works for one version", old, new)
         present.append(f"{new}{equals}{value}")
     return present
 
@@ -146,8 +165,7 @@ def complain(what: str, said: bool = False) -> None:
         what: the message.
         said: True if another rank has printed it.
     """
-    # The message may quote a file, so characters that move the terminal's cursor or cannot be encoded are escaped.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
+    line = printable(" ".join(what.split()))  # because the message may quote a file
     if not said:
         who = f"rank {ranks.rank()}: " if ranks.fault() is None and ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
@@ -184,7 +202,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(UsageError.status)
     stopped = False
     try:
-        with process.catch_signals():
+        with process.catch_signals(), process.console_log():
             status = _status(main)
     except KeyboardInterrupt as signalled:
         stopped, number = True, getattr(signalled, "number", signal.SIGINT)

@@ -1,6 +1,7 @@
-"""Set up the process of a command: its standard streams and its signals.
+"""Set up the process of a command: its standard streams, the messages on them, and its signals.
 
-A command's work must not depend on who reads its output, so a stream drops what it cannot write. SIGINT and SIGTERM end
+A command's work must not depend on who reads its output, so a stream drops what it cannot write. All messages go
+through Python's logging, under the logger "fastres", so that a program can send them elsewhere. SIGINT and SIGTERM end
 a command in one line, at any moment from its first import on.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import io
+import logging
 import os
 import select
 import signal
@@ -17,6 +19,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from fastres.utils.suggest import printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 10.0  # time after a signal to finish the step and save
@@ -84,6 +88,70 @@ def _guarded(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
         line_buffering=stream.line_buffering or raw.isatty(),
         write_through=stream.write_through,
     )
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+LOG = "fastres"  # the logger of all messages; those of a module have the module's name
+RUN_LOG = "fastres.run"  # the log of a training run
+RESULT = {"result": True}  # marks, as `extra`, the message that a quiet command prints too
+
+
+class ConsoleHandler(logging.Handler):
+    """Print messages as the commands do: a run's log on stdout, and others on stderr, with "fastres: " before them.
+
+    Attributes:
+        quiet: print only warnings, errors and the result.
+    """
+
+    quiet = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message in one line. A stream that cannot be written loses it."""
+        if self.quiet and record.levelno < logging.WARNING and not getattr(record, "result", False):
+            return
+        of_a_run = record.name == RUN_LOG
+        line = ("" if of_a_run else "fastres: ") + printable(record.getMessage())
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stdout if of_a_run else sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def console_log(*, unless_handled: bool = False) -> Iterator[None]:
+    """Print fastres's messages while the block runs, unless they are printed already.
+
+    Args:
+        unless_handled: leave the messages to the program's own logging handlers if it has any.
+    """
+    log = logging.getLogger(LOG)
+    if any(isinstance(handler, ConsoleHandler) for handler in log.handlers) or (unless_handled and log.hasHandlers()):
+        yield
+        return
+    handler, level, propagates = ConsoleHandler(), log.level, log.propagate
+    log.addHandler(handler)
+    log.propagate = False  # other packages may add handlers that would print the messages again
+    if level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagates
+
+
+def quieten() -> None:
+    """Let the command print only warnings, errors and the result."""
+    for handler in logging.getLogger(LOG).handlers:
+        if isinstance(handler, ConsoleHandler):
+            handler.quiet = True
+
+
+def shows_progress() -> bool:
+    """Return True unless the command is quiet, or the program shows no messages of this level."""
+    log = logging.getLogger(LOG)
+    quiet = any(isinstance(handler, ConsoleHandler) and handler.quiet for handler in log.handlers)
+    return not quiet and log.level <= logging.INFO
 
 
 # ---- signals -----------------------------------------------------------------------------------------------------

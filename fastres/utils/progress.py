@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 
@@ -10,24 +11,28 @@ from rich.progress import BarColumn, Progress, Task, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastres.utils import process
+
 PLAIN_EVERY_S = 10.0  # between lines if the output is not a terminal
 
 
 class ProgressLine:
-    """A progress bar in a terminal, or a plain line every ten seconds if the output is not a terminal.
+    """A progress bar in a terminal, or a message every ten seconds if the output is not a terminal.
 
     Args:
         what: the line's first words.
         total: steps of the loop.
         done: steps that are already done.
-        enabled: show anything at all.
+        enabled: show anything at all. A quiet command shows nothing either.
         stderr: write to stderr and remove the bar at the end.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, *, enabled: bool, stderr: bool = False) -> None:
-        self.what, self.total, self.enabled = what, total, enabled
+        self.what, self.total = what, total
+        self.enabled = enabled and process.shows_progress()
+        self._log = logging.getLogger(__name__ if stderr else process.RUN_LOG)
         self.console = Console(soft_wrap=True, stderr=stderr)
-        self.live = enabled and self.console.is_terminal
+        self.live = self.enabled and self.console.is_terminal
         self._printed_at = time.monotonic()
         self._bar = _Bar(console=self.console, disable=not self.live, transient=stderr)
         self._task = self._bar.add_task(what, total=total, completed=done, figures=())
@@ -42,14 +47,9 @@ class ProgressLine:
     def update(self, done: int, figures: Sequence[str] = ()) -> None:
         """Show that `done` steps of the total are done, followed by `figures`, the most important first."""
         self._bar.update(self._task, completed=done, figures=figures)
-        if not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
+        if self.enabled and not self.live and time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
             self._printed_at = time.monotonic()
-            self.say(f"{self.what} {done:,}/{self.total:,}  {'  '.join(figures)}".rstrip())
-
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        if self.enabled:
-            self._bar.console.print(line, highlight=False, markup=False)
+            self._log.info("%s", f"{self.what} {done:,}/{self.total:,}  {'  '.join(figures)}".rstrip())
 
 
 class _Bar(Progress):

@@ -17,9 +17,9 @@ import contextlib
 import hashlib
 import io
 import itertools
+import logging
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +35,8 @@ from fastres.data.sources.formats import check_size, decode, size_or_reason
 from fastres.utils import ranks
 from fastres.utils.atomic_io import atomic_write, json_of, parse_json
 from fastres.utils.progress import ProgressLine
+
+LOG = logging.getLogger(__name__)
 
 VERSION = 1  # of the cache; raise it when decode() returns other pixels
 BLOCK = 256  # images per task of the thread pool, because one task per image would spend a second on futures
@@ -183,12 +185,13 @@ def _once(entry: Path, folder: Path, read: Callable[[], T | None], make: Callabl
 
 @contextlib.contextmanager
 def _alone(path: Path, folder: Path) -> Iterator[None]:
-    """Keep other processes out of the block, and print a line before waiting. A killed process loses its lock."""
+    """Keep other processes out of the block, and log a line before waiting. A killed process loses its lock."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        _say(f"waiting for another process, which is decoding {folder}")
+        if ranks.rank() == 0:
+            LOG.warning("waiting for another process, which is decoding %s", folder)
         lock.acquire()
     try:
         yield
@@ -306,9 +309,3 @@ def _each(work: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Ite
         finally:  # after an error or a signal, do not wait for the threads
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _say(line: str) -> None:
-    """Print the line on rank 0's stderr."""
-    if ranks.rank() == 0:
-        print(f"fastres: {line}", file=sys.stderr, flush=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -18,6 +18,8 @@ from uuid import uuid4
 
 from fastres.config.schema import DataConfig
 from fastres.utils.errors import UsageError
+
+LOG = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10
 CHUNK_BYTES = 1 << 20
@@ -40,7 +42,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
     try:
         request = Request(url, headers={"User-Agent": "fastres"})
         with urlopen(request, timeout=CONNECT_TIMEOUT_S) as response:
-            print(f"fastres: downloading {url} to {path}", file=sys.stderr, flush=True)
+            LOG.info("downloading %s to %s", url, path)
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("xb") as file:
                 while chunk := response.read(CHUNK_BYTES):

@@ -1,0 +1,1 @@
+"""Trackers: services that show a run's metrics beside its own files."""
