@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastres.runs.history import AGAINST, plot_curves, read_history
+from fastres.runs.history import AGAINST
 from fastres.utils.atomic_io import parse_json
-from fastres.utils.errors import Parser, UsageError, run_command, user_path
+from fastres.utils.errors import Parser, UsageError, run_command, user_path, warn
+
+if TYPE_CHECKING:
+    from fastres.runs.pictures.facts import RunFacts
 
 
 def table_of(runs: list[Path]) -> Table:
@@ -39,22 +43,51 @@ def table_of(runs: list[Path]) -> Table:
     return table
 
 
+def read_runs(folders: list[Path]) -> list[RunFacts]:
+    """Return the facts of the runs, and skip folders without a history with a line on stderr for each.
+
+    Raises:
+        UsageError: if no folder has a history.
+    """
+    from fastres.runs.pictures.facts import read_facts
+
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_facts(folder))
+        except UsageError as error:
+            if len(folders) == 1:
+                raise
+            warn(f"skipped {error}")
+    if not runs:
+        raise UsageError(f"none of the {len(folders)} folders holds a history; give folders of runs that have "
+                         "evaluated at least once")  # fmt: skip
+    return runs
+
+
 def main(argv: list[str] | None = None) -> None:
     """Plot the runs that the command line names."""
     parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="picture to write (default: history.png in "
                         "the run, or comparison.png in this directory for several)")  # fmt: skip
     parser.add_argument("--against", choices=AGAINST, default="step", help="x-axis of the curves (default: step)")
+    parser.add_argument("--separate", action="store_true", help="draw a line for each run (default: one line with a "
+                        "band for runs that differ only in their seeds)")  # fmt: skip
     arguments = parser.parse_args(argv)
-    runs: list[Path] = arguments.runs
-    output = arguments.output or (runs[0] / "history.png" if len(runs) == 1 else Path("comparison.png"))
-    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(r) for r in runs]
+    folders: list[Path] = arguments.runs
+    output = arguments.output or (folders[0] / "history.png" if len(folders) == 1 else Path("comparison.png"))
+    if not folders:
+        parser.error("no RUN; give the folder of at least one run")
+    runs = read_runs(folders)
+    from fastres.runs.pictures.curves import curves_of, plot_curves
+
+    curves = curves_of(runs, arguments.against, separate=arguments.separate)
     try:
-        plot_curves(dict(zip(names, map(read_history, runs), strict=True)), output, arguments.against)
+        plot_curves(curves, output, arguments.against)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {output}: cannot be written ({error}); choose another") from None
-    Console(width=None if sys.stdout.isatty() else 120).print(table_of(runs))
+    Console(width=None if sys.stdout.isatty() else 120).print(table_of([run.folder for run in runs]))
     print(f"curves: {output}")
 
 

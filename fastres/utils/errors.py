@@ -114,14 +114,23 @@ def complain(what: str, said: bool = False) -> None:
         what: the message.
         said: True if another rank has printed it.
     """
-    # The message may quote a file, so characters that move the terminal's cursor or cannot be encoded are escaped.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(what.split()))
+    line = _printable(what)
     if not said:
         who = f"rank {ranks.rank()}: " if ranks.fault() is None and ranks.world_size() > 1 else ""
         print(f"fastres: error: {who}{line}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):  # a launcher that has ended has removed its folder
             Path(report).write_text(json_of({"message": line, "timestamp": int(time.time())}), "utf-8")
+
+
+def warn(what: str) -> None:
+    """Print one line on stderr about something that does not end the command."""
+    print(f"fastres: {_printable(what)}", file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """Return a message, which may quote a file, in one line that neither moves the cursor nor fails to be encoded."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 @contextlib.contextmanager
