@@ -17,6 +17,8 @@ from fastres.utils.errors import Parser, UsageError, run_command, user_path, war
 if TYPE_CHECKING:
     from fastres.runs.pictures.facts import RunFacts
 
+BESIDE = Path()  # --html without a file
+
 
 def table_of(runs: list[Path]) -> Table:
     """Return a table with a row for each run, with the final test accuracy if the run is finished."""
@@ -65,6 +67,19 @@ def read_runs(folders: list[Path]) -> list[RunFacts]:
     return runs
 
 
+def report_path(value: Path, picture: Path) -> Path:
+    """Return the report's file: `value`, or beside the picture if --html has no file.
+
+    Raises:
+        UsageError: if the value is no name of a page, so that --html RUN cannot overwrite anything of a run.
+    """
+    if value == BESIDE:
+        return picture.with_suffix(".html")
+    if value.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--html {value}: does not end in .html; name the runs first, or give the report's file")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """Plot the runs that the command line names."""
     parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
@@ -74,9 +89,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--against", choices=AGAINST, default="step", help="x-axis of the curves (default: step)")
     parser.add_argument("--separate", action="store_true", help="draw a line for each run (default: one line with a "
                         "band for runs that differ only in their seeds)")  # fmt: skip
+    parser.add_argument("--html", nargs="?", type=user_path, const=BESIDE, metavar="FILE", help="also write a report "
+                        "as one HTML file, which needs no network: results, settings that differ, curves, confusion "
+                        "matrices, environment (default FILE: the picture's name, with .html)")  # fmt: skip
     arguments = parser.parse_args(argv)
     folders: list[Path] = arguments.runs
     output = arguments.output or (folders[0] / "history.png" if len(folders) == 1 else Path("comparison.png"))
+    html = None if arguments.html is None else report_path(arguments.html, output)
     if not folders:
         parser.error("no RUN; give the folder of at least one run")
     runs = read_runs(folders)
@@ -87,8 +106,17 @@ def main(argv: list[str] | None = None) -> None:
         plot_curves(curves, output, arguments.against)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {output}: cannot be written ({error}); choose another") from None
+    if html is not None:
+        from fastres.runs.pictures.report import write_report
+
+        try:
+            write_report(curves, html, arguments.against)
+        except OSError as error:
+            raise UsageError(f"--html {html}: cannot be written ({error}); choose another") from None
     Console(width=None if sys.stdout.isatty() else 120).print(table_of([run.folder for run in runs]))
     print(f"curves: {output}")
+    if html is not None:
+        print(f"report: {html}")
 
 
 if __name__ == "__main__":
