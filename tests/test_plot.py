@@ -94,6 +94,20 @@ def test_folders_without_a_history_are_skipped_with_a_line_each(
         plot.main([])
 
 
+def test_a_run_is_drawn_while_it_trains(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"lr": 0.1, "train_time_s": 1.0, "train_loss": 2.0, "loss": 2.1, "train_accuracy": 0.1, "accuracy": 0.2}
+    rows = [{"split": "test", "step": step} | figures for step in (10, 20)]
+    running = tmp_path / "running"
+    running.mkdir()
+    cut_short = '{"split": "test", "st'
+    (running / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), cut_short]))
+    assert [row["step"] for row in read_facts(running).history] == [10, 20]
+    plot.main([str(running)])
+    assert "not finished" in capsys.readouterr().out and size(running / "history.png")[0] == 1430
+    (runs[0] / "metrics.jsonl").write_text(json.dumps(rows[0]))
+    assert len(read_facts(runs[0]).history) == 4  # that of a finished run is in history.csv
+
+
 def test_a_picture_that_cannot_be_written_is_refused(runs: list[Path], tmp_path: Path) -> None:
     with rejected("--outptu", "--help lists all"):
         plot.main([str(runs[0]), "--outptu", "a.png"])

@@ -64,6 +64,30 @@ def _is_row(row: Any) -> bool:
     return "loss" in row and type(row["loss"]) in (int, float, type(None))  # None if it was not finite
 
 
+def history_of(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a history for the rows of metrics.jsonl that are evaluations."""
+    return [
+        {name: row[name] for name in HISTORY if name in row}
+        | {"eval_split": row["split"], "eval_accuracy": row["accuracy"]}
+        | {"eval_loss": math.nan if row["loss"] is None else row["loss"]}
+        for row in evaluations
+    ]
+
+
+def read_progress(run: Path) -> list[dict[str, Any]]:
+    """Return the history of a run that may be running: history.csv is written only when a run ends or is stopped.
+
+    Raises:
+        UsageError: if the run has no evaluation yet, or its history.csv is not a history.
+    """
+    if not (run / "summary.json").exists():
+        with suppress(OSError):
+            rows = read_metrics(run / "metrics.jsonl")
+            if evaluations := [row for row in rows if row["split"] != "train"]:
+                return history_of(evaluations)
+    return read_history(run)
+
+
 def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
     """Write history.csv into the run's folder.
 
@@ -74,14 +98,8 @@ def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
     Raises:
         OSError: if the folder cannot be written.
     """
-    rows = [
-        {name: row[name] for name in HISTORY if name in row}
-        | {"eval_split": row["split"], "eval_accuracy": row["accuracy"]}
-        | {"eval_loss": math.nan if row["loss"] is None else row["loss"]}
-        for row in evaluations
-    ]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, HISTORY)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(history_of(evaluations))
     write_text(folder / "history.csv", table.getvalue())

@@ -158,7 +158,7 @@ def titles(curves: Sequence[Curve]) -> tuple[str, str]:
     for unit, values in (("steps", (run.steps for run in runs)), ("seed", (run.seed for run in runs))):
         known = _all(values)
         if known != UNKNOWN and (unit == "steps" or len(runs) == 1):
-            parts.append(f"{known} steps" if unit == "steps" else f"seed {known}")
+            parts.append(f"{known.replace(', ', ' / ')} steps" if unit == "steps" else f"seed {known}")
     if len(runs) == 1:
         parts.append(style.shorten(runs[0].name))
     else:

@@ -13,7 +13,7 @@ from typing import Any
 from fastres.config.files import rename_values
 from fastres.config.formats import read_yaml
 from fastres.config.schema import MAY_CHANGE, SECTIONS, Config, to_dict
-from fastres.runs.history import read_history
+from fastres.runs.history import read_progress
 from fastres.utils.atomic_io import parse_json
 
 UNKNOWN = "–"
@@ -137,12 +137,12 @@ def read_facts(folder: Path, summary: dict[str, Any] | None = None) -> RunFacts:
         summary: the content of summary.json, if it is not written yet.
 
     Raises:
-        UsageError: if the folder has no history.
+        UsageError: if the folder has no evaluation.
     """
     return RunFacts(
         folder=folder,
         name=folder.name or folder.resolve().name,
-        history=read_history(folder),
+        history=read_progress(folder),
         summary=summary or _mapping(folder / "summary.json", parse_json),
         settings=_settings(_mapping(folder / "config.yaml", read_yaml)),
         environment=_mapping(folder / "env.json", parse_json),
