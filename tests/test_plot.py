@@ -145,7 +145,7 @@ def test_the_title_has_network_data_device_and_result(tmp_path: Path) -> None:
 
 def test_seeds_of_one_configuration_are_one_line_with_a_band(tmp_path: Path) -> None:
     runs = [facts(tmp_path / f"wide-seed{seed}", seed, accuracy=None, evaluations=3) for seed in (1, 10)]
-    other = facts(tmp_path / "_other", seed=2, lr=0.2)
+    other = facts(tmp_path / "_other", seed=2, lr=0.2, evaluations=3)
     band, single = curves = curves_of([*runs, other])
     assert (band.label, single.label) == ("wide, 2 seeds", "_other") and band.runs == runs
     low, high = band.extremes("train_loss")

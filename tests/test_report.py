@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastres import plot
+from fastres.runs.pictures import style
 from fastres.runs.pictures.facts import Classes, read_classes
 from tests.fixtures import rejected
 from tests.test_plot import a_run
@@ -122,6 +123,18 @@ def test_a_report_loads_nothing(compared: Path) -> None:
     used = [v[1:] for _, a in page.elements for n, v in a.items() if n.endswith("href") and v and v.startswith("#")]
     used += re.findall(r"url\(#([^)]+)\)", page_source)
     assert used and set(used) <= set(ids)
+
+
+def test_only_the_tags_of_a_picture_are_adapted_to_the_page(tmp_path: Path) -> None:
+    text = f' id="a" "#b" url(#c) font: 9px bold; {style.INK} <!-- d --> <style>e</style>'
+    figure = style.new_figure(4, 1)
+    figure.text(0, 0.5, text, color=style.INK, parse_math=False)
+    (tmp_path / "a.html").write_text(style.inline_svg(figure, "one", f"the words {text}"), encoding="utf-8")
+    page = Page(tmp_path / "a.html")
+    (picture,) = page.named("svg")
+    assert text.strip() in page.text and picture["aria-label"] == f"the words {text}"
+    styles = " ".join(attributes.get("style") or "" for attributes in page.named("text"))
+    assert "currentColor" in styles and "10px" in styles and "system-ui" in styles and "DejaVu" not in styles
 
 
 def test_a_report_is_accessible(compared: Path) -> None:

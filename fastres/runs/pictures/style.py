@@ -112,8 +112,13 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     assert view is not None
     svg = svg[svg.index(">") + 1 :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font: (\S+) [^;\"]*", r"font-size: \1", svg).replace(INK, "currentColor")
+    svg = re.sub(r"<[^>]+>", lambda tag: _adapted(tag[0], name), svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     label = escape(description)
     return f'<svg {view[0]} role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">{svg}'
+
+
+def _adapted(tag: str, name: str) -> str:
+    """Return a tag of matplotlib's SVG with unique identifiers, and with the page's font and colour."""
+    tag = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", tag)
+    return re.sub(r"(px|font-family:) '[^;\"]*", r"\1 system-ui, sans-serif", tag).replace(INK, "currentColor")
