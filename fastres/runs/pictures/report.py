@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from fastres.runs.pictures import curves as pictures
 from fastres.runs.pictures import style
-from fastres.runs.pictures.confusion import confusion_figure
+from fastres.runs.pictures.confusion import NUMBERED, confusion_figure
 from fastres.runs.pictures.curves import Curve
 from fastres.runs.pictures.facts import UNKNOWN, RunFacts, read_classes
 from fastres.utils.atomic_io import write_text
@@ -158,6 +158,7 @@ def _classes(i: int, run: RunFacts, name: str) -> dict[str, Any] | None:
     return {
         "name": name,
         "accuracy": f"{classes.accuracy:.4f}",
+        "large": len(classes.names) > NUMBERED,
         "picture": Markup(style.inline_svg(figure, f"confusion-{i}", described)),
         "mistakes": [(a, b, f"{n:,}", f"{share:.1%}") for a, b, n, share in mistakes],
         "rows": [
