@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure  # not pyplot: no window, no global state
+from matplotlib.figure import Figure
 
 from bench.lib import targets
-from bench.lib.tables import Row, consumer_rate, tables
+from bench.lib.tables import TABLES, Row, consumer_rate, tables
+from fastres.runs.pictures import style
 from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
@@ -129,45 +130,54 @@ def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
     for name, plot in PLOTS.items():
         of_file = [row for row in rows if row.file == f"bench_{name}.py"]
         if of_file and (figure := plot(of_file)) is not None:
-            figure.suptitle(device, fontsize=9, color="0.4")
+            title, _, _ = TABLES[f"bench_{name}.py"]
+            figure.suptitle(f"{title}, {device}", fontsize=11, color=style.INK)
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{slug}-{name}.png"
-            figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes for the same figures
+            style.save(figure, path)
             drawn.append(path)
     return drawn
 
 
 def plot_throughput(rows: Sequence[Row]) -> Figure:
     """Plot each ratio to the plain loop's images/s, with the spread of the rounds' own ratios."""
-    figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    figure = style.new_figure(8, 1.3 + 0.3 * len(rows), layout="constrained")
     axes = figure.subplots()
+    kinds = {True: ("training", style.BLUE), False: ("inference", style.ORANGE)}
     for i, row in enumerate(reversed(rows)):
         low, high = statistics.quantiles(row.info["ratios"], n=5)[::3]
-        axes.barh(i, row.info["ratio"], color="tab:blue" if row.info["training"] else "tab:green", height=0.6)
-        axes.plot([low, high], [i, i], color="black", linewidth=1)
-        axes.text(
-            high + 0.03, i, f"{row.info['ratio']:.2f} ×, {row.info['images_per_s']:,.0f}/s", va="center", fontsize=8
-        )
-    axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)], fontsize=8)
-    axes.axvline(1, color="0.5", linestyle=":")
+        ratio, (kind, color) = row.info["ratio"], kinds[bool(row.info["training"])]
+        axes.barh(i, ratio, color=color, height=0.6, label=kind)
+        axes.plot([low, high], [i, i], color=style.INK, linewidth=1.2, label="20 to 80 % of the rounds")
+        text = f"{ratio:.2f} ×, {row.info['images_per_s']:,.0f} images/s"
+        axes.text(max(high, ratio) + 0.03, i, text, va="center", fontsize=8, color=style.INK)
+    axes.axvline(1, color=style.INK, linestyle=":", linewidth=1.2, label="plain loop")
+    axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)])
     axes.set_xlim(0, 1.35 * max(row.info["ratio"] for row in rows))
-    axes.set_xlabel("× the plain eager fp32 NCHW loop; line: 20 to 80 % of the rounds")
-    axes.set_title("blue: training, green: inference", fontsize=9)
+    axes.set_xlabel("ratio to the plain loop (eager, fp32, NCHW); more is better")
+    style.tidy(axes, grid="x")
+    handles, labels = axes.get_legend_handles_labels()
+    first = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry of each label
+    names = [*(kind for kind, _ in kinds.values() if kind in first), "20 to 80 % of the rounds", "plain loop"]
+    figure.legend([first[name] for name in names], names, loc="outside lower center", ncols=len(names), frameon=False,
+                  fontsize=9)  # fmt: skip
     return figure
 
 
 def plot_time_to_90(rows: Sequence[Row]) -> Figure:
     """Plot every seed's time and accuracy."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = style.new_figure(7, 4.2, layout="constrained")
     axes = figure.subplots()
-    for row in rows:
+    for i, row in enumerate(rows):
         means = f"{row.info['mean_s']:.1f} s, {row.info['mean_accuracy']:.2%}"
-        label = f"{row.info['contest']}, {row.info['kind']}: {means}"
-        axes.plot(row.info["times_s"], row.info["accuracies"], "o", label=label, alpha=0.7)
-    axes.axhline(0.9, color="0.5", linestyle=":")
+        label = f"{row.info['contest']}, {row.info['kind']}, mean of {len(row.info['times_s'])} seeds: {means}"
+        how = style.line_style(i) | {"linestyle": "none"}
+        axes.plot(row.info["times_s"], row.info["accuracies"], label=label, alpha=0.8, **how)
+    axes.axhline(0.9, color=style.INK, linestyle=":", linewidth=1.2, label="90 %")
     axes.set(xlabel="seconds", ylabel="test accuracy at the last step")
     axes.set_xlim(left=0)
-    axes.legend(fontsize=8)
+    style.tidy(axes)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
@@ -176,24 +186,29 @@ def plot_scaling(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if "sizes" in row.info]
     if not rows:
         return None
-    figure = Figure(figsize=(4 * len(rows), 3.4), layout="constrained")
+    figure = style.new_figure(4 * len(rows), 3.6, layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False)
     for row, axes in zip(rows, panels[0], strict=True):
         info = row.info
         if info["sweep"] == "processes":
-            axes.bar([str(size) for size in info["sizes"]], info["images_per_s"], width=0.5)
+            axes.bar([str(size) for size in info["sizes"]], info["images_per_s"], width=0.5, color=style.BLUE)
             axes.set(xlabel="processes", ylabel="images/s")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            style.tidy(axes, grid="y")
             continue
         ms = [1e3 * s for s in info["step_s"]]
-        axes.plot(info["sizes"], ms, "o-")
+        axes.plot(info["sizes"], ms, "o", color=style.BLUE, label="measured")
         ends = [0, max(info["sizes"])]
-        axes.plot(ends, [1e3 * (info["fixed_s"] + info["slope_s"] * x) for x in ends], ":", color="0.5")
+        fit = [1e3 * (info["fixed_s"] + info["slope_s"] * x) for x in ends]
+        axes.plot(ends, fit, ":", color=style.INK, linewidth=1.2, label=f"line through {fit[0]:.1f} ms at 0")
         axes.set(
             xlabel={"batch": "images of a batch, ResNet-20", "depth": "depth, batch 128"}[info["sweep"]],
             ylabel="ms a step",
         )
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+        style.tidy(axes)
     return figure
 
 
@@ -203,22 +218,25 @@ def plot_loaders(rows: Sequence[Row]) -> Figure:
     for row in rows:
         case, _, loader = row.case.rpartition("-")
         cases[case].append((loader, row.info))
-    figure = Figure(figsize=(3.2 * len(cases), 3.4), layout="constrained")
+    figure = style.new_figure(3.4 * len(cases), 3.6, layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)
     for (case, of_case), axes in zip(cases.items(), panels[0], strict=True):
         model, (takes, _) = of_case[0][1]["model"], consumer_rate(of_case[0][1])
         for i, (_, info) in enumerate(of_case):
-            axes.plot(i, info["images_per_s"], "o", color="tab:blue")
+            axes.plot(i, info["images_per_s"], "o", color=style.BLUE)
             text = f"{info['images_per_s']:,.0f}"
-            axes.annotate(text, (i, info["images_per_s"]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.axhline(takes, color="tab:red", linestyle=":")
+            axes.annotate(text, (i, info["images_per_s"]), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+        axes.axhline(takes, color=style.VERMILION, linestyle=":", linewidth=1.2)
         axes.annotate(f"{model} takes {takes:,.0f}", (0.02, takes), (0, 3), ("axes fraction", "data"), "offset points",
-                      fontsize=8, color="tab:red")  # fmt: skip
+                      fontsize=9, color=style.VERMILION)  # fmt: skip
         axes.set_xticks(range(len(of_case)), [loader for loader, _ in of_case])
         axes.set_xlim(-0.5, len(of_case) - 0.5)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(takes / 2, 3 * max(info["images_per_s"] for _, info in of_case))
-        axes.set(title=case, ylabel="images/s")
+        axes.set_title(case.replace("_", ", ").replace("px", " px"), fontsize=10)
+        axes.set_ylabel("images/s")
+        style.tidy(axes, grid="y")
     return figure
 
 

@@ -22,8 +22,8 @@ from fastres.training.engine import resolve_engine
 from fastres.utils.errors import Parser, UsageError
 from tests.commands import ROOT, run_module
 
-COMMANDS = ["fastres.train", "fastres.predict", "fastres.evaluate", "fastres.export", "fastres.profile",
-            "fastres.doctor"]  # fmt: skip
+COMMANDS = ["fastres.train", "fastres.predict", "fastres.evaluate", "fastres.export", "fastres.plot",
+            "fastres.profile", "fastres.doctor"]  # fmt: skip
 TOOLS = ["bench.report", "bench.held_out", "bench.counts", "bench.fuse_sweep", "bench.cpu_norm",
          "fastres_kernels.report"]  # fmt: skip
 

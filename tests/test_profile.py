@@ -25,7 +25,7 @@ from fastres import build_model, profile
 from fastres.config.schema import Config, EngineConfig
 from fastres.profiling import trace
 from fastres.profiling.measure import Outcome, VariantRun, difference, measure, prepare, step_in_parts
-from fastres.profiling.report import plot, rows_of, show
+from fastres.profiling.report import COLORS, bars_of, figure_of, plot, rows_of, show
 from fastres.profiling.trace import PARTS, Operator, WorkCount, bound
 from fastres.profiling.variants import ALL, REFERENCE, Variant, variants_named
 from fastres.profiling.workloads import Workload, block_workload, model_workload, resolved
@@ -137,7 +137,8 @@ def test_the_picture_is_not_blank(raw: dict[str, Any], folder: Path) -> None:
         colors = picture.convert("RGB").getcolors(maxcolors=2**24)
     assert colors is not None
     drawn = {color for _, color in colors}
-    assert {(0x48, 0x78, 0xA8), (0xE0, 0x8A, 0x3C), (0x6A, 0xA5, 0x6A)} <= drawn  # forward, backward, optimizer
+    parts = {tuple(bytes.fromhex(COLORS[part].removeprefix("#"))) for part in PARTS}
+    assert len(parts) == 3 and parts <= drawn
 
 
 def test_traces_have_the_ranges_of_each_step(raw: dict[str, Any], folder: Path) -> None:
@@ -420,9 +421,27 @@ def test_a_replayed_step_is_timed_as_a_whole(kind: str, tmp_path: Path) -> None:
     rows = rows_of(profile)
     assert rows[0]["forward_ms"] is None and rows[0]["steps_in_parts"] == 0 and rows[0]["step_ms"] > 0
     plot(profile, tmp_path / "profile.png")
+    bars = bars_of(rows)
+    assert bars["forward"][0] == 0 and bars["replay"] == [rows[0]["step_ms"], 0]
+    # The longest bar is the slowest variant: bars are as long as the steps whose images/s stand beside them.
+    assert [sum(parts) for parts in zip(*bars.values(), strict=True)] == pytest.approx([r["step_ms"] for r in rows])
     show(profile, Console(file=(out := StringIO()), width=140))
     line = next(line for line in out.getvalue().splitlines() if line.startswith(f"│ {graph.name} "))
     assert line.count("in one replay") == len(PARTS)
+
+
+def test_a_disturbed_profile_is_marked_on_its_picture(tmp_path: Path) -> None:
+    workload = block_workload("basic", 8, 2, 4)
+    variant = Variant("eager", "torch", "channels_last", "fp32")
+    engines = {variant: resolve_engine(variant.config(workload.model, "cpu"))}
+    profile = measure(
+        workload, engines, {}, rounds=1, steps=1, folder=tmp_path, keep_traces=False, say=lambda line: None
+    )  # fmt: skip
+    calm, busy = ({"host": profile.before["host"] | {"governor": name}, "gpu": None} for name in (None, "powersave"))
+    undisturbed, disturbed = (
+        figure_of(replace(profile, before=state, after=state)).axes[0].get_title() for state in (calm, busy)
+    )
+    assert undisturbed == "" and disturbed == "doubtful: the CPU's frequency governor is powersave"
 
 
 # ---- work and traces

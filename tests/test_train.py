@@ -31,7 +31,7 @@ from fastres.evaluate import evaluate_run
 from fastres.export import export
 from fastres.models.registry import build_model
 from fastres.runs import checkpoint
-from fastres.runs.history import read_history, read_metrics, write_history
+from fastres.runs.history import read_history, read_metrics
 from fastres.runs.loading import read_run
 from fastres.runs.run_dir import RunDir
 from fastres.train import main
@@ -494,7 +494,7 @@ def test_a_non_finite_point_of_the_curve_is_null_in_json_and_a_gap_in_the_plot(t
     (tmp_path / "metrics.jsonl").write_text(json_of(row) + "\n" + json_of(row | {"step": 2, "loss": 2.0}) + "\n")
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["loss"] for row in rows] == [None, 2.0]
-    write_history(rows, tmp_path)
+    RunDir(parse(["--run.dir", str(tmp_path)])).write_history()
     assert [str(row["eval_loss"]) for row in read_history(tmp_path)] == ["nan", "2.0"]
     assert (tmp_path / "history.png").exists()
 

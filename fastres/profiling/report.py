@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,10 +17,13 @@ from fastres.profiling.trace import PARTS, Operator
 from fastres.profiling.variants import Variant
 from fastres.profiling.workloads import Workload
 from fastres.runs.environment import device_name, environment
+from fastres.runs.pictures import style
 from fastres.training.engine import Engine
 from fastres.utils import hardware
-from fastres.utils.atomic_io import atomic_write
 from fastres.utils.timing import Timing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -28,7 +32,7 @@ MEMORY = {  # by device: the source of the peak, and the file with the memory's 
     "cpu": "peak: bytes in use, and allocations seen by torch's profiler on the CPU; the traces show them as [memory]",
     "cuda": "peak: bytes in use, and torch.cuda.max_memory_allocated; open memory-*.pickle at pytorch.org/memory_viz",
 }
-COLORS = {"forward": "#4878a8", "backward": "#e08a3c", "optimizer": "#6aa56a", "replay": "#8c8c8c"}
+COLORS = {"forward": style.BLUE, "backward": style.ORANGE, "optimizer": style.GREEN, "replay": style.PURPLE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,35 +196,57 @@ def title_of(profile: Profile) -> str:
 
 
 def plot(profile: Profile, path: Path) -> None:
-    """Draw a bar for each variant with forward, backward and optimizer of a step, and images/s beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    """Write the picture of the profile."""
+    style.save(figure_of(profile), path)
 
+
+def figure_of(profile: Profile) -> Figure:
+    """Draw a bar for each variant, as long as its step, with images/s beside it, and mark a doubtful measurement.
+
+    Bars and labels are medians of the same rounds. Forward, backward and optimizer are measured in other, single steps,
+    so their medians only divide the bar: placed end to end, they could make the bar of a faster variant longer.
+    """
     rows = rows_of(profile)
-    figure = Figure(figsize=(11, 1.6 + 0.55 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    doubts = [line for reason in hardware.disturbances(profile.before, profile.after)
+              for line in textwrap.wrap(f"doubtful: {reason}", 110)]  # fmt: skip
+    figure = style.new_figure(11, 1.75 + 0.2 * len(doubts) + 0.55 * len(rows), layout="constrained")
     axes = figure.subplots()
-    # A replay has no parts, so the whole step is one bar.
-    left = [0.0 if row["steps_in_parts"] else row["step_ms"] for row in rows]
-    axes.barh(range(len(rows)), left, 0.62, color=COLORS["replay"], label="replay" if any(left) else None)
-    for part in PARTS:
-        widths = [row[f"{part}_ms"] or 0.0 for row in rows]
+    left = [0.0] * len(rows)
+    for part, widths in bars_of(rows).items():
         axes.barh(range(len(rows)), widths, 0.62, left=left, label=part, color=COLORS[part])
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for i, (row, end) in enumerate(zip(rows, left, strict=True)):
+    for i, (row, result) in enumerate(zip(rows, profile.results, strict=True)):
+        low_ms, high_ms = (1e3 * s / profile.steps for s in result.step.quantiles_s)
+        axes.plot([low_ms, high_ms], [i, i], color=style.INK, linewidth=1.2)
         text = f"{row['images_per_s']:,.0f} images/s, {row['ratio']:.2f} ×"
-        axes.annotate(text, (end, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(text, (max(row["step_ms"], high_ms), i), xytext=(6, 0), textcoords="offset points", va="center",
+                      fontsize=9, color=style.INK)  # fmt: skip
+        left[i] = max(left[i], high_ms)
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(left))
-    axes.set_xlabel("ms per step (medians)")
-    axes.set_title(title_of(profile), fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+    axes.set_xlabel(
+        f"ms per step, median of {profile.rounds} rounds (line: 20 to 80 %); parts in the proportions of single steps"
+    )
+    axes.xaxis.set_major_formatter("{x:,g}")
+    style.tidy(axes, grid="x")
+    figure.suptitle(title_of(profile), fontsize=10, color=style.INK)
+    if doubts:
+        axes.set_title("\n".join(doubts), fontsize=10, fontweight="bold", color=style.VERMILION)
+    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False, labelcolor=style.INK)
+    return figure
+
+
+def bars_of(rows: list[Row]) -> dict[str, list[float]]:
+    """Return the ms of each part for each variant, which add up to the step; a replayed step is one part."""
+    bars: dict[str, list[float]] = {part: [] for part in (*PARTS, "replay")}
+    for row in rows:
+        of_parts = [row[f"{part}_ms"] or 0.0 for part in PARTS] if row["steps_in_parts"] else [0.0] * len(PARTS)
+        whole = sum(of_parts)
+        for part, ms in zip(PARTS, of_parts, strict=True):
+            bars[part].append(row["step_ms"] * ms / whole if whole else 0.0)
+        bars["replay"].append(0.0 if whole else row["step_ms"])
+    return {part: widths for part, widths in bars.items() if any(widths)}
 
 
 def show(profile: Profile, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The curves of a run: metrics.jsonl while it trains, history.csv and history.png of its evaluations."""
+"""The history of a run: metrics.jsonl while it trains, and history.csv, the table of its evaluations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastres.utils.atomic_io import atomic_write, parse_json, write_text
+from fastres.utils.atomic_io import parse_json, write_text
 from fastres.utils.errors import UsageError
 
 HISTORY = ("step", "train_loss", "train_accuracy", "eval_split", "eval_loss", "eval_accuracy", "lr", "train_time_s")
@@ -20,7 +20,7 @@ PANELS = (  # (column, title): rows loss and accuracy, columns train and validat
     ("eval_accuracy", "{} accuracy"),
 )
 SPLITS = ("test", "validation")
-AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time, s")}  # (column, label of the axis)
+AGAINST = {"step": ("step", "step"), "time": ("train_time_s", "training time")}  # (column, label of the axis)
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
@@ -41,47 +41,6 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         raise UsageError(f"cannot read {run / 'history.csv'}: {error.strerror}") from None
     except (ValueError, TypeError, csv.Error):
         raise UsageError(f"{run / 'history.csv'} is not a history of fastres") from None
-
-
-def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, against: str = "step") -> None:
-    """Draw train and evaluation loss and accuracy in 2 x 2 panels, with one line per run.
-
-    Args:
-        runs: histories by the name that the legend shows.
-        path: the picture's file, whose suffix is the format.
-        against: one of AGAINST.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    from matplotlib.ticker import LogLocator
-
-    x, label = AGAINST[against]
-    figure = Figure(figsize=(11, 7.5))  # without a layout of matplotlib's, because these draw everything twice
-    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.07, wspace=0.15, hspace=0.24)
-    FigureCanvasAgg(figure)
-    splits = {row["eval_split"] for rows in runs.values() for row in rows}
-    split = " / ".join(sorted(splits)) or "validation"
-    for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
-        for name, rows in runs.items():
-            axes.plot(
-                [row[x] for row in rows],
-                [row[column] for row in rows],
-                label=name,
-                linewidth=1.4,
-                marker="o" if len(rows) < 3 else None,
-            )
-        axes.set_title(title.format(split))
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-        if "loss" in column and not any(row[column] <= 0 for rows in runs.values() for row in rows):
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-        if len(runs) > 1:
-            axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=130, format=path.suffix.removeprefix(".") or "png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -105,8 +64,32 @@ def _is_row(row: Any) -> bool:
     return "loss" in row and type(row["loss"]) in (int, float, type(None))  # None if it was not finite
 
 
+def history_of(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a history for the rows of metrics.jsonl that are evaluations."""
+    return [
+        {name: row[name] for name in HISTORY if name in row}
+        | {"eval_split": row["split"], "eval_accuracy": row["accuracy"]}
+        | {"eval_loss": math.nan if row["loss"] is None else row["loss"]}
+        for row in evaluations
+    ]
+
+
+def read_progress(run: Path) -> list[dict[str, Any]]:
+    """Return the history of a run that may be running: history.csv is written only when a run ends or is stopped.
+
+    Raises:
+        UsageError: if the run has no evaluation yet, or its history.csv is not a history.
+    """
+    if not (run / "summary.json").exists():
+        with suppress(OSError):
+            rows = read_metrics(run / "metrics.jsonl")
+            if evaluations := [row for row in rows if row["split"] != "train"]:
+                return history_of(evaluations)
+    return read_history(run)
+
+
 def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
-    """Write history.csv and, if there are any evaluations, history.png into the run's folder.
+    """Write history.csv into the run's folder.
 
     Args:
         evaluations: the rows of metrics.jsonl that are evaluations.
@@ -115,16 +98,8 @@ def write_history(evaluations: list[dict[str, Any]], folder: Path) -> None:
     Raises:
         OSError: if the folder cannot be written.
     """
-    rows = [
-        {name: row[name] for name in HISTORY if name in row}
-        | {"eval_split": row["split"], "eval_accuracy": row["accuracy"]}
-        | {"eval_loss": math.nan if row["loss"] is None else row["loss"]}
-        for row in evaluations
-    ]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, HISTORY)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(history_of(evaluations))
     write_text(folder / "history.csv", table.getvalue())
-    if rows:
-        plot_curves({folder.name: read_history(folder)}, folder / "history.png")

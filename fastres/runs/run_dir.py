@@ -16,6 +16,8 @@ from fastres.data.description import DataDescription
 from fastres.runs import checkpoint
 from fastres.runs.environment import environment
 from fastres.runs.history import read_metrics, write_history
+from fastres.runs.pictures.curves import curves_of, plot_curves
+from fastres.runs.pictures.facts import read_facts
 from fastres.runs.trackers.tracker import Trackers
 from fastres.training.engine import Engine
 from fastres.utils import ranks
@@ -151,7 +153,14 @@ class RunDir:
         """Return the lines of metrics.jsonl that are evaluations."""
         return [row for row in read_metrics(self.folder / "metrics.jsonl") if row["split"] != "train"]
 
-    def write_history(self) -> None:
-        """Write history.csv and history.png from the evaluations so far."""
+    def write_history(self, summary: dict[str, Any] | None = None) -> None:
+        """Write history.csv and, if there are any evaluations, history.png.
+
+        Args:
+            summary: the content of summary.json, which is written last, for the picture of a finished run.
+        """
         with self.writing():
-            write_history(self.evaluations(), self.folder)
+            evaluations = self.evaluations()
+            write_history(evaluations, self.folder)
+            if evaluations:
+                plot_curves(curves_of([read_facts(self.folder, summary)]), self.folder / "history.png")

@@ -202,9 +202,9 @@ class TrainingLog:
         folder: Path = self.run.folder
         with self.run.writing():
             save_weights(self.parts.model, folder / "model.safetensors", metadata(self.config, self.run.data))
-            self.run.write_history()
+            self.run.write_history(self._summary(final, captured))
             write_classes(final, self.class_names, folder, self.config.model.name)
-            write_json(folder / "summary.json", self._summary(final, captured))
+            write_json(folder / "summary.json", self._summary(final, captured))  # again: its times include the pictures
         for line in (*accuracy_lines(final, self.class_names), *self._best_line()):
             self._say(line)
         self._say(

@@ -1,0 +1,1 @@
+"""Pictures of runs, and the report that shows them: curves, confusion matrices, and the style of every picture."""
