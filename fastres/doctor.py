@@ -184,12 +184,17 @@ def data(root: Path) -> Findings:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run all checks and print their findings. Return the exit status."""
-    parser = Parser(prog="python -m fastres.doctor", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("doctor", description=__doc__.partition(": ")[2])
     parser.add_argument("--data.root", dest="root", type=user_path, default=Path("data"), metavar="DIR",
                         help="folder to search for data sets (default: %(default)s)")  # fmt: skip
-    root: Path = parser.parse_args(argv).root
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all checks and print their findings. Return the exit status."""
+    root: Path = parser().parse_args(argv).root
     checks: dict[str, Callable[[], Findings]] = {
         "versions": versions,
         "torchvision": torchvision,

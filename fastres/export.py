@@ -15,9 +15,9 @@ from fastres.runs.exporting import FORMATS, export
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Export the run that the command line names."""
-    parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: %(default)s)")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="file to write (default: export.safetensors, "
@@ -25,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="use its weights, not the final ones")
     parser.add_trust_code()
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="side of images (default: the run's)")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export the run that the command line names."""
+    arguments = parser().parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
         raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")

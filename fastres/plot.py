@@ -39,14 +39,19 @@ def table_of(runs: list[Path]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Plot the runs that the command line names."""
-    parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="picture to write (default: history.png in "
                         "the run, or comparison.png in this directory for several)")  # fmt: skip
     parser.add_argument("--against", choices=AGAINST, default="step", help="x-axis of the curves (default: step)")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plot the runs that the command line names."""
+    arguments = parser().parse_args(argv)
     runs: list[Path] = arguments.runs
     output = arguments.output or (runs[0] / "history.png" if len(runs) == 1 else Path("comparison.png"))
     names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(r) for r in runs]

@@ -45,13 +45,13 @@ def parser() -> Parser:
     """Return the command line's parser."""
     on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
-        prog="python -m fastres.profile",
+        "profile",
         description="Measure variants of one block or of a whole network side by side.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  python -m fastres.profile --model resnet50 --batch-size 256\n"
-        "  python -m fastres.profile --block basic --channels 16 --size 32 --batch-size 1024\n"
-        "  python -m fastres.profile --variants eager-fp32 'compile-*channels_last-bf16'\n"
+        "  %(prog)s --model resnet50 --batch-size 256\n"
+        "  %(prog)s --block basic --channels 16 --size 32 --batch-size 1024\n"
+        "  %(prog)s --variants eager-fp32 'compile-*channels_last-bf16'\n"
         "\nExit status: 0 done, 1 failed, 2 invalid input.",
     )
     what = made.add_mutually_exclusive_group()
@@ -146,6 +146,7 @@ def folder_for(out: Path | None, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Profile the requested workload, and write profile.json, profile.csv and profile.png."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs each of its stages
     arguments = parser().parse_args(argv)
     check_flags(arguments)
     workload = workload_of(arguments)
@@ -181,5 +182,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs each of its stages
     run_command(main)

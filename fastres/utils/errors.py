@@ -39,8 +39,8 @@ class RunError(Exception):
 class Parser(argparse.ArgumentParser):
     """The parser of a command other than train: one-line errors and no abbreviations, as in train."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, **how)
+    def __init__(self, command: str = "", **how: Any) -> None:
+        super().__init__(prog=process.command_name(command), allow_abbrev=False, **how)
         self.add_argument("--version", action="version", version=f"fastres {__version__}")
 
     def add_trust_code(self) -> None:
