@@ -83,7 +83,12 @@ def test_a_command_does_the_same_work_as_its_module(tmp_path: Path) -> None:
     done = run_module("fastres", "train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = parse_json((tmp_path / "run/summary.json").read_text("utf-8"))
-    assert parse_json((tmp_path / "run/env.json").read_text("utf-8"))["command"][1:] == ["-m", "fastres", "train", *flags]
+    assert parse_json((tmp_path / "run/env.json").read_text("utf-8"))["command"][1:] == [
+        "-m",
+        "fastres",
+        "train",
+        *flags,
+    ]
     done = run_module("fastres.train", *flags, cwd=tmp_path)
     assert done.stdout == f"run is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do\n"
 
