@@ -24,6 +24,7 @@ from tests.commands import ROOT, users_environment
 
 # The packages of the environment that runs the tests: pip, setuptools and lazy_loader, but not what its .pth files add.
 PACKAGES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+INSTALLED_FROM = ("fastres", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 WHERE = "import fastres, fastres_kernels; print(fastres.__file__, fastres_kernels.__file__)"
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 
@@ -31,10 +32,11 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.
 def copy_checkout(folder: Path) -> Path:
     """Copy what an installation needs, and return the copy."""
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("fastres", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for name in INSTALLED_FROM:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=skipped)
+        else:
+            shutil.copy(ROOT / name, folder)
     return folder
 
 
