@@ -152,12 +152,12 @@ def optional() -> Findings:
     triton = version("triton")
     yield ((OK, f"Triton {triton}") if triton else (NOTE, "Triton is not installed: on a GPU, pip install triton"))
     dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
-    yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
+    yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install 'fastres[dali]'")
     apex, why = training.find_apex("optimizers")
     yield (NOTE if apex is None else OK), why
     for purpose, (packages, extra) in EXTRAS.items():
         if missing := [name for name in packages if version(name) is None]:
-            yield NOTE, f"{purpose}: {', '.join(missing)} not installed: pip install '.[{extra}]'"
+            yield NOTE, f"{purpose}: {', '.join(missing)} not installed: pip install 'fastres[{extra}]'"
         else:
             yield OK, f"{purpose}: {', '.join(f'{name} {version(name)}' for name in packages)}"
 

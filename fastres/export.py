@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
+        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install 'fastres[export]'")
     flags = [f"--model.trust_code={arguments.trust_code}"]
     flags += [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = runs.read_run(arguments.run, arguments.checkpoint, flags)

@@ -174,6 +174,12 @@ def test_the_installed_program_names_itself_in_help_and_errors(installed: Path, 
     assert done.stderr.startswith("fastres: error: unknown command 'trian'; did you mean 'train'? ")
 
 
+def test_an_extra_is_installed_without_the_checkout_as_the_error_messages_say(installed: Path, tmp_path: Path) -> None:
+    command = ("-m", "pip", "install", "--dry-run", "--no-index", "--disable-pip-version-check", "fastres[tensorboard]")
+    printed = run(installed / "python", *command, cwd=tmp_path)
+    assert "already satisfied: tensorboard>=" in printed and "Would install" not in printed
+
+
 @pytest.mark.slow
 def test_the_installed_program_trains_predicts_and_checks_the_machine(installed: Path, tmp_path: Path) -> None:
     fastres = installed / "fastres"

@@ -29,7 +29,7 @@ def check(config: Config, scaled: bool = False, *, builds_network: bool = True) 
     for extra in ("tensorboard", "wandb"):
         _reject_if(
             getattr(config.run, extra) and importlib.util.find_spec(extra) is None,
-            f"run.{extra}: {extra} is not installed; pip install '.[{extra}]'",
+            f"run.{extra}: {extra} is not installed; pip install 'fastres[{extra}]'",
         )
     if builds_network:
         _check_model(config.model)
