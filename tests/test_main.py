@@ -79,7 +79,8 @@ def test_an_error_ends_the_program_with_one_line_and_status_2(tmp_path: Path) ->
 
 
 def test_a_command_does_the_same_work_as_its_module(tmp_path: Path) -> None:
-    flags = "--recipe digits --model.name resnet8 --train.steps 10 --schedule.warmup_steps 5 --run.dir run".split()
+    flags = ("--recipe digits --model.name resnet8 --model.norm torch --engine.conv torch --train.steps 10 "
+             "--schedule.warmup_steps 5 --run.dir run").split()  # fmt: skip
     done = run_module("fastres", "train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = parse_json((tmp_path / "run/summary.json").read_text("utf-8"))
@@ -91,6 +92,8 @@ def test_a_command_does_the_same_work_as_its_module(tmp_path: Path) -> None:
     ]
     done = run_module("fastres.train", *flags, cwd=tmp_path)
     assert done.stdout == f"run is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do\n"
+    (tmp_path / "broken.png").touch()
+    assert run_module("fastres", "predict", "run", "broken.png", cwd=tmp_path).returncode == 1
 
 
 # ---- completion ----------------------------------------------------------------------------------------------
