@@ -154,12 +154,12 @@ def optional() -> Findings:
     triton = version("triton")
     yield ((OK, f"Triton {triton}") if triton else (NOTE, "Triton is not installed: on a GPU, pip install triton"))
     dali = next((f"DALI {version(name)} ({name})" for name in DALI if version(name)), None)
-    yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install '.[dali]'")
+    yield (OK, dali) if dali else (NOTE, "DALI is not installed: pip install 'fastres[dali]'")
     apex, why = training.find_apex("optimizers")
     yield (NOTE if apex is None else OK), why
     for purpose, (packages, extra) in EXTRAS.items():
         if missing := [name for name in packages if version(name) is None]:
-            yield NOTE, f"{purpose}: {', '.join(missing)} not installed: pip install '.[{extra}]'"
+            yield NOTE, f"{purpose}: {', '.join(missing)} not installed: pip install 'fastres[{extra}]'"
         else:
             yield OK, f"{purpose}: {', '.join(f'{name} {version(name)}' for name in packages)}"
 
@@ -186,12 +186,17 @@ def data(root: Path) -> Findings:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run all checks and print their findings. Return the exit status."""
-    parser = Parser(prog="python -m fastres.doctor", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("doctor", description=__doc__.partition(": ")[2])
     parser.add_argument("--data.root", dest="root", type=user_path, default=Path("data"), metavar="FOLDER",
                         help="Folder to search for data sets. (default: %(default)s)")  # fmt: skip
-    root: Path = parser.parse_args(argv).root
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all checks and print their findings. Return the exit status."""
+    root: Path = parser().parse_args(argv).root
     checks: dict[str, Callable[[], Findings]] = {
         "versions": versions,
         "torchvision": torchvision,

@@ -16,6 +16,7 @@ from fastres.config.schema import Config, DataConfig, EngineConfig
 from fastres.utils import ranks
 from fastres.utils.atomic_io import parse_json
 from fastres.utils.errors import Parser, UsageError, run_command, user_path
+from fastres.utils.process import command_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,9 +79,9 @@ def agreement(totals: training.Metrics, path: Path) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Evaluate the run that the command line names."""
-    parser = Parser(prog="python -m fastres.evaluate", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("evaluate", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run.")
     parser.add_argument("--output", type=user_path, metavar="FOLDER", help="Write the accuracy of each class and the "
                         "confusion matrix there: classes.csv, confusion.csv, confusion.png.")  # fmt: skip
@@ -89,11 +90,16 @@ def main(argv: list[str] | None = None) -> None:
                         "but the figures may differ from the run's by rounding.")  # fmt: skip
     parser.add_trust_code()
     parser.add_quiet()
-    group = parser.add_argument_group("overrides of the run's settings (see python -m fastres.train --help)")
+    group = parser.add_argument_group(f"overrides of the run's settings (see {command_name('train')} --help)")
     for section, fields in ADJUSTABLE.items():
         for field in dataclasses.fields(fields):
             group.add_argument(f"--{section}.{field.name}", metavar="VALUE", default=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate the run that the command line names."""
+    arguments = parser().parse_args(argv)
     if ranks.world_size() > 1:
         raise UsageError(f"{ranks.world_size()} processes would each evaluate everything; run without torchrun")
     # Run eagerly by default, because one pass does not earn back the time to compile.

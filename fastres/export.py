@@ -20,9 +20,9 @@ def format_name(text: str) -> str:
     return text.replace(".", "_").replace("-", "_")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Export the run that the command line names."""
-    parser = Parser(prog="python -m fastres.export", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run.")
     parser.add_argument("--format", type=format_name, choices=FORMATS, default="safetensors", help="Format of the "
                         "file. (default: %(default)s)")  # fmt: skip
@@ -33,10 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_quiet()
     parser.add_argument("--data.image_size", dest="side", metavar="S", help="Side of an image in pixels. "
                         "(default: the run's)")  # fmt: skip
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export the run that the command line names."""
+    arguments = parser().parse_args(argv)
     format_ = FORMATS[arguments.format]
     if missing := [package for package in format_.needs if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install '.[export]'")
+        raise UsageError(f"--format {arguments.format}: {missing[0]} is not installed; pip install 'fastres[export]'")
     flags = [f"--model.trust_code={arguments.trust_code}"]
     flags += [] if arguments.side is None else [f"--data.image_size={arguments.side}"]
     config, weights = runs.read_run(arguments.run, arguments.checkpoint, flags)

@@ -82,9 +82,9 @@ def report_path(value: Path, picture: Path) -> Path:
     return value
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Plot the runs that the command line names."""
-    parser = Parser(prog="python -m fastres.plot", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("plot", description=__doc__.partition(": ")[2])
     parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help="Folder of a run.")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="Picture to write. (default: history.png in "
                         "the run, or comparison.png in this directory for several)")  # fmt: skip
@@ -94,12 +94,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--html", nargs="?", type=user_path, const=BESIDE, metavar="FILE", help="Also write a report "
                         "as one HTML file, which needs no network: results, settings that differ, curves, confusion "
                         "matrices, environment. (default FILE: the picture's name, with .html)")  # fmt: skip
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plot the runs that the command line names."""
+    command = parser()
+    arguments = command.parse_args(argv)
     folders: list[Path] = arguments.runs
     output = arguments.output or (folders[0] / "history.png" if len(folders) == 1 else Path("comparison.png"))
     html = None if arguments.html is None else report_path(arguments.html, output)
     if not folders:
-        parser.error("no RUN; give the folder of at least one run")
+        command.error("no RUN; give the folder of at least one run")
     runs = read_runs(folders)
     from fastres.runs.pictures.curves import curves_of, plot_curves
 

@@ -23,9 +23,9 @@ COLUMNS = ("file", "class", "probability")
 FOLD_FROM = 1_000  # files: fewer do not earn back the time to fold the network, which is up to half a second
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Predict the classes of the images that the command line names, and return the exit status."""
-    parser = Parser(prog="python -m fastres.predict", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser("predict", description=__doc__.partition(": ")[2])
     parser.add_argument("run", type=user_path, metavar="RUN", help="Folder of a run, or an exported .safetensors, "
                         ".pt2 or .onnx file.")  # fmt: skip
     parser.add_argument("images", nargs="+", type=user_path, metavar="FILE", help="Image files, and folders of them.")
@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_quiet()
     parser.add_argument("--engine.device", dest="device", default="auto", help="Device for a run: auto, cpu, cuda or "
                         "cuda:N. (default: %(default)s)")  # fmt: skip
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predict the classes of the images that the command line names, and return the exit status."""
+    arguments = parser().parse_args(argv)
     files = image_files(arguments.images)
     predictor = runs.load_run(
         arguments.run,

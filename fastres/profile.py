@@ -24,6 +24,7 @@ from fastres.profiling.variants import AXES, DEFAULTS, variants_named
 from fastres.utils import ranks
 from fastres.utils.atomic_io import write_json
 from fastres.utils.errors import Parser, UsageError, positive, run_command, user_path
+from fastres.utils.process import command_name
 
 if TYPE_CHECKING:
     from fastres.profiling.workloads import Workload
@@ -47,15 +48,15 @@ def parser() -> Parser:
     """Return the command line's parser."""
     on_a_gpu = [variant for variant in DEFAULTS["cuda"] if variant not in DEFAULTS["cpu"]]
     made = Parser(
-        prog="python -m fastres.profile",
+        "profile",
         renamed={"--out": "--output"},
         description="Measure variants of one block or of a whole network side by side, or what limits a run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  python -m fastres.profile --model resnet50 --batch-size 256\n"
-        "  python -m fastres.profile --block basic --channels 16 --size 32 --batch-size 1024\n"
-        "  python -m fastres.profile --variants eager-fp32 'compile-*channels_last-bf16'\n"
-        "  python -m fastres.profile --limits --recipe imagenet-resnet50 --data.root data\n"
+        "  %(prog)s --model resnet50 --batch-size 256\n"
+        "  %(prog)s --block basic --channels 16 --size 32 --batch-size 1024\n"
+        "  %(prog)s --variants eager-fp32 'compile-*channels_last-bf16'\n"
+        "  %(prog)s --limits --recipe imagenet-resnet50 --data.root data\n"
         "\nExit status: 0 done, 1 failed, 2 invalid input.",
     )
     made.add_argument(LIMITS, action="store_true",
@@ -151,7 +152,7 @@ def limits(flags: list[str]) -> None:
 
     if ranks.world_size() > 1:
         raise UsageError(f"{LIMITS}: measures one process; start it without torchrun")
-    config = parse(flags, f"fastres.profile {LIMITS}")
+    config = parse(flags, f"{command_name('profile')} {LIMITS}")
 
     from fastres.profiling.limits import measure_limits, show
     from fastres.training.engine import resolve_engine
@@ -168,6 +169,7 @@ def terminal() -> Console:
 
 def main(argv: list[str] | None = None) -> None:
     """Profile the requested workload, and write profile.json, profile.csv and profile.png."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs each of its stages
     flags = sys.argv[1:] if argv is None else argv
     if LIMITS in flags:
         limits([flag for flag in flags if flag != LIMITS])
@@ -207,5 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs each of its stages
     run_command(main)

@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 # These packages import their modules, and torch, when one of their names is used: after the command line is parsed.
 from fastres import data, distributed, runs, training, utils
-from fastres.config.cli import parse
+from fastres.config.cli import parse, train_parser
 from fastres.utils import process, ranks
 from fastres.utils.errors import printed_once_per_host, run_command
+from fastres.utils.process import command_name
 from fastres.utils.run_timer import RunTimer
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
     from torch import nn
 
     from fastres.config.schema import Config
     from fastres.data.sources.source import Source
 
 LOG = logging.getLogger(process.RUN_LOG)
+
+
+def parser() -> ArgumentParser:
+    """Return the command line's parser."""
+    return train_parser(command_name("train"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from platformdirs.macos import MacOS
 
 from fastres import train
 from fastres.config.schema import DataConfig
@@ -30,6 +31,7 @@ from fastres.data.sources.load import load_source
 from fastres.data.sources.source import Source, Split, hold_out
 from fastres.utils import progress
 from fastres.utils.process import console_log
+from fastres_kernels.user_cache import user_cache
 from tests.commands import users_environment
 from tests.fixtures import rejected, write_image_folder, write_turned
 
@@ -142,6 +144,22 @@ def test_the_cache_is_in_the_users_cache_folder(
     monkeypatch.setenv(home, str(tmp_path / "home"))
     load_source(DataConfig(source="imagefolder", root=str(root)))
     assert kept(tmp_path / "home" / ("fastres" if home != "HOME" else ".cache/fastres"), "train", ".npy")
+
+
+def test_the_cache_of_an_earlier_version_stays_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS the user's caches are in ~/Library/Caches, where earlier versions did not put theirs."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: MacOS(name).user_cache_path)
+    assert user_cache() == tmp_path / "Library/Caches/fastres"
+    (tmp_path / ".cache/fastres").mkdir(parents=True)
+    assert user_cache() == tmp_path / ".cache/fastres"
+
+
+def test_without_a_home_folder_there_is_no_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "~")  # what the expansion of ~ is for a user without a home
+    assert_in_memory(load_source(DataConfig(source="imagefolder", root=str(root))), root, "home directory")
 
 
 # When it is rebuilt ----------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
     assert doctor.main([]) == 1
     output = capsys.readouterr().out
     for extra in ("dali", "tensorboard", "wandb", "trackio", "mlflow", "export"):
-        assert f"pip install '.[{extra}]'" in output
+        assert f"pip install 'fastres[{extra}]'" in output
     (line,) = findings(output, "broken")
     assert "pip install torch torchvision filelock" in line
 

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from fastres.__main__ import COMMANDS
 from fastres.config.schema import FIELDS, SECTIONS
 from tests.commands import ROOT
 
 # CHANGELOG.md is left out, because it also names what older versions had.
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MOST_WORDS = 1_000  # in README.md
 
 IMPORTED_FROM = {"fastres": "fastres", "fastres_kernels": "kernels", "bench": "bench", "tests": "tests"}
@@ -22,6 +26,7 @@ SOURCE_SUFFIXES = (".py", ".cpp", ".sh", ".sbatch")
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE = re.compile(rf"-m\s+((?:{'|'.join(IMPORTED_FROM)})(?:\.\w+)+)")
+SUBCOMMAND = re.compile(r"^(?:\S*/|.*<\()?fastres (\w+)", re.MULTILINE)
 FLAG = re.compile(rf"--((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 IN_BACKTICKS = re.compile(r"`([^`]+)`")
@@ -59,6 +64,13 @@ def exists(path: str) -> bool:
     return any(True for base in (ROOT, ROOT / "fastres", ROOT / "kernels") for _ in base.glob(path.rstrip("/")))
 
 
+def unknown_commands(text: str) -> list[str]:
+    """Return the words that follow `fastres` in the code of a document and are no command."""
+    code = [*IN_BACKTICKS.findall(FENCED.sub("", text)), *FENCED.findall(text)]
+    named = [name for part in code for name in SUBCOMMAND.findall(part)]
+    return [name for name in named if name not in COMMANDS]
+
+
 def options_of_models() -> set[str]:
     """Return the names that model.options may have, over all networks."""
     from fastres.models.registry import MODELS, build_model
@@ -83,6 +95,18 @@ def test_every_relative_link_points_to_an_existing_file(document: Path) -> None:
 def test_every_command_is_a_module(document: Path) -> None:
     named = MODULE.findall(document.read_text(encoding="utf-8"))
     assert_none([name for name in named if not is_a_module(name)], document)
+
+
+@each_document
+def test_every_command_of_the_program_exists(document: Path) -> None:
+    assert_none(unknown_commands(document.read_text(encoding="utf-8")), document)
+
+
+def test_the_check_of_commands_reads_code_in_lines_and_in_blocks() -> None:
+    text = (
+        "fastres itself: `fastres train`, `.venv/bin/fastres tain`\n```sh\nfastres plott runs/a\nfastres doctor\n```\n"
+    )
+    assert unknown_commands(text) == ["tain", "plott"]
 
 
 @each_document

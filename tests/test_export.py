@@ -97,7 +97,7 @@ def test_onnx_runs_for_any_batch(
 
     assert_same_logits(network, run, 1, 8, 8)
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
-    with pytest.raises(UsageError, match=r"onnx is not installed; pip install '.\[export\]'"):
+    with pytest.raises(UsageError, match=r"onnx is not installed; pip install 'fastres\[export\]'"):
         export.main([str(run), "--format", "onnx"])
 
 

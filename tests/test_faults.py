@@ -15,7 +15,7 @@ from tests.faults import Fault, load_faults, section, table
 from tests.faults.__main__ import main
 
 FAULTS = load_faults()
-COUNT = 53
+COUNT = 55
 
 each_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
 
@@ -76,4 +76,6 @@ def test_a_fault_that_does_not_apply_is_named(tmp_path: Path) -> None:
 
 def test_a_fault_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(COUNT + 1)]) == main(["no such fault"]) == 2
-    assert "'no such fault' is neither a number from 1 to 53 nor a part of a fault's name" in capsys.readouterr().err
+    assert (
+        f"'no such fault' is neither a number from 1 to {COUNT} nor a part of a fault's name" in capsys.readouterr().err
+    )

@@ -231,6 +231,7 @@ def test_variables_that_slurm_sets_for_one_process_change_nothing(tmp_path: Path
     [
         ("fastres.train --recipe digits", "jsonargparse"),
         ("fastres.train --recipe digits", "torch.autograd"),
+        ("fastres doctor", "fastres.runs"),
         ("fastres.evaluate {run}", "yaml"),
         ("fastres.export {run}", "torch.nn"),
         ("fastres.plot {run}", "rich.table"),
@@ -242,27 +243,39 @@ def test_variables_that_slurm_sets_for_one_process_change_nothing(tmp_path: Path
 def test_a_signal_during_the_imports_ends_a_command_in_one_line(
     finished: Path, line: str, module: str, number: signal.Signals
 ) -> None:
-    assert stopped_during_imports(line.format(run=finished).split(), module, 0, number) == (
-        128 + number, [f"fastres: stopped by {number.name}\n"]
-    )  # fmt: skip
+    command = ["-m", *line.format(run=finished).split()]
+    assert stopped_during_imports(command, module, 0, number) == (
+        128 + number,
+        [f"fastres: stopped by {number.name}\n"],
+    )
+
+
+@pytest.mark.parametrize("module", ["fastres", "jsonargparse", "torch.autograd"])
+def test_a_signal_during_the_imports_ends_the_installed_program_in_one_line(module: str, tmp_path: Path) -> None:
+    program = tmp_path / "fastres"  # as pip writes it
+    program.write_text(
+        "import sys\nfrom fastres.__main__ import run\nif __name__ == '__main__':\n    sys.exit(run())\n"
+    )
+    command = [str(program), "train", "--recipe", "digits", "--run.dir", str(tmp_path / "run")]
+    assert stopped_during_imports(command, module, 0, signal.SIGTERM) == (143, ["fastres: stopped by SIGTERM\n"])
 
 
 @pytest.mark.slow
 def test_a_signal_during_any_import_ends_a_command_in_one_line(tmp_path: Path) -> None:
     """Some modules in C++ would abort the process if Python raised an exception during their initialisation."""
-    words = ["fastres.train", "--recipe", "digits", "--run.dir", str(tmp_path / "run")]
+    command = ["-m", "fastres.train", "--recipe", "digits", "--run.dir", str(tmp_path / "run")]
     for after in range(0, 1600, 100):
-        status, said = stopped_during_imports(words, "fastres", after, signal.SIGINT)
+        status, said = stopped_during_imports(command, "fastres", after, signal.SIGINT)
         assert (status, said) == (130, ["fastres: stopped by SIGINT\n"]), after
 
 
-def stopped_during_imports(words: list[str], module: str, after: int, number: signal.Signals) -> tuple[int, list[str]]:
-    """Start a command in a new Python, and send the signal when it has imported the module and `after` more.
+def stopped_during_imports(command: list[str], module: str, after: int, number: int) -> tuple[int, list[str]]:
+    """Start a new Python with these arguments, and send the signal when it has imported the module and `after` more.
 
     Return the exit status, and the lines that the command has printed on stderr.
     """
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", *words],
+        [sys.executable, "-X", "importtime", *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=users_environment(), cwd=ROOT,
     )  # fmt: skip
     assert process.stderr is not None

@@ -43,6 +43,17 @@ def test_help_and_version_import_neither_torch_nor_numpy(command: str, flag: str
     assert not imported(f"fastres.{command}", flag) & HEAVY
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "train --help", "doctor --help", "--print-completion zsh"])
+def test_the_program_imports_neither_torch_nor_numpy_for_help_and_completion(command: str) -> None:
+    assert not imported("fastres", *command.split()) & HEAVY
+
+
+def test_the_program_imports_only_the_command_that_is_asked_for() -> None:
+    others = {"fastres.train", "fastres.predict", "fastres.evaluate", "fastres.export", "fastres.profile"}
+    assert not imported("fastres", "--help") & {*others, "fastres.plot", "fastres.doctor", "jsonargparse", "shtab"}
+    assert not imported("fastres", "plot", "--help") & {*others, "fastres.doctor", "shtab"}
+
+
 @pytest.mark.parametrize(
     "command",
     [

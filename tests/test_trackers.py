@@ -290,9 +290,9 @@ def test_an_unknown_tracker_is_refused_with_the_nearest_name() -> None:
 def test_a_tracker_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for flag in ("--run.trackers=[mlflow]", "--run.trackers=mlflow"):
-        with rejected("run.trackers: mlflow is not installed; pip install '.[mlflow]'"):
+        with rejected("run.trackers: mlflow is not installed; pip install 'fastres[mlflow]'"):
             parse([flag])
-    with rejected("run.trackers: wandb is not installed; pip install '.[wandb]'"):
+    with rejected("run.trackers: wandb is not installed; pip install 'fastres[wandb]'"):
         parse(["--run.wandb=true"])
 
 

@@ -25,6 +25,7 @@ from fastres.config.schema import DEFAULT_RECIPE, FIELDS, NO_SECTIONS, SECTIONS,
 from fastres.config.validation import check
 from fastres.utils import process, ranks
 from fastres.utils.errors import QUIET_HELP, UsageError, present_spellings, user_path
+from fastres.utils.process import command_name
 from fastres.utils.suggest import near_flags, question
 from fastres.utils.version import __version__
 
@@ -33,23 +34,24 @@ RENAMED_FLAGS = {"--print_config": "--print-config"}  # the old spellings work f
 DEFAULT_LENGTH = Length(steps=Config().train.steps)
 
 
-def parse(argv: list[str], prog: str = "fastres.train", *, builds_network: bool = True) -> Config:
+def parse(argv: list[str], prog: str | None = None, *, builds_network: bool = True) -> Config:
     """Return the configuration that a command line describes.
 
     Args:
         argv: the flags.
-        prog: the command's name in --help.
+        prog: the command's name in --help; None for that of train.
         builds_network: check that model.name and its options can be built; False if the caller has the network.
 
     Raises:
         UsageError: if a file, a flag or their combination is invalid.
     """
+    prog = prog or command_name("train")
     files, flags = _split_files_from_flags(argv, prog)
     if files.quiet:
         process.quieten()
     flags = _rename_flag_values(flags)
     _check_flow_values(flags)
-    parser = _parser(prog)
+    parser = train_parser(prog)
     layers = [(name, rename_values(load_file(user_path(name)), partial(_note, f"{name}: "))) for name in files.config]
     recipe = files.recipe or next((d["recipe"] for _, d in reversed(layers) if "recipe" in d), DEFAULT_RECIPE)
     layers.insert(0, (f"recipe {recipe}", load_recipe(recipe)))
@@ -115,16 +117,17 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 @lru_cache
-def _parser(prog: str) -> ArgumentParser:
+def train_parser(prog: str) -> ArgumentParser:
+    """Return the parser of train's command line, whose name in --help is `prog`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        usage="python -m %(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
+        usage="%(prog)s [--recipe NAME] [--config FILE]... [--SECTION.FIELD VALUE]...",
         description="Train a residual network. Recipes: " + ", ".join(recipe_names()) + ".",
-        epilog="For several processes, use torchrun --nproc_per_node N -m %(prog)s. Precedence: recipe < files in "
+        epilog="For several processes, use torchrun --nproc_per_node N -m fastres.train. Precedence: recipe < files in "
         "their order < flags. If train.steps is set later than the schedule, milestones and warm-up are scaled. In "
         "files and flags, yes and on are true, no and off are false. Exit status: 0 done, 1 failed, 2 invalid input, "
         "128 + N stopped by signal N after saving; torchrun reports its own exit status.",

@@ -13,9 +13,24 @@ from fastres.config.schema import Config
 
 def describe(key: str) -> str:
     """Return the values that the field `section.name` accepts, in words, from its type."""
+    return " or ".join(_describe_type(kind) for kind in _types_of(key))
+
+
+def words_of(key: str) -> list[str]:
+    """Return the words that the field `section.name` accepts; a number, a path or other text is not among them."""
+    words: list[str] = []
+    for kind in _types_of(key):
+        if kind is bool:
+            words += ["true", "false"]
+        elif typing.get_origin(kind) is Literal:
+            words += map(str, typing.get_args(kind))
+    return words
+
+
+def _types_of(key: str) -> tuple[Any, ...]:
     section, _, name = key.partition(".")
     kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name.split(".")[0]]
-    return " or ".join(_describe_type(part) for part in (typing.get_args(kind) if _is_union(kind) else (kind,)))
+    return typing.get_args(kind) if _is_union(kind) else (kind,)
 
 
 def _is_union(kind: Any) -> bool:

@@ -121,7 +121,7 @@ class DataConfig:
 
     cache: str | None = None
     """Folder for the cache of decoded image folders, used by the resident loader (null: fastres in the user's cache
-    folder, $XDG_CACHE_HOME or ~/.cache)."""
+    folder, which is $XDG_CACHE_HOME or ~/.cache on Linux)."""
 
     skip_bad: bool = False
     """Skip image files that cannot be decoded. Without resized_crop, also skip images whose size differs from the most

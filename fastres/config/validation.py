@@ -42,7 +42,7 @@ def _check_trackers(config: Config) -> None:
         if name in TRACKERS:
             _reject_if(
                 importlib.util.find_spec(name) is None,
-                f"run.trackers: {name} is not installed; pip install '.[{name}]'",
+                f"run.trackers: {name} is not installed; pip install 'fastres[{name}]'",
             )
         elif name not in (added := [entry.name for entry in metadata.entry_points(group=TRACKER_GROUP)]):
             raise UsageError(f"run.trackers: {unknown('tracker', name, [*TRACKERS, *added])}")

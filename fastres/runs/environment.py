@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.utils import ranks
+from fastres.utils.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def environment(engine: Engine) -> dict[str, Any]:
 
     device = engine.device
     return {
-        "fastres": version("fastres"),
+        "fastres": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

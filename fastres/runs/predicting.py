@@ -208,7 +208,7 @@ def _of_onnx(path: Path) -> Predictor:
     try:
         session = onnx_session(path)
     except ImportError:
-        raise UsageError(f"{path}: onnxruntime is not installed; pip install '.[export]'") from None
+        raise UsageError(f"{path}: onnxruntime is not installed; pip install 'fastres[export]'") from None
     data, _ = _described(session.get_modelmeta().custom_metadata_map.get(METADATA), path)
     return Predictor(data=data, logits=run_onnx(session))
 

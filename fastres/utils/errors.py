@@ -49,12 +49,13 @@ class Parser(argparse.ArgumentParser):
     A help text is one or more sentences, with the default in brackets after them.
 
     Args:
+        command: the name of the command, for --help.
         renamed: present spellings of flags by their old ones, which work for one version.
         **how: arguments of ArgumentParser.
     """
 
-    def __init__(self, *, renamed: Mapping[str, str] | None = None, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, add_help=False, **how)
+    def __init__(self, command: str = "", *, renamed: Mapping[str, str] | None = None, **how: Any) -> None:
+        super().__init__(prog=process.command_name(command), allow_abbrev=False, add_help=False, **how)
         self.renamed = renamed or {}
         self.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
         self.add_argument("--version", action="version", version=f"fastres {__version__}",

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -248,12 +249,25 @@ def catch_signals() -> Iterator[StopSignal]:
         os.close(write)
 
 
+def command_name(command: str = "") -> str:
+    """Return the name of a command as its user types it, or of the program if no command is given.
+
+    The way in which this process was started decides between fastres train, python -m fastres train and python -m
+    fastres.train. Another program's process has the first one.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # set by python -m
+    module = "" if spec is None else str(spec.name)
+    if command and module.startswith("fastres.") and module != "fastres.__main__":
+        return f"python -m fastres.{command}"
+    return f"{'python -m ' if module == 'fastres.__main__' else ''}fastres {command}".rstrip()
+
+
 def leave_while_importing() -> None:
-    """End the process in one line on a signal, if Python is starting `python -m fastres.COMMAND`.
+    """End the process in one line on a signal, if Python is starting `fastres` or `python -m fastres.COMMAND`.
 
     Until Python has found the command's module, sys.argv[0] is "-m". run_command() replaces the handler.
     """
-    if getattr(sys, "argv", [])[:1] == ["-m"]:
+    if [Path(word).stem for word in getattr(sys, "argv", [])[:1]] in (["-m"], ["fastres"]):
         for number in SIGNALS:
             signal.signal(number, _leave)
 

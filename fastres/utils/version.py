@@ -1,3 +1,3 @@
-"""The version of fastres, which setup.py reads too."""
+"""The version of fastres, which pyproject.toml reads too."""
 
 __version__ = "0.1.0"

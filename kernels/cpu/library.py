@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres_kernels.user_cache import user_cache
+
 POINTER, INTEGER, REAL, BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_bool
 
 # The compiler's flags by instruction set. -ffp-contract=fast is g++'s default, and makes clang use FMA too.
@@ -128,7 +130,7 @@ def build(source: Source, compiler: str, isa: str) -> ctypes.CDLL:
     file = f"kernels-{source.path.stem}-{key}.so"
     store: Path | None = None
     try:
-        store = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastres"
+        store = user_cache()
         with suppress(OSError):  # a missing or damaged file is built below
             return _open(source, store / file)
         store.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from fastres.data.sources.formats import check_size, decode, size_or_reason
 from fastres.utils import ranks
 from fastres.utils.atomic_io import atomic_write, json_of, parse_json
 from fastres.utils.progress import ProgressLine
+from fastres_kernels.user_cache import user_cache
 
 LOG = logging.getLogger(__name__)
 
@@ -135,16 +136,16 @@ def decode_all(paths: Sequence[Path], workers: int, asked_size: int | None = Non
 def _entry(folder: Path, part: str, config: DataConfig) -> Path:
     """Return the path, without suffix, of the cache's files for a part. Raise OSError if the cache cannot be made."""
     try:
-        store = Path(_place(config)).expanduser()
+        store = _place(config)
     except RuntimeError as error:  # a user without a home, as in some containers
         raise OSError(str(error)) from None
     store.mkdir(parents=True, exist_ok=True)
     return store / f"{part}-{hashlib.sha256(os.fsencode(_real(folder))).hexdigest()[:16]}"
 
 
-def _place(config: DataConfig) -> str:
-    """Return the cache's folder."""
-    return config.cache or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/fastres"
+def _place(config: DataConfig) -> Path:
+    """Return the cache's folder. Raise RuntimeError if the user has no home folder."""
+    return Path(config.cache).expanduser() if config.cache else user_cache()
 
 
 def _real(folder: Path) -> Path:
@@ -265,8 +266,12 @@ def _read_images(entry: Path, wanted: str, count: int) -> np.ndarray | None:
 
 def _not_kept(error: OSError, config: DataConfig) -> str:
     """Return the note that the cache cannot be written."""
+    try:
+        place = f" in {_place(config)}"
+    except RuntimeError:  # the error says that there is no home folder
+        place = ""
     return (
-        f"data.cache: decoded images cannot be stored in {_place(config)} ({error.strerror or error}); "
+        f"data.cache: decoded images cannot be stored{place} ({error.strerror or error}); "
         "give a writable folder with --data.cache"
     )
 
