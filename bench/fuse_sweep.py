@@ -40,7 +40,7 @@ from fastres.models.fuse import fuse, fusion_report, unfuse
 from fastres.utils.errors import Parser, run_command
 
 MOST_PARAMETERS = 100_000_000
-SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # pixels
+SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384, 448)  # pixels
 TOLERANCE = 1e-8  # relative
 MISSED = ("not understood", "more than once", "hooks", "may be", "random numbers", "replaced")  # in a norm's reason
 

@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "evaluate a run on the test set",
     "export": "export a run's network as safetensors, torch.export program or ONNX",
     "plot": "plot the curves of runs and print their final accuracies",
-    "profile": "measure variants of a network or a block side by side",
+    "profile": "measure variants of a network side by side, or what limits a run",
     "doctor": "check what this machine has for training",
 }
 SHELLS = ("bash", "zsh", "fish")
@@ -32,8 +32,8 @@ def parser() -> Parser:
         + "\n%(prog)s COMMAND --help describes a command. For several processes, use torchrun --nproc_per_node N -m "
         "fastres.train.",
     )
-    made.add_argument("--print-completion", choices=SHELLS, metavar="SHELL", help="print a script for bash, zsh or "
-                      "fish, which completes commands and flags by the Tab key")  # fmt: skip
+    made.add_argument("--print-completion", choices=SHELLS, metavar="SHELL", help="Print a script for bash, zsh or "
+                      "fish, which completes commands and flags by the Tab key.")  # fmt: skip
     return made
 
 

@@ -93,7 +93,7 @@ def parser() -> Parser:
                         "band for runs that differ only in their seeds)")  # fmt: skip
     parser.add_argument("--html", nargs="?", type=user_path, const=BESIDE, metavar="FILE", help="Also write a report "
                         "as one HTML file, which needs no network: results, settings that differ, curves, confusion "
-                        "matrices, environment. (default FILE: the picture's name, with .html)")  # fmt: skip
+                        "matrices, environment. The default FILE is the picture's name with .html.")  # fmt: skip
     return parser
 
 

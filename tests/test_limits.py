@@ -292,7 +292,7 @@ def test_the_command_prints_a_table_and_a_sentence_and_writes_nothing(tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--limits --optim.lrr 1", "unknown flag --optim.lrr (did you mean optim.lr?)"),
+        ("--limits --optim.lrr 1", "unknown flag --optim.lrr (did you mean --optim.lr?)"),
         ("--batch-size 4 --limits", "unknown flag --batch"),
         ("--recipe digist --limits", "unknown recipe 'digist'"),
     ],

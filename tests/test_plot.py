@@ -76,15 +76,15 @@ def test_curves_over_training_time_differ(runs: list[Path], tmp_path: Path) -> N
 
 
 def test_folders_without_a_history_are_skipped_with_a_line_each(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").write_bytes(b"")
     folders = [tmp_path / "empty", runs[0], tmp_path / "picture.png"]
     plot.main([*map(str, folders), "--output", str(tmp_path / "a.png")])
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert "pad" in out and "empty" not in out
-    first, second = err.splitlines()
+    first, second = caplog.messages
     assert f"skipped {folders[0]}: holds no history.csv" in first and f"skipped cannot read {folders[2]}" in second
     with rejected("none of the 2 folders", "evaluated at least once"):
         plot.main([str(folders[0]), str(folders[2])])

@@ -116,7 +116,7 @@ def better_choices(config: Config, engine: Engine) -> dict[str, str]:
             value = f"auto ({str(choice).lower()} here)" if getattr(default, name) == "auto" else str(choice).lower()
             found[f"engine.{name}"] = f"--engine.{name} {value}"
     if config.model.norm != "auto" and auto.norm != engine.norm:
-        found["model.norm"] = f"--model.norm auto ({auto.norm} here)"
+        found["model.norm"] = "--model.norm auto" + (f" ({auto.norm} here)" if auto.norm != "measured" else "")
     return found
 
 

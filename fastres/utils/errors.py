@@ -49,13 +49,14 @@ class Parser(argparse.ArgumentParser):
     A help text is one or more sentences, with the default in brackets after them.
 
     Args:
-        command: the name of the command, for --help.
+        command: the name of the command, for --help; a program that is no command of fastres gives `prog` instead.
         renamed: present spellings of flags by their old ones, which work for one version.
         **how: arguments of ArgumentParser.
     """
 
     def __init__(self, command: str = "", *, renamed: Mapping[str, str] | None = None, **how: Any) -> None:
-        super().__init__(prog=process.command_name(command), allow_abbrev=False, add_help=False, **how)
+        how.setdefault("prog", process.command_name(command))
+        super().__init__(allow_abbrev=False, add_help=False, **how)
         self.renamed = renamed or {}
         self.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
         self.add_argument("--version", action="version", version=f"fastres {__version__}",

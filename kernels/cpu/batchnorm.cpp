@@ -11,7 +11,8 @@
 
 #include "vectors.h"
 
-constexpr int UNROLL = LANES == 4 ? 8 : 4, TILE = UNROLL * LANES;  // vectors of a tile's row, whose sums are in registers
+constexpr int UNROLL = LANES == 4 ? 8 : 4;  // vectors per row of a tile, whose sums stay in registers
+constexpr int TILE = UNROLL * LANES;
 
 // ---- the order of the work ------------------------------------------------------------------------------------------
 // lcm(C, 64) values, a whole number of pixels, form one row, so every row of every tensor is a whole number of vectors.

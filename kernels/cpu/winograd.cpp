@@ -1,11 +1,12 @@
 // 3x3 convolutions of stride 1 and padding 1 by Winograd's minimal filtering F(2x2, 3x3): A. Lavin and S. Gray, "Fast
-// Algorithms for Convolutional Neural Networks" (2016), section 4.1. Four outputs take 16 multiplications instead of 36.
+// Algorithms for Convolutional Neural Networks" (2016), section 4.1. Four outputs take 16 multiplications, not 36.
 // Activations are channels-last, float32 or, on a CPU that has AVX-512 with bf16, bf16; weights and their gradient are
 // float32. The code does not depend on torch. convolution.py checks shapes and dtypes before it calls these functions.
 //
-// A tile is 2x2 outputs, and its patch d the 4x4 inputs around them. A filter g, a patch d and products m are transformed
-// in each channel: u = G g G', v = B' d B, y = A' m A. Between them, each of the 16 places p of a patch has a matrix
-// product over the channels: m[p] = v[p] u[p]. The filter's gradient is G' (the sum over tiles of A dy A' times v) G.
+// A tile is 2x2 outputs, and its patch d the 4x4 inputs around them. A filter g, a patch d and products m are
+// transformed in each channel: u = G g G', v = B' d B, y = A' m A. Between them, each of the 16 places p of a patch has
+// a matrix product over the channels: m[p] = v[p] u[p]. The filter's gradient is G' (the sum over tiles of A dy A' times
+// v) G.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -120,8 +121,8 @@ static void transform_filter(const V g[3][3], V u[16]) {
 constexpr int64_t BLOCK = 48;  // tiles of a task, whose patches and products fit in an L2
 constexpr int ROWS = 6;        // of a product's part whose sums stay in registers
 
-// Transforms 16 output channels of w (K, 3, 3, C) to u [out / 16][16 places][in, in words][16]. If transposed, transforms
-// the filter of the input's gradient: in and out swapped, and rotated by 180 degrees.
+// Transforms 16 output channels of w (K, 3, 3, C) to u [out / 16][16 places][in, in words][16]. If transposed,
+// transforms the filter of the input's gradient: in and out swapped, and rotated by 180 degrees.
 template <class T>
 static void transform_filters(const float* w, int64_t K, int64_t C, bool transposed, int64_t block, WordOf<T>* u) {
   constexpr int VALUES = Word<T>::VALUES;
@@ -167,8 +168,8 @@ static void outputs(const WordOf<T>* v, const WordOf<T>* u, int64_t words, const
   constexpr int64_t WIDTH = N * LANES;
   float* const m = scratch<float, PRODUCTS>(16 * BLOCK * WIDTH);
   for (int p = 0; p < 16; ++p)
-    for (int64_t i = 0; i < tiles; i += ROWS)
-      multiply<T, N>(v + (p * BLOCK + i) * words, u + p * words * 16, 16 * words * 16, words, m + (p * BLOCK + i) * WIDTH);
+    for (int64_t i = p * BLOCK; i < p * BLOCK + tiles; i += ROWS)
+      multiply<T, N>(v + i * words, u + p * words * 16, 16 * words * 16, words, m + i * WIDTH);
   Place at(to, first);
   for (int64_t i = 0; i < tiles; ++i, at.next()) {
     T* const corner = y + ((at.n * to.H + 2 * at.i) * to.W + 2 * at.j) * to.C;
@@ -216,7 +217,7 @@ static void convolve(const T* x, const float* w, T* y, int64_t N, int64_t C, int
 // ---- the weight's gradient ------------------------------------------------------------------------------------------
 // Each place has a product over the tiles, so a word has the values of one tile, or of two.
 
-// Adds to sum (4, C) the products of n words: of 4 output channels of g (n, K), with N vectors of input channels of v (n, C).
+// Adds to sum (4, C) the products of n words: 4 output channels of g (n, K) times N vectors of channels of v (n, C).
 template <class T, int N>
 static void accumulate(const WordOf<T>* g, const WordOf<T>* v, int64_t n, int64_t K, int64_t C, float* to) {
   V sum[4][N];
@@ -246,7 +247,8 @@ static void transform_gradient(const T* dy, const Images& of, const Place& at, b
   const T* d = dy + ((at.n * of.H + 2 * at.i) * of.W + 2 * at.j) * of.C + k;
   const bool below = 2 * at.i + 1 < of.H, right = 2 * at.j + 1 < of.W;
   const V zero = {}, a = any ? load(d) : zero, b = any && right ? load(d + of.C) : zero;
-  const V c = any && below ? load(d + of.W * of.C) : zero, e = any && below && right ? load(d + (of.W + 1) * of.C) : zero;
+  const V c = any && below ? load(d + of.W * of.C) : zero;
+  const V e = any && below && right ? load(d + (of.W + 1) * of.C) : zero;
   const V left[4] = {a, a + c, a - c, -c}, other[4] = {b, b + e, b - e, -e};
   for (int r = 0; r < 4; ++r) {
     out[4 * r] = left[r], out[4 * r + 1] = left[r] + other[r];
@@ -335,8 +337,8 @@ static void with_type(bool half, Run run) {
   run(float());
 }
 
-// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If transposed, x is the output's gradient (N, H, W, K),
-// and y receives the input's gradient (N, H, W, C).
+// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If transposed, x is the output's gradient
+// (N, H, W, K), and y receives the input's gradient (N, H, W, C).
 extern "C" void winograd(bool half, const void* x, const float* w, void* y, int64_t N, int64_t C, int64_t K, int64_t H,
                          int64_t W, bool transposed) {
   with_type(half, [&](auto type) {
