@@ -443,7 +443,7 @@ def test_without_a_terminal_the_first_process_reports_progress_in_plain_lines(
 
 def test_progress_is_a_bar_on_a_terminal(many: Path, store: Path) -> None:
     terminal, end = pty.openpty()
-    loading = Loading(many, store, stderr=end)
+    loading = Loading(many, store, stderr=end, before=lambda: os.environ.update(TERM="xterm"))
     os.close(end)
     seen = b""
     with contextlib.suppress(OSError):  # if the other end is closed
