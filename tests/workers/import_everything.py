@@ -35,7 +35,11 @@ def main(modules: list[str]) -> None:
     """Import the modules one after another and print the changed settings."""
     before = switches()
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != "trackio":  # a tracker's package, which is not among the tools for development
+                raise
     after = switches()
     names = sorted(before.keys() | after.keys())
     changed = {n: [before.get(n), after.get(n)] for n in names if before.get(n) != after.get(n)}
