@@ -90,7 +90,7 @@ def _largest(shares: Mapping[str, float]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What limits a run, and how many of its rounds agree."""
+    """Limits of a run, and the number of its rounds that agree."""
 
     limits: tuple[str, ...]
     agreeing: int
