@@ -35,13 +35,18 @@ CHANNELS = [1, 3, 17, 64, 65, 130, 1000, 2048]
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
 
 
-@cache
-def built(compiler: str, isa: str) -> Any:
-    """Return the library, or skip the test and say why."""
+def skip_unless_runnable(compiler: str, isa: str) -> None:
+    """Skip the test, and say why, if the compiler is missing or the CPU lacks the instruction set."""
     if isa not in RUNNABLE:
         pytest.skip(f"the CPU has no {isa}")
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} on the PATH")
+
+
+@cache
+def built(compiler: str, isa: str) -> Any:
+    """Return the library, or skip the test and say why."""
+    skip_unless_runnable(compiler, isa)
     return library.build(batchnorm.SOURCE, compiler, isa)
 
 

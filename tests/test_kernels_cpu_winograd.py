@@ -5,7 +5,6 @@ Inputs are rounded first, so the oracle has the same inputs as the kernels. The 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -17,12 +16,10 @@ from torch import Tensor, nn
 
 from fastres_kernels import Conv2d
 from fastres_kernels.cpu import convolution, library
+from tests.test_kernels_cpu_norm import FAST, ORDER, RUNNABLE, skip_unless_runnable
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HERE = {dtype: convolution.available(dtype) for dtype in (BF16, FP32)}
-ORDER = ["avx512_bf16", "avx512", "avx2"]  # an instruction set includes those to its right
-RUNNABLE = ORDER[ORDER.index(library.instruction_set()[0]) :] if library.instruction_set()[0] in ORDER else []
-FAST = (("g++", "avx512_bf16"), ("g++", "avx2"))
 BUILDS = [(compiler, isa) for compiler in ("g++", "clang++") for isa in ORDER]
 TOLERANCE = {BF16: 6e-3, FP32: 1e-6}  # of the norm of the result; oneDNN's convolution in bf16 has 2.4e-3
 SHAPES = [  # N, C, K, H, W: at least 192 tiles, odd and even sizes, whole and partial blocks of channels
@@ -36,10 +33,7 @@ SHAPES = [  # N, C, K, H, W: at least 192 tiles, odd and even sizes, whole and p
 @cache
 def built(compiler: str, isa: str) -> Any:
     """Return the library, or skip the test and say why."""
-    if isa not in RUNNABLE:
-        pytest.skip(f"the CPU has no {isa}")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler} on the PATH")
+    skip_unless_runnable(compiler, isa)
     return library.build(convolution.WINOGRAD, compiler, isa)
 
 

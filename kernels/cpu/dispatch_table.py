@@ -85,7 +85,7 @@ def is_measured(isa: str) -> bool:
 
 def is_faster(x: Tensor, training: bool, has_residual: bool) -> bool:
     """Return True if the kernels were measured to be faster than torch for x, (N, C, H, W), on this machine."""
-    if x.shape[1] % 8:
+    if x.ndim != 4 or x.shape[1] % 8:
         return False
     mode = "training" if training else "inference"
     buckets = bucket(x.shape[1], x.numel() * x.element_size() // torch.get_num_threads())
