@@ -2,14 +2,15 @@
 
     python -m bench.cpu_norm                                                           print the ratios
     python -m bench.cpu_norm --write                                                   and write the table
+    python -m bench.cpu_norm --write --mode "inference in NCHW"                        one mode only
     python -m bench.cpu_norm --write --without-bf16                                    AVX-512 without avx512_bf16
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.cpu_norm --write  AVX2, also on a wider CPU
 
-Training is forward and backward together, inference one pass without gradients. Both variants have the same tensors,
-channels-last activations of 64 KiB to 16 MiB with the channels of ResNets and RegNets, in n = 15 interleaved rounds of
-at least 1 ms. A ratio is torch's lower quartile divided by the kernels', because other work on a machine only ever adds
-to a time. Results are compared first, so that only correct kernels are timed. Memory that is freed stays with the
-process, because page faults would add noise to both variants.
+Training is forward and backward together, inference one pass without gradients. Both variants have the same tensors:
+activations of 64 KiB to 16 MiB with the channels of ResNets and RegNets, channels-last, and for inference also NCHW.
+They run in n = 15 interleaved rounds of at least 1 ms. A ratio is torch's lower quartile divided by the kernels',
+because other work on a machine only ever adds to a time. Results are compared first, so that only correct kernels are
+timed. Memory that is freed stays with the process, because page faults would add noise to both variants.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -46,13 +47,14 @@ Results = tuple[Tensor, ...]
 class Case:
     """The tensors of a row of the table, and the two variants as functions."""
 
-    def __init__(self, dtype: torch.dtype, training: bool, has_residual: bool, channels: int, size: int) -> None:
+    def __init__(self, dtype: torch.dtype, mode: str, has_residual: bool, channels: int, size: int) -> None:
         torch.manual_seed(0)
-        self.training = training
+        self.training = training = mode == "training"
+        memory_format = torch.contiguous_format if mode.endswith("NCHW") else torch.channels_last
         pixels = size // (channels * dtype.itemsize)
         shape = (8, channels, pixels // 8, 1)
         self.x, self.residual, self.dy = (
-            torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
+            torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
         )
         self.x.requires_grad_(training)
         self.residual.requires_grad_(training)
@@ -108,12 +110,14 @@ def seconds(variant: Callable[[], Results], turns: int) -> float:
     return (time.perf_counter() - start) / turns
 
 
-def rows(isa: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[int, ...] = BYTES) -> Iterator[Row]:
-    """Measure and yield every row of the table for this machine's instruction set."""
-    cases = itertools.product(batchnorm.DTYPES, (True, False), (False, True), channels, sizes)
-    for dtype, training, has_residual, c, size in cases:
-        measured = ratio(Case(dtype, training, has_residual, c, size))
-        mode = "training" if training else "inference"
+def rows(
+    isa: str, modes: Sequence[str], channels: Sequence[int] = CHANNELS, sizes: Sequence[int] = BYTES
+) -> Iterator[Row]:
+    """Measure and yield the table's rows of some modes for this machine's instruction set."""
+    for dtype, mode, has_residual, c, size in itertools.product(
+        batchnorm.DTYPES, modes, (False, True), channels, sizes
+    ):
+        measured = ratio(Case(dtype, mode, has_residual, c, size))
         yield Row(isa, str(dtype).removeprefix("torch."), mode, has_residual, c, size, round(measured, 2))
 
 
@@ -132,14 +136,16 @@ def main() -> None:
         prog="python -m bench.cpu_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="Write the rows to kernels/cpu/fastest.json.")
+    help_ = "Measure only this mode (default: all)."
+    parser.add_argument("--mode", action="append", choices=dispatch_table.MODES, help=help_)
     parser.add_argument("--without-bf16", action="store_true", help="Measure for CPUs without avx512_bf16.")
     options = parser.parse_args()
     with patch.object(library, "cpu_flags", set) if options.without_bf16 else nullcontext():
-        measure(options.write)
+        measure(options.mode or dispatch_table.MODES, options.write)
 
 
-def measure(writes: bool) -> None:
-    """Measure all rows, print them, and write them if `writes` is true."""
+def measure(modes: Sequence[str], writes: bool) -> None:
+    """Measure the rows of some modes, print them, and write them if `writes` is true."""
     available, why = batchnorm.available()
     if not available or INTERPRETED:
         raise SystemExit(why if not available else "TRITON_INTERPRET is set, so the C++ kernels do not run")
@@ -148,10 +154,10 @@ def measure(writes: bool) -> None:
     print(f"{cpu_name()}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}; torch's time / C++'s")
     print("bytes of an activation:", *(f"{size >> 10} KiB" for size in BYTES))
     measured = []
-    for (dtype, mode, has_residual, c), group in itertools.groupby(rows(isa), key=lambda row: row[1:5]):
+    for (dtype, mode, has_residual, c), group in itertools.groupby(rows(isa, modes), key=lambda row: row[1:5]):
         measured += (of_sizes := list(group))
         ratios = "  ".join(f"{row.ratio:5.2f}" for row in of_sizes)
-        print(f"{dtype:8} {mode:9} {'+ residual' if has_residual else '':10} {c:5} channels  {ratios}", flush=True)
+        print(f"{dtype:8} {mode:17} {'+ residual' if has_residual else '':10} {c:5} channels  {ratios}", flush=True)
     if writes:
         dispatch_table.write(measured)
 

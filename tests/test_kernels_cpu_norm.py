@@ -117,9 +117,10 @@ def test_any_number_of_channels_has_float64s_values_and_gradients(
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_inference_takes_the_running_statistics(build: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels-last", "NCHW"])
+def test_inference_takes_the_running_statistics(build: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     for channels in CHANNELS:
-        x, residual = (random(shape_of(channels), dtype, seed) for seed in range(2))
+        x, residual = (random(shape_of(channels), dtype, seed).contiguous(memory_format=layout) for seed in range(2))
         for act, added in (("relu", residual), ("relu", None), ("none", residual), ("none", None)):
             norm = norm_of(channels, act).eval()
             norm.running_mean.uniform_(-1, 1)
@@ -131,7 +132,21 @@ def test_inference_takes_the_running_statistics(build: str, dtype: torch.dtype) 
                 expected = F.batch_norm(*double, False, 0, norm.eps) + (0 if added is None else added.double())
                 expected = F.relu(expected) if act == "relu" else expected
             assert_close(y, expected)
-            assert skip.y is y and y.is_contiguous(memory_format=torch.channels_last)
+            assert skip.y is y and y.is_contiguous(memory_format=layout)
+
+
+@needs_kernels
+def test_inference_of_planes_takes_a_residual_of_any_strides_and_leaves_small_planes_to_torch(build: str) -> None:
+    norm = norm_of(24).eval()
+    with torch.no_grad():
+        for h, w, backend in ((4, 4, "cpp"), (1, 17, "cpp"), (3, 5, "torch")):
+            x, residual = (random((2, 24, h, w), torch.float32, seed).contiguous() for seed in range(2))
+            assert norm._backend(x, residual) == backend
+            expected = F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias) + residual)
+            for added in (residual, residual.contiguous(memory_format=torch.channels_last), residual.double()):
+                y = norm(x, added)
+                assert y.is_contiguous()
+                assert_close(y, expected.double())
 
 
 @needs_kernels
@@ -227,6 +242,8 @@ def test_transforms_and_exports_of_a_norm_are_torchs(monkeypatch: pytest.MonkeyP
             assert forward_ad.unpack_dual(norm(dual)).tangent is not None
     with torch.inference_mode():
         torch.testing.assert_close(norm(x), expected)
+        layout = x.contiguous().to_mkldnn()  # its memory is not what its shape says
+        torch.testing.assert_close(norm(layout).to_dense(), expected)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -241,7 +258,7 @@ def test_the_table_names_buckets_in_which_the_kernels_were_faster_for_the_bytes_
     monkeypatch.setattr(dispatch_table, "_isa", lambda: "avx2")
     threads = 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    dispatch_table.faster_buckets.cache_clear()
+    dispatch_table.forget()
     x = torch.zeros(4, 24, 32, 32)  # 384 KiB
     try:
         assert not dispatch_table.is_measured("avx2") and not dispatch_table.is_faster(x, True, False)
@@ -249,7 +266,6 @@ def test_the_table_names_buckets_in_which_the_kernels_were_faster_for_the_bytes_
         dispatch_table.write(rows)
         dispatch_table.write([Row("avx2", "float32", "training", False, 32, 1 << 24, 1.5)])
         assert len(dispatch_table.read()) == 3
-        dispatch_table.faster_buckets.cache_clear()
         assert dispatch_table.is_measured("avx2") and not dispatch_table.is_measured("avx512")
         assert dispatch_table.is_faster(x, True, False)
         assert not dispatch_table.is_faster(x, False, False) and not dispatch_table.is_faster(x, True, True)
@@ -259,22 +275,24 @@ def test_the_table_names_buckets_in_which_the_kernels_were_faster_for_the_bytes_
         assert dispatch_table.is_faster(
             torch.zeros(1, 32, 1, 1).expand(1024, 32, 64, 64), True, False
         )  # the last bucket
+        dispatch_table.write([Row("avx2", "float32", "inference in NCHW", False, 24, 1 << 18, 1.2)])
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert dispatch_table.is_faster(x, False, False) and not dispatch_table.is_faster(last, False, False)
         threads = 4
         assert not dispatch_table.is_faster(x, True, False), "96 KiB of a thread were not measured"
         assert dispatch_table.is_faster(torch.zeros(16, 24, 32, 32), True, False)
         threads = 1
         for ratios, faster in (((1.2, 0.97), True), ((1.2, 0.94), False), ((1.0, 1.08), False)):
             dispatch_table.write(row._replace(ratio=ratio) for row, ratio in zip(rows, ratios, strict=True))
-            dispatch_table.faster_buckets.cache_clear()
             assert dispatch_table.is_faster(x, True, False) == faster
     finally:
-        dispatch_table.faster_buckets.cache_clear()
+        dispatch_table.forget()
 
 
 def test_the_rows_of_the_table_are_for_instruction_sets_and_dtypes_that_exist() -> None:
     dtypes = {str(dtype).removeprefix("torch.") for dtype in batchnorm.DTYPES}
     for row in dispatch_table.read():
-        assert row.isa in library.INSTRUCTION_SETS and row.dtype in dtypes and row.mode in ("training", "inference")
+        assert row.isa in library.INSTRUCTION_SETS and row.dtype in dtypes and row.mode in dispatch_table.MODES
         assert row.channels % 8 == 0 and row.ratio > 0
 
 
@@ -301,10 +319,13 @@ def test_aarch64_has_the_same_bits_under_emulation(tmp_path: Path, dtype: torch.
         dx, dz, dweight, dbias = torch.autograd.grad([y, skip], [x, residual, *norm.parameters()], [g, g2])
         with torch.no_grad():
             inferred = batchnorm.inference(x, residual, norm, relu)
+            planes = [t.detach().permute(0, 2, 3, 1).reshape(x.shape) for t in (x, residual)]  # the same memory
+            of_planes = batchnorm.inference(*planes, norm, relu)
         given = [norm.weight, norm.bias, *(t.permute(0, 2, 3, 1) for t in (x, residual, g, g2))]
         raw = b"".join(t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in given)
-        command = [emulator, str(program), str(int(half)), str(x.numel()), str(channels), str(int(relu))]
+        command = [emulator, str(program), str(int(half)), str(x.numel()), str(channels), "99", str(int(relu))]
         output = subprocess.run(command, input=raw, capture_output=True, check=True).stdout
         wanted = [y, dx, dz, dweight, dbias, norm.running_mean, norm.running_var, inferred]
         wanted = [t.detach().permute(0, 2, 3, 1) if t.ndim == 4 else t.detach() for t in wanted]
+        wanted.append(of_planes)
         assert output == b"".join(t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in wanted)

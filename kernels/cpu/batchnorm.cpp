@@ -1,5 +1,6 @@
-// BatchNorm + ReLU (+ add) on a CPU, for training and inference. Activations are channels-last, bf16 or float32;
-// parameters and statistics are float32. The code needs AVX-512, AVX2 with FMA or NEON, and does not depend on torch.
+// BatchNorm + ReLU (+ add) on a CPU, for training and inference. Activations are channels-last, and for inference also
+// NCHW, in bf16 or float32; parameters and statistics are float32. The code needs AVX-512, AVX2 with FMA or NEON, and
+// does not depend on torch.
 // batchnorm.py checks shapes and dtypes before it calls these functions.
 #include <algorithm>
 #include <cmath>
@@ -20,6 +21,9 @@ constexpr int TILE = UNROLL * LANES;
 // each. Neither rows nor chunks depend on the number of threads, and a column is summed from top to bottom, so the sums
 // depend neither on the number of threads nor on the vectors' length.
 
+// True for more than an L2 and its share of an L3 hold: 4 MiB of float32.
+static bool is_large(int64_t values) { return values >= 1 << 20; }
+
 struct Shape {
   int64_t C, width, rows, rest;  // rest: values after the last whole row
   int64_t height, chunks;        // rows per chunk; the row of the rest is a chunk of its own
@@ -28,7 +32,6 @@ struct Shape {
       : C(C), width(std::lcm(C, int64_t(64))), rows(values / width), rest(values % width),
         height(std::clamp<int64_t>(16384 / width, 32, 256)), chunks((rows + height - 1) / height) {}
 
-  bool is_large() const { return rows * width >= 1 << 20; }  // as float32 4 MiB, more than an L2 and its share of an L3
   int64_t partials() const { return chunks + (rest > 0); }
   int64_t chunk_rows(int64_t k) const { return std::min(height, rows - k * height); }
   std::vector<float> repeated(const float* p) const {  // the values of C channels, repeated to fill a row
@@ -178,7 +181,7 @@ static void normalise(const T* x, const T* residual, T* y, Bits* mask, bool relu
                                : relu ? normalise_rows<false, true, false, T>
                                       : normalise_rows<false, false, false, T>);
   const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
-  const bool large = s.is_large();
+  const bool large = is_large(s.rows * s.width);
   parallel_for(s.chunks, [&](int64_t k) {
     const int64_t i = k * s.height * s.width;
     run(x + i, at(residual, i), {y + i, large}, at(mask, i / LANES), map, s.width, s.chunk_rows(k));
@@ -189,6 +192,31 @@ static void normalise(const T* x, const T* residual, T* y, Bits* mask, bool relu
   const int64_t i = s.rows * s.width;
   run(x_row.data(), residual_row.data(), {y_row.data(), false}, at(mask, i / LANES), map, s.width, 1);
   std::copy_n(y_row.begin(), s.rest, y + i);
+}
+
+// Computes y = act(z + residual) for a plane of one channel, of at least LANES values. The last vector overlaps the one
+// before it if LANES does not divide their number.
+template <bool ADDS, bool RELU, class T>
+static void normalise_plane(const T* x, const T* residual, T* y, float mean, float scale, float shift,
+                            int64_t values) {
+  for (int64_t k = 0; k < values; k += LANES) {
+    const int64_t i = std::min(k, values - LANES);
+    V z = (load(x + i) - mean) * scale + shift;
+    if (ADDS) z += load(residual + i);
+    store(y + i, RELU ? relu(z) : z);
+  }
+}
+
+// Computes y = act(z + residual) for N C planes of `values` values; the map has C values.
+template <class T>
+static void normalise_planes(const T* x, const T* residual, T* y, bool relu, const Affine& map, int64_t planes,
+                             int64_t values) {
+  const auto run = residual ? (relu ? normalise_plane<true, true, T> : normalise_plane<true, false, T>)
+                            : (relu ? normalise_plane<false, true, T> : normalise_plane<false, false, T>);
+  parallel_for(planes, [&](int64_t k) {
+    const int64_t i = k * values, c = k % map.mean.size();
+    run(x + i, residual ? residual + i : nullptr, y + i, map.mean[c], map.scale[c], map.shift[c], values);
+  });
 }
 
 // Computes dz = (g + g2) * mask, stores it if STORES, and sums dz and dz * (x - mean) into chunk k.
@@ -255,7 +283,7 @@ static void backward(const T* g, const T* g2, const T* x, const Bits* mask, cons
                      float* dweight, float* dbias, int64_t values, int64_t C) {
   const Shape s(values, C);
   const int64_t end = s.rows * s.width;  // of the whole rows
-  const bool large = s.is_large();
+  const bool large = is_large(s.rows * s.width);
   const auto at = [](auto p, int64_t i) { return p ? p + i : p; };
   const auto g_row = last_row(g, s), g2_row = last_row(g2, s), x_row = last_row(x, s);
   std::vector<T> dz_row(dz ? s.width : 0), dx_row(s.width);
@@ -330,17 +358,24 @@ extern "C" void bn_backward(bool half, const void* g, const void* g2, const void
   half ? run(bf16()) : run(float());
 }
 
-// Computes y = act(BatchNorm(x) + residual) with the given statistics. residual may be null.
+// Computes y = act(BatchNorm(x) + residual) with the given statistics. residual may be null. `plane` consecutive values
+// belong to one channel: 1 if the tensors are channels-last, H W, at least 16, if they are NCHW.
 extern "C" void bn_inference(bool half, const void* x, const void* residual, const float* weight, const float* bias,
-                             const float* mean, const float* var, void* y, int64_t values, int64_t C, double eps,
-                             bool relu) {
+                             const float* mean, const float* var, void* y, int64_t values, int64_t C, int64_t plane,
+                             double eps, bool relu) {
   const Shape s(values, C);
   std::vector<float> scale(C);
   for (int64_t c = 0; c < C; ++c) scale[c] = weight[c] / std::sqrt(var[c] + eps);
-  const Affine map{s.repeated(mean), s.repeated(scale.data()), s.repeated(bias)};
   const auto run = [&](auto type) {
     using T = decltype(type);
-    normalise((const T*)x, (const T*)residual, (T*)y, nullptr, relu, map, s);
+    const auto in = (const T*)x, added = (const T*)residual;
+    if (plane > 1) {
+      const Affine map{{mean, mean + C}, scale, {bias, bias + C}};
+      normalise_planes(in, added, (T*)y, relu, map, values / plane, plane);
+    } else {
+      const Affine map{s.repeated(mean), s.repeated(scale.data()), s.repeated(bias)};
+      normalise(in, added, (T*)y, nullptr, relu, map, s);
+    }
   };
   half ? run(bf16()) : run(float());
 }

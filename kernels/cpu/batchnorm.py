@@ -27,6 +27,7 @@ from .library import (
     accepts,
     dense,
     find,
+    is_channels_last,
     load,
     pointers,
     refuse_double_backward,
@@ -38,12 +39,13 @@ SOURCE = Source(
     {
         "bn_forward": (None, [BOOL] + [POINTER] * 9 + [INTEGER] * 2 + [REAL] * 2),
         "bn_backward": (None, [BOOL] + [POINTER] * 9 + [INTEGER] * 2),
-        "bn_inference": (None, [BOOL] + [POINTER] * 7 + [INTEGER] * 2 + [REAL, BOOL]),
+        "bn_inference": (None, [BOOL] + [POINTER] * 7 + [INTEGER] * 3 + [REAL, BOOL]),
         "bn_mask_bytes": (INTEGER, [INTEGER] * 2),
     },
     libraries=("-lgomp",),
 )
 DTYPES = (torch.bfloat16, torch.float32)  # of activations; parameters and statistics are float32
+LEAST_PLANE = 16  # pixels: the longest vector's lanes
 
 
 @cache
@@ -57,47 +59,61 @@ def can_normalise(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = Non
     """Return True if batch_norm_act, or inference in eval mode, supports norm(x) + residual for x (N, C, H, W).
 
     Whether this machine can run them is the answer of `available`.
-    x has to satisfy `library.accepts`, be bf16 or float32, and have norm's number of channels. In training it has at
-    least two values in each; in eval mode there are running statistics, and no gradient is needed. norm has to have a
-    weight and a bias. These, and the running statistics if there are any, have to be float32.
+    x has to satisfy `library.accepts`, be bf16 or float32, and have norm's number of channels. In training it is
+    channels-last, with at least two values in each channel. In eval mode it is channels-last, or NCHW with at least
+    LEAST_PLANE pixels; there are running statistics, and no gradient is needed. norm has to have a weight and a bias.
+    These, and the running statistics if there are any, have to be float32.
     """
-    c = norm.num_features
-    statistics = (norm.running_mean, norm.running_var)
-    parameters = (norm.weight, norm.bias)
-    return (
-        x.dtype in DTYPES
-        and accepts(x)
-        and x.shape[1] == c
-        and (x.numel() > c if norm.training else _fixed(x, residual, *parameters, *statistics))
-        and all(t is not None and t.dtype == torch.float32 for t in parameters)
-        and all(t is None or t.dtype == torch.float32 for t in statistics)
-    )
-
-
-def _fixed(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Any, var: Any) -> bool:
-    """Return True if given statistics normalise x, and nothing that is computed from these tensors needs a gradient."""
+    if x.dtype not in DTYPES or not accepts(x) or x.shape[1] != norm.num_features:
+        return False
+    weight, bias, mean, var = _given(norm)
+    if weight is None or bias is None or not weight.dtype == bias.dtype == torch.float32:
+        return False
+    if mean is not None and var is not None and not mean.dtype == var.dtype == torch.float32:
+        return False
+    if norm.training:
+        return is_channels_last(x) and x.numel() > x.shape[1]
     if mean is None or var is None:
         return False
-    tensors = (x, residual, weight, bias)
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
+        return False
+    return is_channels_last(x) or (x.is_contiguous() and x.numel() >= LEAST_PLANE * x.shape[0] * x.shape[1])
+
+
+def _given(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return norm's weight, bias, running mean and running variance, each None if it is not there as such.
+
+    Attributes of a module take ten times as long as its dicts, and this is called in every forward.
+    """
+    parameters, buffers = norm._parameters, norm._buffers
+    return (
+        parameters.get("weight"),
+        parameters.get("bias"),
+        buffers.get("running_mean"),
+        buffers.get("running_var"),
+    )
 
 
 def inference(x: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
     """Compute y = act(BatchNorm(x) + residual) with the running statistics, in one pass.
 
     Args:
-        x: (N, C, H, W); x and norm, in eval mode, have to satisfy `can_normalise`.
-        residual: like x, and cast to its dtype.
+        x: (N, C, H, W), channels-last or NCHW; x and norm, in eval mode, have to satisfy `can_normalise`.
+        residual: of x's shape, and cast to its dtype and memory format.
         norm: the parameters and statistics.
         relu: apply ReLU.
 
     Returns:
         y: like x.
     """
-    given = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    added = None if residual is None else dense(residual, x.dtype)
-    y: Tensor = OPS.cpp_batch_norm_act_inference(x, added, *given, norm.eps, relu)
+    added = None if residual is None else dense(residual, x.dtype, _memory_format(x))
+    y: Tensor = OPS.cpp_batch_norm_act_inference(x, added, *_given(norm), norm.eps, relu)
     return y
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of x, which is one that `can_normalise` takes."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def batch_norm_act(
@@ -213,7 +229,7 @@ def _backward(
 
 
 def _inference(
-    x: Tensor,  # (N, C, H, W) bf16 or float32, channels-last
+    x: Tensor,  # (N, C, H, W) bf16 or float32, channels-last or NCHW
     residual: Tensor | None,  # like x
     weight: Tensor,  # (C,) float32
     bias: Tensor,  # (C,) float32
@@ -225,7 +241,8 @@ def _inference(
     """Return act(BatchNorm(x) + residual) with the given statistics, like x."""
     y = torch.empty_like(x)
     tensors = (x, residual, weight, bias, mean, var, y)
-    load(SOURCE).bn_inference(x.dtype == torch.bfloat16, *pointers(*tensors), x.numel(), x.shape[1], eps, relu)
+    size = (x.numel(), x.shape[1], 1 if is_channels_last(x) else x.shape[2] * x.shape[3])
+    load(SOURCE).bn_inference(x.dtype == torch.bfloat16, *pointers(*tensors), *size, eps, relu)
     return y
 
 

@@ -32,6 +32,7 @@ from .library import (
     dense,
     find,
     instruction_set,
+    is_channels_last,
     load,
     pointers,
     refuse_double_backward,
@@ -93,12 +94,14 @@ def available(dtype: torch.dtype) -> tuple[bool, str]:
 def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return True if conv2d supports conv and x, (N, C, H, W), and was measured to be faster than torch's operations.
 
-    x has to satisfy `library.accepts`, have conv's number of input channels, and be of the dtype in which conv
-    computes: autocast's, or without autocast the weight's. conv has to satisfy `has_kernel`.
+    x has to satisfy `library.accepts`, be channels-last, have conv's number of input channels, and be of the dtype in
+    which conv computes: autocast's, or without autocast the weight's. conv has to satisfy `has_kernel`.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
     # A wrong number of channels is left to torch's convolution, which raises.
     if x.dtype != dtype or not has_kernel(conv) or not accepts(x) or x.shape[1] != conv.in_channels:
+        return False
+    if not is_channels_last(x):
         return False
     if not available(dtype)[0]:
         return False

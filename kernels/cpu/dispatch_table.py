@@ -1,8 +1,9 @@
 """Table of the shapes for which the C++ BatchNorm was measured to be faster than torch's operations.
 
 The table is stored in fastest.json, which bench/cpu_norm.py measures and writes. A row has the instruction set, the
-activations' dtype, "training" (forward and backward) or "inference", True with a residual, the number of channels, the
-bytes of an activation, and torch's time divided by the kernels'.
+activations' dtype, the mode, True with a residual, the number of channels, the bytes of an activation, and torch's time
+divided by the kernels'. The mode is "training" (forward and backward), "inference", or "inference in NCHW"; the first
+two are channels-last.
 
 The rows are of one thread, and a shape counts by its bytes per thread, because what a call costs does not depend on the
 number of threads. A shape that was not measured belongs to the bucket of its channels (16 to 31, 32 to 63, …) and of
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -30,12 +31,15 @@ MARGIN = 1.05  # a mean ratio below it may be noise, so torch's operations run; 
 LAST_BUCKET = 12  # 8 MiB to 32 MiB
 
 
+MODES = ("training", "inference", "inference in NCHW")
+
+
 class Row(NamedTuple):
     """A measurement: torch's time divided by the kernels'."""
 
     isa: str  # a name in library.INSTRUCTION_SETS
     dtype: str  # "bfloat16" or "float32"
-    mode: str  # "training", which is forward and backward, or "inference"
+    mode: str  # one of MODES
     has_residual: bool
     channels: int
     bytes: int
@@ -60,6 +64,13 @@ def write(measured: Iterable[Row]) -> None:
     rows = {row[:-1]: row for row in (*read(), *measured)}
     lines = [json.dumps(row, allow_nan=False) for row in sorted(rows.values())]
     FILE.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    forget()
+
+
+def forget() -> None:
+    """Forget the table, so that the next question reads the file."""
+    faster_buckets.cache_clear()
+    _is_faster.cache_clear()
 
 
 @cache
@@ -85,8 +96,15 @@ def is_measured(isa: str) -> bool:
 
 def is_faster(x: Tensor, training: bool, has_residual: bool) -> bool:
     """Return True if the kernels were measured to be faster than torch for x, (N, C, H, W), on this machine."""
-    if x.ndim != 4 or x.shape[1] % 8:
+    return _is_faster(x.shape, x.stride(), x.dtype, training, has_residual, torch.get_num_threads())
+
+
+@lru_cache  # because this is asked in every forward
+def _is_faster(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, training: bool, has_residual: bool, threads: int
+) -> bool:
+    if len(shape) != 4 or shape[1] % 8:
         return False
-    mode = "training" if training else "inference"
-    buckets = bucket(x.shape[1], x.numel() * x.element_size() // torch.get_num_threads())
-    return (_isa(), str(x.dtype).removeprefix("torch."), mode, has_residual, *buckets) in faster_buckets()
+    mode = MODES[0 if training else 1 if strides[1] == 1 else 2]
+    buckets = bucket(shape[1], shape.numel() * dtype.itemsize // threads)
+    return (_isa(), str(dtype).removeprefix("torch."), mode, has_residual, *buckets) in faster_buckets()

@@ -177,7 +177,7 @@ def register(schemas: Mapping[str, Callable[..., Any]]) -> Any:
 
 
 def accepts(x: Tensor) -> bool:
-    """Return True if x is a plain 4-D tensor on a CPU, channels-last and not empty, and is not being traced.
+    """Return True if x is a plain 4-D tensor on a CPU, is not empty, and is not being traced.
 
     torch.compile does not support the kernels' autograd functions. A tensor of a subclass, such as a fake tensor, and
     one under torch.func or forward-mode differentiation may have no memory or need other rules.
@@ -188,16 +188,21 @@ def accepts(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None  # torch.jit.trace
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # for which is_contiguous may raise
         and torch.autograd.forward_ad._current_level < 0
-        and x.device.type == "cpu"
+        and x.is_cpu
+        and x.layout == torch.strided  # an mkldnn tensor says that it is contiguous
         and x.ndim == 4
         and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t in the dtype and channels-last; t itself if it already is."""
-    return t.to(dtype).contiguous(memory_format=torch.channels_last)
+def is_channels_last(x: Tensor) -> bool:
+    """Return True if x, (N, C, H, W), is dense and channels-last. Ask `accepts` first."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense(t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return t in the dtype and memory format; t itself if it already is."""
+    return t.to(dtype).contiguous(memory_format=memory_format)
 
 
 def pointers(*tensors: Tensor | None) -> list[int | None]:

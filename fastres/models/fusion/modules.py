@@ -103,8 +103,8 @@ class FusedNorm(BatchNormAct2d):
         """Return True if only torch's own operations can compute the result, which saves looking for kernels."""
         if self.group_name or self.algorithm != "measured":
             return False
-        # A stride says in less time than is_contiguous that x is not channels-last; then no C++ kernel accepts it.
-        kernels = x.device.type != "cpu" or (x.dtype in DTYPES and x.stride()[1:2] == (1,))
+        # A stride says in less time than is_contiguous that x is not channels-last, which training in C++ needs.
+        kernels = x.device.type != "cpu" or (x.dtype in DTYPES and (not self.training or x.stride()[1:2] == (1,)))
         return not fused_relu or not (kernels or (self.training and self.deferral is not None))
 
     def extra_repr(self) -> str:
