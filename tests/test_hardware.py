@@ -29,6 +29,7 @@ from fastres.utils.hardware import (
     peaks_of,
     snapshot,
 )
+from fastres.utils.precision import is_faster_in_bf16
 from tests.commands import run_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -261,3 +262,19 @@ def test_train_says_that_other_processes_slow_it(tmp_path: Path) -> None:
         # With fewer threads than cores, the scheduler may give the run all that it needs.
         done = run_module("fastres.train", *flags, env={"OMP_NUM_THREADS": str(cpus)}, fresh=True)
     assert done.returncode == 0 and done.stdout.count("other processes use") == 1
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "maker", "answer"),
+    [(True, True, "GenuineIntel", (True, "the CPU has AMX")),
+     (False, True, "AuthenticAMD", (True, "the CPU has avx512_bf16")),
+     (False, True, "GenuineIntel", (False, "the CPU has no AMX, and Intel's avx512_bf16 is slower than fp32")),
+     (False, False, "AuthenticAMD", (False, "the CPU has neither avx512_bf16 nor AMX"))],
+)  # fmt: skip
+def test_a_cpu_computes_in_bf16_by_default_only_if_that_is_faster(
+    amx: bool, avx512_bf16: bool, maker: str, answer: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: f"vendor_id : {maker}")
+    assert is_faster_in_bf16(torch.device("cpu")) == answer

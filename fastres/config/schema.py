@@ -287,7 +287,8 @@ class EngineConfig:
     """Device: auto, cpu, cuda, or cuda:N."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
-    """auto is bf16 if the device computes in it, otherwise fp32; fp16 scales the loss; fp64 is for comparisons."""
+    """auto is bf16 if that is faster than fp32 on the device, otherwise fp32; fp16 scales the loss; fp64 is for
+    comparisons."""
 
     channels_last: bool = True
     """Keep activations and weights in channels-last order; a check at the start covers forward and backward."""

@@ -20,7 +20,7 @@ from torch import nn
 from fastres.config.schema import Config
 from fastres.utils import ranks
 from fastres.utils.errors import UsageError
-from fastres.utils.precision import DTYPES, computes_in_bf16
+from fastres.utils.precision import DTYPES, is_faster_in_bf16
 from fastres_kernels import Conv2d
 from fastres_kernels.batchnorm import dispatch_table
 from fastres_kernels.cpu import batchnorm as cpp_norm
@@ -218,7 +218,7 @@ def _resolve_device(wanted: str, local_rank: int, choices: _Choices) -> torch.de
 
 def _resolve_precision(wanted: str, device: torch.device, choices: _Choices) -> str:
     """Return a name in DTYPES. Raise UsageError if the device lacks it."""
-    bf16, why = computes_in_bf16(device)
+    bf16, why = is_faster_in_bf16(device)
     precision: str = choices.choose("precision", wanted, "bf16" if bf16 else "fp32", why)
     if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UsageError(f"engine.precision tf32: {device} lacks it (an A100 or newer has it); use fp32")
