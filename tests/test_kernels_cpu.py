@@ -292,36 +292,6 @@ def conv_of(c: int, k: int, stride: int = 1, bias: bool = False) -> Conv2d:
 
 
 @needs_kernels
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(
-    "shape",  # (N, C, K, H, W)
-    [(4, 16, 16, 32, 32), (2, 32, 32, 16, 16), (3, 64, 64, 8, 8), (5, 16, 48, 12, 24), (2, 64, 32, 9, 9),
-     (3, 16, 8, 7, 5), (1, 32, 16, 1, 1), (2, 16, 16, 2, 1), (130, 16, 16, 1, 16)],
-    ids=str,
-)  # fmt: skip
-def test_a_convolutions_values_and_gradients_are_float64s(shape: tuple[int, ...], stride: int, threads: int) -> None:
-    n, c, k, h, w = shape
-    conv = conv_of(c, k, stride, bias=k == 32)
-    x = random(n, c, h, w).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = conv(x)
-    assert y.grad_fn.name() == "_Conv2dBackward" and y.dtype == torch.bfloat16
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    grad = random(*y.shape, seed=1)
-    dx, *ours = torch.autograd.grad(y, [x, *conv.parameters()], grad)
-    leaves = [x, *(p.bfloat16() for p in conv.parameters())]
-    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    oracle = F.conv2d(*leaves, stride=stride, padding=1)
-    dx64, dw64, *db64 = torch.autograd.grad(oracle, leaves, grad.double())
-    assert_close(y, oracle)
-    assert_close(dx, dx64)
-    assert ours[0].dtype == torch.float32
-    assert_close(ours[0], dw64)
-    for db, theirs in zip(ours[1:], db64, strict=True):
-        assert_close(db.bfloat16(), theirs)
-
-
-@needs_kernels
 def test_repetitions_of_the_weight_gradient_are_bitwise_identical() -> None:
     x, dy = random(32, 16, 16, 16), random(32, 32, 8, 8, seed=1)
     first = torch.ops.fastres_kernels.cpp_weight_gradient(x, dy, 2)
@@ -398,7 +368,7 @@ def test_networks_train_as_through_torch(name: str, options: dict[str, Any]) -> 
     exact, _ = losses("fp32", norm="torch", conv="torch")
     theirs, _ = losses("bf16", norm="torch", conv="torch")
     ours, used = losses("bf16")
-    assert "_BatchNormActBackward" in used and {"_WinogradBackward", "_Conv2dBackward"} & used
+    assert "_BatchNormActBackward" in used and "_Conv2dBackward" in used
     assert (ours - exact).abs().max() <= 3 * (theirs - exact).abs().max() + 0.01
 
 

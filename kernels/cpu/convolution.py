@@ -1,7 +1,7 @@
 """3×3 convolutions in C++, forward and backward, for CPUs.
 
 winograd.cpp needs 16 instead of 36 multiplications for four outputs. It computes convolutions of stride 1 with many
-channels, in bf16 and float32. convolution.cpp multiplies directly, in bf16, with at most 64 channels. Both are
+channels. convolution.cpp multiplies directly, in training with few channels. Both compute in bf16 and float32, and are
 operators of torch, which profilers and FLOP counters see:
 
     torch.ops.fastres_kernels.cpp_winograd                    (x, w, transposed) -> y
@@ -28,7 +28,6 @@ from .library import (
     POINTER,
     Source,
     accepts,
-    cpu_flags,
     dense,
     find,
     instruction_set,
@@ -50,19 +49,22 @@ WINOGRAD = Source(
 DIRECT = Source(
     "convolution.cpp",
     {
-        "weight_gradient": (None, [POINTER] * 3 + [INTEGER] * 6),
-        "convolve": (None, [POINTER] * 3 + [INTEGER] * 5 + [BOOL]),
+        "weight_gradient": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 6),
+        "convolve": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5 + [BOOL]),
     },
-    flags=("-mavx512vbmi2", "-fopenmp"),
+    libraries=("-lgomp",),
 )
 
-# The least number of channels with which Winograd's convolutions were measured to be faster than oneDNN's.
+# The least number of channels with which Winograd's convolutions were measured to be faster than oneDNN's, and than
+# direct ones: for the output and the input's gradient, and for the weight's gradient.
 LEAST_CHANNELS = {
-    ("avx512_bf16", torch.bfloat16): 32,
-    ("avx512_bf16", torch.float32): 64,
-    ("avx512", torch.float32): 64,
-    ("avx2", torch.float32): 32,
+    ("avx512_bf16", torch.bfloat16): (32, 32),
+    ("avx512_bf16", torch.float32): (32, 64),
+    ("avx512", torch.float32): (32, 64),
+    ("avx2", torch.float32): (32, 64),
 }
+# The most channels with which direct multiplication was.
+MOST_CHANNELS = {torch.bfloat16: 64, torch.float32: 16}
 LEAST_TILES = 192  # of 2×2 outputs in all: with fewer, the transform of the filters takes a larger part of the time
 TILES_OF_A_TASK = 48  # BLOCK in winograd.cpp
 
@@ -81,10 +83,7 @@ def available(dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"the C++ convolutions were not measured to be faster with {isa}"
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return False, "the C++ convolutions were not measured against oneDNN's on a CPU with AMX"
-    if dtype == torch.bfloat16 and "avx512_vbmi2" not in cpu_flags():
-        return False, "the CPU has no avx512_vbmi2"
-    sources = (WINOGRAD, DIRECT) if dtype == torch.bfloat16 else (WINOGRAD,)
-    for source in sources:
+    for source in (WINOGRAD, DIRECT):
         library, why = find(source)
         if library is None:
             return False, why
@@ -101,14 +100,14 @@ def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
     # A wrong number of channels is left to torch's convolution, which raises.
     if x.dtype != dtype or not has_kernel(conv) or not accepts(x) or x.shape[1] != conv.in_channels:
         return False
-    if not is_channels_last(x):
+    if not is_channels_last(x) or not available(dtype)[0]:
         return False
-    if not available(dtype)[0]:
-        return False
-    if _by_winograd(x, conv.out_channels, conv.stride[0]):
+    k, stride = conv.out_channels, conv.stride[0]
+    if _by_winograd(x, k, stride)[0]:
         return True
-    gradients = torch.is_grad_enabled() and conv.weight.requires_grad
-    return gradients and dtype == torch.bfloat16 and max(conv.in_channels, conv.out_channels) <= 64
+    if max(conv.in_channels, k) > MOST_CHANNELS[dtype] or not (torch.is_grad_enabled() and conv.weight.requires_grad):
+        return False
+    return dtype == torch.bfloat16 or _has_kernel(x, k, stride)
 
 
 def has_kernel(conv: nn.Conv2d) -> bool:
@@ -131,13 +130,15 @@ def has_kernel(conv: nn.Conv2d) -> bool:
     )
 
 
-def _by_winograd(x: Tensor, out_channels: int, stride: int) -> bool:
-    """Return True if winograd.cpp computes the convolution of x, (N, C, H, W), and both of its gradients."""
+def _by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:
+    """Return whether winograd.cpp convolves x, (N, C, H, W), and computes the input's gradient; and the weight's."""
     n, c, h, w = x.shape
     least = LEAST_CHANNELS.get((instruction_set()[0], x.dtype))
-    if stride != 1 or least is None or min(c, out_channels) < least or c % 16 or out_channels % 16:
-        return False
-    return n * ((h + 1) // 2) * ((w + 1) // 2) >= max(LEAST_TILES, TILES_OF_A_TASK * torch.get_num_threads())
+    if stride != 1 or least is None or c % 16 or out_channels % 16:
+        return False, False
+    if n * ((h + 1) // 2) * ((w + 1) // 2) < max(LEAST_TILES, TILES_OF_A_TASK * torch.get_num_threads()):
+        return False, False
+    return min(c, out_channels) >= least[0], min(c, out_channels) >= least[1]
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -146,11 +147,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     The convolution and x have to satisfy `can_convolve`. Sums are float32. The weight's gradient is float32, and
     bitwise reproducible for a given number of threads.
 
-    Winograd's minimal filtering F(2×2, 3×3) (Lavin and Gray 2016) computes it, and both gradients, if there are many
-    channels. It transforms the weight from float32, and rounds the transformed operands to x's dtype: in bf16, its
-    results differ from float64's by 4.4e-3 of their norm, and oneDNN's by 2.4e-3. Otherwise, convolution.cpp computes
-    the weight's gradient in bf16, and y and the input's gradient if `_has_kernel` says that it has a kernel for them;
-    otherwise oneDNN does, and always computes y if there is a bias.
+    With many channels, Winograd's minimal filtering F(2×2, 3×3) (Lavin and Gray 2016) computes y and the input's
+    gradient, and with more channels the weight's gradient too. It transforms the weight from float32, and rounds the
+    transformed operands to x's dtype: in bf16, its results differ from float64's by 4.4e-3 of their norm, and oneDNN's
+    by 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and y and the input's gradient if
+    `_has_kernel` says that it has a kernel for them; otherwise oneDNN does, and always computes y if there is a bias.
 
     Args:
         x: (N, C, H, W), bf16 or float32.
@@ -164,60 +165,48 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     Raises:
         NotImplementedError: if gradients of gradients are computed.
     """
-    by_winograd = _by_winograd(x, weight.shape[0], stride)
-    y: Tensor = _Winograd.apply(x, weight, bias) if by_winograd else _Conv2d.apply(x, weight, bias, stride)
+    y: Tensor = _Conv2d.apply(x, weight, bias, stride)
     return y
 
 
-class _Winograd(torch.autograd.Function):
-    """Autograd of conv2d by winograd.cpp."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        w = dense(weight, torch.float32)
-        ctx.save_for_backward(x, w)
-        y: Tensor = OPS.cpp_winograd(x, w, False)
-        return y if bias is None else y.add_(bias.to(x.dtype)[:, None, None])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        refuse_double_backward("convolution")
-        x, w = ctx.saved_tensors
-        g = dense(g, x.dtype)
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            OPS.cpp_winograd(g, w, True) if for_x else None,
-            OPS.cpp_winograd_weight_gradient(x, g) if for_weight else None,
-            g.sum((0, 2, 3)) if for_bias else None,
-        )
-
-
 class _Conv2d(torch.autograd.Function):
-    """Autograd of conv2d by convolution.cpp and oneDNN."""
+    """Autograd of conv2d."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        x, w = dense(x, torch.bfloat16), dense(weight, torch.bfloat16)
+        ctx.stride, ctx.by_winograd = stride, _by_winograd(x, weight.shape[0], stride)
+        w = dense(weight, torch.float32 if ctx.by_winograd[0] else x.dtype)
         ctx.save_for_backward(x, w)
-        ctx.stride, ctx.has_bias = stride, bias is not None
+        y: Tensor
+        if ctx.by_winograd[0]:
+            y = OPS.cpp_winograd(x, w, False)
+            return y if bias is None else y.add_(bias.to(x.dtype)[:, None, None])
         if bias is None and _has_kernel(x, w.shape[0], stride):
-            y: Tensor = OPS.cpp_convolution(x, w, False)
+            y = OPS.cpp_convolution(x, w, False)
             return y
-        return F.conv2d(x, w, None if bias is None else bias.to(torch.bfloat16), stride, 1)
+        return F.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, 1)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         refuse_double_backward("convolution")
         x, w = ctx.saved_tensors
-        g, s, dx = dense(g, torch.bfloat16), ctx.stride, None
-        if ctx.needs_input_grad[0] and _has_kernel(g, w.shape[1], s):
+        g, s = dense(g, x.dtype), ctx.stride
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        dx = dw = None
+        if for_x and ctx.by_winograd[0]:
+            dx = OPS.cpp_winograd(g, w, True)
+        elif for_x and _has_kernel(g, w.shape[1], s):
             dx = OPS.cpp_convolution(g, w, True)
-        elif ctx.needs_input_grad[0]:
+        elif for_x:
             masks = [True, False, False]
             dx, _, _ = torch.ops.aten.convolution_backward(
                 g, x, w, None, [s, s], [1, 1], [1, 1], False, [0, 0], 1, masks
             )
-        return dx, OPS.cpp_weight_gradient(x, g, s), g.sum((0, 2, 3)) if ctx.has_bias else None, None
+        if for_weight and ctx.by_winograd[1]:
+            dw = OPS.cpp_winograd_weight_gradient(x, g)
+        elif for_weight:
+            dw = OPS.cpp_weight_gradient(x, g, s)
+        return dx, dw, g.sum((0, 2, 3)) if for_bias else None, None
 
 
 def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
@@ -235,23 +224,26 @@ def _convolution(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
 
     With `transposed`, x is the gradient of such a convolution's output, (N, K, H, W), and the result is the gradient of
     its input, (N, C, H, W). That is a convolution of x with w rotated by 180°, its input and output channels swapped.
-    All tensors are bf16 and channels-last.
+    All tensors are of one dtype, bf16 or float32, and channels-last.
     """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     shape = (n, c if transposed else k, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    load(DIRECT).convolve(*pointers(x, w, y), n, c, k, height, width, transposed)
+    half = x.dtype == torch.bfloat16
+    load(DIRECT).convolve(half, *pointers(x, w, y), n, c, k, height, width, transposed)
     return y
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     """Return the weight's gradient, (K, C, 3, 3) float32, channels-last.
 
-    x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 and channels-last; C is a multiple of 16, K of 8.
+    x is (N, C, H, W) and dy (N, K, ⌈H/S⌉, ⌈W/S⌉), both bf16 or both float32, and channels-last; C is a multiple of 16,
+    K of 8.
     """
     (n, c, h, w), k = x.shape, dy.shape[1]
     dw = torch.empty((k, c, 3, 3), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-    load(DIRECT).weight_gradient(*pointers(x, dy, dw), n, c, k, h, w, stride)
+    half = x.dtype == torch.bfloat16
+    load(DIRECT).weight_gradient(half, *pointers(x, dy, dw), n, c, k, h, w, stride)
     return dw
 
 

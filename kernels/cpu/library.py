@@ -118,14 +118,14 @@ def command(source: Source, compiler: str, isa: str, output: str) -> list[str]:
 def build(source: Source, compiler: str, isa: str) -> ctypes.CDLL:
     """Return the library from the user's cache, or build it and cache it.
 
-    The name of the file in the cache has a hash of source, header, compiler and flags.
+    The name of the file in the cache has a hash of source, headers, compiler and flags.
 
     Raises:
         CalledProcessError: if the source does not compile.
         OSError: if the compiler cannot be run or the library cannot be loaded.
     """
     described = " ".join(command(source, compiler, isa, "")[:-1]).replace(str(source.path), source.name)
-    files = (source.path, source.path.with_name("vectors.h"))
+    files = (source.path, *sorted(source.path.parent.glob("*.h")))
     key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + described.encode()).hexdigest()[:16]
     file = f"kernels-{source.path.stem}-{key}.so"
     store: Path | None = None

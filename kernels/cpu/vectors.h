@@ -102,6 +102,7 @@ static V keep(Bits bits, V v) {
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
+extern "C" int omp_get_max_threads();
 
 template <class F>
 static void parallel_for(int64_t n, F f) {  // calls f(0), ..., f(n - 1)

@@ -5,54 +5,13 @@
 //
 // A tile is 2x2 outputs, and its patch d the 4x4 inputs around them. A filter g, a patch d and products m are
 // transformed in each channel: u = G g G', v = B' d B, y = A' m A. Between them, each of the 16 places p of a patch has
-// a matrix product over the channels: m[p] = v[p] u[p]. The filter's gradient is G' (the sum over tiles of A dy A' times
-// v) G.
+// a matrix product over the channels: m[p] = v[p] u[p]. The filter's gradient is G' (the sum over tiles of A dy A'
+// times v) G.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "vectors.h"
-
-// A matrix product reads its operands in words: one float32, or two bf16 side by side, whose products are both added.
-template <class T>
-struct Word;
-
-template <>
-struct Word<float> {
-  using Type = float;
-  static constexpr int VALUES = 1;
-  static V multiply_add(V sum, const float* vector, float word) { return sum + load(vector) * word; }
-  static void put(float* to, const V* values) { store(to, values[0]); }  // LANES words
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Word<bf16> {
-  using Type = uint32_t;
-  static constexpr int VALUES = 2;
-  static V multiply_add(V sum, const uint32_t* vector, uint32_t word) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(vector), (__m512bh)_mm512_set1_epi32(word));
-  }
-  static void put(uint32_t* to, const V* values) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values[0]));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values[1]));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
-};
-#endif
-
-template <class T>
-using WordOf = typename Word<T>::Type;
-
-enum Buffer { FILTERS, PATCHES, PRODUCTS, GRADIENTS, SUMS };
-
-// Returns a buffer that this thread keeps, because new memory costs page faults in every call.
-template <class T, Buffer>
-static T* scratch(int64_t size) {
-  static thread_local std::vector<T> kept;
-  if (int64_t(kept.size()) < size) kept.resize(size);
-  return kept.data();
-}
+#include "words.h"
 
 struct Images {  // (N, H, W, C), in tiles of 2x2 pixels
   int64_t N, H, W, C, rows = (H + 1) / 2, columns = (W + 1) / 2;  // of tiles in an image
@@ -155,8 +114,10 @@ static void multiply(const WordOf<T>* v, const WordOf<T>* u, int64_t apart, int6
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        sum[r][n] = Word<T>::multiply_add(sum[r][n], u + n * LANES / 16 * apart + n * LANES % 16, v[r * words + w]);
+      for (int n = 0; n < N; ++n) {
+        const auto columns = Word<T>::read(u + n * LANES / 16 * apart + n * LANES % 16);
+        sum[r][n] = Word<T>::multiply_add(sum[r][n], columns, v[r * words + w]);
+      }
   for (int r = 0; r < ROWS; ++r)
     for (int n = 0; n < N; ++n) store(m + (r * N + n) * LANES, sum[r][n]);
 }
@@ -220,16 +181,14 @@ static void convolve(const T* x, const float* w, T* y, int64_t N, int64_t C, int
 // Adds to sum (4, C) the products of n words: 4 output channels of g (n, K) times N vectors of channels of v (n, C).
 template <class T, int N>
 static void accumulate(const WordOf<T>* g, const WordOf<T>* v, int64_t n, int64_t K, int64_t C, float* to) {
-  V sum[4][N];
-  for (int k = 0; k < 4; ++k)
-    for (int c = 0; c < N; ++c) sum[k][c] = load(to + k * C + c * LANES);
+  V sum[4][N] = {};  // from zero, because a sum of few terms, added to the others, has smaller rounding errors
   for (int64_t i = 0; i < n; ++i, g += K, v += C)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k)
 #pragma GCC unroll 4
-      for (int c = 0; c < N; ++c) sum[k][c] = Word<T>::multiply_add(sum[k][c], v + c * LANES, g[k]);
+      for (int c = 0; c < N; ++c) sum[k][c] = Word<T>::multiply_add(sum[k][c], Word<T>::read(v + c * LANES), g[k]);
   for (int k = 0; k < 4; ++k)
-    for (int c = 0; c < N; ++c) store(to + k * C + c * LANES, sum[k][c]);
+    for (int c = 0; c < N; ++c) store(to + k * C + c * LANES, load(to + k * C + c * LANES) + sum[k][c]);
 }
 
 constexpr int64_t RUN = 64;  // words of one accumulation: 64 channels of them fit in an L1
@@ -328,14 +287,6 @@ static void weight_gradient(const T* x, const T* dy, float* dw, int64_t N, int64
 // ---- the functions that Python calls --------------------------------------------------------------------------------
 // Their first argument is true if the activations are bf16. C and K are multiples of 16. Results do not depend on the
 // number of threads.
-
-template <class Run>
-static void with_type(bool half, Run run) {
-#if defined(__AVX512BF16__)
-  if (half) return run(bf16());
-#endif
-  run(float());
-}
 
 // Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If transposed, x is the output's gradient
 // (N, H, W, K), and y receives the input's gradient (N, H, W, C).

@@ -1,4 +1,4 @@
-"""Test Winograd's convolutions in C++ against float64, and what they leave to others.
+"""Test the convolutions in C++ against float64, Winograd's and direct ones, and which of them is used.
 
 Inputs are rounded first, so the oracle has the same inputs as the kernels. The weight is float32, as under autocast.
 """
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres_kernels import Conv2d
 from fastres_kernels.cpu import convolution, library
@@ -20,21 +21,33 @@ from tests.test_kernels_cpu_norm import FAST, ORDER, RUNNABLE, skip_unless_runna
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HERE = {dtype: convolution.available(dtype) for dtype in (BF16, FP32)}
+SOURCES = {source.name: source for source in (convolution.WINOGRAD, convolution.DIRECT)}
 BUILDS = [(compiler, isa) for compiler in ("g++", "clang++") for isa in ORDER]
 TOLERANCE = {BF16: 6e-3, FP32: 1e-6}  # of the norm of the result; oneDNN's convolution in bf16 has 2.4e-3
-SHAPES = [  # N, C, K, H, W: at least 192 tiles, odd and even sizes, whole and partial blocks of channels
+WINOGRADS = [  # N, C, K, H, W: odd and even sizes, whole and partial blocks of channels
     (8, 32, 64, 9, 11),
     (200, 64, 32, 1, 2),
     (2, 80, 112, 20, 20),
     (1, 128, 208, 27, 28),
 ]
+DIRECT = [
+    (4, 16, 16, 32, 32),
+    (2, 32, 32, 16, 16),
+    (3, 64, 64, 8, 8),
+    (5, 16, 48, 12, 24),
+    (2, 64, 32, 9, 9),
+    (3, 16, 8, 7, 5),
+    (1, 32, 16, 1, 1),
+    (2, 16, 16, 2, 1),
+    (130, 16, 16, 1, 16),
+]
 
 
 @cache
-def built(compiler: str, isa: str) -> Any:
-    """Return the library, or skip the test and say why."""
+def built(name: str, compiler: str, isa: str) -> Any:
+    """Return the library of the source of that name, or skip the test and say why."""
     skip_unless_runnable(compiler, isa)
-    return library.build(convolution.WINOGRAD, compiler, isa)
+    return library.build(SOURCES[name], compiler, isa)
 
 
 @pytest.fixture(
@@ -42,9 +55,9 @@ def built(compiler: str, isa: str) -> Any:
 )
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the kernels of one compiler and instruction set."""
-    monkeypatch.setitem(library._found, convolution.WINOGRAD.name, (built(*request.param), ""))
-    name: str = request.param[1]
-    return name
+    for name in SOURCES:
+        monkeypatch.setitem(library._found, name, (built(name, *request.param), ""))
+    return str(request.param[1])
 
 
 @pytest.fixture(params=[1, 2])
@@ -66,25 +79,49 @@ def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"{error:.1e}"
 
 
-def results(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def results(
+    shape: tuple[int, ...], dtype: torch.dtype, stride: int = 1, bias: bool = True, weights: torch.dtype = FP32
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return y and the gradients of x, the weight and the bias; ours, and float64's for the same inputs."""
     n, c, k, h, w = shape
-    leaves = [random(n, c, h, w, seed=0, dtype=dtype), random(k, c, 3, 3, seed=1), random(k, seed=2)]
-    g = random(n, k, h, w, seed=3, dtype=dtype)
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    y = convolution._Winograd.apply(*leaves)
+    leaves = [random(n, c, h, w, seed=0, dtype=dtype), random(k, c, 3, 3, seed=1, dtype=weights).float()]
+    leaves = [
+        leaf.requires_grad_() for leaf in (*leaves, *([random(k, seed=2, dtype=weights).float()] if bias else []))
+    ]
+    y = convolution.conv2d(*leaves[:2], leaves[2] if bias else None, stride)
+    g = random(*y.shape, seed=3, dtype=dtype)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    oracle = F.conv2d(*doubles, padding=1)
+    oracle = F.conv2d(*doubles, stride=stride, padding=1)
     ours = [y, *torch.autograd.grad(y, leaves, g)]
     return [t.detach() for t in ours], [oracle.detach(), *torch.autograd.grad(oracle, doubles, g.double())]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_float64s(isa: str, shape: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+def choose(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype, *, winograd: bool) -> None:
+    """Let Winograd's algorithm compute every convolution, or none. Skip the test if the build cannot."""
     if dtype == BF16 and isa != "avx512_bf16":
         pytest.skip("only avx512_bf16 has products of bf16")
+    monkeypatch.setattr(convolution, "_by_winograd", lambda x, out_channels, stride: (winograd, winograd))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("shape", WINOGRADS, ids=str)
+def test_winograds_values_and_gradients_are_float64s(
+    isa: str, shape: tuple[int, ...], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, isa, dtype, winograd=True)
     for ours, oracle in zip(*results(shape, dtype), strict=True):
+        assert ours.ndim != 4 or ours.is_contiguous(memory_format=torch.channels_last)
+        assert_close(ours, oracle, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", DIRECT, ids=str)
+def test_direct_values_and_gradients_are_float64s(
+    isa: str, shape: tuple[int, ...], stride: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, isa, dtype, winograd=False)
+    for ours, oracle in zip(*results(shape, dtype, stride, bias=shape[2] == 32, weights=dtype), strict=True):
         assert ours.ndim != 4 or ours.is_contiguous(memory_format=torch.channels_last)
         assert_close(ours, oracle, dtype)
 
@@ -96,7 +133,8 @@ def test_float32_results_are_equal_for_all_instruction_sets_and_numbers_of_threa
     every, before = [], torch.get_num_threads()
     try:
         for isa in (RUNNABLE[0], RUNNABLE[-1]):
-            monkeypatch.setitem(library._found, convolution.WINOGRAD.name, (built("g++", isa), ""))
+            choose(monkeypatch, isa, FP32, winograd=True)
+            monkeypatch.setitem(library._found, "winograd.cpp", (built("winograd.cpp", "g++", isa), ""))
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 every.append(results((3, 48, 80, 19, 22), FP32)[0][:3])
@@ -105,34 +143,51 @@ def test_float32_results_are_equal_for_all_instruction_sets_and_numbers_of_threa
     assert all(torch.equal(a, b) for other in every[1:] for a, b in zip(every[0], other, strict=True))
 
 
+class Calls(TorchDispatchMode):
+    """Collects the names of this package's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "fastres_kernels":
+            self.names.add(op._opname)
+        return op(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_many_channels_and_tiles_are_winograds_and_the_rest_is_not(dtype: torch.dtype) -> None:
+def test_many_channels_and_tiles_are_winograds_and_few_are_direct(dtype: torch.dtype) -> None:
     here, why = HERE[dtype]
     if not here:
         pytest.skip(why)
-    least = convolution.LEAST_CHANNELS[library.instruction_set()[0], dtype]
+    least, for_weight = convolution.LEAST_CHANNELS[library.instruction_set()[0], dtype]
 
-    def used(x: Tensor, *arguments: Any, **options: Any) -> str:
+    def used(x: Tensor, *arguments: Any, **options: Any) -> set[str]:
         conv = Conv2d(*arguments, **{"padding": 1, **options})
         conv.algorithm = "cpp"  # type: ignore[assignment]
-        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-            return conv(x).grad_fn.name()
+        with Calls() as calls, torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            conv(x.requires_grad_()).float().sum().backward()
+        return calls.names
 
     def images(n: int, c: int, side: int = 28) -> Tensor:
         return random(n, c, side, side, seed=0, dtype=dtype)
 
-    assert used(images(1, least), least, least, 3) == "_WinogradBackward"
-    assert used(images(1, 128), 128, 256, 3, bias=False) == "_WinogradBackward"
+    winograd = {"cpp_winograd", "cpp_winograd_weight_gradient"}
+    assert used(images(1, for_weight), for_weight, for_weight, 3) == winograd
+    assert used(images(1, 128), 128, 256, 3, bias=False) == winograd
+    if least < for_weight:
+        assert used(images(1, least), least, least, 3) == {"cpp_winograd", "cpp_weight_gradient"}
+    assert used(images(1, 16, 8), 16, 16, 3, bias=False) == {"cpp_convolution", "cpp_weight_gradient"}
     for x, arguments, options in (
-        (images(1, least, 26), (least, least, 3), {}),  # 169 tiles
-        (images(1, least), (least, 16, 3), {}),
+        (images(1, 128, 26), (128, 128, 3), {}),  # 169 tiles
         (images(1, least), (least, 2 * least + 8, 3), {}),
         (images(1, 128), (128, 128, 3, 2), {}),
         (images(1, 128), (128, 128, 3), {"groups": 2}),
         (images(1, 128), (128, 128, 1), {"padding": 0}),
         (images(1, 128).contiguous(), (128, 128, 3), {}),
     ):
-        assert used(x, *arguments, **options) != "_WinogradBackward", arguments
+        assert not used(x, *arguments, **options), arguments
 
 
 @pytest.mark.skipif(not HERE[FP32][0], reason=HERE[FP32][1])
