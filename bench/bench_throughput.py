@@ -72,7 +72,8 @@ FULL = [
     *product((*NETS, *MORE_NETS), (True, False), VARIANTS, ("plain",)),
     *product((*NETS, *MORE_NETS), (True, False), ("default",), ("tuned",)),
 ]
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # for torch and the C++ kernels, and for oneDNN
+# For torch and the C++ kernels, for oneDNN, and for MKL, which computes the matrix product of the share.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def cases() -> list[Any]:
