@@ -1,4 +1,4 @@
-"""`python -m fastres.profile --limits` says what limits a run: the rule, the sentence, and real runs.
+"""`fastres profile --limits` says what limits a run: the rule, the sentence, and real runs.
 
 No time is asserted. The real runs are limited by more than a factor of ten.
 """
