@@ -243,6 +243,7 @@ def shown(limits: Limits) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_large_jpegs_and_one_worker_limit_a_small_network(tmp_path: Path) -> None:
     write_image_folder(tmp_path, size=1000, train=2, test=1)
     limits = measured(
