@@ -40,7 +40,7 @@ WARM_UP, TRACED, ROUNDS = 20, 20, 10
 TIMED = {32: 1_000, 224: 100}
 
 
-@pytest.mark.skipif(not GPU, reason="a CPU has no kernels: python -m fastres.profile shows its operators")
+@pytest.mark.skipif(not GPU, reason="a CPU has no kernels: fastres profile shows its operators")
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def bench_kernel_times(benchmark: Any, tmp_path: Path, name: str, norm: str) -> None:
     net, engine = NETS[name], engine_for(norm=norm)

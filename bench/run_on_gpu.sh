@@ -186,7 +186,7 @@ if [[ -z $list ]]; then
         [[ $device != nothing ]] ||
             fail "$PYTHON has no torch; pip install -e '.[dev,peers]' in this checkout, and activate its environment"
         [[ $device != "no GPU" ]] ||
-            fail "torch sees no GPU here; run this on a machine with an A100, H100 or H200 (python -m fastres.doctor)"
+            fail "torch sees no GPU here; run this on a machine with an A100, H100 or H200 (fastres doctor)"
         ((${capability%.*} >= 8)) ||
             fail "$device has compute capability $capability, below 8.0; use an A100, H100 or H200"
         output=$("$PYTHON" -c "import bench.conftest, bench.report, bench.bench_kernels, bench.bench_peers" 2>&1) ||

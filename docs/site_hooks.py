@@ -53,8 +53,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Return the page as a screen reader needs it: the search dialog has a name, and no heading is empty."""
-    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"').replace("<th></th>", "<td></td>")
+    """Return the page as a screen reader needs it."""
+    return readable(output)
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    """Return a page that is made from no Markdown, such as 404.html, as a screen reader needs it too."""
+    return readable(output) if template_name.endswith(".html") else output
+
+
+def readable(html: str) -> str:
+    """Return the page with a name of the search dialog and without empty headings."""
+    return html.replace('role="dialog"', 'role="dialog" aria-label="Search"').replace("<th></th>", "<td></td>")
 
 
 def outside_fences(text: str, change: Callable[[str], str]) -> str:

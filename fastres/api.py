@@ -59,8 +59,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train a network, and return the content of summary.json (test_accuracy, test_loss, …) with the folder, `run_dir`.
 
-    The settings are the fields of the configuration, which `python -m fastres.train --help` lists, with the same
-    defaults: those of He et al.'s schedule. If `steps` alone is given, the schedule is scaled to it.
+    The settings are the fields of the configuration, which `fastres train --help` lists, with the same defaults: those
+    of He et al.'s schedule. If `steps` alone is given, the schedule is scaled to it.
 
         summary = fastres.fit("resnet20", train=(images, labels), test=(test_images, test_labels), steps=2_000)
 

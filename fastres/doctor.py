@@ -1,4 +1,4 @@
-"""`python -m fastres.doctor`: check what this machine has for training, and print a remedy for each missing part.
+"""`fastres doctor`: check what this machine has for training, and print a remedy for each missing part.
 
 Exit status 0 if the engine can train, even if optional parts are missing; 1 if something essential is broken.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastres.evaluate RUN`: evaluate a run on the test set and compare the accuracy with its summary.
+"""`fastres evaluate RUN`: evaluate a run on the test set and compare the accuracy with its summary.
 
 It prints loss and accuracy, the top-5 accuracy for ten classes or more, and the classes with the lowest accuracies.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastres.export RUN`: export a run's network as safetensors, torch_export or ONNX, and verify it.
+"""`fastres export RUN`: export a run's network as safetensors, torch_export or ONNX, and verify it.
 
 The network is exported in fp32 and for inference. It takes normalised images (N, C, S, S), for any N, and returns
 logits (N, classes).

@@ -1,4 +1,4 @@
-"""`python -m fastres.plot RUN...`: plot the curves of one or several runs and print their final accuracies."""
+"""`fastres plot RUN...`: plot the curves of one or several runs and print their final accuracies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m fastres.predict RUN FILES...`: predict the classes of images with a run or an exported file.
+"""`fastres predict RUN FILES...`: predict the classes of images with a run or an exported file.
 
 It prints the columns file, class and probability, with as many rows for each file as --top says. A file that cannot be
 read is one line on standard error; the others are predicted, and the exit status is 1.

@@ -1,4 +1,4 @@
-"""`python -m fastres.profile`: measure variants of a block or a network side by side, or what limits a run (--limits).
+"""`fastres profile`: measure variants of a block or a network side by side, or what limits a run (--limits).
 
 profiling/ has the parts: variants.py (workloads and variants), measure.py (timing), trace.py (reading traces) and
 report.py (files and tables); limits.py and verdict.py for --limits.
@@ -61,7 +61,7 @@ def parser() -> Parser:
     )
     made.add_argument(LIMITS, action="store_true",
                       help="Measure whether its loader, launches, memory bandwidth or compute limits a run. All other "
-                      "flags are then those of python -m fastres.train, and nothing is written.")  # fmt: skip
+                      f"flags are then those of {command_name('train')}, and nothing is written.")  # fmt: skip
     what = made.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="NAME", help="A network by its name. (default: resnet20)")
     what.add_argument("--block", choices=BLOCKS, help="One residual block of stride 1, as inside a network.")

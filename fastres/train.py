@@ -1,4 +1,4 @@
-"""`python -m fastres.train`, or `torchrun -m fastres.train` for several processes: one run, from top to bottom.
+"""`fastres train`, or `torchrun -m fastres.train` for several processes: one run, from top to bottom.
 
 config -> data -> model -> step -> schedule -> log, checkpoint
 """

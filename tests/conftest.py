@@ -72,7 +72,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put decoded images into a folder of the tests' own, in the processes that they start too."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # The workers of a run share the folder, so that one of them builds the C++ kernels for all.
+        ours, in_a_worker = tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ
+        patch.setenv("XDG_CACHE_HOME", str((ours.parent if in_a_worker else ours) / "cache"))
         # A pytest that a test starts is not an xdist worker; in a worker, pytest-benchmark measures nothing.
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         # matplotlib's list of fonts stays in the user's cache, because building it takes seconds.

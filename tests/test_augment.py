@@ -168,7 +168,7 @@ def test_a_run_with_every_augmentation_is_the_same_from_either_loader(tmp_path: 
     flags = (
         "--recipe digits --model.name resnet8 --train.steps 24 --schedule.warmup_steps 0 --engine.precision fp32 "
         "--data.pad_mode reflect --data.pad 2 "
-        "--data.flip alternating --data.cutout 2 --data.mixup 0.2 --data.cutmix 1 --run.dir"
+        "--data.flip alternating --data.cutout 2 --data.mixup 0.2 --data.cutmix 1 --data.workers 1 --run.dir"
     ).split()
     weights = []
     for name, loader in (("a", "resident"), ("b", "dataloader")):

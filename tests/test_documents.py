@@ -26,7 +26,8 @@ SOURCE_SUFFIXES = (".py", ".cpp", ".sh", ".sbatch")
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE = re.compile(rf"-m\s+((?:{'|'.join(IMPORTED_FROM)})(?:\.\w+)+)")
-SUBCOMMAND = re.compile(r"^(?:\S*/|.*<\()?fastres (\w+)", re.MULTILINE)
+SUBCOMMAND = re.compile(r"^(?:\S*/|.*<\(|(?:\w+=\S+ )+)?fastres (\w+)", re.MULTILINE)
+LONG_FORM = re.compile(r"python3? -m\s+fastres\.\w+")
 FLAG = re.compile(rf"--((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 IN_BACKTICKS = re.compile(r"`([^`]+)`")
@@ -104,9 +105,17 @@ def test_every_command_of_the_program_exists(document: Path) -> None:
 
 def test_the_check_of_commands_reads_code_in_lines_and_in_blocks() -> None:
     text = (
-        "fastres itself: `fastres train`, `.venv/bin/fastres tain`\n```sh\nfastres plott runs/a\nfastres doctor\n```\n"
+        "fastres itself: `fastres train`, `.venv/bin/fastres tain`, `OMP_NUM_THREADS=1 fastres traim`\n"
+        "```sh\nfastres plott runs/a\nfastres doctor\n```\n"
     )
-    assert unknown_commands(text) == ["tain", "plott"]
+    assert unknown_commands(text) == ["tain", "traim", "plott"]
+
+
+def test_readme_alone_has_the_long_form_of_a_command() -> None:
+    examples = [path for path in (ROOT / "examples").iterdir() if path.is_file()]
+    recipes = [*(ROOT / "fastres/config/recipes").glob("*.yaml")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in [*DOCUMENTS, *examples, *recipes]}
+    assert {name for name, text in texts.items() if LONG_FORM.search(text)} == {"README.md"}
 
 
 @each_document

@@ -215,16 +215,20 @@ def test_a_damaged_recipe_is_read_or_refused(data: DataObject, scratch: Path) ->
     read_config(["--config", str(file)], scratch / "again.yaml")
 
 
-@fuzz(100)
-def test_flags_of_any_kind_are_read_or_refused(data: DataObject, scratch: Path) -> None:
-    names = st.sampled_from([*FIELDS, *SECTIONS, *(f"model.options.{name}" for name in OPTIONS), "recipe"])
-    values = JSON.map(json.dumps) | st.text(max_size=10) | st.sampled_from(SNIPPETS) | LEAVES.map(str)
-    flags = st.builds(lambda name, value: [f"--{name}={value}"], names, values)
-    flags |= st.builds(lambda name, value: [f"--{name}", value], names | st.text(max_size=6), values)
-    flags |= st.lists(values, max_size=1)
-    argv = [word.replace("\x00", "") for flag in data.draw(st.lists(flags, max_size=3)) for word in flag]
-    # Flags that print something and exit are left out.
-    read_config([word for word in argv if not word.startswith("--print_")], scratch / "again.yaml")
+@pytest.mark.parametrize("examples", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_flags_of_any_kind_are_read_or_refused(examples: int, scratch: Path) -> None:
+    @fuzz(examples)
+    def check(data: DataObject) -> None:
+        names = st.sampled_from([*FIELDS, *SECTIONS, *(f"model.options.{name}" for name in OPTIONS), "recipe"])
+        values = JSON.map(json.dumps) | st.text(max_size=10) | st.sampled_from(SNIPPETS) | LEAVES.map(str)
+        flags = st.builds(lambda name, value: [f"--{name}={value}"], names, values)
+        flags |= st.builds(lambda name, value: [f"--{name}", value], names | st.text(max_size=6), values)
+        flags |= st.lists(values, max_size=1)
+        argv = [word.replace("\x00", "") for flag in data.draw(st.lists(flags, max_size=3)) for word in flag]
+        # Flags that print something and exit are left out.
+        read_config([word for word in argv if not word.startswith("--print_")], scratch / "again.yaml")
+
+    check()
 
 
 @pytest.mark.parametrize(
@@ -328,21 +332,28 @@ CONTENTS = st.recursive(
 )  # fmt: skip
 
 
-@fuzz(100)
-def test_a_forged_checkpoint_is_read_or_refused(data: DataObject, place: Path, run: Path) -> None:
-    state: Any = data.draw(CONTENTS)
-    if data.draw(st.booleans()):
-        state = {"step": data.draw(NUMBERS | st.just(3)), "trainer": data.draw(CONTENTS | st.just({"model": state}))}
-    checksum: Any = "0" * 64
-    with contextlib.suppress(Exception):
-        checksum = checkpoint.digest(state)
-    packed = io.BytesIO()
-    with contextlib.suppress(Exception):  # torch need not read what it cannot write
-        torch.save({"state": state, "sha256": checksum}, packed)
-    if read_checkpoint(place, packed.getvalue()) is not None:
-        found = outcome(lambda: read_run(run, place))
-        if found is not None:
-            outcome(lambda: rebuild(*found))
+@pytest.mark.parametrize("examples", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_forged_checkpoint_is_read_or_refused(examples: int, place: Path, run: Path) -> None:
+    @fuzz(examples)
+    def check(data: DataObject) -> None:
+        state: Any = data.draw(CONTENTS)
+        if data.draw(st.booleans()):
+            state = {
+                "step": data.draw(NUMBERS | st.just(3)),
+                "trainer": data.draw(CONTENTS | st.just({"model": state})),
+            }
+        checksum: Any = "0" * 64
+        with contextlib.suppress(Exception):
+            checksum = checkpoint.digest(state)
+        packed = io.BytesIO()
+        with contextlib.suppress(Exception):  # torch need not read what it cannot write
+            torch.save({"state": state, "sha256": checksum}, packed)
+        if read_checkpoint(place, packed.getvalue()) is not None:
+            found = outcome(lambda: read_run(run, place))
+            if found is not None:
+                outcome(lambda: rebuild(*found))
+
+    check()
 
 
 @pytest.mark.parametrize("trainer", [None, 3, [], {}, {"model": 3}, {"model": {}}, {"model": {"fc.weight": 3}}])

@@ -1,4 +1,4 @@
-"""`python -m fastres.profile --limits` says what limits a run: the rule, the sentence, and real runs.
+"""`fastres profile --limits` says what limits a run: the rule, the sentence, and real runs.
 
 No time is asserted. The real runs are limited by more than a factor of ten.
 """
@@ -243,6 +243,7 @@ def shown(limits: Limits) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_large_jpegs_and_one_worker_limit_a_small_network(tmp_path: Path) -> None:
     write_image_folder(tmp_path, size=1000, train=2, test=1)
     limits = measured(

@@ -17,7 +17,7 @@ from tests.commands import ROOT, run_module, run_python
 from tests.fixtures import write_image_folder
 
 PAGE = (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
-COMMAND = re.compile(r"`((?:OMP_NUM_THREADS=1 )?(?:python -m|pytest|bench/\w).+?)`")
+COMMAND = re.compile(r"`((?:OMP_NUM_THREADS=1 )?(?:(?:fastres|python -m|pytest) |bench/\w).+?)`")
 FENCED = re.findall(r"^```sh\n(.+?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = list(dict.fromkeys([*COMMAND.findall(PAGE), *FENCED]))
 LIMITS = next(command for command in FENCED if "--limits" in command)
@@ -27,15 +27,16 @@ def flags_of(command: str) -> tuple[str, list[str]]:
     """Return the program and its arguments; `…` stands for a training command's flags."""
     words = shlex.split(command.removeprefix("OMP_NUM_THREADS=1 ").replace("\\\n", ""))
     words = words[2:] if words[:2] == ["python", "-m"] else words
-    return words[0], ["--recipe=digits" if word == "…" else word for word in words[1:]]
+    program, *flags = [" ".join(words[:2]), *words[2:]] if words[0] == "fastres" else words
+    return program, ["--recipe=digits" if word == "…" else word for word in flags]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_commands_program_accepts_its_flags(command: str) -> None:
     program, flags = flags_of(command)
-    if program == "fastres.train" or "--limits" in flags:
+    if program == "fastres train" or "--limits" in flags:
         parse([flag for flag in flags if flag != "--limits"])
-    elif program == "fastres.profile":
+    elif program == "fastres profile":
         profile.check_flags(profile.parser().parse_args(flags))
     elif program == "pytest":
         assert flags[-1] == "--benchmark-only" and (ROOT / flags[0]).exists()
@@ -56,7 +57,7 @@ def test_the_benchmarks_of_the_page_are_found() -> None:
 def test_the_example_of_limits_gives_the_pages_answer(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "photos", size=1500, train=8, test=1)
     program, flags = flags_of(LIMITS)
-    done = run_module(program, *flags, "--train.batch_size=4", "--model.name=resnet8", cwd=tmp_path)
+    done = run_module(*program.split(), *flags, "--train.batch_size=4", "--model.name=resnet8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = next(line for line in PAGE.splitlines() if " limits this run (" in line)
     assert answer.removeprefix("> ").split(" (")[0] in done.stdout and answer.split("Remedy:")[1] in done.stdout
@@ -66,7 +67,7 @@ def test_the_example_of_limits_gives_the_pages_answer(tmp_path: Path) -> None:
 def test_the_variants_of_the_page_are_measured(tmp_path: Path) -> None:
     program, flags = flags_of(next(command for command in FENCED if "+fuse" in command))
     short = ("--rounds=1", "--steps=1", "--batch-size=2", "--size=64", "--no-trace")
-    done = run_module(program, *flags, *short, cwd=tmp_path)
+    done = run_module(*program.split(), *flags, *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "profiles/timm-resnet26d").iterdir()} == {
         "profile.json", "profile.csv", "profile.png"

@@ -1,4 +1,4 @@
-"""`python -m fastres.plot` draws curves of one or several runs and prints a table of final accuracies.
+"""`fastres plot` draws curves of one or several runs and prints a table of final accuracies.
 
 tests/test_report.py has the HTML report.
 """

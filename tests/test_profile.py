@@ -1,4 +1,4 @@
-"""`python -m fastres.profile` measures the available variants side by side and writes everything down."""
+"""`fastres profile` measures the available variants side by side and writes everything down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report of `python -m fastres.plot RUN... --html`: its content, its escaping, and that it loads nothing."""
+"""The HTML report of `fastres plot RUN... --html`: its content, its escaping, and that it loads nothing."""
 
 from __future__ import annotations
 

@@ -89,3 +89,10 @@ def test_what_belongs_to_an_item_of_a_list_is_indented_as_python_markdown_expect
 def test_fenced_code_stays_as_it_is() -> None:
     text = "[a](b)\n```md\n[a](b)\n```\n[a](b)"
     assert HOOKS.outside_fences(text, lambda part: part.replace("b", "c")) == "[a](c)\n```md\n[a](b)\n```\n[a](c)"
+
+
+def test_a_page_without_markdown_has_a_name_of_its_search_dialog_too() -> None:
+    given = '<div role="dialog"></div>'
+    page = HOOKS.on_post_template(given, template_name="404.html", config=None)
+    assert page == '<div role="dialog" aria-label="Search"></div>'
+    assert HOOKS.on_post_template(given, template_name="sitemap.xml", config=None) == given

@@ -15,7 +15,7 @@ from tests.commands import ROOT, run_module
 from tests.fixtures import write_image_folder
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-EXAMPLE = re.compile(r"^### (.+)\n\n```sh\npython -m (.+)\n```\n\n> `(fastres: error: .+)`$", re.MULTILINE)
+EXAMPLE = re.compile(r"^### (.+)\n\n```sh\nfastres (.+)\n```\n\n> `(fastres: error: .+)`$", re.MULTILINE)
 ROW = re.compile(r"^\| (`.+?`) \| .+ \|$", re.MULTILINE)
 
 
@@ -23,7 +23,7 @@ ROW = re.compile(r"^\| (`.+?`) \| .+ \|$", re.MULTILINE)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what the examples need: a finished run and image folders."""
     folder = tmp_path_factory.mktemp("troubleshooting")
-    done = run_module("fastres.train", *shlex.split("--recipe digits --train.steps 20"), cwd=folder)
+    done = run_module("fastres", *shlex.split("train --recipe digits --train.steps 20"), cwd=folder)
     assert done.returncode == 0, done.stderr
     write_image_folder(folder / "damaged", suffix=".png")
     for path in write_image_folder(folder / "photos").rglob("*.jpg"):
@@ -43,15 +43,14 @@ def matches(message: str, line: str) -> bool:
 def test_an_example_prints_its_message(command: str, message: str, folder: Path) -> None:
     if "torch sees no GPU" in message and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    module, *arguments = shlex.split(command)
-    done = run_module(module, *arguments, cwd=folder)
+    done = run_module("fastres", *shlex.split(command), cwd=folder)
     assert done.returncode == (1 if "non-finite" in message else 2)
     assert matches(message, done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_every_command_of_the_page_is_an_example_or_prepares_them() -> None:
     fenced = re.findall(r"^```sh\n(.+?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert [f"python -m {command}" for _, command, _ in EXAMPLE.findall(PAGE)] == fenced
+    assert [f"fastres {command}" for _, command, _ in EXAMPLE.findall(PAGE)] == fenced
 
 
 def test_every_message_of_the_table_is_in_the_code() -> None:

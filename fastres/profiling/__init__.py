@@ -1,1 +1,1 @@
-"""The parts of `python -m fastres.profile`: variants.py, measure.py, trace.py, report.py; limits.py and verdict.py."""
+"""The parts of `fastres profile`: variants.py, measure.py, trace.py, report.py; limits.py and verdict.py."""
