@@ -4,8 +4,9 @@
     pytest bench/bench_throughput.py --benchmark-only --full    everything
 
 The baseline is the code one writes first: the same network, eager, fp32, NCHW, torch.optim.SGD. "against tuned" names
-the same loop tuned by hand: bf16, channels-last, fused SGD, compiled on a GPU. The baseline runs interleaved with the
-engine in one process, so that any disturbance of the machine affects both, and only the ratio is a result.
+the same loop tuned by hand: bf16, channels-last, fused SGD, compiled on a GPU. "against norm torch" names the engine
+with `model.norm torch`. The baseline runs interleaved with the engine in one process, so that any disturbance of the
+machine affects both, and only the ratio is a result.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ NETS = {
 MORE_NETS = {
     "resnet20 at batch 1024": net("resnet20", 1_024, 1_024, 32),
     "plain20": net("plain20", 128, 128, 32),
+    "speed_resnet": net("speed_resnet", 256, 512, 32),
     "resnet110": net("resnet110", 128, 128, 32),
     "resnet18 for 32 px": net("resnet18", 128, 512, 32, options=(("stem", "small"),)),
     "resnet34": net("resnet34", 8, 256, 224, classes=1_000),
@@ -61,7 +63,6 @@ NORMS = ("torch", "fused")
 PARTS = ["fp32 eager torch", "bf16 compile torch"]
 if GPU:
     PARTS += ["bf16 eager torch", "bf16 compile fused", "bf16 compile+graph torch", "bf16 compile+graph fused"]
-BASELINES = ("plain", "tuned")
 QUICK = [
     *product(NETS, (True, False), ("default",), ("plain",)),
     *product(NETS, (True,), ("default",), ("tuned",)),
@@ -71,6 +72,7 @@ VARIANTS = ("default", *(" ".join(parts) for parts in product(PRECISIONS, HOWS, 
 FULL = [
     *product((*NETS, *MORE_NETS), (True, False), VARIANTS, ("plain",)),
     *product((*NETS, *MORE_NETS), (True, False), ("default",), ("tuned",)),
+    *product((*NETS, *MORE_NETS), (True,), ("fp32 eager fused", "bf16 eager fused"), ("norm torch",)),
 ]
 # For torch and the C++ kernels, for oneDNN, and for MKL, which computes the matrix product of the share.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -81,7 +83,7 @@ def cases() -> list[Any]:
     return [
         pytest.param(
             *case,
-            id=f"{case[0]} {'train' if case[1] else 'infer'} {case[2]}{' against tuned' * (case[3] == 'tuned')}",
+            id=f"{case[0]} {'train' if case[1] else 'infer'} {case[2]}{f' against {case[3]}' * (case[3] != 'plain')}",
             marks=() if case in QUICK else pytest.mark.full,
         )
         for case in dict.fromkeys(QUICK + FULL)
@@ -107,6 +109,8 @@ def bench_throughput(benchmark: Any, name: str, training: bool, variant: str, ba
     facts: dict[str, Any] = {"case": name, "variant": variant, "compile": engine.compile, "norm": engine.norm}
     facts |= {"training": training, "precision": engine.precision, "baseline": baseline}
     build_baseline = partial(plain_steps, measured, training=training, tuned=baseline == "tuned")
+    if baseline == "norm torch":
+        build_baseline = partial(engine_training, measured, **{**fields, "norm": "torch"})
     compare(benchmark, measured, build_baseline, steps, **facts)
 
 

@@ -145,7 +145,7 @@ def _report_finished(run: runs.RunDir, summary: dict[str, Any]) -> int:
     """Log on rank 0 that the run is finished already, and return exit status 0."""
     if ranks.rank() == 0:
         line = f"{run.folder} is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do"
-        LOG.info("%s", line, extra=process.RESULT)
+        LOG.info("%s", f"{line} (another --run.dir begins a new run)", extra=process.RESULT)
     return 0
 
 

@@ -221,7 +221,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         # The C++ kernels cannot share statistics between ranks, and must not replace interpreted Triton kernels.
         measured, adds = self.algorithm == "measured", residual is not None
-        wants_cpp = x.device.type == "cpu" and not self.group_name and (measured or not INTERPRETED)
+        # The shape of a subclass of Tensor may be symbolic, which the table cannot look up.
+        wants_cpp = type(x) is Tensor and x.is_cpu and not self.group_name and (measured or not INTERPRETED)
         if (
             wants_cpp
             and not torch.compiler.is_compiling()

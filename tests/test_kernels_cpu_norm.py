@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastres_kernels import BatchNormAct2d
 from fastres_kernels.cpu import batchnorm, dispatch_table, library
@@ -237,6 +238,7 @@ def test_transforms_and_exports_of_a_norm_are_torchs(monkeypatch: pytest.MonkeyP
         expected = F.relu(nn.BatchNorm2d.forward(norm, x))
         torch.testing.assert_close(torch.func.vmap(lambda image: norm(image[None])[0])(x), expected)
         assert "fastres_kernels" not in str(torch.export.export(norm, (x,)).graph)
+        assert "fastres_kernels" not in str(make_fx(norm, tracing_mode="symbolic")(x).graph)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             assert forward_ad.unpack_dual(norm(dual)).tangent is not None

@@ -91,7 +91,10 @@ def test_a_command_does_the_same_work_as_its_module(tmp_path: Path) -> None:
         *flags,
     ]
     done = run_module("fastres.train", *flags, cwd=tmp_path)
-    assert done.stdout == f"run is finished: test accuracy {summary['test_accuracy']:.4f}; nothing to do\n"
+    accuracy = f"{summary['test_accuracy']:.4f}"
+    assert done.stdout == (
+        f"run is finished: test accuracy {accuracy}; nothing to do (another --run.dir begins a new run)\n"
+    )
     (tmp_path / "broken.png").touch()
     assert run_module("fastres", "predict", "run", "broken.png", cwd=tmp_path).returncode == 1
 

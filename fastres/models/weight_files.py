@@ -87,7 +87,8 @@ def _from_torchvision(name: str, network: str) -> dict[str, Tensor]:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise UsageError(
             f"model.weights {name}: cannot get {choices[name].url} ({first_line(error)}); download it on "
-            f"another machine, and give it as --model.weights FILE or put it into {cache}"
+            f"another machine, and give it as --model.weights FILE or put it into {cache}; --model.weights null trains "
+            "from random weights"
         ) from None
     return state
 

@@ -196,12 +196,13 @@ class LimitedRun:
 
     def __init__(self, config: Config, engine: Engine, say: Say, recorder: Recorder | None = None) -> None:
         group = ProcessGroup()
+        # Speed does not depend on the weights' values, so none is downloaded.
+        config = replace(config, model=replace(config.model, weights=None))
         config, source = fix_length(config, group, say=lambda line: None)
         self.config, self.engine = config, engine
         with named_kernels(engine):
             parts = build_parts(config, engine, group, source)
-            if not config.model.weights:
-                fit_whitening(config, engine, parts)
+            fit_whitening(config, engine, parts)
             for note in parts.notes:
                 say(note)
             warm_up(parts, say)

@@ -151,7 +151,7 @@ class FusedReLU(nn.ReLU):
 
 
 class FusedConv2d(Conv2d):
-    """Conv2d that computes in C++ where engine.conv would: in bf16 training, on a CPU that has the kernels.
+    """Conv2d that computes in C++ where engine.conv would, on a CPU that has the kernels.
 
     fastres.fuse makes a class of this one and the module's own.
     """
