@@ -6,11 +6,11 @@
     python -m bench.cpu_norm --write --without-bf16                                    AVX-512 without avx512_bf16
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.cpu_norm --write  AVX2, also on a wider CPU
 
-Training is forward and backward together, inference one pass without gradients. Both variants have the same tensors:
-activations of 64 KiB to 16 MiB with the channels of ResNets and RegNets, channels-last, and for inference also NCHW.
-They run in n = 15 interleaved rounds of at least 1 ms. A ratio is torch's lower quartile divided by the kernels',
-because other work on a machine only ever adds to a time. Results are compared first, so that only correct kernels are
-timed. Memory that is freed stays with the process, because page faults would add noise to both variants.
+Training is forward and backward together, inference one pass without gradients. Both variants take the same tensors of
+64 KiB to 16 MiB with the channels of ResNets and RegNets, channels-last, and for inference also NCHW. They run in n =
+15 interleaved rounds of at least 1 ms. A ratio is torch's lower quartile divided by the kernels', because other work on
+a machine only ever adds to a time. Results are compared first, so that only correct kernels are timed. Memory that is
+freed stays with the process, because page faults would add noise to both variants.
 """
 
 from __future__ import annotations

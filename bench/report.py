@@ -140,7 +140,7 @@ def draw(device: str, rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def plot_throughput(rows: Sequence[Row]) -> Figure:
-    """Plot each ratio to the plain loop's images/s, with the spread of the rounds' own ratios."""
+    """Plot each ratio to the baseline's images/s, with the spread of the rounds' own ratios."""
     figure = style.new_figure(8, 1.3 + 0.3 * len(rows), layout="constrained")
     axes = figure.subplots()
     kinds = {True: ("training", style.BLUE), False: ("inference", style.ORANGE)}
@@ -151,14 +151,14 @@ def plot_throughput(rows: Sequence[Row]) -> Figure:
         axes.plot([low, high], [i, i], color=style.INK, linewidth=1.2, label="20 to 80 % of the rounds")
         text = f"{ratio:.2f} ×, {row.info['images_per_s']:,.0f} images/s"
         axes.text(max(high, ratio) + 0.03, i, text, va="center", fontsize=8, color=style.INK)
-    axes.axvline(1, color=style.INK, linestyle=":", linewidth=1.2, label="plain loop")
+    axes.axvline(1, color=style.INK, linestyle=":", linewidth=1.2, label="baseline")
     axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)])
-    axes.set_xlim(0, 1.35 * max(row.info["ratio"] for row in rows))
-    axes.set_xlabel("ratio to the plain loop (eager, fp32, NCHW); more is better")
+    axes.set_xlim(0, 1.45 * max(row.info["ratio"] for row in rows))
+    axes.set_xlabel("ratio to the plain loop, or to the one that is named; more is better")
     style.tidy(axes, grid="x")
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry of each label
-    names = [*(kind for kind, _ in kinds.values() if kind in first), "20 to 80 % of the rounds", "plain loop"]
+    names = [*(kind for kind, _ in kinds.values() if kind in first), "20 to 80 % of the rounds", "baseline"]
     figure.legend([first[name] for name in names], names, loc="outside lower center", ncols=len(names), frameon=False,
                   fontsize=9)  # fmt: skip
     return figure

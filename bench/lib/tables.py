@@ -25,7 +25,8 @@ class Row:
 
     @property
     def case(self) -> str:
-        return self.fullname.partition("[")[2].rstrip("]")
+        name = self.fullname.partition("[")[2].rstrip("]")
+        return f"{name} with AVX2" if "::bench_avx2[" in self.fullname else name
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[str]]]:
