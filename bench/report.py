@@ -154,7 +154,7 @@ def plot_throughput(rows: Sequence[Row]) -> Figure:
     axes.axvline(1, color=style.INK, linestyle=":", linewidth=1.2, label="baseline")
     axes.set_yticks(range(len(rows)), [row.case for row in reversed(rows)])
     axes.set_xlim(0, 1.45 * max(row.info["ratio"] for row in rows))
-    axes.set_xlabel("ratio to the plain loop, or to the one that is named; more is better")
+    axes.set_xlabel("ratio to the baseline; more is better")
     style.tidy(axes, grid="x")
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))  # one entry of each label
