@@ -89,7 +89,8 @@ def test_train_prints_the_result_only(tmp_path: Path) -> None:
     (line,) = done.stdout.splitlines()
     assert line.startswith("test accuracy ") and line.endswith("history.png")
     again = run_fastres("train", *TINY, "--quiet", "--run.dir", tmp_path / "run")
-    assert again.stdout.endswith("; nothing to do\n") and len(again.stdout.splitlines()) == 1
+    assert again.stdout.endswith("; nothing to do (another --run.dir begins a new run)\n")
+    assert len(again.stdout.splitlines()) == 1
 
 
 def test_train_prints_warnings_although_it_is_quiet(tmp_path: Path) -> None:
