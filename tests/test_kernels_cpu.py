@@ -7,7 +7,6 @@ norm in float32, with other numbers of channels and for other instruction sets.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,6 @@ SHAPES = [(8, 16, 32, 32), (3, 64, 8, 8), (2, 8, 5, 4), (64, 4, 1, 1), (1, 32, 2
 def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every shape run in C++, although the tensors of these tests are too small to be faster there."""
     monkeypatch.setattr(dispatch_table, "is_faster", lambda x, training, has_residual: True)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1, shift: float = 0) -> Tensor:

@@ -5,7 +5,6 @@ Inputs are rounded first, so the oracle has the same inputs as the kernels. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -58,14 +57,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in SOURCES:
         monkeypatch.setitem(library._found, name, (built(name, *request.param), ""))
     return str(request.param[1])
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
