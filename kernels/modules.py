@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import batchnorm
 from .batchnorm.dispatch_table import fastest
 from .cpu import batchnorm as cpp_norm
+from .cpu import conv_norm as cpp_conv_norm
 from .cpu import convolution as cpp_conv
 from .cpu import dispatch_table as cpu_table
 from .triton_launch import INTERPRETED, runs_kernels
@@ -211,6 +212,27 @@ class BatchNormAct2d(nn.BatchNorm2d):
             y = gradient = self._unfused(x, residual, relu)
         else:
             y, gradient = self._fused(x, residual, fork, backend, *self._statistics(x), relu)
+        return (y, Skip(y, gradient)) if fork else y
+
+    def convolve(self, conv: nn.Module, x: Tensor, residual: Tensor | Skip | None = None, fork: bool = False) -> Any:
+        """Return the result of self(conv(x), residual, fork), or None if no kernel computes both together.
+
+        Hooks of the modules do not run.
+
+        Raises:
+            ValueError: as forward.
+        """
+        if type(x) is not Tensor or not self.training or type(self) is not BatchNormAct2d:
+            return None
+        if type(conv) is not Conv2d or conv.algorithm != "cpp" or not cpp_conv.can_convolve(conv, x):
+            return None
+        if not cpp_conv_norm.can_convolve_normalise(conv, x):
+            return None
+        # x has the shape and dtype of the convolution's output.
+        if self._backend(x, residual.y if isinstance(residual, Skip) else residual) != "cpp":
+            return None
+        relu = self.act == "relu"
+        y, gradient = cpp_conv_norm.conv_norm_act(x, conv.weight, *_added_and_skip(residual, x), self, relu)
         return (y, Skip(y, gradient)) if fork else y
 
     def _backend(self, x: Tensor, residual: Tensor | None) -> str:

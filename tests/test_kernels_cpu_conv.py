@@ -91,7 +91,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype, *, win
     """Let Winograd's algorithm compute every convolution, or none. Skip the test if the build cannot."""
     if dtype == BF16 and isa != "avx512_bf16":
         pytest.skip("only avx512_bf16 has products of bf16")
-    monkeypatch.setattr(convolution, "_by_winograd", lambda x, out_channels, stride: (winograd, winograd))
+    monkeypatch.setattr(convolution, "by_winograd", lambda x, out_channels, stride: (winograd, winograd))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

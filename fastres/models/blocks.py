@@ -1,7 +1,8 @@
 """Blocks, shortcuts and norms that the families of networks share, and the integration point of the fused kernels.
 
 A block's modules have torchvision's names (conv1, bn1, …, downsample.0), so state_dict keys are torchvision's. The
-function `norm_act` computes norm + add + ReLU, and is the one place where a fused kernel is plugged in.
+function `norm_act` computes norm + add + ReLU, and is the place where a fused kernel is plugged in; `conv_norm_act`
+computes the convolution before it too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models.apex_norm import ApexBatchNormAct2d
+from fastres.models.fusion.modules import hooked
 from fastres_kernels import BatchNormAct2d, Conv2d
 
 Norm = Callable[[int], nn.Module]  # returns a module that normalises this number of channels
@@ -59,6 +61,21 @@ def norm_act_fork(norm: nn.Module, x: Any, residual: Any = None) -> tuple[Tensor
         return pair
     y = norm_act(norm, x, residual)
     return y, y
+
+
+def conv_norm_act(
+    conv: nn.Module, norm: nn.Module, x: Any, residual: Any = None, *, into: nn.Module | None = None, fork: bool = False
+) -> Any:
+    """Return norm_act(norm, conv(x), residual, into), or with `fork` norm_act_fork(norm, conv(x), residual).
+
+    A norm with the method `convolve` may compute the convolution together with itself.
+    """
+    together = getattr(norm, "convolve", None) if getattr(norm, "act", None) == "relu" else None
+    if together is not None and not getattr(into, "normalises_input", False) and not hooked(conv, norm):
+        result = together(conv, x, residual, fork)
+        if result is not None:
+            return result
+    return norm_act_fork(norm, conv(x), residual) if fork else norm_act(norm, conv(x), residual, into)
 
 
 def norm_only(norm: nn.Module) -> nn.Module:
@@ -202,8 +219,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor, skip: Any = None, fork: bool = False) -> Any:
         """Return the block's output, or with `fork` a pair as from norm_act_fork."""
         residual = shortcut_of(self.downsample, x, skip)
-        y = norm_act(self.bn1, self.conv1(x), into=self.conv2)
-        return (norm_act_fork if fork else norm_act)(self.bn2, self.conv2(y), residual)
+        y = conv_norm_act(self.conv1, self.bn1, x, into=self.conv2)
+        return conv_norm_act(self.conv2, self.bn2, y, residual, fork=fork)
 
 
 class Bottleneck(nn.Module):

@@ -140,15 +140,19 @@ def batch_norm_act(
         NotImplementedError: if gradients of gradients are computed.
         RuntimeError: if this machine cannot run the kernels.
     """
-    state: tuple[Any, ...] = (None, None, 0.0)  # running mean and variance, momentum
-    if norm.track_running_stats:
-        batches = norm.num_batches_tracked
-        assert batches is not None
-        batches.add_(1)
-        momentum = 1 / int(batches) if norm.momentum is None else norm.momentum
-        state = (norm.running_mean, norm.running_var, momentum)
+    state = running_state(norm)
     y: tuple[Tensor, Tensor] = _BatchNormAct.apply(x, residual, skip, norm.weight, norm.bias, *state, norm.eps, relu)
     return y
+
+
+def running_state(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, float]:
+    """Count a batch, and return the running mean and variance, (C,), and the batch's weight in them."""
+    if not norm.track_running_stats:
+        return None, None, 0.0
+    batches = norm.num_batches_tracked
+    assert batches is not None
+    batches.add_(1)
+    return norm.running_mean, norm.running_var, 1 / int(batches) if norm.momentum is None else norm.momentum
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -195,13 +199,16 @@ def _forward(
         mask: ReLU's mask in uint8, one bit per element, or two with NEON; empty without ReLU.
         stats: (3, C) float32: mean, 1/√(var + eps) and weight/√(var + eps).
     """
-    library, size = load(SOURCE), (x.numel(), x.shape[1])
-    y = torch.empty_like(x)
-    mask = x.new_empty(library.bn_mask_bytes(*size) if relu else 0, dtype=torch.uint8)
-    stats = x.new_empty((3, size[1]), dtype=torch.float32)  # the C++ writes float32, whatever torch's default is
+    y, (mask, stats) = torch.empty_like(x), mask_and_stats(x, relu)
     tensors = (x, residual, weight, bias, running_mean, running_var, y, mask if relu else None, stats)
-    library.bn_forward(x.dtype == torch.bfloat16, *pointers(*tensors), *size, momentum, eps)
+    load(SOURCE).bn_forward(x.dtype == torch.bfloat16, *pointers(*tensors), x.numel(), x.shape[1], momentum, eps)
     return y, mask, stats
+
+
+def mask_and_stats(x: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """Return memory for the mask and the statistics of the forward for x, (N, C, H, W)."""
+    mask = x.new_empty(load(SOURCE).bn_mask_bytes(x.numel(), x.shape[1]) if relu else 0, dtype=torch.uint8)
+    return mask, x.new_empty((3, x.shape[1]), dtype=torch.float32)  # float32, whatever torch's default is
 
 
 def _backward(

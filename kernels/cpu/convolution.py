@@ -26,6 +26,7 @@ from .library import (
     BOOL,
     INTEGER,
     POINTER,
+    REAL,
     Source,
     accepts,
     dense,
@@ -51,6 +52,8 @@ DIRECT = Source(
     {
         "weight_gradient": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 6),
         "convolve": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5 + [BOOL]),
+        "convolve_normalise": (None, [BOOL] + [POINTER] * 11 + [INTEGER] * 5 + [REAL] * 2),
+        "convolve_normalise_backward": (None, [BOOL] + [POINTER] * 12 + [INTEGER] * 5),
     },
     libraries=("-lgomp",),
 )
@@ -103,11 +106,11 @@ def can_convolve(conv: nn.Conv2d, x: Tensor) -> bool:
     if not is_channels_last(x) or not available(dtype)[0]:
         return False
     k, stride = conv.out_channels, conv.stride[0]
-    if _by_winograd(x, k, stride)[0]:
+    if by_winograd(x, k, stride)[0]:
         return True
     if max(conv.in_channels, k) > MOST_CHANNELS[dtype] or not (torch.is_grad_enabled() and conv.weight.requires_grad):
         return False
-    return dtype == torch.bfloat16 or _has_kernel(x, k, stride)
+    return dtype == torch.bfloat16 or has_direct_kernel(x, k, stride)
 
 
 def has_kernel(conv: nn.Conv2d) -> bool:
@@ -130,7 +133,7 @@ def has_kernel(conv: nn.Conv2d) -> bool:
     )
 
 
-def _by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:
+def by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:
     """Return whether winograd.cpp convolves x, (N, C, H, W), and computes the input's gradient; and the weight's."""
     n, c, h, w = x.shape
     least = LEAST_CHANNELS.get((instruction_set()[0], x.dtype))
@@ -150,8 +153,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     With many channels, Winograd's minimal filtering F(2×2, 3×3) (Lavin and Gray 2016) computes y and the input's
     gradient, and with more channels the weight's gradient too. It transforms the weight from float32, and rounds the
     transformed operands to x's dtype: in bf16, its results differ from float64's by 4.4e-3 of their norm, and oneDNN's
-    by 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and y and the input's gradient if
-    `_has_kernel` says that it has a kernel for them; otherwise oneDNN does, and always computes y if there is a bias.
+    by 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and if `has_direct_kernel` also y and the
+    input's gradient. oneDNN computes what is left, and y if there is a bias.
 
     Args:
         x: (N, C, H, W), bf16 or float32.
@@ -174,14 +177,14 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        ctx.stride, ctx.by_winograd = stride, _by_winograd(x, weight.shape[0], stride)
+        ctx.stride, ctx.by_winograd = stride, by_winograd(x, weight.shape[0], stride)
         w = dense(weight, torch.float32 if ctx.by_winograd[0] else x.dtype)
         ctx.save_for_backward(x, w)
         y: Tensor
         if ctx.by_winograd[0]:
             y = OPS.cpp_winograd(x, w, False)
             return y if bias is None else y.add_(bias.to(x.dtype)[:, None, None])
-        if bias is None and _has_kernel(x, w.shape[0], stride):
+        if bias is None and has_direct_kernel(x, w.shape[0], stride):
             y = OPS.cpp_convolution(x, w, False)
             return y
         return F.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, 1)
@@ -195,7 +198,7 @@ class _Conv2d(torch.autograd.Function):
         dx = dw = None
         if for_x and ctx.by_winograd[0]:
             dx = OPS.cpp_winograd(g, w, True)
-        elif for_x and _has_kernel(g, w.shape[1], s):
+        elif for_x and has_direct_kernel(g, w.shape[1], s):
             dx = OPS.cpp_convolution(g, w, True)
         elif for_x:
             masks = [True, False, False]
@@ -209,7 +212,7 @@ class _Conv2d(torch.autograd.Function):
         return dx, dw, g.sum((0, 2, 3)) if for_bias else None, None
 
 
-def _has_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
+def has_direct_kernel(x: Tensor, out_channels: int, stride: int) -> bool:
     """Return True if convolution.cpp has a convolution for x, (N, C, H, W), to `out_channels`; otherwise use oneDNN.
 
     The kernels are compiled for 16, 32 and 64 input channels and blocks of 16 output channels, and tile an image in

@@ -61,7 +61,7 @@ static void with_type(bool half, Run run) {
   run(float());
 }
 
-enum Buffer { FILTERS, PATCHES, PRODUCTS, GRADIENTS, SUMS };
+enum Buffer { FILTERS, IMAGES, PATCHES, PRODUCTS, GRADIENTS, SUMS };
 
 // Returns a buffer that this thread keeps, because new memory costs page faults in every call.
 template <class T, Buffer>
