@@ -62,8 +62,8 @@ DIRECT = Source(
 # direct ones: for the output and the input's gradient, and for the weight's gradient.
 LEAST_CHANNELS = {
     ("avx512_bf16", torch.bfloat16): (32, 32),
-    ("avx512_bf16", torch.float32): (32, 64),
-    ("avx512", torch.float32): (32, 64),
+    ("avx512_bf16", torch.float32): (32, 128),
+    ("avx512", torch.float32): (32, 128),
     ("avx2", torch.float32): (32, 64),
 }
 # The most channels with which direct multiplication was.
