@@ -16,7 +16,7 @@ from fastres.utils.timing import Region, Timing, time_region
 
 ROUND_S = 0.4  # of the engine: long compared with the timer and one synchronisation, short compared with a drift
 BUDGET_S = 14.0  # of a comparison, without its warm-up
-ROUNDS = (5, 15)  # at least, at most
+ROUNDS = (9, 15)  # at least, at most
 
 
 def benchmark_interleaved(benchmark: Any, timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
