@@ -224,9 +224,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         if type(x) is not Tensor or not self.training or type(self) is not BatchNormAct2d:
             return None
-        if type(conv) is not Conv2d or conv.algorithm != "cpp" or not cpp_conv.can_convolve(conv, x):
-            return None
-        if not cpp_conv_norm.can_convolve_normalise(conv, x):
+        if type(conv) is not Conv2d or conv.algorithm != "cpp" or not cpp_conv_norm.can_convolve_normalise(conv, x):
             return None
         # x has the shape and dtype of the convolution's output.
         if self._backend(x, residual.y if isinstance(residual, Skip) else residual) != "cpp":

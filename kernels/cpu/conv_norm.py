@@ -23,19 +23,15 @@ MOST_VALUES = 1 << 16  # of an image: five float32 images of an operand each are
 
 
 def can_convolve_normalise(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return True if conv_norm_act supports conv and x, (N, C, H, W), which has to satisfy `can_convolve`.
+    """Return True if conv_norm_act supports conv and x, (N, C, H, W).
 
     The norm after it has to satisfy `batchnorm.can_normalise` for x, whose shape is that of the convolution's output.
     """
+    if conv.out_channels != conv.in_channels or conv.stride != (1, 1) or conv.bias is not None or x.ndim != 4:
+        return False
     _, c, h, w = x.shape
-    return (
-        conv.stride == (1, 1)
-        and conv.bias is None
-        and conv.out_channels == c
-        and h * w * c <= MOST_VALUES
-        and not convolution.by_winograd(x, c, 1)[0]
-        and convolution.has_direct_kernel(x, c, 1)
-    )
+    few = h * w * c <= MOST_VALUES and convolution.has_direct_kernel(x, c, 1)
+    return few and not convolution.by_winograd(x, c, 1)[0] and convolution.can_convolve(conv, x)
 
 
 def conv_norm_act(

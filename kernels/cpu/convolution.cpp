@@ -212,7 +212,7 @@ static void each_share(int64_t N, F f) {
   parallel_for(threads, [&](int64_t t) { f(t, N * t / threads, N * (t + 1) / threads); });
 }
 
-// Sums weight gradients of `values` values: each thread sums its own images, and the threads' sums are added in order,
+// Sums weight gradients of `values` values, a multiple of LANES: each thread sums its own images, and the threads' sums are added in order,
 // so the result is bitwise reproducible for a given number of threads.
 class ThreadSums {
   int64_t values;
@@ -222,12 +222,10 @@ class ThreadSums {
   ThreadSums(int64_t values) : values(values), sums(omp_get_max_threads() * values) {}
   float* of(int64_t thread) { return &sums[thread * values]; }
   void total(float* dw) const {
-    parallel_for(values / 16, [&](int64_t k) {
-      for (int64_t i = k * 16; i < (k + 1) * 16; ++i) {
-        float sum = 0;
-        for (int64_t t = i; t < int64_t(sums.size()); t += values) sum += sums[t];
-        dw[i] = sum;
-      }
+    parallel_for(values / LANES, [&](int64_t k) {
+      V sum = {};
+      for (int64_t i = k * LANES; i < int64_t(sums.size()); i += values) sum += load(&sums[i]);
+      store(dw + k * LANES, sum);
     });
   }
 };
