@@ -18,8 +18,8 @@ AXES: dict[str, tuple[str, ...]] = {  # the first word of each is the plain choi
     "precision": ("fp32", "tf32", "bf16", "fp16"),
 }
 DEFAULTS = {  # by device; the first is the baseline
-    "cpu": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
-            "eager-fused-channels_last-bf16"),
+    "cpu": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-fused-channels_last-fp32", "eager-channels_last-bf16",
+            "compile-channels_last-bf16", "eager-fused-channels_last-bf16"),
     "cuda": ("eager-nchw-fp32", "eager-channels_last-fp32", "eager-channels_last-bf16", "compile-channels_last-bf16",
              "eager-fused-channels_last-bf16", "compile-fused-channels_last-bf16", "graph-fused-channels_last-bf16"),
 }  # fmt: skip
