@@ -24,7 +24,9 @@ from fastres.models.fusion import folding
 from fastres.models.fusion.folding import FoldedConv2d, folded
 from fastres.training.engine import resolve_engine
 from fastres.training.evaluator import for_inference
-from fastres_kernels import BatchNormAct2d
+from fastres_kernels import BatchNormAct2d, Conv2d
+from fastres_kernels.cpu import convolution
+from tests.test_kernels_cpu_conv import Calls
 
 
 def images_of(side: int, channels: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -118,6 +120,24 @@ def test_additions_and_relus_are_in_the_convolutions() -> None:
     assert all(module.relu for module in convolutions(copied)) and overwriting(copied) == 7
     shortcuts: Any = folded(fastres.build_model("resnet18"))
     assert [module.relu for module in convolutions(shortcuts)].count(False) == 3  # the 1×1 convolutions
+
+
+@pytest.mark.skipif(not convolution.available(torch.float32)[0], reason=convolution.available(torch.float32)[1])
+@torch.no_grad()
+def test_many_tiles_of_many_channels_are_computed_by_winograds_algorithm() -> None:
+    model = with_statistics(fastres.build_model("resnet20"))
+    images = images_of(128)
+    expected = model(images)
+    single = copy.deepcopy(model).float().to(memory_format=torch.channels_last)
+    for algorithm, used in (("cpp", True), ("torch", False)):
+        for module in single.modules():
+            if isinstance(module, Conv2d):
+                module.algorithm = algorithm
+        copied = folded(single)
+        with Calls() as calls:
+            y = copied(images.float())
+        assert (y - expected).abs().max() <= 2e-5 * expected.abs().max()
+        assert ("cpp_winograd_act" in calls.names) is used
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -105,6 +105,20 @@ def test_winograds_values_and_gradients_are_float64s(
         assert_close(ours, oracle, dtype)
 
 
+@pytest.mark.parametrize(("adds", "relu"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_winograds_algorithm_adds_and_rectifies_for_inference(
+    isa: str, dtype: torch.dtype, adds: bool, relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, isa, dtype, winograd=True)
+    x, w = random(2, 80, 19, 20, seed=0, dtype=dtype), random(112, 80, 3, 3, seed=1)
+    bias, residual = random(112, seed=2), random(2, 112, 19, 20, seed=3, dtype=dtype)
+    oracle = F.conv2d(x.double(), w.double(), bias.double(), padding=1) + (residual.double() if adds else 0)
+    y = residual if adds else torch.empty_like(residual)  # the residual is overwritten
+    torch.ops.fastres_kernels.cpp_winograd_act(x, w, bias, residual if adds else None, relu, y)
+    assert_close(y, oracle.relu() if relu else oracle, dtype)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", DIRECT, ids=str)

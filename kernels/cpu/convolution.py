@@ -4,7 +4,8 @@ winograd.cpp needs 16 instead of 36 multiplications for four outputs. It compute
 channels. convolution.cpp multiplies directly, in training with few channels. Both compute in bf16 and float32, and are
 operators of torch, which profilers and FLOP counters see:
 
-    torch.ops.fastres_kernels.cpp_winograd                    (x, w, transposed) -> y
+    torch.ops.fastres_kernels.cpp_winograd                    (x, w, bias, transposed) -> y
+    torch.ops.fastres_kernels.cpp_winograd_act                (x, w, bias, residual, relu, y)
     torch.ops.fastres_kernels.cpp_winograd_weight_gradient    (x, dy) -> dw
     torch.ops.fastres_kernels.cpp_convolution                 (x, w, transposed) -> y
     torch.ops.fastres_kernels.cpp_weight_gradient             (x, dy, stride) -> dw
@@ -42,7 +43,7 @@ from .library import (
 WINOGRAD = Source(
     "winograd.cpp",
     {
-        "winograd": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5 + [BOOL]),
+        "winograd": (None, [BOOL] + [POINTER] * 5 + [INTEGER] * 5 + [BOOL] * 2),
         "winograd_weight_gradient": (None, [BOOL] + [POINTER] * 3 + [INTEGER] * 5),
     },
     libraries=("-lgomp",),
@@ -69,6 +70,7 @@ LEAST_CHANNELS = {
 # The most channels with which direct multiplication was.
 MOST_CHANNELS = {torch.bfloat16: 64, torch.float32: 16}
 LEAST_TILES = 192  # of 2×2 outputs in all: with fewer, the transform of the filters takes a larger part of the time
+LEAST_TILES_FOLDED = 49_152  # tiles times channels, for inference with folded BatchNorms
 TILES_OF_A_TASK = 48  # BLOCK in winograd.cpp
 
 
@@ -133,6 +135,19 @@ def has_kernel(conv: nn.Conv2d) -> bool:
     )
 
 
+def can_convolve_folded(x: Tensor, out_channels: int) -> bool:
+    """Return True if Winograd's algorithm computes act(conv(x) + bias + residual) faster than oneDNN for inference.
+
+    The convolution has the stride 1 and has to satisfy `has_kernel`. x is (N, C, H, W). oneDNN's weights are packed
+    once, and Winograd's filters are transformed in every call, so that more tiles are needed than in training. If H or
+    W is odd, a part of the last tiles is not used, which in float32 outweighs the gain.
+    """
+    n, c, h, w = x.shape
+    if n * h * w * min(c, out_channels) < 4 * LEAST_TILES_FOLDED or (x.dtype == torch.float32 and (h % 2 or w % 2)):
+        return False
+    return by_winograd(x, out_channels, 1)[0] and accepts(x) and is_channels_last(x) and available(x.dtype)[0]
+
+
 def by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:
     """Return whether winograd.cpp convolves x, (N, C, H, W), and computes the input's gradient; and the weight's."""
     n, c, h, w = x.shape
@@ -182,8 +197,8 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         y: Tensor
         if ctx.by_winograd[0]:
-            y = OPS.cpp_winograd(x, w, False)
-            return y if bias is None else y.add_(bias.to(x.dtype)[:, None, None])
+            y = OPS.cpp_winograd(x, w, None if bias is None else bias.float(), False)
+            return y
         if bias is None and has_direct_kernel(x, w.shape[0], stride):
             y = OPS.cpp_convolution(x, w, False)
             return y
@@ -197,7 +212,7 @@ class _Conv2d(torch.autograd.Function):
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         dx = dw = None
         if for_x and ctx.by_winograd[0]:
-            dx = OPS.cpp_winograd(g, w, True)
+            dx = OPS.cpp_winograd(g, w, None, True)
         elif for_x and has_direct_kernel(g, w.shape[1], s):
             dx = OPS.cpp_convolution(g, w, True)
         elif for_x:
@@ -250,14 +265,31 @@ def _weight_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     return dw
 
 
-def _winograd(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
-    """Compute _convolution's result for x in bf16 or float32 and w in float32, by Winograd's algorithm."""
+def _winograd(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Compute _convolution's result plus the bias for x in bf16 or float32, by Winograd's algorithm.
+
+    w and the bias, (K,), are float32.
+    """
     (n, _, height, width), (k, c) = x.shape, w.shape[:2]
     shape = (n, c if transposed else k, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    half = x.dtype == torch.bfloat16
-    load(WINOGRAD).winograd(half, *pointers(x, w, y), n, c, k, height, width, transposed)
+    _winograd_into(x, w, bias, None, False, y, transposed)
     return y
+
+
+def _winograd_act(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, y: Tensor) -> None:
+    """Write act(conv(x) + bias + residual), (N, K, H, W), to y, which may be the residual, by Winograd's algorithm.
+
+    x, the residual and y are bf16 or float32, channels-last; w and the bias are float32.
+    """
+    _winograd_into(x, w, bias, residual, relu, y, False)
+
+
+def _winograd_into(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, y: Tensor, transposed: bool
+) -> None:
+    (n, _, height, width), (k, c), half = x.shape, w.shape[:2], x.dtype == torch.bfloat16
+    load(WINOGRAD).winograd(half, *pointers(x, w, bias, residual, y), n, c, k, height, width, relu, transposed)
 
 
 def _winograd_weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
@@ -273,7 +305,10 @@ def _winograd_weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
 
 OPS = register(
     {
-        "cpp_winograd(Tensor x, Tensor w, bool transposed) -> Tensor": _winograd,
+        "cpp_winograd(Tensor x, Tensor w, Tensor? bias, bool transposed) -> Tensor": _winograd,
+        "cpp_winograd_act(Tensor x, Tensor w, Tensor bias, Tensor? residual, bool relu, Tensor(a!) y) -> ()": (
+            _winograd_act
+        ),
         "cpp_winograd_weight_gradient(Tensor x, Tensor dy) -> Tensor": _winograd_weight_gradient,
         "cpp_convolution(Tensor x, Tensor w, bool transposed) -> Tensor": _convolution,
         "cpp_weight_gradient(Tensor x, Tensor dy, int stride) -> Tensor": _weight_gradient,
@@ -281,9 +316,9 @@ OPS = register(
 )
 
 
-@register_flop_formula([OPS.cpp_convolution, OPS.cpp_winograd])
+@register_flop_formula([OPS.cpp_convolution, OPS.cpp_winograd, OPS.cpp_winograd_act])
 def _flops_of_convolution(
-    x: tuple[int, ...], w: tuple[int, ...], transposed: bool, *, out_shape: Any = None, **__: Any
+    x: tuple[int, ...], w: tuple[int, ...], *rest: Any, out_shape: Any = None, **also: Any
 ) -> int:
     """Return the number of floating-point operations of the direct algorithm; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]

@@ -122,10 +122,18 @@ static void multiply(const WordOf<T>* v, const WordOf<T>* u, int64_t apart, int6
     for (int n = 0; n < N; ++n) store(m + (r * N + n) * LANES, sum[r][n]);
 }
 
-// Computes N LANES output channels of some tiles from their patches v [16 places][BLOCK][in, in words].
+// What is done with a sum before it is stored: act(sum + bias + residual); bias and residual may be null.
+template <class T>
+struct Epilogue {
+  const float* bias;  // of each output channel
+  const T* residual;  // like the output, and may be the same memory
+  bool relu;
+};
+
+// Computes N LANES output channels from k on of some tiles from their patches v [16 places][BLOCK][in, in words].
 template <class T, int N>
 static void outputs(const WordOf<T>* v, const WordOf<T>* u, int64_t words, const Images& to, int64_t first,
-                    int64_t tiles, T* y) {
+                    int64_t tiles, int64_t channel, const Epilogue<T>& act, T* y) {
   constexpr int64_t WIDTH = N * LANES;
   float* const m = scratch<float, PRODUCTS>(16 * BLOCK * WIDTH);
   for (int p = 0; p < 16; ++p)
@@ -133,7 +141,7 @@ static void outputs(const WordOf<T>* v, const WordOf<T>* u, int64_t words, const
       multiply<T, N>(v + i * words, u + p * words * 16, 16 * words * 16, words, m + i * WIDTH);
   Place at(to, first);
   for (int64_t i = 0; i < tiles; ++i, at.next()) {
-    T* const corner = y + ((at.n * to.H + 2 * at.i) * to.W + 2 * at.j) * to.C;
+    const int64_t corner = ((at.n * to.H + 2 * at.i) * to.W + 2 * at.j) * to.C + channel;
     const int below = 2 * at.i + 1 < to.H, right = 2 * at.j + 1 < to.W;
     for (int64_t k = 0; k < WIDTH; k += LANES) {
       V e[2][4];
@@ -142,18 +150,23 @@ static void outputs(const WordOf<T>* v, const WordOf<T>* u, int64_t words, const
         for (int r = 0; r < 4; ++r) q[r] = load(m + ((4 * r + s) * BLOCK + i) * WIDTH + k);
         e[0][s] = q[0] + q[1] + q[2], e[1][s] = q[1] - q[2] - q[3];
       }
+      const auto put = [&](int64_t i, V sum) {
+        if (act.bias) sum += load(act.bias + channel + k);
+        if (act.residual) sum += load(act.residual + i);
+        store(y + i, act.relu ? relu(sum) : sum);
+      };
       for (int r = 0; r <= below; ++r) {
-        T* const row = corner + r * to.W * to.C + k;
-        store(row, e[r][0] + e[r][1] + e[r][2]);
-        if (right) store(row + to.C, e[r][1] - e[r][2] - e[r][3]);
+        const int64_t row = corner + r * to.W * to.C + k;
+        put(row, e[r][0] + e[r][1] + e[r][2]);
+        if (right) put(row + to.C, e[r][1] - e[r][2] - e[r][3]);
       }
     }
   }
 }
 
 template <class T>
-static void convolve(const T* x, const float* w, T* y, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W,
-                     bool transposed) {
+static void convolve(const T* x, const float* w, const Epilogue<T>& act, T* y, int64_t N, int64_t C, int64_t K,
+                     int64_t H, int64_t W, bool transposed) {
   const Images from{N, H, W, transposed ? K : C}, to{N, H, W, transposed ? C : K};
   const int64_t words = from.C / Word<T>::VALUES, tiles = from.tiles();
   auto* const u = scratch<WordOf<T>, FILTERS>(16 * words * to.C);
@@ -166,7 +179,7 @@ static void convolve(const T* x, const float* w, T* y, int64_t N, int64_t C, int
         store((T*)(v + (p * BLOCK + i) * words) + c, value);
       });
     const auto run = [&](auto vectors, int64_t k) {
-      outputs<T, vectors.value>(v, u + k * 16 * words, words, to, first, n, y + k);
+      outputs<T, vectors.value>(v, u + k * 16 * words, words, to, first, n, k, act, y);
     };
     int64_t k = 0;
     for (; LANES == 16 && k + 64 <= to.C; k += 64) run(std::integral_constant<int, 4>(), k);
@@ -288,13 +301,14 @@ static void weight_gradient(const T* x, const T* dy, float* dw, int64_t N, int64
 // Their first argument is true if the activations are bf16. C and K are multiples of 16. Results do not depend on the
 // number of threads.
 
-// Convolves x (N, H, W, C) with w (K, 3, 3, C) to y (N, H, W, K). If transposed, x is the output's gradient
-// (N, H, W, K), and y receives the input's gradient (N, H, W, C).
-extern "C" void winograd(bool half, const void* x, const float* w, void* y, int64_t N, int64_t C, int64_t K, int64_t H,
-                         int64_t W, bool transposed) {
+// Computes y = act(conv(x) + bias + residual), (N, H, W, K), for x (N, H, W, C) and w (K, 3, 3, C); bias and residual
+// may be null. If transposed, x is the output's gradient (N, H, W, K), and y receives the input's gradient
+// (N, H, W, C).
+extern "C" void winograd(bool half, const void* x, const float* w, const float* bias, const void* residual, void* y,
+                         int64_t N, int64_t C, int64_t K, int64_t H, int64_t W, bool relu, bool transposed) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    convolve((const T*)x, w, (T*)y, N, C, K, H, W, transposed);
+    convolve((const T*)x, w, {bias, (const T*)residual, relu}, (T*)y, N, C, K, H, W, transposed);
   });
 }
 

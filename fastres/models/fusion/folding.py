@@ -26,6 +26,8 @@ from fastres.models.fusion.modules import has_hooks
 from fastres.models.fusion.patterns import ADDS, RELUS, is_timm_norm
 from fastres.models.fusion.tracing import ForbidTensors, Tracer, in_mode, random_state, recorded_reads
 from fastres_kernels import BatchNormAct2d, Conv2d
+from fastres_kernels.cpu import convolution
+from fastres_kernels.cpu.library import dense
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)  # these classes themselves; a subclass may compute something else
 
@@ -94,6 +96,8 @@ class FoldedConv2d(nn.Module):
         self.relu = relu
         self.geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.padding = _padding(conv)
+        allowed = getattr(conv, "algorithm", "cpp") == "cpp"  # nn.Conv2d has no such choice
+        self.winograd = allowed and conv.stride == (1, 1) and convolution.has_kernel(conv)
         # The weight in oneDNN's own layout for this shape of x. A layout for another shape would be reordered in every
         # call, which takes up to 50 times as long as a 1×1 convolution of one image.
         self.packed: tuple[torch.Size, Tensor] | None = None
@@ -108,6 +112,8 @@ class FoldedConv2d(nn.Module):
         """
         x = x.to(self.weight.dtype)
         if self._onednn_takes(x, residual):
+            if self.winograd and convolution.can_convolve_folded(x, len(self.weight)):
+                return self._winograd(x, residual, overwrite)
             return self._onednn(x, residual, overwrite)
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         if residual is not None:
@@ -155,6 +161,15 @@ class FoldedConv2d(nn.Module):
             y = OPS._convolution_pointwise_.binary(residual, *arguments, *epilogue)
         else:
             y = OPS._convolution_pointwise.binary(x, residual, *arguments[1:], *epilogue)
+        return y
+
+    def _winograd(self, x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+        """Return the result by Winograd's algorithm in C++."""
+        y = residual if overwrite else None
+        if y is None:
+            y = torch.empty((len(x), len(self.weight), *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
+        weight, bias = dense(self.weight, torch.float32), self.bias.float()
+        convolution.OPS.cpp_winograd_act(x, weight, bias, residual, self.relu, y)
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
