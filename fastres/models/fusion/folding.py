@@ -1,8 +1,9 @@
 """Fold every BatchNorm2d that follows a convolution into the convolution, in a copy of a network for inference.
 
 With fixed statistics BatchNorm is an affine map of each channel, so the convolution can compute it by other weights
-and a bias (Jacob et al. 2018, section 3.2). On a CPU oneDNN then applies the bias, an addition and ReLU while the
-convolution's output is still in registers, so that each layer makes one pass over its output instead of three or four.
+and a bias (Jacob et al. 2018, section 3.2). On a CPU oneDNN, or fastres_kernels by Winograd's algorithm, then applies
+the bias, an addition and ReLU while the convolution's output is still in registers, so that each layer makes one pass
+over its output instead of three or four.
 
 torch.fx records the forward of the whole network in eval mode as one graph, under the rules of fusion/tracing.py. In
 the graph, convolution -> BatchNorm2d (-> add) (-> ReLU) becomes one call of FoldedConv2d.
