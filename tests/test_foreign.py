@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastres.config.cli import parse
 from fastres.config.schema import DataConfig
 from fastres.data.sources.builtin import digits
 from fastres.models.registry import build_model
+from tests.commands import users_environment
 from tests.fixtures import rejected
 
 CODE = """
@@ -59,6 +61,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert train.main([*SHORT, "--model.name", f"{NETS}:build", "--model.options.width", "6", *TRUSTED]) == 0
         export.main(["run", *TRUSTED])
     return folder
+
+
+@pytest.mark.slow
+def test_the_installed_program_finds_a_module_in_the_folder_where_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "nets_of_this_folder.py").write_text(CODE)
+    flags = ["--model.name", "nets_of_this_folder:build", *TRUSTED]
+    program = Path(sys.executable).with_name("fastres")
+    done = subprocess.run(
+        [program, "train", *SHORT, *flags], cwd=tmp_path, env=users_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/summary.json").exists()
 
 
 @pytest.fixture

@@ -66,6 +66,13 @@ def test_the_times_decide_what_limits_a_run(times: Times, limits: tuple[str, ...
     assert limits_of(times)[0] == limits[0]
 
 
+def test_the_shares_of_a_disturbed_run_add_up_to_its_time() -> None:
+    times = times_of(40, 2, 6, 2, 1, 1, cores=1)
+    assert (times.lost, times.disturbed) == (2, 28)
+    assert times.share("disturbed") == 28 / 40 and times.share("compute") == 6 / 40
+    assert sum(times.share(part) for part in ("loader", "disturbed", "compute", "memory", "launches", "slow")) == 1
+
+
 def test_nothing_near_a_threshold_is_claimed_as_certain() -> None:
     for factor in (0.99 * EDGE, 1.01 / EDGE):
         assert limits_of(times_of(10, 2, 4, 4 * factor, 0, 1)) != ("compute",)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.utils.errors import UsageError, first_line
@@ -119,6 +121,9 @@ def check_foreign(name: str, trust_code: bool) -> None:
     """Raise ValueError if a foreign network may not be imported, or its package is not installed."""
     if FUNCTION.fullmatch(name) and not trust_code:
         raise ValueError(f"{name} imports code; if you trust it, add --model.trust_code true")
+    here = str(Path.cwd())  # where `python -m fastres` looks for modules, and the program `fastres` does not
+    if FUNCTION.fullmatch(name) and here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
     package = re.split("[/.:]", name)[0]
     if importlib.util.find_spec(package) is None:
         install = "pip install timm" if name.startswith(TIMM) else "install it, or start in the folder that has it"

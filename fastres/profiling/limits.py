@@ -437,6 +437,7 @@ def table_of(limits: Limits) -> Table:
         "slow": "slow operators",
         "launches": "launches: " + ("the GPU is idle" if on_gpu else "between operators"),
     }
+    rows |= {"disturbed": "other load on the machine"} if times.disturbed else {}
     for part, text in rows.items():
         seconds = times.lost if part == "loader" else getattr(times, part)
         table.add_row(

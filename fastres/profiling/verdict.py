@@ -61,14 +61,19 @@ class Times:
     def lost(self) -> float:
         """Return the seconds that the run takes longer than the step, up to the time of the loader's work on one core.
 
-        A larger difference comes from other load on the machine.
+        A larger difference is `disturbed`.
         """
         return min(max(0.0, self.run - self.step), self.loader * self.loader_cores)
 
+    @property
+    def disturbed(self) -> float:
+        """Return the seconds that neither the step nor the loader explains: those of other load on the machine."""
+        return max(0.0, self.run - self.step - self.lost)
+
     def share(self, limit: str) -> float:
-        """Return the share of the run's time that a limit takes."""
+        """Return the share of the run's time that a limit, or "disturbed", takes."""
         seconds: float = self.lost if limit == "loader" else getattr(self, limit)
-        return seconds / (self.step + self.lost)
+        return seconds / (self.step + self.lost + self.disturbed)
 
 
 def limits_of(times: Times) -> tuple[str, ...]:

@@ -150,7 +150,9 @@ def load_run(
         ".onnx": _of_onnx,
     }
     load = loaders.get(path.suffix.lower())
-    if not path.exists() or load is None:
+    if not path.exists():
+        raise UsageError(f"{path}: does not exist; give the folder of a run, or an exported file")
+    if load is None:
         raise UsageError(
             f"{path}: is neither the folder of a run nor an exported .safetensors, .pt2 or .onnx file; give one"
         )

@@ -67,10 +67,10 @@ class RunDir:
             raise UsageError(f"{known} cannot be read; choose another --run.dir") from None
         if changed:
             newest = checkpoint.found(self.checkpoints)[:1]
-            way = f"continue from its checkpoint with --run.dir NEW --run.resume {newest[0]}, " if newest else ""
+            way = f", or continue from its checkpoint with --run.dir NEW --run.resume {newest[0]}" if newest else ""
             raise UsageError(
                 f"run.dir {self.folder}: holds a run that differs in {', '.join(changed[:5])}; "
-                f"{way}choose another --run.dir, or give the values that the run was started with"
+                f"choose another --run.dir, or give the values that the run was started with{way}"
             )
         return self._finished_summary()
 
