@@ -138,6 +138,9 @@ def test_many_tiles_of_many_channels_are_computed_by_winograds_algorithm() -> No
             y = copied(images.float())
         assert (y - expected).abs().max() <= 2e-5 * expected.abs().max()
         assert ("cpp_winograd_act" in calls.names) is used
+        wide = next(conv for conv in convolutions(copied) if conv.weight.shape[1] == 32)
+        with pytest.raises(RuntimeError, match="convolution"):
+            wide(torch.zeros(8, 16, 64, 64).contiguous(memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

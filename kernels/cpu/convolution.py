@@ -135,17 +135,19 @@ def has_kernel(conv: nn.Conv2d) -> bool:
     )
 
 
-def can_convolve_folded(x: Tensor, out_channels: int) -> bool:
+def can_convolve_folded(x: Tensor, weight: Tensor) -> bool:
     """Return True if Winograd's algorithm computes act(conv(x) + bias + residual) faster than oneDNN for inference.
 
-    The convolution has the stride 1 and has to satisfy `has_kernel`. x is (N, C, H, W). oneDNN's weights are packed
-    once, and Winograd's filters are transformed in every call, so that more tiles are needed than in training. If H or
-    W is odd, a part of the last tiles is not used, which in float32 outweighs the gain.
+    The convolution has the stride 1 and has to satisfy `has_kernel`. x is (N, C, H, W), the weight (K, C, 3, 3).
+    oneDNN's weights are packed once, and Winograd's filters are transformed in every call, so more tiles are needed
+    than in training. If H or W is odd, a part of the last tiles is not used, which in float32 outweighs the gain.
     """
-    n, c, h, w = x.shape
-    if n * h * w * min(c, out_channels) < 4 * LEAST_TILES_FOLDED or (x.dtype == torch.float32 and (h % 2 or w % 2)):
+    (n, c, h, w), k = x.shape, len(weight)
+    if c != weight.shape[1]:  # left to torch's convolution, which raises
         return False
-    return by_winograd(x, out_channels, 1)[0] and accepts(x) and is_channels_last(x) and available(x.dtype)[0]
+    if n * h * w * min(c, k) < 4 * LEAST_TILES_FOLDED or (x.dtype == torch.float32 and (h % 2 or w % 2)):
+        return False
+    return by_winograd(x, k, 1)[0] and accepts(x) and is_channels_last(x) and available(x.dtype)[0]
 
 
 def by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:

@@ -113,7 +113,7 @@ class FoldedConv2d(nn.Module):
         """
         x = x.to(self.weight.dtype)
         if self._onednn_takes(x, residual):
-            if self.winograd and convolution.can_convolve_folded(x, len(self.weight)):
+            if self.winograd and convolution.can_convolve_folded(x, self.weight):
                 return self._winograd(x, residual, overwrite)
             return self._onednn(x, residual, overwrite)
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
