@@ -76,6 +76,8 @@ def test_help_texts_are_sentences(command: str) -> None:
         if sentences and not (sentences.endswith((".", ".)")) and (not first[0].islower() or first in values)):
             wrong.append(f"{name}: {text}")
     assert not wrong
+    _, described, *_ = help_of(command).split("\n\n")
+    assert described[0].isupper(), described
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *TOOLS])

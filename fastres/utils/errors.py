@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str = "", *, renamed: Mapping[str, str] | None = None, **how: Any) -> None:
         how.setdefault("prog", process.command_name(command))
+        if described := how.get("description"):  # of a module's docstring, where it follows the command and a colon
+            how["description"] = described[0].upper() + described[1:]
         super().__init__(allow_abbrev=False, add_help=False, **how)
         self.renamed = renamed or {}
         self.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
