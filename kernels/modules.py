@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -80,6 +81,16 @@ class DeferredRunningStats:
         if kind is None:
             with torch.no_grad():
                 _apply(statistics, counters)
+
+    def around(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(*args), called inside the block. In contrast to `with`, torch 2.11 compiles it."""
+        if not torch.compiler.is_compiling():
+            with self:
+                return function(*args)
+        self.__enter__()
+        result = function(*args)
+        self.__exit__(None, None, None)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeferredRunningStats, ()

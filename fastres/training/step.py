@@ -99,8 +99,7 @@ class Forward(nn.Module):
         # On leaving the block, the running statistics of all layers are updated together, which takes two kernels. A
         # block covers one pass, because each layer may be called once in it. Only evaluations mirror, and they update
         # no statistics.
-        with self.deferred_stats:
-            logits = self._one_pass(images)
+        logits: Tensor = self.deferred_stats.around(self._one_pass, images)
         if self.mirrored:
             logits = (logits + self._one_pass(images.flip(3))) / 2
         return logits
