@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,8 @@ def test_deferred_statistics_compile_in_one_graph_without_recompilations() -> No
             y: Tensor = self.deferral.around(self.model, x)
             return y
 
+    oldest = torch.__version__.startswith("2.11.")  # which rounds running statistics otherwise
+    close = partial(torch.testing.assert_close, **({"rtol": 1e-6, "atol": 1e-7} if oldest else {"rtol": 0, "atol": 0}))
     torch._dynamo.reset()
     eager, compiled = Step(Norms()), Step(Norms())
     call = torch.compile(compiled, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -215,13 +218,13 @@ def test_deferred_statistics_compile_in_one_graph_without_recompilations() -> No
         x = random((4, 6, 5, 3), torch.float32, step)
         assert torch.equal(call(x), eager(x))
         if step == 1:  # evaluation between training steps
-            torch.testing.assert_close(call.eval()(x), eager.eval()(x))  # torch 2.11 rounds the statistics otherwise
+            close(call.eval()(x), eager.eval()(x))
             call.train()
             eager.train()
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert not compiled.deferral.active
     for mine, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+        close(mine, theirs)
 
 
 def test_the_state_dict_is_that_of_batch_norm() -> None:

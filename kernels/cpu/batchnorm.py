@@ -170,15 +170,24 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
         refuse_double_backward("BatchNorm")
-        if g is None:
-            g, g2 = g2, None  # one gradient, whichever it is, is passed as g
+        x, mask, stats = ctx.saved_tensors
+        g, g2 = output_gradients(g, g2, x.dtype)
         if g is None:
             return (None,) * 10
-        x, mask, stats = ctx.saved_tensors
-        g, g2 = dense(g, x.dtype), None if g2 is None else dense(g2, x.dtype)
         dx, dz, dweight, dbias = OPS.cpp_batch_norm_act_backward(g, g2, x, mask, stats, ctx.has_residual)
-        dresidual, dskip = (None, dz) if ctx.has_skip else (dz if ctx.has_residual else None, None)
-        return dx, dresidual, dskip, dweight, dbias, *(None,) * 5
+        return dx, *residual_gradients(ctx, dz), dweight, dbias, *(None,) * 5
+
+
+def output_gradients(g: Tensor | None, g2: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of both y, dense and of the dtype. If there is one, whichever it is, it is the first."""
+    if g is None:
+        g, g2 = g2, None
+    return None if g is None else dense(g, dtype), None if g2 is None else dense(g2, dtype)
+
+
+def residual_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the residual and of the skip, one of which takes dz if anything was added."""
+    return (None, dz) if ctx.has_skip else (dz if ctx.has_residual else None, None)
 
 
 def _forward(

@@ -74,16 +74,13 @@ class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g2: Tensor | None) -> Any:
         refuse_double_backward("convolution with BatchNorm")
-        if g is None:
-            g, g2 = g2, None
+        x, w, z, mask, stats = ctx.saved_tensors
+        g, g2 = batchnorm.output_gradients(g, g2, x.dtype)
         if g is None:
             return (None,) * 11
-        x, w, z, mask, stats = ctx.saved_tensors
-        g, g2 = dense(g, x.dtype), None if g2 is None else dense(g2, x.dtype)
         flags = (ctx.has_residual, for_x := ctx.needs_input_grad[0])
         dx, dw, dz, *for_norm = OPS.cpp_convolution_norm_act_backward(g, g2, x, w, z, mask, stats, *flags)
-        dresidual, dskip = (None, dz) if ctx.has_skip else (dz if ctx.has_residual else None, None)
-        return dx if for_x else None, dresidual, dskip, dw, *for_norm, *(None,) * 5
+        return dx if for_x else None, *batchnorm.residual_gradients(ctx, dz), dw, *for_norm, *(None,) * 5
 
 
 def _forward(
@@ -152,8 +149,8 @@ OPS = register(
 @register_flop_formula(OPS.cpp_convolution_norm_act)
 def _flops_of_forward(x: tuple[int, ...], w: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Return the number of floating-point operations of the convolution; a multiply-add counts as two."""
-    (n, c, height, width), k = x, w[0]
-    return 2 * n * height * width * k * c * 9
+    flops: int = convolution.flops_of_convolution(x, w)
+    return flops
 
 
 @register_flop_formula(OPS.cpp_convolution_norm_act_backward)

@@ -319,9 +319,7 @@ OPS = register(
 
 
 @register_flop_formula([OPS.cpp_convolution, OPS.cpp_winograd, OPS.cpp_winograd_act])
-def _flops_of_convolution(
-    x: tuple[int, ...], w: tuple[int, ...], *rest: Any, out_shape: Any = None, **also: Any
-) -> int:
+def flops_of_convolution(x: tuple[int, ...], w: tuple[int, ...], *rest: Any, out_shape: Any = None, **also: Any) -> int:
     """Return the number of floating-point operations of the direct algorithm; a multiply-add counts as two."""
     (n, _, height, width), (k, c) = x, w[:2]
     return 2 * n * height * width * k * c * 9
