@@ -45,9 +45,9 @@ def test_ci_runs_every_supported_python_with_the_oldest_and_the_newest_torch() -
 
 def test_the_oldest_torch_of_ci_is_the_oldest_that_is_permitted() -> None:
     lines = (ROOT / ".ci/oldest.txt").read_text("utf-8").splitlines()
-    constraints = [line for line in lines if not line.startswith("#")]
-    required = {line.split(">=")[0]: line.split(">=")[1] for line in PROJECT["dependencies"]}
-    assert constraints == [f"{name}=={required[name]}.*" for name in ("torch", "torchvision")]
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    required = dict(line.split(">=") for line in PROJECT["dependencies"])
+    assert pinned == {name: f"{required[name]}.*" for name in ("torch", "torchvision")}
 
 
 def test_the_image_has_what_an_installation_needs_and_runs_the_program_without_privileges() -> None:
