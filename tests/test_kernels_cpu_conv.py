@@ -22,7 +22,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
 HERE = {dtype: convolution.available(dtype) for dtype in (BF16, FP32)}
 SOURCES = {source.name: source for source in (convolution.WINOGRAD, convolution.DIRECT)}
 BUILDS = [(compiler, isa) for compiler in ("g++", "clang++") for isa in ORDER]
-TOLERANCE = {BF16: 6e-3, FP32: 1e-6}  # of the norm of the result; oneDNN's convolution in bf16 has 2.4e-3
+# Of the norm of the result. oneDNN's convolution has 2.4e-3 in bf16, and Winograd's 1.3e-6 in float32 of 128 channels.
+TOLERANCE = {BF16: 6e-3, FP32: 1e-6}
+WINOGRADS_TOLERANCE = {BF16: 6e-3, FP32: 2e-6}
 WINOGRADS = [  # N, C, K, H, W: odd and even sizes, whole and partial blocks of channels
     (8, 32, 64, 9, 11),
     (200, 64, 32, 1, 2),
@@ -64,10 +66,10 @@ def random(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
 
-def assert_close(ours: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
+def assert_close(ours: Tensor, oracle: Tensor, tolerance: float) -> None:
     assert ours.shape == oracle.shape
     error = (ours.double() - oracle).norm() / oracle.norm()
-    assert error <= TOLERANCE[dtype], f"{error:.1e}"
+    assert error <= tolerance, f"{error:.1e}"
 
 
 def results(
@@ -102,7 +104,7 @@ def test_winograds_values_and_gradients_are_float64s(
     choose(monkeypatch, isa, dtype, winograd=True)
     for ours, oracle in zip(*results(shape, dtype), strict=True):
         assert ours.ndim != 4 or ours.is_contiguous(memory_format=torch.channels_last)
-        assert_close(ours, oracle, dtype)
+        assert_close(ours, oracle, WINOGRADS_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("adds", "relu"), [(True, True), (False, True), (True, False)])
@@ -116,7 +118,7 @@ def test_winograds_algorithm_adds_and_rectifies_for_inference(
     oracle = F.conv2d(x.double(), w.double(), bias.double(), padding=1) + (residual.double() if adds else 0)
     y = residual if adds else torch.empty_like(residual)  # the residual is overwritten
     torch.ops.fastres_kernels.cpp_winograd_act(x, w, bias, residual if adds else None, relu, y)
-    assert_close(y, oracle.relu() if relu else oracle, dtype)
+    assert_close(y, oracle.relu() if relu else oracle, WINOGRADS_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -128,24 +130,30 @@ def test_direct_values_and_gradients_are_float64s(
     choose(monkeypatch, isa, dtype, winograd=False)
     for ours, oracle in zip(*results(shape, dtype, stride, bias=shape[2] == 32, weights=dtype), strict=True):
         assert ours.ndim != 4 or ours.is_contiguous(memory_format=torch.channels_last)
-        assert_close(ours, oracle, dtype)
+        assert_close(ours, oracle, TOLERANCE[dtype])
 
 
 @pytest.mark.skipif(len(RUNNABLE) < 2, reason="the CPU has neither AVX-512 nor AVX2, or one of them alone")
-def test_float32_results_are_equal_for_all_instruction_sets_and_numbers_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("shape", [(3, 48, 64, 19, 22), (3, 48, 96, 19, 22)], ids=["few filters", "more filters"])
+def test_winograds_float32_results_are_equal_for_all_instruction_sets_and_numbers_of_threads(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every, before = [], torch.get_num_threads()
+    every: list[list[Tensor]] = []
+    before, counts = torch.get_num_threads(), (1, 2, 3)
     try:
         for isa in (RUNNABLE[0], RUNNABLE[-1]):
             choose(monkeypatch, isa, FP32, winograd=True)
             monkeypatch.setitem(library._found, "winograd.cpp", (built("winograd.cpp", "g++", isa), ""))
-            for count in (1, 2, 3):
+            for count in counts:
                 torch.set_num_threads(count)
-                every.append(results((3, 48, 80, 19, 22), FP32)[0][:3])
+                every.append(results(shape, FP32)[0][:3])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in every[1:] for a, b in zip(every[0], other, strict=True))
+    for one, other in zip(every, every[len(counts) :], strict=False):
+        assert all(map(torch.equal, one, other))
+    # With few filters, each thread sums weight gradients of its own.
+    alike = 2 if shape[1] * shape[2] <= 64 * 64 else 3
+    assert all(torch.equal(a, b) for other in every for a, b in zip(every[0][:alike], other, strict=False))
 
 
 class Calls(TorchDispatchMode):
@@ -179,18 +187,19 @@ def test_many_channels_and_tiles_are_winograds_and_few_are_direct(dtype: torch.d
         return random(n, c, side, side, seed=0, dtype=dtype)
 
     winograd = {"cpp_winograd", "cpp_winograd_weight_gradient"}
-    assert used(images(1, for_weight), for_weight, for_weight, 3) == winograd
-    assert used(images(1, 128), 128, 256, 3, bias=False) == winograd
+    assert used(images(2, for_weight), for_weight, for_weight, 3) == winograd
+    assert used(images(2, 128), 128, 256, 3, bias=False) == winograd
     if least < for_weight:
-        assert used(images(1, least), least, least, 3) == {"cpp_winograd", "cpp_weight_gradient"}
+        assert used(images(2, least), least, least, 3) == {"cpp_winograd", "cpp_weight_gradient"}
     assert used(images(1, 16, 8), 16, 16, 3, bias=False) == {"cpp_convolution", "cpp_weight_gradient"}
     for x, arguments, options in (
-        (images(1, 128, 26), (128, 128, 3), {}),  # 169 tiles
-        (images(1, least), (least, 2 * least + 8, 3), {}),
-        (images(1, 128), (128, 128, 3, 2), {}),
-        (images(1, 128), (128, 128, 3), {"groups": 2}),
-        (images(1, 128), (128, 128, 1), {"padding": 0}),
-        (images(1, 128).contiguous(), (128, 128, 3), {}),
+        (images(1, 128, 26), (128, 128, 3), {}),  # 169 tiles in bf16, 49 in float32
+        (images(2, 96), (96, 104, 3), {}),
+        (images(2, 128), (128, 128, 3, 2), {}),
+        (images(2, 128), (128, 128, 3), {"groups": 2}),
+        (images(2, 128), (128, 128, 1), {"padding": 0}),
+        (images(2, 128).contiguous(), (128, 128, 3), {}),
+        (images(10, 512, 7), (512, 512, 3), {}),  # 160 and 40 tiles
     ):
         assert not used(x, *arguments, **options), arguments
 
@@ -206,7 +215,7 @@ def test_inference_and_a_frozen_weight_have_the_same_values() -> None:
     x.requires_grad_()
     (dx,) = torch.autograd.grad(conv(x).sum(), x)
     oracle = F.conv_transpose2d(torch.ones_like(y), conv.weight, padding=1)
-    assert_close(dx, oracle.double(), FP32)
+    assert_close(dx, oracle.double(), WINOGRADS_TOLERANCE[FP32])
 
 
 @pytest.mark.skipif(not HERE[FP32][0], reason=HERE[FP32][1])

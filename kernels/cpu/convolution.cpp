@@ -212,8 +212,8 @@ static void each_share(int64_t N, F f) {
   parallel_for(threads, [&](int64_t t) { f(t, N * t / threads, N * (t + 1) / threads); });
 }
 
-// Sums weight gradients of `values` values, a multiple of LANES: each thread sums its own images, and the threads' sums are added in order,
-// so the result is bitwise reproducible for a given number of threads.
+// Sums weight gradients of `values` values, a multiple of LANES: each thread sums its own images, and the threads' sums
+// are added in order, so the result is bitwise reproducible for a given number of threads.
 class ThreadSums {
   int64_t values;
   std::vector<float> sums;

@@ -63,15 +63,15 @@ DIRECT = Source(
 # direct ones: for the output and the input's gradient, and for the weight's gradient.
 LEAST_CHANNELS = {
     ("avx512_bf16", torch.bfloat16): (32, 32),
-    ("avx512_bf16", torch.float32): (32, 128),
-    ("avx512", torch.float32): (32, 128),
-    ("avx2", torch.float32): (32, 64),
+    ("avx512_bf16", torch.float32): (32, 32),
+    ("avx512", torch.float32): (32, 32),
+    ("avx2", torch.float32): (16, 32),
 }
 # The most channels with which direct multiplication was.
 MOST_CHANNELS = {torch.bfloat16: 64, torch.float32: 16}
-LEAST_TILES = 192  # of 2×2 outputs in all: with fewer, the transform of the filters takes a larger part of the time
-LEAST_TILES_FOLDED = 49_152  # tiles times channels, for inference with folded BatchNorms
-TILES_OF_A_TASK = 48  # BLOCK in winograd.cpp
+TILE = {torch.bfloat16: 2, torch.float32: 4}  # rows and columns of outputs of a tile: M in winograd.cpp
+LEAST_TILES = {torch.bfloat16: 192, torch.float32: 64}  # with which it was measured to be faster
+TILES_OF_A_TASK = 24  # at most, in winograd.cpp
 
 
 def available(dtype: torch.dtype) -> tuple[bool, str]:
@@ -139,26 +139,31 @@ def can_convolve_folded(x: Tensor, weight: Tensor) -> bool:
     """Return True if Winograd's algorithm computes act(conv(x) + bias + residual) faster than oneDNN for inference.
 
     The convolution has the stride 1 and has to satisfy `has_kernel`. x is (N, C, H, W), the weight (K, C, 3, 3).
-    oneDNN's weights are packed once, and Winograd's filters are transformed in every call, so more tiles are needed
-    than in training. If H or W is odd, a part of the last tiles is not used, which in float32 outweighs the gain.
     """
-    (n, c, h, w), k = x.shape, len(weight)
-    if c != weight.shape[1]:  # left to torch's convolution, which raises
+    if x.shape[1] != weight.shape[1]:  # left to torch's convolution, which raises
         return False
-    if n * h * w * min(c, k) < 4 * LEAST_TILES_FOLDED or (x.dtype == torch.float32 and (h % 2 or w % 2)):
-        return False
-    return by_winograd(x, k, 1)[0] and accepts(x) and is_channels_last(x) and available(x.dtype)[0]
+    return _has_winograd(x, len(weight), 1) and accepts(x) and is_channels_last(x) and available(x.dtype)[0]
 
 
 def by_winograd(x: Tensor, out_channels: int, stride: int) -> tuple[bool, bool]:
     """Return whether winograd.cpp convolves x, (N, C, H, W), and computes the input's gradient; and the weight's."""
-    n, c, h, w = x.shape
     least = LEAST_CHANNELS.get((instruction_set()[0], x.dtype))
-    if stride != 1 or least is None or c % 16 or out_channels % 16:
+    if least is None or not _has_winograd(x, out_channels, stride):
         return False, False
-    if n * ((h + 1) // 2) * ((w + 1) // 2) < max(LEAST_TILES, TILES_OF_A_TASK * torch.get_num_threads()):
-        return False, False
-    return min(c, out_channels) >= least[0], min(c, out_channels) >= least[1]
+    channels = min(x.shape[1], out_channels)
+    return channels >= least[0], channels >= least[1]
+
+
+def _has_winograd(x: Tensor, out_channels: int, stride: int) -> bool:
+    """Return True if winograd.cpp supports the convolution of x, (N, C, H, W), and x has enough tiles for it.
+
+    Every filter is transformed once in a call, and with many channels that takes as long as the products of some tiles.
+    """
+    (n, c, h, w), side = x.shape, TILE[x.dtype]
+    if stride != 1 or c % 16 or out_channels % 16:
+        return False
+    tiles = n * -(-h // side) * -(-w // side)
+    return tiles >= max(LEAST_TILES[x.dtype], min(c, out_channels) // side, TILES_OF_A_TASK * torch.get_num_threads())
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -167,10 +172,10 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     The convolution and x have to satisfy `can_convolve`. Sums are float32. The weight's gradient is float32, and
     bitwise reproducible for a given number of threads.
 
-    With many channels, Winograd's minimal filtering F(2×2, 3×3) (Lavin and Gray 2016) computes y and the input's
-    gradient, and with more channels the weight's gradient too. It transforms the weight from float32, and rounds the
-    transformed operands to x's dtype: in bf16, its results differ from float64's by 4.4e-3 of their norm, and oneDNN's
-    by 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and if `has_direct_kernel` also y and the
+    With many channels, Winograd's minimal filtering (Lavin and Gray 2016) computes y and the input's gradient, and with
+    more channels the weight's gradient too: F(4×4, 3×3) in float32, and F(2×2, 3×3) in bf16. It transforms the weight
+    from float32, and rounds the transformed operands to x's dtype. Its results differ from float64's by 1e-6 of their
+    norm in float32 and 4.4e-3 in bf16, and oneDNN's by 5e-7 and 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and if `has_direct_kernel` also y and the
     input's gradient. oneDNN computes what is left, and y if there is a bias.
 
     Args:

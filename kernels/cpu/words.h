@@ -63,10 +63,15 @@ static void with_type(bool half, Run run) {
 
 enum Buffer { FILTERS, IMAGES, PATCHES, PRODUCTS, GRADIENTS, SUMS };
 
+struct alignas(64) Line {  // of a cache: vectors that lie in two lines are stored at half the rate
+  char bytes[64];
+};
+
 // Returns a buffer that this thread keeps, because new memory costs page faults in every call.
 template <class T, Buffer>
 static T* scratch(int64_t size) {
-  static thread_local std::vector<T> kept;
-  if (int64_t(kept.size()) < size) kept.resize(size);
-  return kept.data();
+  static thread_local std::vector<Line> kept;
+  const size_t lines = (size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+  if (kept.size() < lines) kept.resize(lines);
+  return (T*)kept.data();
 }
