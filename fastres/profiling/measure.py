@@ -455,7 +455,8 @@ def record(run: StepRun, path: Path) -> None:
             yield
 
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+    # acc_events makes no difference in one cycle, but without it torch 2.11 prints a warning.
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True)
     with gc_paused():
         # Run a step before the trace, because this starts the tracer, and CUPTI up to 13.1 loses the first kernels of
         # every session of a process but the first (pytorch#192021).
