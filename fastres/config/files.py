@@ -15,7 +15,7 @@ from fastres.utils.errors import UsageError
 from fastres.utils.suggest import did_you_mean, near_flags, question
 
 MOST_VALUES = 10_000  # in a configuration file, because nine lines of YAML anchors can expand to billions
-# Values renamed in version 0.2; the old names are accepted for one version.
+# Values renamed before version 0.1.0; the old names are accepted in it, and dropped in the next version.
 RENAMED_VALUES: dict[str, dict[str, str]] = {"engine.conv": {"own": "cpp"}}
 
 
