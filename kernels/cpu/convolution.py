@@ -175,8 +175,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     With many channels, Winograd's minimal filtering (Lavin and Gray 2016) computes y and the input's gradient, and with
     more channels the weight's gradient too: F(4×4, 3×3) in float32, and F(2×2, 3×3) in bf16. It transforms the weight
     from float32, and rounds the transformed operands to x's dtype. Its results differ from float64's by 1e-6 of their
-    norm in float32 and 4.4e-3 in bf16, and oneDNN's by 5e-7 and 2.4e-3. Otherwise, convolution.cpp computes the weight's gradient, and if `has_direct_kernel` also y and the
-    input's gradient. oneDNN computes what is left, and y if there is a bias.
+    norm in float32 and 4.4e-3 in bf16, and oneDNN's by 5e-7 and 2.4e-3. Otherwise, convolution.cpp computes the
+    weight's gradient, and if `has_direct_kernel` also y and the input's gradient. oneDNN computes what is left, and y
+    if there is a bias.
 
     Args:
         x: (N, C, H, W), bf16 or float32.
